@@ -1,0 +1,557 @@
+//! The core's whole surface: what it is told ([`Input`]) and what it asks for
+//! ([`Effect`]).
+//!
+//! The shell calls [`crate::Core::handle`] with an input and then performs every
+//! effect of [`crate::Core::poll_effect`] **in order, before the next input**.
+//! "Performs" means starts: slow effects name an [`OpId`] and are answered by
+//! [`Input::OpDone`]. [`Effect::SetFence`] is performed at once: when the shell
+//! starts any later effect, readers already see the new fence.
+
+use crate::checksum::Checksum;
+use crate::ids::{
+    BlockId, ChunkId, DeviceId, DiskFrame, Fence, FrameRef, LeaseId, OpId, RequestId, SessionId, SpaceId,
+    TenantId,
+};
+use crate::units::{ByteCount, Micros, Now};
+
+/// Sizes and limits. Built in one place by the shell; every limit is present.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// Life of the daemon; the high 32 bits of every lease id.
+    pub incarnation: u32,
+    /// Most memory in Pinned chunks, windows and replaced windows included.
+    pub pinned_bytes: ByteCount,
+    /// Size of a Pinned chunk and of a device's chunk slot. A multiple of 2 MiB.
+    pub chunk_bytes: ByteCount,
+    /// Chunk slots of each device of the Nvme tier, by `DeviceId`.
+    pub device_slots: Vec<u32>,
+    /// Longest a sealed block waits until it is written to Nvme.
+    pub persist_delay: Micros,
+    /// A window without a write lease or a seal for this long is recalled.
+    pub window_idle: Micros,
+    /// A recalled window that is not handed back for this long is replaced.
+    pub window_recall_max: Micros,
+    /// Free memory (in whole chunks) that reclaiming keeps ready for windows.
+    pub chunks_ready_min: u32,
+    /// Limits.
+    pub limits: Limits,
+}
+
+/// Past a limit the answer is `Throttled`, never growth.
+#[derive(Clone, Debug)]
+pub struct Limits {
+    /// Blocks known, over all tiers and tenants.
+    pub blocks: u32,
+    /// Spaces known.
+    pub spaces: u32,
+    /// Sessions open.
+    pub sessions: u32,
+    /// Live leases of one session.
+    pub leases_per_session: u32,
+    /// Blocks in one request.
+    pub blocks_per_request: u32,
+    /// Pinned bytes that one tenant may hold by leases and open windows.
+    pub leased_bytes_per_tenant: ByteCount,
+    /// Longest time to live of a lease.
+    pub lease_ttl_max: Micros,
+    /// Time to live when the client does not say.
+    pub lease_ttl_default: Micros,
+    /// Requests that wait for an operation.
+    pub requests_waiting: u32,
+    /// Device reads in flight.
+    pub reads_in_flight: u32,
+    /// Device writes in flight (persistence and demotion).
+    pub writes_in_flight: u32,
+    /// Requests whose answers are remembered per session, for repeats.
+    pub replies_remembered: u32,
+    /// Share of a tenant's Nvme and Pinned capacity that `Retain` may hold, in percent.
+    pub retained_percent: u32,
+}
+
+/// What happened outside.
+#[derive(Debug)]
+pub enum Input {
+    /// A client connected. Local clients can map memory; others write through the daemon.
+    SessionOpened { session: SessionId, tenant: TenantId, locality: Locality },
+    /// Its connection or its process ended.
+    SessionClosed { session: SessionId },
+    /// The shell validated a manifest or read one from the catalog. Idempotent.
+    SpaceKnown { space: SpaceId, tenant: TenantId, block_bytes: ByteCount, generation: u64 },
+    /// A client asks. Answered by exactly one [`Effect::Reply`] with the same
+    /// request id, unless the session closes first.
+    Request { session: SessionId, request: RequestId, op: Request },
+    /// An effect that named this operation ended. Operations end exactly once.
+    OpDone { op: OpId, outcome: Result<Done, Fault> },
+    /// Sealed blocks found on a device at start, from the catalog or a scan of
+    /// headers. Slots that are not yet scanned hold [`Input::SlotsUnscanned`].
+    BlocksFound { blocks: Vec<FoundBlock> },
+    /// These slots may hold blocks that are not known yet: do not allocate from them.
+    SlotsUnscanned { device: DeviceId, slots: Vec<u32> },
+    /// A scan of these slots is complete, and all it found was told before.
+    SlotsScanned { device: DeviceId, slots: Vec<u32> },
+    /// A slot that is carved for a space already, found at start.
+    SlotCarved { device: DeviceId, slot: u32, space: SpaceId, frame_bytes: ByteCount },
+    /// Memory for Pinned chunks is or is not to be had; `bytes` may now exist in all.
+    MemoryLimit { bytes: ByteCount },
+    /// A device is gone or back. Blocks that only it holds become misses.
+    DeviceState { device: DeviceId, usable: bool },
+    /// Nothing may be persisted (the catalog failed), or all is well again.
+    Degraded { degraded: bool },
+    /// The deadline of [`crate::Core::next_deadline`] has passed.
+    Tick,
+}
+
+/// How a session moves bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Locality {
+    /// Maps chunks and windows.
+    Local,
+    /// Sends and receives bytes through the daemon, which fills and reads the
+    /// frames itself: write leases are granted in the daemon's own chunks.
+    Streamed,
+}
+
+/// A block that survived on a device.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FoundBlock {
+    /// Its identity.
+    pub block: BlockId,
+    /// Its space, which is known.
+    pub space: SpaceId,
+    /// The block before it.
+    pub parent: Option<BlockId>,
+    /// Its payload.
+    pub length: ByteCount,
+    /// Its checksum.
+    pub checksum: Checksum,
+    /// Where it is.
+    pub frame: DiskFrame,
+    /// Of two copies of one block the higher number is kept.
+    pub write_sequence: u64,
+}
+
+/// What a client asks. Block ids are derived from keys by the shell.
+#[derive(Clone, Debug)]
+pub enum Request {
+    /// `Exists` and `Match`: answers [`Reply::Matched`]. Never waits.
+    Match { blocks: Vec<BlockId>, mode: MatchMode },
+    /// Pins blocks.
+    LeaseRead {
+        /// Client's request id, for repeats.
+        repeat: u64,
+        blocks: Vec<BlockId>,
+        ttl: Option<Micros>,
+        /// Answer at this time at the latest, even if promotions are under way.
+        answer_by: Now,
+    },
+    /// Reserves frames. Each block is the child of the one before it.
+    LeaseWrite {
+        repeat: u64,
+        space: SpaceId,
+        blocks: Vec<BlockId>,
+        parent: Option<BlockId>,
+        ttl: Option<Micros>,
+    },
+    /// Publishes written blocks: (position in the lease, length, checksum).
+    Seal { repeat: u64, lease: LeaseId, blocks: Vec<(u32, ByteCount, Checksum)>, durability: Durability },
+    /// Moves a deadline.
+    Renew { lease: LeaseId, ttl: Option<Micros> },
+    /// Ends leases.
+    Release { leases: Vec<LeaseId> },
+    /// Gives back unwritten frames; no index means all.
+    Abort { lease: LeaseId, indexes: Vec<u32> },
+    /// Marks blocks as used.
+    Touch { blocks: Vec<BlockId> },
+    /// Starts promotions.
+    Prefetch { blocks: Vec<BlockId> },
+    /// Keeps blocks longer.
+    Retain { blocks: Vec<BlockId>, ttl: Micros, priority: u8 },
+    /// Drops every block of a space, durably.
+    Clear { repeat: u64, space: SpaceId },
+    /// A client hands a window back: it has dropped its write permission.
+    ReturnWindow { chunk: ChunkId },
+    /// Is this session entitled to map the chunk, and how?
+    MapChunk { chunk: ChunkId },
+    /// Persists everything sealed before this request.
+    Flush,
+}
+
+/// How keys are looked at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MatchMode {
+    /// Stop at the first absent key.
+    Prefix,
+    /// Look at each key by itself.
+    Set,
+}
+
+/// When a seal is answered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Durability {
+    /// As soon as the block can be read.
+    Readable,
+    /// When it would survive a power cut.
+    Durable,
+}
+
+/// Outcomes. None of them is an error, except those in [`Refusal`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Reply {
+    /// One entry a block looked at: `None` is absent.
+    Matched { blocks: Vec<Option<Residence>> },
+    /// Read or write lease. `lease` is `None` when nothing was granted.
+    Leased { lease: Option<LeaseId>, ttl: Micros, blocks: Vec<Grant> },
+    /// One entry a block of the request.
+    Sealed { outcomes: Vec<SealOutcome> },
+    /// The lease goes on.
+    Renewed { ttl: Micros },
+    /// How many leases were live.
+    Released { count: u32 },
+    /// How many frames were given back.
+    Aborted { count: u32 },
+    /// How many blocks were present.
+    Touched { count: u32 },
+    /// Promotions started, blocks resident already.
+    Prefetched { started: u32, resident: u32 },
+    /// How many blocks are retained.
+    Retained { count: u32 },
+    /// The space is empty, durably.
+    Cleared { generation: u64, blocks: u64 },
+    /// The window was adopted with this many blocks.
+    WindowReturned { blocks: u32 },
+    /// The session may map the chunk.
+    MayMap { chunk: ChunkId, access: MapAccess },
+    /// Blocks written, blocks that could not be.
+    Flushed { blocks: u64, failed: u64 },
+    /// Over a limit: back off and ask again.
+    Throttled(Limit),
+    /// The request was wrong; nothing changed.
+    Refused(Refusal),
+}
+
+/// Tiers that hold a block now.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Residence {
+    /// Sealed in Pinned.
+    pub pinned: bool,
+    /// Sealed in Nvme.
+    pub nvme: bool,
+}
+
+/// What became of one block of a lease.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Grant {
+    /// Pinned or reserved.
+    Granted {
+        block: BlockId,
+        frame: FrameRef,
+        fence: Fence,
+        offset: u64,
+        length: ByteCount,
+        checksum: Option<Checksum>,
+    },
+    /// Being brought in, not in time.
+    Promoting,
+    /// Not to be had.
+    Missing(MissReason),
+    /// Over a limit.
+    Throttled,
+    /// Write lease of a sealed block: nothing to do.
+    Exists,
+}
+
+/// Why a block cannot be had now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MissReason {
+    /// No tier holds it.
+    Unknown,
+    /// Somebody is still writing it.
+    Filling,
+    /// A copy was damaged and has been dropped.
+    Checksum,
+    /// The device failed.
+    Device,
+    /// Recomputing is estimated to be quicker.
+    CheaperToRecompute,
+}
+
+/// What became of one sealed block.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SealOutcome {
+    /// Published.
+    Sealed,
+    /// The same bytes were there; this copy was dropped.
+    Already,
+    /// Other bytes were there; refused and counted.
+    Conflict,
+    /// The lease no longer covers the block.
+    Lost,
+    /// Published, but it could not be made durable.
+    NotDurable,
+}
+
+/// How a session may map a chunk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MapAccess {
+    /// Read-only.
+    Read,
+    /// The session's own open window.
+    Write,
+}
+
+/// Which limit was reached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Limit {
+    /// `Limits::blocks`.
+    Blocks,
+    /// `Limits::spaces`.
+    Spaces,
+    /// `Limits::sessions`.
+    Sessions,
+    /// `Limits::leases_per_session`.
+    Leases,
+    /// `Limits::leased_bytes_per_tenant`.
+    LeasedBytes,
+    /// `Limits::requests_waiting`.
+    RequestsWaiting,
+}
+
+/// A request that can never be granted as it stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Refusal {
+    /// The session is not open.
+    #[error("this session is not open; open one and try again")]
+    UnknownSession,
+    /// The space is not known to this tenant.
+    #[error("unknown space; call OpenSpace in this session first")]
+    UnknownSpace,
+    /// More blocks than one request may name.
+    #[error("{found} blocks in one request; the limit is {limit}; split the request")]
+    TooManyBlocks {
+        /// Blocks in the request.
+        found: u32,
+        /// The limit.
+        limit: u32,
+    },
+    /// The lease is of an earlier life of the daemon.
+    #[error("lease {lease} is of an earlier life of the daemon; lease again")]
+    EarlierIncarnation {
+        /// The lease.
+        lease: LeaseId,
+    },
+    /// The lease belongs to another session, or never was. The two are not told apart.
+    #[error("lease {lease} is not a live lease of this session")]
+    NotYourLease {
+        /// The lease.
+        lease: LeaseId,
+    },
+    /// A read lease was used to write or the other way round.
+    #[error("lease {lease} is of the other kind (read or write)")]
+    WrongKind {
+        /// The lease.
+        lease: LeaseId,
+    },
+    /// A position outside the lease.
+    #[error("index {index} is outside the lease's {blocks} blocks")]
+    BadIndex {
+        /// The position.
+        index: u32,
+        /// Blocks of the lease.
+        blocks: u32,
+    },
+    /// A sealed length that is not the space's.
+    #[error("block {index} is {found} bytes long; this space's blocks have {expected}")]
+    WrongLength {
+        /// Position in the lease.
+        index: u32,
+        /// Length that was given.
+        found: u64,
+        /// The space's block length.
+        expected: u64,
+    },
+    /// A request id was used before with other content.
+    #[error("request id {repeat} was used before for another request; choose a new one")]
+    RepeatDiffers {
+        /// The client's request id.
+        repeat: u64,
+    },
+    /// A chunk that this session may not map or hand back.
+    #[error("chunk {chunk} is not one that this session may map")]
+    NotYourChunk {
+        /// The chunk.
+        chunk: ChunkId,
+    },
+    /// The space was cleared while the lease was held.
+    #[error("the space was cleared; open it again")]
+    Cleared,
+    /// Nothing can be persisted now.
+    #[error("the catalog takes no writes now; see `terrace info`")]
+    Degraded,
+}
+
+/// What the shell must do next, in order.
+#[derive(Debug)]
+pub enum Effect {
+    /// Answer a request. The shell drops it if the session is gone.
+    Reply { session: SessionId, request: RequestId, reply: Reply },
+    /// Tell a session something it did not ask for.
+    Notify { session: SessionId, notice: Notice },
+    /// Make a chunk: memfd, populate, map, seal. `owner` is the session that may write (a window).
+    /// Done: [`Done::ChunkCreated`].
+    CreateChunk {
+        op: OpId,
+        chunk: ChunkId,
+        tenant: TenantId,
+        owner: Option<SessionId>,
+        frame_bytes: ByteCount,
+        frames: u32,
+    },
+    /// The owner handed the window back: it is an ordinary chunk of the pool
+    /// from now on; new mappings of it are read-only. Performed at once.
+    AdoptWindow { chunk: ChunkId },
+    /// Close the chunk and give its memory back. Nothing is in flight on it.
+    /// Done ([`Done::Plain`]) when the kernel has the pages back, or when the
+    /// shell gave up waiting for a foreign mapping: then [`Fault::StillMapped`],
+    /// and a later [`Input::MemoryLimit`] says what is left.
+    DropChunk { op: OpId, chunk: ChunkId },
+    /// Store a fence in the fence page, release order, at once.
+    SetFence { frame: FrameRef, fence: Fence },
+    /// Read header page and payload from a device into a Pinned frame; compare
+    /// the header with `expect` and the payload with its checksum.
+    /// Done: [`Done::Plain`].
+    Read {
+        op: OpId,
+        source: DiskFrame,
+        source_offset: u64,
+        target: FrameRef,
+        expect: BlockHeader,
+        class: IoClass,
+    },
+    /// Write header page and payload to a device. From a window that is still
+    /// open (`Via::Bounce`) the shell copies first and compares the checksum.
+    /// Done: [`Done::Plain`] when the device has answered; not yet durable.
+    Write {
+        op: OpId,
+        source: FrameRef,
+        target: DiskFrame,
+        target_offset: u64,
+        header: BlockHeader,
+        via: Via,
+        class: IoClass,
+    },
+    /// Write a slot's chunk header, so that a scan knows how it is carved. Done: [`Done::Plain`].
+    CarveSlot { op: OpId, device: DeviceId, slot: u32, space: SpaceId, frame_bytes: ByteCount },
+    /// Make durable: sync the devices of `put`, then apply puts and deletes in one
+    /// synced batch. The shell groups what waits. Done: [`Done::Plain`].
+    Commit { op: OpId, put: Vec<(DiskFrame, BlockHeader)>, delete: Vec<BlockId> },
+    /// Raise a space's lowest valid generation in the superblock, then delete its
+    /// blocks from the catalog. Done: [`Done::Plain`].
+    ClearSpace { op: OpId, space: SpaceId, tenant: TenantId, generation: u64 },
+    /// Compare a Pinned frame's payload with its checksum. Done: [`Done::Plain`].
+    Verify { op: OpId, frame: FrameRef, expect: BlockHeader },
+    /// Copy a payload between Pinned frames and compare the copy with its checksum. Done: [`Done::Plain`].
+    Copy { op: OpId, source: FrameRef, target: FrameRef, expect: BlockHeader },
+    /// Publish in the tenant's event stream.
+    Publish { tenant: TenantId, event: Event },
+}
+
+/// All that a frame's header page says, but for its own checksum.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BlockHeader {
+    /// The block.
+    pub block: BlockId,
+    /// Its space.
+    pub space: SpaceId,
+    /// Its tenant.
+    pub tenant: TenantId,
+    /// The block before it.
+    pub parent: Option<BlockId>,
+    /// Payload length.
+    pub length: ByteCount,
+    /// Payload checksum.
+    pub checksum: Checksum,
+    /// The space's generation when it was sealed.
+    pub generation: u64,
+    /// Grows with every write to any device of the node.
+    pub write_sequence: u64,
+}
+
+/// How bytes of a write leave memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Via {
+    /// Straight from the frame.
+    Direct,
+    /// Copied and verified first: a client may still be able to write.
+    Bounce,
+}
+
+/// Who shares a device, most urgent first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum IoClass {
+    /// A lease is waiting.
+    Fetch,
+    /// Memory is needed.
+    Demotion,
+    /// A hint.
+    Prefetch,
+    /// Write-behind.
+    Persistence,
+    /// Verification of cold blocks.
+    Scrub,
+}
+
+/// A slow effect that ended well.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Done {
+    /// Nothing more to say.
+    Plain,
+    /// The chunk exists and may be used. Every fence in its page is 1.
+    ChunkCreated,
+}
+
+/// A slow effect that ended badly. The core decides what that means.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Fault {
+    /// The device reported a failure.
+    #[error("device error")]
+    Device,
+    /// No room on the device.
+    #[error("no space left on the device")]
+    NoSpace,
+    /// Header or payload do not match.
+    #[error("checksum or header mismatch")]
+    Checksum,
+    /// No memory for a chunk now.
+    #[error("no memory")]
+    NoMemory,
+    /// A dropped chunk's pages are still mapped by somebody else.
+    #[error("still mapped by another process")]
+    StillMapped,
+    /// The catalog failed.
+    #[error("catalog error")]
+    Catalog,
+}
+
+/// Said to a session unasked.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Notice {
+    /// A lease was ended by the daemon.
+    LeaseRevoked { lease: LeaseId, reason: &'static str },
+    /// Hand this window back.
+    WindowRecalled { chunk: ChunkId },
+    /// A block that this session sealed failed its first verification.
+    SealRejected { space: SpaceId, block: BlockId },
+}
+
+/// What happened to a block, for the tenant's event stream.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// A first copy became readable.
+    Sealed { space: SpaceId, block: BlockId, parent: Option<BlockId>, length: ByteCount, tiers: Residence },
+    /// The set of tiers changed and is not empty.
+    Moved { space: SpaceId, block: BlockId, tiers: Residence },
+    /// The last copy is gone.
+    Evicted { space: SpaceId, block: BlockId },
+    /// Every block of the space is gone.
+    Cleared { space: SpaceId },
+}
