@@ -1,0 +1,126 @@
+//! The core decides and does nothing else: no I/O, no async, no clock, no randomness, no threads.
+//!
+//! Its clippy.toml bans the calls; this file watches what it is built from.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+/// Every crate that terrace-core may be built from. Hashing, checksums, one hash table, one derive
+/// macro and what those need at compile time. A new name here is a design decision.
+const CRATES_ALLOWED: &[&str] = &[
+    "terrace-core",
+    // BLAKE3 and what it detects processors and compares digests with.
+    "blake3",
+    "arrayvec",
+    "cfg-if",
+    "constant_time_eq",
+    "cpufeatures",
+    // The sealed checksum, with its trait and its table of constants.
+    "crc-fast",
+    "digest",
+    "crypto-common",
+    "generic-array",
+    "typenum",
+    "spin",
+    // Reads processor features on aarch64; BLAKE3 calls nothing else of it.
+    "libc",
+    // The hash table that is keyed by our own bits.
+    "hashbrown",
+    // Error enums; the rest runs in the compiler.
+    "thiserror",
+    "thiserror-impl",
+    "proc-macro2",
+    "quote",
+    "syn",
+    "unicode-ident",
+];
+
+/// Parts of std and of the language that act on the world.
+const BANNED_IN_SOURCE: &[&str] = &[
+    "std::fs",
+    "std::net",
+    "std::thread",
+    "std::process",
+    "std::env",
+    "std::os",
+    "std::time::Instant",
+    "std::time::SystemTime",
+    "async fn",
+    "async move",
+    ".await",
+];
+
+fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("tests/ lies in the repository").to_owned()
+}
+
+/// Names of the crates in the output of `cargo tree --prefix none`.
+fn crate_names(tree: &str) -> Vec<&str> {
+    tree.lines().filter_map(|line| line.split_whitespace().next()).collect()
+}
+
+/// A dependency brings a clock, a socket or a random seed into the core, and one seed no longer replays a
+/// run: we ask cargo what the core is built from and accept known names only.
+#[test]
+fn the_core_is_built_from_known_crates() {
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let output = Command::new(cargo)
+        .args(["tree", "--offline", "--locked", "-p", "terrace-core", "-e", "normal", "--prefix", "none"])
+        .current_dir(root())
+        .output()
+        .expect("cargo runs, it built this test");
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "cargo tree failed:\n{errors}");
+    let tree = String::from_utf8_lossy(&output.stdout);
+    let names = crate_names(&tree);
+    assert!(names.contains(&"terrace-core"), "cargo tree did not show the core:\n{tree}");
+    let strangers: Vec<_> = names.iter().filter(|name| !CRATES_ALLOWED.contains(name)).collect();
+    assert!(strangers.is_empty(), "the core may not be built from {strangers:?}");
+}
+
+/// A file of the core opens a file or reads a clock under a name that clippy's list does not know: we look
+/// for the modules of std that act on the world.
+#[test]
+fn the_core_names_nothing_that_acts() {
+    let mut found = Vec::new();
+    let mut folders = vec![root().join("kvstore/core/src")];
+    while let Some(folder) = folders.pop() {
+        for entry in fs::read_dir(&folder).expect("the core's sources can be read") {
+            let path = entry.expect("an entry of the core's sources can be read").path();
+            if path.is_dir() {
+                folders.push(path);
+            } else if path.extension().is_some_and(|extension| extension == "rs") {
+                let text = fs::read_to_string(&path).expect("a source of the core is text");
+                found.extend(banned_lines(&text).map(|line| format!("{}: {line}", path.display())));
+            }
+        }
+    }
+    assert!(found.is_empty(), "the core must not act:\n{}", found.join("\n"));
+}
+
+fn banned_lines(text: &str) -> impl Iterator<Item = &str> {
+    let code = text.lines().filter(|line| !line.trim_start().starts_with("//"));
+    code.filter(|line| BANNED_IN_SOURCE.iter().any(|banned| line.contains(banned)))
+}
+
+/// Clippy reads the nearest clippy.toml only: the core's could lose its bans, or the shared settings.
+#[test]
+fn the_core_keeps_its_own_lints() {
+    let shared = fs::read_to_string(root().join("clippy.toml")).expect("the shared lint settings exist");
+    let own =
+        fs::read_to_string(root().join("kvstore/core/clippy.toml")).expect("the core's lint settings exist");
+    for line in shared.lines().filter(|line| line.contains('=')) {
+        assert!(own.contains(line), "kvstore/core/clippy.toml lacks the shared setting `{line}`");
+    }
+    for banned in ["Instant::now", "SystemTime::now", "thread::spawn", "HashMap", "HashSet", "Mutex"] {
+        assert!(own.contains(banned), "kvstore/core/clippy.toml no longer bans {banned}");
+    }
+}
+
+/// The check looks at the wrong words and lets everything pass: samples that must be caught.
+#[test]
+fn the_checks_catch_their_samples() {
+    assert_eq!(crate_names("rand v0.9.0\nlibc v0.2.1 (*)\n"), ["rand", "libc"]);
+    assert_eq!(banned_lines("use std::fs::File;\n// std::fs is banned\nlet x = 1;\n").count(), 1);
+}
