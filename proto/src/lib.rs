@@ -10,7 +10,9 @@
     unreachable_pub,
     unused_qualifications,
     clippy::all,
+    clippy::allow_attributes_without_reason,
     clippy::missing_errors_doc,
+    clippy::too_many_lines,
     reason = "generated code follows prost's style, not ours"
 )]
 pub mod v1 {
