@@ -1,1 +1,21 @@
-//! placeholder
+//! The shared-memory lane: how block bytes and control messages move between
+//! `terraced` and a process on the same node.
+//!
+//! Promises: nothing that arrives can panic or make us allocate more than
+//! [`terrace_proto::MESSAGE_BYTES_MAX`]; a descriptor that arrives is either
+//! handed to the caller or closed; shared memory is never behind a Rust
+//! reference. Leaves to others: what the messages mean (the daemon), when a
+//! frame may be read or written (fences and leases, checked by the client).
+
+mod error;
+mod frame;
+mod mapping;
+mod shared;
+mod socket;
+mod syscall;
+
+pub use error::{LaneError, MapError};
+pub use frame::{DESCRIPTORS_WAITING_MAX, LaneMessage, LaneReader, LaneWriter, Received, Writable};
+pub use mapping::{Access, Mapping};
+pub use shared::{SharedBytes, SharedBytesMut};
+pub use socket::{LaneConnection, LaneServer, PeerCredentials, SOCKET_PATH_BYTES_MAX};

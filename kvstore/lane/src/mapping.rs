@@ -1,0 +1,209 @@
+//! A client's mapping of one chunk: its data and its fences.
+//!
+//! The daemon owns the memory. We may touch it for as long as it is mapped, even
+//! after the daemon is gone, because a memfd sealed against shrinking cannot
+//! lose pages under us. Children do not inherit the mapping.
+
+use std::any::Any;
+use std::fmt;
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::ptr::NonNull;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use terrace_core::{ByteCount, Fence};
+
+use crate::error::MapError;
+use crate::shared::{SharedBytes, SharedBytesMut};
+use crate::syscall;
+
+const FENCE_BYTES: usize = size_of::<u64>();
+
+/// How the data is mapped. Fences are always read-only.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// A chunk of the pool or somebody else's window.
+    Read,
+    /// This session's own open window.
+    Write,
+}
+
+/// One mapped chunk. Unmapped when dropped: keep it in an `Arc` that every view holds.
+pub struct Mapping {
+    data: Region,
+    fences: Region,
+    writable: AtomicBool,
+}
+
+impl fmt::Debug for Mapping {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Mapping")
+            .field("bytes", &self.data.length)
+            .field("fences", &(self.fences.length / FENCE_BYTES))
+            .field("writable", &self.is_writable())
+            .finish()
+    }
+}
+
+impl Mapping {
+    /// Maps a chunk's data and fences. The descriptors are closed: a mapping does not need them.
+    ///
+    /// # Errors
+    /// Memory that is shorter than announced or could shrink, or what the kernel says.
+    pub fn map(
+        data: OwnedFd,
+        bytes: ByteCount,
+        fences: OwnedFd,
+        fence_bytes: ByteCount,
+        access: Access,
+    ) -> Result<Arc<Self>, MapError> {
+        use std::os::fd::AsFd;
+        let protection = match access {
+            Access::Read => libc::PROT_READ,
+            Access::Write => libc::PROT_READ | libc::PROT_WRITE,
+        };
+        let data = Region::map("data", data.as_fd(), bytes, protection)?;
+        let fences = Region::map("fences", fences.as_fd(), fence_bytes, libc::PROT_READ)?;
+        Ok(Arc::new(Self { data, fences, writable: AtomicBool::new(access == Access::Write) }))
+    }
+
+    /// Length of the data.
+    pub fn bytes(&self) -> ByteCount {
+        ByteCount::new(self.data.length as u64)
+    }
+
+    /// Whether stores into the data are possible.
+    pub fn is_writable(&self) -> bool {
+        self.writable.load(Ordering::Acquire)
+    }
+
+    /// The fence of a frame now (load acquire); `None` outside the fence pages.
+    pub fn fence(&self, frame: u32) -> Option<Fence> {
+        let index = frame as usize;
+        if index >= self.fences.length / FENCE_BYTES {
+            return None;
+        }
+        // SAFETY: the index is inside the mapped fence pages, which are page
+        // aligned and live as long as self. The daemon stores to these words as
+        // atomics of the same size; we only load.
+        let word = unsafe { AtomicU64::from_ptr(self.fences.start.as_ptr().cast::<u64>().add(index)) };
+        Some(Fence::new(u64::from_le(word.load(Ordering::Acquire))))
+    }
+
+    /// A readable view of `length` bytes from `offset`; `None` if that is not inside the chunk.
+    pub fn view(self: &Arc<Self>, offset: u64, length: ByteCount) -> Option<SharedBytes> {
+        let (start, length) = self.data.part(offset, length)?;
+        let owner: Arc<dyn Any + Send + Sync> = Arc::clone(self) as _;
+        // SAFETY: the range is inside the mapping, which lives as long as the owner.
+        Some(unsafe { SharedBytes::from_raw(owner, start, length) })
+    }
+
+    /// A writable view; `None` if it is not inside the chunk or the chunk is not writable.
+    /// Whoever holds views must have finished with them before [`Mapping::drop_write`].
+    pub fn view_mut(self: &Arc<Self>, offset: u64, length: ByteCount) -> Option<SharedBytesMut> {
+        if !self.is_writable() {
+            return None;
+        }
+        let (start, length) = self.data.part(offset, length)?;
+        let owner: Arc<dyn Any + Send + Sync> = Arc::clone(self) as _;
+        // SAFETY: the range is inside the mapping, which lives as long as the
+        // owner and is writable until drop_write, whose contract is ours.
+        Some(unsafe { SharedBytesMut::from_raw(owner, start, length) })
+    }
+
+    /// Drops the permission to write for good. A store through an old view faults.
+    ///
+    /// # Errors
+    /// What the kernel says; the permission is then still there, and the window
+    /// must not be handed back.
+    pub fn drop_write(&self) -> io::Result<()> {
+        // SAFETY: the range is exactly our own mapping; protection only shrinks.
+        let answer =
+            unsafe { libc::mprotect(self.data.start.as_ptr().cast(), self.data.length, libc::PROT_READ) };
+        if answer != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        self.writable.store(false, Ordering::Release);
+        Ok(())
+    }
+}
+
+/// A mapped range, unmapped on drop.
+struct Region {
+    start: NonNull<u8>,
+    length: usize,
+}
+
+// SAFETY: a region is an address range of the process, valid on every thread;
+// what is stored there is reached only through atomics and raw copies.
+unsafe impl Send for Region {}
+// SAFETY: as above.
+unsafe impl Sync for Region {}
+
+impl Region {
+    fn map(
+        what: &'static str,
+        memory: BorrowedFd<'_>,
+        bytes: ByteCount,
+        protection: i32,
+    ) -> Result<Self, MapError> {
+        let announced = bytes.get();
+        let length = usize::try_from(announced)
+            .ok()
+            .filter(|length| *length > 0 && *length <= isize::MAX.unsigned_abs())
+            .ok_or(MapError::BadLength { announced })?;
+        let kernel = |source| MapError::Kernel { what, source };
+        let (found, sealed) = syscall::memory_facts(memory).map_err(kernel)?;
+        if found < announced {
+            return Err(MapError::TooSmall { what, announced, found });
+        }
+        if !sealed {
+            return Err(MapError::NotSealed { what });
+        }
+        // SAFETY: a new shared mapping at an address of the kernel's choice;
+        // nothing that exists is touched.
+        let start = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                length,
+                protection,
+                libc::MAP_SHARED | libc::MAP_NORESERVE,
+                memory.as_raw_fd(),
+                0,
+            )
+        };
+        if start == libc::MAP_FAILED {
+            return Err(kernel(io::Error::last_os_error()));
+        }
+        let start = NonNull::new(start.cast::<u8>()).expect("the kernel does not map page zero unasked");
+        let region = Self { start, length };
+        // SAFETY: the range is the mapping made above; the advice changes what a fork inherits, nothing else.
+        if unsafe { libc::madvise(start.as_ptr().cast(), length, libc::MADV_DONTFORK) } != 0 {
+            return Err(kernel(io::Error::last_os_error()));
+        }
+        Ok(region)
+    }
+
+    fn part(&self, offset: u64, length: ByteCount) -> Option<(NonNull<u8>, usize)> {
+        let offset = usize::try_from(offset).ok()?;
+        let length = usize::try_from(length.get()).ok()?;
+        if offset.checked_add(length)? > self.length {
+            return None;
+        }
+        // SAFETY: `offset` was just checked against the mapping's length.
+        Some((unsafe { self.start.add(offset) }, length))
+    }
+}
+
+impl Drop for Region {
+    fn drop(&mut self) {
+        // SAFETY: the range was mapped by us and every view of it held the
+        // mapping alive, so nobody can use it any more.
+        let answer = unsafe { libc::munmap(self.start.as_ptr().cast(), self.length) };
+        debug_assert_eq!(answer, 0, "unmapping our own range cannot fail");
+    }
+}
+
+#[cfg(test)]
+mod tests;

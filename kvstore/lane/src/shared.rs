@@ -1,0 +1,230 @@
+//! Views of memory that another process may be writing at this moment.
+//!
+//! No reference to such memory ever exists: it is copied out through raw
+//! pointers, and whoever copied checks the fence afterwards. Bytes that were
+//! copied while somebody wrote are arbitrary, never undefined in effect: they
+//! are integers in a buffer of ours, to be thrown away when the fence moved.
+
+use std::any::Any;
+use std::fmt;
+use std::ptr::NonNull;
+use std::sync::Arc;
+
+use terrace_core::{BlockId, ByteCount, Checksum, Checksummer};
+
+// A piece stays in the first-level cache between being copied and being summed.
+const PIECE_BYTES: usize = 16 << 10;
+
+/// A readable piece of shared memory. Keeps the mapping alive.
+#[derive(Clone)]
+pub struct SharedBytes {
+    start: NonNull<u8>,
+    length: usize,
+    owner: Arc<dyn Any + Send + Sync>,
+}
+
+// SAFETY: the pointer is only read through, by copies that tolerate concurrent
+// writers; the memory stays mapped while `owner` lives, on whatever thread.
+unsafe impl Send for SharedBytes {}
+// SAFETY: as above; `&SharedBytes` offers no more than copies out.
+unsafe impl Sync for SharedBytes {}
+
+impl fmt::Debug for SharedBytes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("SharedBytes").field("length", &self.length).finish_non_exhaustive()
+    }
+}
+
+impl SharedBytes {
+    /// A view of `length` bytes from `start`.
+    ///
+    /// # Safety
+    /// The bytes must be mapped readable for as long as `owner` (or a clone of
+    /// it) lives, and the memory behind them must not shrink.
+    pub unsafe fn from_raw(owner: Arc<dyn Any + Send + Sync>, start: NonNull<u8>, length: usize) -> Self {
+        Self { start, length, owner }
+    }
+
+    /// Length in bytes.
+    pub fn len(&self) -> usize {
+        self.length
+    }
+
+    /// Whether there is nothing to read.
+    pub fn is_empty(&self) -> bool {
+        self.length == 0
+    }
+
+    /// The first byte. Valid for [`SharedBytes::len`] bytes while this view or a
+    /// clone lives. Reading through it is a race unless a lease and its fence
+    /// say otherwise: use the bytes, then check the fence, before anything
+    /// derived from them goes anywhere.
+    pub fn as_ptr(&self) -> *const u8 {
+        self.start.as_ptr()
+    }
+
+    /// A part of it.
+    ///
+    /// # Panics
+    /// If the part is not inside.
+    #[must_use]
+    pub fn part(&self, offset: usize, length: usize) -> Self {
+        let inside = offset.checked_add(length).is_some_and(|end| end <= self.length);
+        assert!(inside, "a part lies inside its whole");
+        // SAFETY: `offset` is at most `length`, so the pointer stays in the mapping or one past its end.
+        let start = unsafe { self.start.add(offset) };
+        Self { start, length, owner: Arc::clone(&self.owner) }
+    }
+
+    /// Copies everything out.
+    ///
+    /// # Panics
+    /// If `target` has another length.
+    pub fn copy_to(&self, target: &mut [u8]) {
+        assert_eq!(target.len(), self.length, "source and target of a copy have one length");
+        self.copy_part(0, target);
+    }
+
+    /// Copies everything out and computes the checksum of what was copied, in
+    /// one pass over the shared memory.
+    ///
+    /// # Panics
+    /// If `target` has another length.
+    pub fn copy_and_checksum(&self, target: &mut [u8], block: BlockId, generation: u64) -> Checksum {
+        assert_eq!(target.len(), self.length, "source and target of a copy have one length");
+        let mut summer = Checksummer::new(block, ByteCount::new(self.length as u64), generation);
+        let mut offset = 0;
+        for piece in target.chunks_mut(PIECE_BYTES) {
+            self.copy_part(offset, piece);
+            summer.update(piece);
+            offset += piece.len();
+        }
+        summer.finish()
+    }
+
+    /// The checksum of the bytes as they are now, by way of a small buffer.
+    pub fn checksum(&self, block: BlockId, generation: u64) -> Checksum {
+        let mut summer = Checksummer::new(block, ByteCount::new(self.length as u64), generation);
+        let mut buffer = [0u8; PIECE_BYTES];
+        let mut offset = 0;
+        while offset < self.length {
+            let bytes = PIECE_BYTES.min(self.length - offset);
+            let piece = &mut buffer[..bytes];
+            self.copy_part(offset, piece);
+            summer.update(piece);
+            offset += bytes;
+        }
+        summer.finish()
+    }
+
+    fn copy_part(&self, offset: usize, target: &mut [u8]) {
+        let inside = offset.checked_add(target.len()).is_some_and(|end| end <= self.length);
+        assert!(inside, "a part lies inside its whole");
+        // SAFETY: the source range was just checked and stays mapped while
+        // `owner` lives; `target` is private memory of ours, so the two do not
+        // overlap. Another process may store into the source meanwhile: the
+        // bytes are then arbitrary, which u8 allows, and the caller's fence
+        // check throws them away.
+        unsafe {
+            std::ptr::copy_nonoverlapping(self.start.as_ptr().add(offset), target.as_mut_ptr(), target.len());
+        }
+    }
+}
+
+/// A piece of this session's own window that may be written.
+#[derive(Clone, Debug)]
+pub struct SharedBytesMut(SharedBytes);
+
+impl SharedBytesMut {
+    /// A view of `length` bytes from `start` that may be stored into.
+    ///
+    /// # Safety
+    /// As [`SharedBytes::from_raw`], and the bytes must be mapped writable until
+    /// the caller has made sure that nobody stores through this view any more.
+    pub unsafe fn from_raw(owner: Arc<dyn Any + Send + Sync>, start: NonNull<u8>, length: usize) -> Self {
+        // SAFETY: the caller promises what SharedBytes needs.
+        Self(unsafe { SharedBytes::from_raw(owner, start, length) })
+    }
+
+    /// The same bytes for reading.
+    pub fn bytes(&self) -> &SharedBytes {
+        &self.0
+    }
+
+    /// Length in bytes.
+    pub fn len(&self) -> usize {
+        self.0.length
+    }
+
+    /// Whether there is nothing to write.
+    pub fn is_empty(&self) -> bool {
+        self.0.length == 0
+    }
+
+    /// The first byte. Stores through it fault once write permission was dropped.
+    pub fn as_mut_ptr(&self) -> *mut u8 {
+        self.0.start.as_ptr()
+    }
+
+    /// Copies `source` in, from `offset` on.
+    ///
+    /// # Safety
+    /// The mapping must still be writable: the caller holds whatever keeps
+    /// [`crate::Mapping::drop_write`] from being called meanwhile.
+    ///
+    /// # Panics
+    /// If it does not fit.
+    pub unsafe fn copy_from(&self, offset: usize, source: &[u8]) {
+        let inside = offset.checked_add(source.len()).is_some_and(|end| end <= self.0.length);
+        assert!(inside, "a part lies inside its whole");
+        // SAFETY: the target range was just checked, is mapped while the owner
+        // lives, and is writable by the caller's promise; `source` is ordinary
+        // memory, so the two do not overlap.
+        unsafe {
+            std::ptr::copy_nonoverlapping(source.as_ptr(), self.0.start.as_ptr().add(offset), source.len());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn over(memory: &Arc<Vec<u8>>) -> SharedBytes {
+        let owner: Arc<dyn Any + Send + Sync> = Arc::clone(memory) as _;
+        let start = NonNull::new(memory.as_ptr().cast_mut()).expect("a vector's pointer is not null");
+        // SAFETY: the vector is the owner and is never changed.
+        unsafe { SharedBytes::from_raw(owner, start, memory.len()) }
+    }
+
+    // A piecewise checksum could drop or repeat bytes at the seams: compare it
+    // with the whole one at lengths around the piece's.
+    #[test]
+    fn pieces_sum_to_the_whole() {
+        let block = BlockId::from_bytes([7; 16]);
+        for length in [0, 1, PIECE_BYTES - 1, PIECE_BYTES, PIECE_BYTES + 1, 3 * PIECE_BYTES + 5] {
+            let memory: Arc<Vec<u8>> = Arc::new((0..length).map(|at| (at % 251) as u8).collect());
+            let shared = over(&memory);
+            let whole = terrace_core::checksum(block, 3, &memory);
+            assert_eq!(shared.checksum(block, 3), whole, "checksum of {length} bytes");
+            let mut copy = vec![0; length];
+            assert_eq!(shared.copy_and_checksum(&mut copy, block, 3), whole, "copy of {length} bytes");
+            assert_eq!(copy, *memory);
+        }
+    }
+
+    // A part must be the bytes it says, and one that reaches outside must not exist.
+    #[test]
+    fn parts_lie_inside() {
+        let memory = Arc::new(vec![1u8, 2, 3, 4]);
+        let shared = over(&memory);
+        let mut two = [0; 2];
+        shared.part(1, 2).copy_to(&mut two);
+        assert_eq!(two, [2, 3]);
+        assert!(shared.part(4, 0).is_empty());
+        for (offset, length) in [(3, 2), (usize::MAX, 2)] {
+            let outside = std::panic::AssertUnwindSafe(|| shared.part(offset, length));
+            assert!(std::panic::catch_unwind(outside).is_err());
+        }
+    }
+}

@@ -1,0 +1,184 @@
+//! Both ends of the Unix socket: who listens, who connects, who is there.
+
+use std::io;
+use std::marker::PhantomData;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::net::UnixListener as StdListener;
+use std::os::unix::net::UnixStream as StdStream;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use tokio::net::{UnixListener, UnixStream};
+
+use terrace_proto::v1::{LaneRequest, LaneResponse};
+
+use crate::error::LaneError;
+use crate::frame::{LaneMessage, LaneReader, LaneWriter};
+use crate::syscall;
+
+/// Longest path of a Unix socket, in bytes (`sun_path` less its final zero).
+pub const SOCKET_PATH_BYTES_MAX: usize = 107;
+
+// Connections that wait to be accepted.
+const BACKLOG: i32 = 128;
+
+/// Who is at the other end.
+#[derive(Debug)]
+pub struct PeerCredentials {
+    /// Process id, as this process's pid namespace sees it; 0 if it cannot. Only for people.
+    pub pid: u32,
+    /// User id when the peer connected.
+    pub uid: u32,
+    /// Becomes readable when the peer's process ends. `None` on kernels before 6.5.
+    pub pidfd: Option<OwnedFd>,
+}
+
+/// The daemon's listening socket. Its file is removed when it is dropped.
+#[derive(Debug)]
+pub struct LaneServer {
+    listener: UnixListener,
+    path: PathBuf,
+    inode: Option<u64>,
+}
+
+impl LaneServer {
+    /// Listens at `path` with mode 0600. A socket file that nobody answers on is
+    /// replaced; anything else is left alone. Call it inside a tokio runtime.
+    ///
+    /// # Errors
+    /// A path over [`SOCKET_PATH_BYTES_MAX`], a path in use, or what the kernel says.
+    pub fn bind(path: &Path) -> Result<Self, LaneError> {
+        check_path(path)?;
+        remove_stale(path)?;
+        let failed = |source| LaneError::Socket { path: path.to_owned(), source };
+        let socket = syscall::listen_private(path, BACKLOG).map_err(|error| match error.kind() {
+            io::ErrorKind::AddrInUse => LaneError::InUse { path: path.to_owned() },
+            _ => failed(error),
+        })?;
+        let listener = UnixListener::from_std(StdListener::from(socket)).map_err(failed)?;
+        let inode = std::fs::symlink_metadata(path).ok().map(|facts| facts.ino());
+        Ok(Self { listener, path: path.to_owned(), inode })
+    }
+
+    /// Where it listens.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The next client. Cancel-safe.
+    ///
+    /// # Errors
+    /// What the kernel says: out of descriptors, for example. Wait a little and try again.
+    pub async fn accept(&self) -> Result<LaneConnection<LaneRequest, LaneResponse>, LaneError> {
+        let (stream, _) = self.listener.accept().await?;
+        LaneConnection::new(stream)
+    }
+}
+
+impl Drop for LaneServer {
+    fn drop(&mut self) {
+        // Only our own file: another daemon may have replaced it.
+        let found = std::fs::symlink_metadata(&self.path).ok().map(|facts| facts.ino());
+        if found.is_some()
+            && found == self.inode
+            && let Err(error) = std::fs::remove_file(&self.path)
+        {
+            tracing::warn!(path = %self.path.display(), %error, "lane socket file stays behind");
+        }
+    }
+}
+
+/// One connection, which receives `I` and sends `O`.
+#[derive(Debug)]
+pub struct LaneConnection<I, O> {
+    peer: PeerCredentials,
+    stream: Arc<UnixStream>,
+    kind: PhantomData<fn(O) -> I>,
+}
+
+impl LaneConnection<LaneResponse, LaneRequest> {
+    /// Connects to a daemon. Cancel-safe.
+    ///
+    /// # Errors
+    /// A path over [`SOCKET_PATH_BYTES_MAX`], or what the kernel says.
+    pub async fn connect(path: &Path) -> Result<Self, LaneError> {
+        check_path(path)?;
+        let stream = UnixStream::connect(path)
+            .await
+            .map_err(|source| LaneError::Socket { path: path.to_owned(), source })?;
+        Self::new(stream)
+    }
+}
+
+impl<I: LaneMessage, O: LaneMessage> LaneConnection<I, O> {
+    fn new(stream: UnixStream) -> Result<Self, LaneError> {
+        let facts = stream.peer_cred()?;
+        let pid = facts.pid().and_then(|pid| u32::try_from(pid).ok()).unwrap_or(0);
+        let pidfd = syscall::peer_pidfd(stream.as_fd());
+        Ok(Self {
+            peer: PeerCredentials { pid, uid: facts.uid(), pidfd },
+            stream: Arc::new(stream),
+            kind: PhantomData,
+        })
+    }
+
+    /// A connection over a socket that exists already, for example one end of a
+    /// socket pair. Call it inside a tokio runtime.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn from_stream(stream: StdStream) -> Result<Self, LaneError> {
+        stream.set_nonblocking(true)?;
+        Self::new(UnixStream::from_std(stream)?)
+    }
+
+    /// Who is at the other end.
+    pub fn peer(&self) -> &PeerCredentials {
+        &self.peer
+    }
+
+    /// The two halves. The socket closes when both are gone.
+    pub fn split(self) -> (PeerCredentials, LaneReader<I>, LaneWriter<O>) {
+        let reader = LaneReader::new(Arc::clone(&self.stream));
+        (self.peer, reader, LaneWriter::new(self.stream))
+    }
+}
+
+fn check_path(path: &Path) -> Result<(), LaneError> {
+    let found = path.as_os_str().as_bytes().len();
+    if found > SOCKET_PATH_BYTES_MAX {
+        return Err(LaneError::PathTooLong { path: path.to_owned(), found, limit: SOCKET_PATH_BYTES_MAX });
+    }
+    Ok(())
+}
+
+/// Removes a socket file that nobody answers on.
+fn remove_stale(path: &Path) -> Result<(), LaneError> {
+    let failed = |source| LaneError::Socket { path: path.to_owned(), source };
+    match std::fs::symlink_metadata(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(failed(error)),
+        Ok(facts) if !facts.file_type().is_socket() => {
+            return Err(LaneError::NotASocket { path: path.to_owned() });
+        }
+        Ok(_) => {}
+    }
+    match StdStream::connect(path) {
+        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
+            tracing::info!(path = %path.display(), "removing a lane socket that nobody answers on");
+            match std::fs::remove_file(path) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => Err(failed(error)),
+                Ok(()) | Err(_) => Ok(()),
+            }
+        }
+        // It went away meanwhile.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(failed(error)),
+        Ok(_) => Err(LaneError::InUse { path: path.to_owned() }),
+    }
+}
+
+#[cfg(test)]
+mod tests;
