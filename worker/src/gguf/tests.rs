@@ -1,3 +1,5 @@
+//! Damaged, foreign and truncated model files; decoding of stored groups.
+
 use std::fs;
 
 use super::*;

@@ -253,13 +253,13 @@ unsafe fn chains<V: Lanes, const R: usize, const T: usize>(tile: Tile) {
         let mut input = tile.input;
         for _ in 0..tile.columns {
             let mut rows = [V::splat(0.0); R];
-            for r in 0..R {
-                rows[r] = V::load_f16(weights.add((r / 2) * tile.panel_stride + (r % 2) * LANES));
+            for (r, row) in rows.iter_mut().enumerate() {
+                *row = V::load_f16(weights.add((r / 2) * tile.panel_stride + (r % 2) * LANES));
             }
-            for t in 0..T {
+            for (t, sums) in sums.iter_mut().enumerate() {
                 let value = V::splat(*input.add(t));
-                for r in 0..R {
-                    sums[t][r] = rows[r].fma(value, sums[t][r]);
+                for (sum, row) in sums.iter_mut().zip(rows) {
+                    *sum = row.fma(value, *sum);
                 }
             }
             weights = weights.add(PANEL_ROWS);

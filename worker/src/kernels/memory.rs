@@ -35,6 +35,9 @@ impl ReadBytes {
     /// The bytes are readable, and aligned to two bytes, until `owner` is
     /// dropped. Another process may change them only in breach of the lease;
     /// then the values read are arbitrary, and the fence says so.
+    ///
+    /// # Panics
+    /// If `pointer` is odd.
     pub unsafe fn new(pointer: NonNull<u8>, len: usize, owner: Arc<dyn Any + Send + Sync>) -> Self {
         assert!(pointer.addr().get().is_multiple_of(2), "blocks hold f16");
         Self { pointer, len, _owner: owner }
@@ -83,6 +86,9 @@ impl WriteBytes {
     /// # Safety
     /// The bytes are readable and writable, and aligned to two bytes, until
     /// `owner` is dropped, and nobody else writes to them in this process.
+    ///
+    /// # Panics
+    /// If `pointer` is odd.
     pub unsafe fn new(pointer: NonNull<u8>, len: usize, owner: Arc<dyn Any + Send + Sync>) -> Self {
         assert!(pointer.addr().get().is_multiple_of(2), "blocks hold f16");
         Self { pointer, len, owner }

@@ -39,6 +39,9 @@ impl Measurement {
 ///
 /// # Errors
 /// If both together exceed the model's context.
+///
+/// # Panics
+/// Never: nobody can cancel the passes.
 pub fn measure(model: &Model, prefill: usize, decode: usize) -> Result<Measurement, ForwardError> {
     let never = AtomicBool::new(false);
     let mut scratch = Scratch::new();

@@ -1,3 +1,5 @@
+//! Texts survive the way to tokens and back.
+
 use super::*;
 use crate::chat::Message;
 use crate::tiny::TinyModel;
