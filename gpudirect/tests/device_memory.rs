@@ -1,6 +1,8 @@
 //! The same questions to every implementation of `DeviceMemory`: the stand-in
 //! always, CUDA where there is a device.
 
+#![allow(clippy::unwrap_used, reason = "a test ends there, and says where")]
+
 use terrace_core::ByteCount;
 use terrace_gpudirect::{
     Buffer, Chunk, CudaMemory, DeviceError, DeviceMemory, HbmStatus, HostMemory, Transfer, probe,
