@@ -1,1 +1,12 @@
-//! placeholder
+//! The `terrace` program: runs a node in the foreground, shows what is where,
+//! and measures.
+
+mod admin;
+mod block;
+pub mod cli;
+mod connect;
+mod doctor;
+mod home;
+mod model;
+mod output;
+mod up;
