@@ -1,1 +1,26 @@
-//! placeholder
+//! Memory chunks, NVMe devices and the catalog: everything that holds block
+//! bytes on one node, or remembers where they are.
+//!
+//! [`Media`] performs the slow effects of the core on threads of its own and
+//! answers by a callback. It decides nothing: which frame, when, and whether at
+//! all is the core's business. Bytes that come from a device are checked
+//! against their header page and checksum before anybody is told of them.
+
+mod api;
+mod catalog;
+mod device;
+mod facts;
+mod header;
+mod memory;
+
+pub use api::{
+    Backend, Carve, CatalogState, Complete, DeviceConfig, DeviceFacts, FoundHeader, Hooks, MediaConfig,
+    MediaError, MediaFacts, MediaOp, OpenReport, ScanPiece, ScanReport, SpaceRecord, WrapDevice,
+};
+pub use catalog::CatalogError;
+pub use device::{AlignedPages, BlockIo, Device, IoBuffer, IoDone, IoFacts, IoOp, IoRequest};
+pub use facts::{MemoryFacts, memory_available, memory_facts};
+pub use header::{
+    BadHeader, MANIFEST_BYTES_MAX, SlotHeader, TENANT_NAME_BYTES_MAX, decode_header, encode_header,
+};
+pub use memory::{Access, ChunkMemory, Holders, OutsideFrame, PAGE_BYTES, PageKind, Retired};

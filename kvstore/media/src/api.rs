@@ -1,0 +1,350 @@
+//! What the daemon says to media and hears from it. [`MediaOp`] mirrors the slow
+//! effects of the core field by field.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+use terrace_core::{
+    BlockHeader, BlockId, ByteCount, ChunkId, DeviceId, DiskFrame, Done, Fault, FrameRef, IoClass, OpId,
+    SpaceId, TenantId, Via,
+};
+
+use crate::catalog::CatalogError;
+use crate::device::BlockIo;
+use crate::memory::Access;
+
+/// Called once for every operation that was started, from a thread of media,
+/// never from inside [`crate::Media::start`].
+pub type Complete = Box<dyn Fn(OpId, Result<Done, Fault>) + Send + Sync>;
+
+/// Puts something (a fault injector) between media and a device.
+pub type WrapDevice = Box<dyn Fn(DeviceId, Arc<dyn BlockIo>) -> Arc<dyn BlockIo> + Send>;
+
+/// Where everything is and how large.
+pub struct MediaConfig {
+    /// Folder of the lock and the catalog. Made if it is not there.
+    pub data_dir: PathBuf,
+    /// The node that owns the devices. A device of another node is refused.
+    pub node: [u8; 16],
+    /// Size of a slot; a multiple of 2 MiB.
+    pub chunk_bytes: ByteCount,
+    /// The Nvme tier, by `DeviceId`.
+    pub devices: Vec<DeviceConfig>,
+    /// How devices are driven.
+    pub backend: Backend,
+    /// Bytes in flight on one device, over all classes. At least one I/O is always in flight.
+    pub bytes_in_flight_max: ByteCount,
+    /// Threads that copy and verify.
+    pub checkers: u32,
+    /// Test doubles; [`Hooks::default`] has none.
+    pub hooks: Hooks,
+}
+
+/// One preallocated file or raw block device.
+#[derive(Clone, Debug)]
+pub struct DeviceConfig {
+    /// Its path. A file is made if it is not there.
+    pub path: PathBuf,
+    /// Chunk slots to be used.
+    pub slots: u32,
+}
+
+/// Where tests reach in.
+#[derive(Default)]
+pub struct Hooks {
+    /// Stands between media and each device.
+    pub wrap_device: Option<WrapDevice>,
+    /// While true, the catalog fails every write.
+    pub catalog_fails: Arc<AtomicBool>,
+}
+
+/// Which system calls carry device I/O.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Backend {
+    /// io_uring if the kernel allows it, else `Pread`.
+    Auto,
+    /// io_uring, or an error.
+    IoUring,
+    /// A pool of threads with `pread` and `pwrite`.
+    Pread,
+}
+
+/// A slow operation. See the effect of the same name in the core.
+#[derive(Debug)]
+pub enum MediaOp {
+    /// Makes a chunk or, with [`Access::Window`], a window.
+    CreateChunk { op: OpId, chunk: ChunkId, access: Access, frame_bytes: ByteCount, frames: u32 },
+    /// Closes a chunk. Done when no other process holds its pages;
+    /// [`Fault::StillMapped`] after a patience of two seconds: then the bytes
+    /// are part of [`MediaFacts::lingering`] until they are gone.
+    DropChunk { op: OpId, chunk: ChunkId },
+    /// Device to frame, verified.
+    Read {
+        op: OpId,
+        source: DiskFrame,
+        source_offset: u64,
+        target: FrameRef,
+        expect: BlockHeader,
+        class: IoClass,
+    },
+    /// Frame to device.
+    Write {
+        op: OpId,
+        source: FrameRef,
+        target: DiskFrame,
+        target_offset: u64,
+        header: BlockHeader,
+        via: Via,
+        class: IoClass,
+    },
+    /// Writes a slot's chunk header and records it in the catalog.
+    CarveSlot { op: OpId, device: DeviceId, slot: u32, space: SpaceId, frame_bytes: ByteCount },
+    /// Syncs the devices of `put`, then one synced batch.
+    Commit { op: OpId, put: Vec<(DiskFrame, BlockHeader)>, delete: Vec<BlockId> },
+    /// Raises the lowest valid generation in the superblocks, then deletes the older blocks from the catalog.
+    ClearSpace { op: OpId, space: SpaceId, tenant: TenantId, generation: u64 },
+    /// Compares a payload with its checksum.
+    Verify { op: OpId, frame: FrameRef, expect: BlockHeader },
+    /// Copies a payload and compares the copy.
+    Copy { op: OpId, source: FrameRef, target: FrameRef, expect: BlockHeader },
+}
+
+impl MediaOp {
+    /// The operation's number.
+    pub const fn op(&self) -> OpId {
+        match self {
+            Self::CreateChunk { op, .. }
+            | Self::DropChunk { op, .. }
+            | Self::Read { op, .. }
+            | Self::Write { op, .. }
+            | Self::CarveSlot { op, .. }
+            | Self::Commit { op, .. }
+            | Self::ClearSpace { op, .. }
+            | Self::Verify { op, .. }
+            | Self::Copy { op, .. } => *op,
+        }
+    }
+}
+
+/// A block on a device, from the catalog or from a header page. Headers of
+/// generations that were cleared are never reported.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FoundHeader {
+    /// Where.
+    pub frame: DiskFrame,
+    /// What.
+    pub header: BlockHeader,
+}
+
+/// How a slot is carved.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Carve {
+    /// The device.
+    pub device: DeviceId,
+    /// The slot.
+    pub slot: u32,
+    /// The space whose blocks it holds.
+    pub space: SpaceId,
+    /// Header page and payload of one frame.
+    pub frame_bytes: ByteCount,
+}
+
+/// What the catalog keeps of a space. The manifest is the daemon's encoding.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SpaceRecord {
+    /// The space.
+    pub space: SpaceId,
+    /// Its tenant.
+    pub tenant: TenantId,
+    /// The tenant's name; at most 256 bytes.
+    pub tenant_name: String,
+    /// Lowest valid generation: what [`MediaOp::ClearSpace`] last said, or 1 and more by choice of the daemon.
+    pub generation: u64,
+    /// Encoded manifest; at most 3 KiB, so that it fits a chunk header page too.
+    pub manifest: Vec<u8>,
+}
+
+/// What was there when the store was opened.
+#[derive(Debug)]
+pub struct OpenReport {
+    /// This life of the daemon; greater than any before on the same devices or catalog.
+    pub incarnation: u32,
+    /// Spaces of the catalog. After a rebuild, more come with [`ScanPiece::space`].
+    pub spaces: Vec<SpaceRecord>,
+    /// Carved slots of the catalog.
+    pub carves: Vec<Carve>,
+    /// State of the catalog.
+    pub catalog: CatalogState,
+    /// The last life ended by [`crate::Media::close`].
+    pub clean: bool,
+    /// The catalog does not know all blocks: call [`crate::Media::scan`].
+    pub scan_needed: bool,
+    /// What an operator should know.
+    pub notes: Vec<String>,
+}
+
+/// Which catalog we have.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum CatalogState {
+    /// There was none.
+    New,
+    /// It was opened.
+    Opened,
+    /// It was damaged and has been moved to `moved_to`; a new one was begun.
+    Damaged {
+        /// What RocksDB or the decoder said.
+        reason: String,
+        /// Where the damaged one is.
+        moved_to: PathBuf,
+    },
+}
+
+/// One slot of a scan.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ScanPiece {
+    /// The device.
+    pub device: DeviceId,
+    /// The slot.
+    pub slot: u32,
+    /// How it is carved; `None` if it holds no valid chunk header, and so no blocks.
+    pub carve: Option<Carve>,
+    /// The space, if the chunk header names its manifest.
+    pub space: Option<SpaceRecord>,
+    /// Its blocks, in the catalog by now.
+    pub blocks: Vec<FoundHeader>,
+}
+
+/// A whole scan.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ScanReport {
+    /// Slots looked at.
+    pub slots: u64,
+    /// Blocks found.
+    pub blocks: u64,
+    /// Header pages that were neither empty nor valid.
+    pub damaged: u64,
+    /// Slots that could not be read.
+    pub unreadable: u64,
+}
+
+/// State of one device.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DeviceFacts {
+    /// Its path.
+    pub path: PathBuf,
+    /// Identity from the superblock.
+    pub uuid: [u8; 16],
+    /// Slots in use.
+    pub slots: u32,
+    /// The backend that runs, and why.
+    pub backend: String,
+    /// False after a failed sync: it is read, and no longer written.
+    pub writable: bool,
+    /// Bytes read since the start.
+    pub read_bytes: u64,
+    /// Bytes written since the start.
+    pub write_bytes: u64,
+    /// I/Os that failed.
+    pub errors: u64,
+    /// Requests that wait or run.
+    pub queued: u64,
+}
+
+/// What `info` and metrics show.
+#[derive(Clone, Debug)]
+pub struct MediaFacts {
+    /// By `DeviceId`.
+    pub devices: Vec<DeviceFacts>,
+    /// Pages by kind label, in chunks.
+    pub chunk_pages: Vec<(&'static str, u64)>,
+    /// Memory of dropped chunks that other processes still hold.
+    pub lingering: ByteCount,
+    /// The catalog takes writes.
+    pub catalog_usable: bool,
+    /// Syncs of devices and catalog batches since the start: `(commits, batches)`.
+    pub commits: (u64, u64),
+    /// Notes of the devices and of memory.
+    pub notes: Vec<String>,
+}
+
+/// Opening or scanning failed.
+#[derive(Debug, thiserror::Error)]
+pub enum MediaError {
+    /// Another daemon runs here.
+    #[error(
+        "data directory {path} is already in use by pid {pid}; stop that daemon or choose another `data_dir`"
+    )]
+    InUse {
+        /// The directory or device.
+        path: PathBuf,
+        /// The owner, or "unknown".
+        pid: String,
+    },
+    /// A file could not be used.
+    #[error("{path}: cannot {action}: {source}")]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// What was tried.
+        action: &'static str,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// A file or device holds something that is not ours.
+    #[error("{path} is not empty and is no Terrace device; choose another path, or empty it yourself")]
+    NotOurs {
+        /// The device.
+        path: PathBuf,
+    },
+    /// A device was made by a newer Terrace.
+    #[error(
+        "{path} has format {found}; this Terrace knows up to {known}: use a newer one. Nothing was changed"
+    )]
+    NewerFormat {
+        /// The device.
+        path: PathBuf,
+        /// Its major format number.
+        found: u32,
+        /// Ours.
+        known: u32,
+    },
+    /// A device belongs to another node.
+    #[error(
+        "{path} belongs to node {found}, this is node {ours}; use its own data directory, or another path"
+    )]
+    OtherNode {
+        /// The device.
+        path: PathBuf,
+        /// Its node, in hexadecimal.
+        found: String,
+        /// Ours.
+        ours: String,
+    },
+    /// A device was carved with another chunk size.
+    #[error(
+        "{path} was made with chunk_bytes = {found}, configured are {ours}; set `chunk_bytes` back, or use another path"
+    )]
+    OtherChunkBytes {
+        /// The device.
+        path: PathBuf,
+        /// Its size.
+        found: u64,
+        /// Ours.
+        ours: u64,
+    },
+    /// A setting is out of range.
+    #[error("{0}")]
+    BadConfig(&'static str),
+    /// The superblock's table is full.
+    #[error("{path}: the table of cleared spaces is full ({limit} entries)")]
+    TableFull {
+        /// The device.
+        path: PathBuf,
+        /// Its entries.
+        limit: usize,
+    },
+    /// The catalog failed.
+    #[error(transparent)]
+    Catalog(#[from] CatalogError),
+}

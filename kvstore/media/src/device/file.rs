@@ -1,0 +1,136 @@
+//! The file or raw device under a [`super::Device`]: opened with O_DIRECT,
+//! locked against a second daemon, preallocated.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use crate::api::MediaError;
+
+/// An open, locked, preallocated device.
+#[derive(Debug)]
+pub(crate) struct DeviceFile {
+    file: File,
+    path: PathBuf,
+    direct: bool,
+    /// It did not exist, or was empty.
+    pub(crate) fresh: bool,
+    /// Bytes that were missing at its end, if it had been made before.
+    pub(crate) missing_bytes: u64,
+}
+
+impl DeviceFile {
+    pub(crate) fn open(path: &Path, bytes: u64) -> Result<Self, MediaError> {
+        let failed = |action: &'static str| {
+            move |source: io::Error| MediaError::File { path: path.to_owned(), action, source }
+        };
+        let (file, direct) = open_direct(path).map_err(failed("open or create it"))?;
+        lock_exclusively(&file, path)?;
+        let facts = file.metadata().map_err(failed("look at it"))?;
+        if facts.file_type().is_block_device() {
+            let found = io::Seek::seek(&mut &file, io::SeekFrom::End(0)).map_err(failed("measure it"))?;
+            if found < bytes {
+                let text = format!("the device has {found} bytes, configured are {bytes}; lower its `bytes`");
+                return Err(failed("use it")(io::Error::new(io::ErrorKind::InvalidInput, text)));
+            }
+            return Ok(Self { file, path: path.to_owned(), direct, fresh: false, missing_bytes: 0 });
+        }
+        if !facts.is_file() {
+            let error = io::Error::new(io::ErrorKind::InvalidInput, "neither a file nor a block device");
+            return Err(failed("use it")(error));
+        }
+        let fresh = facts.len() == 0;
+        let missing_bytes = if fresh { 0 } else { bytes.saturating_sub(facts.len()) };
+        Ok(Self { file, path: path.to_owned(), direct, fresh, missing_bytes })
+    }
+
+    /// Reserves the room on the file system, so that a later write cannot run out of it.
+    pub(crate) fn preallocate(&self, bytes: u64) -> Result<(), MediaError> {
+        let facts = self.file.metadata();
+        if facts.is_ok_and(|facts| facts.file_type().is_block_device()) {
+            return Ok(());
+        }
+        let length =
+            i64::try_from(bytes).map_err(|_| MediaError::BadConfig("a device is larger than 2^63 bytes"))?;
+        // SAFETY: plain system call on a descriptor that we own.
+        if unsafe { libc::fallocate64(self.file.as_raw_fd(), 0, 0, length) } == 0 {
+            return Ok(());
+        }
+        let error = io::Error::last_os_error();
+        let outcome = match error.raw_os_error() {
+            Some(libc::EOPNOTSUPP) => self.file.set_len(bytes.max(self.len())),
+            _ => Err(error),
+        };
+        outcome.map_err(|source| MediaError::File {
+            path: self.path.clone(),
+            action: "reserve its room (lower its `bytes`, or free space)",
+            source,
+        })
+    }
+
+    fn len(&self) -> u64 {
+        self.file.metadata().map_or(0, |facts| facts.len())
+    }
+
+    pub(crate) fn sync(&self) -> io::Result<()> {
+        self.file.sync_data()
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    pub(crate) fn is_direct(&self) -> bool {
+        self.direct
+    }
+
+    pub(crate) fn file(&self) -> &File {
+        &self.file
+    }
+}
+
+impl AsRawFd for DeviceFile {
+    fn as_raw_fd(&self) -> RawFd {
+        self.file.as_raw_fd()
+    }
+}
+
+fn open_direct(path: &Path) -> io::Result<(File, bool)> {
+    let mut options = OpenOptions::new();
+    options.read(true).write(true).create(true).truncate(false).mode(0o600);
+    match options.clone().custom_flags(libc::O_DIRECT).open(path) {
+        Ok(file) => Ok((file, true)),
+        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => Ok((options.open(path)?, false)),
+        Err(error) => Err(error),
+    }
+}
+
+/// Takes the lock that keeps a second daemon away, or says who has it.
+pub(crate) fn lock_exclusively(file: &File, path: &Path) -> Result<(), MediaError> {
+    match file.try_lock() {
+        Ok(()) => Ok(()),
+        Err(std::fs::TryLockError::WouldBlock) => {
+            Err(MediaError::InUse { path: path.to_owned(), pid: lock_owner(file) })
+        }
+        Err(std::fs::TryLockError::Error(source)) => {
+            Err(MediaError::File { path: path.to_owned(), action: "lock it", source })
+        }
+    }
+}
+
+/// The process that /proc/locks names for this inode.
+fn lock_owner(file: &File) -> String {
+    let inode = file.metadata().map_or(0, |facts| facts.ino()).to_string();
+    let locks = std::fs::read_to_string("/proc/locks").unwrap_or_default();
+    let owner = locks.lines().find_map(|line| {
+        // `1: FLOCK  ADVISORY  WRITE 1234 fe:00:131 0 EOF`
+        let mut words = line.split_whitespace().skip(1);
+        let kind = words.next()?;
+        let pid = words.nth(2)?;
+        let found = words.next()?.rsplit(':').next()?;
+        (kind == "FLOCK" && found == inode).then(|| pid.to_owned())
+    });
+    owner.unwrap_or_else(|| "unknown".to_owned())
+}

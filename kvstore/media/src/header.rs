@@ -1,0 +1,286 @@
+//! Header pages: the first 4 KiB of each frame and of each slot on a device.
+//!
+//! Layout of a frame header, little-endian; bytes not named are zero and are
+//! covered by the CRC:
+//!
+//! | offset | bytes | field |
+//! |---|---|---|
+//! | 0 | 8 | magic `TERRFRM1` |
+//! | 8 | 2 | format version, 1 |
+//! | 10 | 2 | flags: bit 0 set if there is a parent |
+//! | 12 | 4 | zero |
+//! | 16 | 16 | block id |
+//! | 32 | 16 | space id |
+//! | 48 | 16 | tenant id |
+//! | 64 | 16 | parent id, or zero |
+//! | 80 | 8 | payload length in bytes |
+//! | 88 | 8 | payload checksum (CRC-64/NVMe, seeded) |
+//! | 96 | 8 | generation of the space |
+//! | 104 | 8 | write sequence |
+//! | 112 | 8 | CRC-64/NVMe over bytes 0 to 112 |
+//!
+//! The CRC comes last so that it covers one contiguous range. A slot header is
+//! documented at [`SlotHeader`].
+
+use terrace_core::{BLOCK_BYTES_MAX, BlockHeader, BlockId, ByteCount, Checksum, SpaceId, TenantId};
+
+use crate::api::SpaceRecord;
+
+const PAGE: usize = 4096;
+const FRAME_MAGIC: &[u8; 8] = b"TERRFRM1";
+const SLOT_MAGIC: &[u8; 8] = b"TERRSLT1";
+const VERSION: u16 = 1;
+const FLAG_PARENT: u16 = 1;
+const FRAME_CRC_AT: usize = 112;
+const SLOT_FIXED: usize = 96;
+/// Longest manifest that is kept.
+pub const MANIFEST_BYTES_MAX: usize = 3072;
+/// Longest tenant name that is kept.
+pub const TENANT_NAME_BYTES_MAX: usize = 256;
+
+/// Why a page is no header.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum BadHeader {
+    /// Shorter than a header.
+    #[error("too short for a header page")]
+    Short,
+    /// All zero: nothing was ever written here.
+    #[error("an empty page")]
+    Empty,
+    /// Something else.
+    #[error("no header page (wrong magic)")]
+    Magic,
+    /// Of another version.
+    #[error("header version {found}; this Terrace reads {VERSION}")]
+    Version {
+        /// Its version.
+        found: u16,
+    },
+    /// Damaged.
+    #[error("the header's own checksum does not match")]
+    Crc,
+    /// The fields contradict each other.
+    #[error("impossible field in a header")]
+    Field,
+}
+
+/// Fills a header page. Bytes behind the header are zeroed.
+///
+/// # Panics
+/// If the page is shorter than 4096 bytes.
+pub fn encode_header(header: &BlockHeader, page: &mut [u8]) {
+    let page = &mut page[..PAGE];
+    page.fill(0);
+    page[..8].copy_from_slice(FRAME_MAGIC);
+    page[8..10].copy_from_slice(&VERSION.to_le_bytes());
+    let flags = if header.parent.is_some() { FLAG_PARENT } else { 0 };
+    page[10..12].copy_from_slice(&flags.to_le_bytes());
+    page[16..32].copy_from_slice(&header.block.to_bytes());
+    page[32..48].copy_from_slice(&header.space.to_bytes());
+    page[48..64].copy_from_slice(&header.tenant.to_bytes());
+    if let Some(parent) = header.parent {
+        page[64..80].copy_from_slice(&parent.to_bytes());
+    }
+    page[80..88].copy_from_slice(&header.length.get().to_le_bytes());
+    page[88..96].copy_from_slice(&header.checksum.get().to_le_bytes());
+    page[96..104].copy_from_slice(&header.generation.to_le_bytes());
+    page[104..112].copy_from_slice(&header.write_sequence.to_le_bytes());
+    let crc = crc(&page[..FRAME_CRC_AT]);
+    page[FRAME_CRC_AT..FRAME_CRC_AT + 8].copy_from_slice(&crc.to_le_bytes());
+}
+
+/// Reads a header page. Any bytes may be given.
+///
+/// # Errors
+/// Why it is none.
+pub fn decode_header(page: &[u8]) -> Result<BlockHeader, BadHeader> {
+    let page = page.get(..PAGE).ok_or(BadHeader::Short)?;
+    check(page, FRAME_MAGIC, FRAME_CRC_AT)?;
+    let flags = u16_at(page, 10);
+    let parent = id_at(page, 64);
+    let length = u64_at(page, 80);
+    let named = flags == FLAG_PARENT || (flags == 0 && parent == [0; 16]);
+    let rest_is_zero = page[12..16].iter().chain(&page[FRAME_CRC_AT + 8..]).all(|byte| *byte == 0);
+    if !named || !rest_is_zero || length == 0 || length > BLOCK_BYTES_MAX {
+        return Err(BadHeader::Field);
+    }
+    Ok(BlockHeader {
+        block: BlockId::from_bytes(id_at(page, 16)),
+        space: SpaceId::from_bytes(id_at(page, 32)),
+        tenant: TenantId::from_bytes(id_at(page, 48)),
+        parent: (flags == FLAG_PARENT).then(|| BlockId::from_bytes(parent)),
+        length: ByteCount::new(length),
+        checksum: Checksum::new(u64_at(page, 88)),
+        generation: u64_at(page, 96),
+        write_sequence: u64_at(page, 104),
+    })
+}
+
+/// The first page of a carved slot. Layout, little-endian:
+///
+/// | offset | bytes | field |
+/// |---|---|---|
+/// | 0 | 8 | magic `TERRSLT1` |
+/// | 8 | 2 | format version, 1 |
+/// | 10 | 2 | length of the tenant's name |
+/// | 12 | 4 | length of the manifest |
+/// | 16 | 16 | space id |
+/// | 32 | 16 | tenant id |
+/// | 48 | 8 | bytes of a frame, header page included |
+/// | 56 | 8 | carve sequence: which of two carvings is newer |
+/// | 64 | 8 | generation of the space when the slot was carved |
+/// | 72 | 4 | slot, so that a misdirected page is noticed |
+/// | 76 | 12 | zero |
+/// | 88 | 8 | CRC-64/NVMe over bytes 0 to 88 and 96 to 4096 |
+/// | 96 | | tenant's name, then manifest: both may be empty |
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SlotHeader {
+    /// Where it belongs.
+    pub slot: u32,
+    /// The space.
+    pub space: SpaceId,
+    /// Its tenant.
+    pub tenant: TenantId,
+    /// Size of a frame.
+    pub frame_bytes: ByteCount,
+    /// Of two carvings the higher one is newer.
+    pub carve_sequence: u64,
+    /// Generation of the space then.
+    pub generation: u64,
+    /// The tenant's name; empty if it was not known.
+    pub tenant_name: String,
+    /// The space's manifest; empty if it was not known.
+    pub manifest: Vec<u8>,
+}
+
+impl SlotHeader {
+    /// Fills a page.
+    ///
+    /// # Panics
+    /// If the page is shorter than 4096 bytes, or name or manifest longer than allowed: [`crate::Media::put_space`]
+    /// refuses those.
+    pub fn encode(&self, page: &mut [u8]) {
+        assert!(self.tenant_name.len() <= TENANT_NAME_BYTES_MAX, "tenant name too long for a slot header");
+        assert!(self.manifest.len() <= MANIFEST_BYTES_MAX, "manifest too long for a slot header");
+        let page = &mut page[..PAGE];
+        page.fill(0);
+        let name = u16::try_from(self.tenant_name.len()).expect("at most 256");
+        let manifest = u32::try_from(self.manifest.len()).expect("at most 3072");
+        page[..8].copy_from_slice(SLOT_MAGIC);
+        page[8..10].copy_from_slice(&VERSION.to_le_bytes());
+        page[10..12].copy_from_slice(&name.to_le_bytes());
+        page[12..16].copy_from_slice(&manifest.to_le_bytes());
+        page[16..32].copy_from_slice(&self.space.to_bytes());
+        page[32..48].copy_from_slice(&self.tenant.to_bytes());
+        page[48..56].copy_from_slice(&self.frame_bytes.get().to_le_bytes());
+        page[56..64].copy_from_slice(&self.carve_sequence.to_le_bytes());
+        page[64..72].copy_from_slice(&self.generation.to_le_bytes());
+        page[72..76].copy_from_slice(&self.slot.to_le_bytes());
+        let name_end = SLOT_FIXED + self.tenant_name.len();
+        page[SLOT_FIXED..name_end].copy_from_slice(self.tenant_name.as_bytes());
+        page[name_end..name_end + self.manifest.len()].copy_from_slice(&self.manifest);
+        let crc = slot_crc(page);
+        page[88..96].copy_from_slice(&crc.to_le_bytes());
+    }
+
+    /// Reads a page. Any bytes may be given.
+    ///
+    /// # Errors
+    /// Why it is none.
+    pub fn decode(page: &[u8]) -> Result<Self, BadHeader> {
+        let page = page.get(..PAGE).ok_or(BadHeader::Short)?;
+        check_magic(page, SLOT_MAGIC)?;
+        if u64_at(page, 88) != slot_crc(page) {
+            return Err(BadHeader::Crc);
+        }
+        check_version(page)?;
+        let name_bytes = usize::from(u16_at(page, 10));
+        let manifest_bytes = usize::try_from(u32_at(page, 12)).map_err(|_| BadHeader::Field)?;
+        let frame_bytes = u64_at(page, 48);
+        let fits = name_bytes <= TENANT_NAME_BYTES_MAX && manifest_bytes <= MANIFEST_BYTES_MAX;
+        if !fits || frame_bytes <= PAGE as u64 || !frame_bytes.is_multiple_of(PAGE as u64) {
+            return Err(BadHeader::Field);
+        }
+        let (name, rest) = page[SLOT_FIXED..].split_at(name_bytes);
+        let tenant_name = std::str::from_utf8(name).map_err(|_| BadHeader::Field)?.to_owned();
+        Ok(Self {
+            slot: u32_at(page, 72),
+            space: SpaceId::from_bytes(id_at(page, 16)),
+            tenant: TenantId::from_bytes(id_at(page, 32)),
+            frame_bytes: ByteCount::new(frame_bytes),
+            carve_sequence: u64_at(page, 56),
+            generation: u64_at(page, 64),
+            tenant_name,
+            manifest: rest[..manifest_bytes].to_vec(),
+        })
+    }
+
+    /// The space's record, if the header names the manifest.
+    pub fn record(&self) -> Option<SpaceRecord> {
+        (!self.manifest.is_empty()).then(|| SpaceRecord {
+            space: self.space,
+            tenant: self.tenant,
+            tenant_name: self.tenant_name.clone(),
+            generation: self.generation,
+            manifest: self.manifest.clone(),
+        })
+    }
+}
+
+fn slot_crc(page: &[u8]) -> u64 {
+    let mut digest = crc_fast::Digest::new(crc_fast::CrcAlgorithm::Crc64Nvme);
+    digest.update(&page[..88]);
+    digest.update(&page[SLOT_FIXED..PAGE]);
+    digest.finalize()
+}
+
+fn check(page: &[u8], magic: &[u8; 8], crc_at: usize) -> Result<(), BadHeader> {
+    check_magic(page, magic)?;
+    if u64_at(page, crc_at) != crc(&page[..crc_at]) {
+        return Err(BadHeader::Crc);
+    }
+    check_version(page)
+}
+
+fn check_magic(page: &[u8], magic: &[u8; 8]) -> Result<(), BadHeader> {
+    if page[..8] == *magic {
+        return Ok(());
+    }
+    Err(if page.iter().all(|byte| *byte == 0) { BadHeader::Empty } else { BadHeader::Magic })
+}
+
+fn check_version(page: &[u8]) -> Result<(), BadHeader> {
+    match u16_at(page, 8) {
+        VERSION => Ok(()),
+        found => Err(BadHeader::Version { found }),
+    }
+}
+
+/// CRC-64/NVMe, as everywhere on disk.
+pub(crate) fn crc(bytes: &[u8]) -> u64 {
+    crc_fast::checksum(crc_fast::CrcAlgorithm::Crc64Nvme, bytes)
+}
+
+/// # Panics
+/// These four panic past the end: callers pass whole pages or checked lengths.
+pub(crate) fn u64_at(bytes: &[u8], at: usize) -> u64 {
+    u64::from_le_bytes(array_at(bytes, at))
+}
+
+pub(crate) fn u32_at(bytes: &[u8], at: usize) -> u32 {
+    u32::from_le_bytes(array_at(bytes, at))
+}
+
+pub(crate) fn u16_at(bytes: &[u8], at: usize) -> u16 {
+    u16::from_le_bytes(array_at(bytes, at))
+}
+
+pub(crate) fn id_at(bytes: &[u8], at: usize) -> [u8; 16] {
+    array_at(bytes, at)
+}
+
+fn array_at<const N: usize>(bytes: &[u8], at: usize) -> [u8; N] {
+    let mut array = [0; N];
+    array.copy_from_slice(&bytes[at..at + N]);
+    array
+}

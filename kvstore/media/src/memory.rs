@@ -1,0 +1,569 @@
+//! Host memory chunks: one memfd of data and one of fences each.
+//!
+//! The daemon maps both read-write. A chunk of the pool is sealed against new
+//! writable mappings before any descriptor of it can leave; a window is sealed
+//! when it is adopted. Descriptors that leave are opened anew, read-only for
+//! readers, so that the kernel counts them apart from ours: [`ChunkMemory::holders`]
+//! and [`Retired::gone`] prove by a file lease that no other process holds the
+//! memory any more. The bytes are shared with other processes, so they are
+//! reached by raw pointers and copies, never by references that leave this file.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::ptr::NonNull;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use terrace_core::{BlockHeader, ByteCount, Checksum, Checksummer, Fence, MIB};
+
+use crate::facts;
+
+/// Size and alignment of a header page, and of everything that O_DIRECT touches.
+pub const PAGE_BYTES: u64 = 4096;
+const HUGE_PAGE_BYTES: u64 = 2 * MIB;
+/// The machine keeps this much for everything else when a chunk is made.
+const HEADROOM_BYTES: u64 = 256 * MIB;
+/// Bytes of shared memory that are copied before they are checksummed at once:
+/// small enough to stay in the L2 cache.
+const SCRATCH_BYTES: usize = 64 << 10;
+
+/// From `fcntl.h`: which signal says that a lease is broken.
+const F_SETSIG: libc::c_int = 10;
+
+static NEXT_ID: AtomicU64 = AtomicU64::new(1);
+
+/// Who may write a chunk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// The daemon alone.
+    Pool,
+    /// One client, until the window is adopted.
+    Window,
+}
+
+/// What kind of pages a chunk got.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PageKind {
+    /// Reserved 2 MiB pages (`nr_hugepages`).
+    Reserved,
+    /// 2 MiB pages by `MADV_HUGEPAGE` (`shmem_enabled`), where the kernel found some.
+    Transparent,
+    /// 4 KiB pages.
+    Small,
+}
+
+impl PageKind {
+    /// For `info`.
+    pub const fn label(self) -> &'static str {
+        match self {
+            Self::Reserved => "2 MiB huge pages (reserved)",
+            Self::Transparent => "2 MiB huge pages (transparent)",
+            Self::Small => "4 KiB pages",
+        }
+    }
+}
+
+/// Other processes that hold a chunk, by descriptor or mapping.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Holders {
+    /// Nobody: the kernel proved it.
+    Nobody,
+    /// Readers only.
+    Readers,
+    /// Somebody can write.
+    Writers,
+    /// The kernel cannot tell (no /proc): assume the worst.
+    Unknown,
+}
+
+/// A piece of a frame that lies outside of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "bytes {offset}..+{bytes} of frame {index} are outside: the chunk has {frames} frames of {payload} payload bytes"
+)]
+pub struct OutsideFrame {
+    /// Frame that was named.
+    pub index: u32,
+    /// First byte of the payload that was named.
+    pub offset: u64,
+    /// Length that was named.
+    pub bytes: u64,
+    /// Frames of the chunk.
+    pub frames: u32,
+    /// Payload bytes of a frame.
+    pub payload: u64,
+}
+
+/// A chunk's memory. Dropped: unmapped and closed.
+#[derive(Debug)]
+pub struct ChunkMemory {
+    id: u64,
+    /// The memfd's first open file. Never leaves, so a lease on `probe` sees only foreign ones.
+    data: OwnedFd,
+    /// Read-only opening of the same memory, for leases; absent without /proc.
+    probe: Option<OwnedFd>,
+    fence_data: OwnedFd,
+    mapping: Mapping,
+    fences: Mapping,
+    frame_bytes: u64,
+    frames: u32,
+    pages: PageKind,
+    sealed: AtomicBool,
+    /// A client could write at some time: its bytes may change under us.
+    ever_writable: AtomicBool,
+    /// Our own open file was handed out: leases can no longer tell.
+    shared_blindly: AtomicBool,
+}
+
+impl ChunkMemory {
+    /// Makes, populates, maps and (for [`Access::Pool`]) seals a chunk of at
+    /// least `frames * frame_bytes`, rounded up to 2 MiB. Blocks for tens of
+    /// milliseconds. All fences are 1.
+    ///
+    /// # Errors
+    /// `OutOfMemory` if the machine would keep less than 256 MiB available;
+    /// `InvalidInput` for frames that are not whole pages; else what the kernel said.
+    pub fn create(frame_bytes: ByteCount, frames: u32, access: Access) -> io::Result<Self> {
+        let frame_bytes = frame_bytes.get();
+        if frames == 0 || frame_bytes <= PAGE_BYTES || !frame_bytes.is_multiple_of(PAGE_BYTES) {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                "a chunk has at least one frame of a header page and whole payload pages",
+            ));
+        }
+        let bytes = u64::from(frames)
+            .checked_mul(frame_bytes)
+            .and_then(|bytes| bytes.checked_next_multiple_of(HUGE_PAGE_BYTES))
+            .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, "the chunk's size overflows"))?;
+        let (data, mapping, pages) = allocate(bytes)?;
+        let probe = reopen(data.as_fd(), libc::O_RDONLY).ok();
+        if let Some(probe) = &probe {
+            // A lease that a foreign `open` breaks while we hold it raises a signal: one that is ignored by default.
+            // SAFETY: plain fcntl on a descriptor that we own.
+            unsafe { libc::fcntl(probe.as_raw_fd(), F_SETSIG, libc::SIGURG) };
+        }
+        let fence_bytes = (u64::from(frames) * 8).next_multiple_of(PAGE_BYTES);
+        let fence_data = memfd("terrace-fences", 0)?;
+        truncate(fence_data.as_fd(), fence_bytes)?;
+        let fences = Mapping::new(fence_data.as_fd(), fence_bytes)?;
+        let chunk = Self {
+            id: NEXT_ID.fetch_add(1, Ordering::Relaxed),
+            data,
+            probe,
+            fence_data,
+            mapping,
+            fences,
+            frame_bytes,
+            frames,
+            pages,
+            sealed: AtomicBool::new(false),
+            ever_writable: AtomicBool::new(access == Access::Window),
+            shared_blindly: AtomicBool::new(false),
+        };
+        for index in 0..frames {
+            chunk.set_fence(index, Fence::new(1));
+        }
+        seal(chunk.fence_data.as_fd(), libc::F_SEAL_FUTURE_WRITE | libc::F_SEAL_SHRINK | libc::F_SEAL_GROW)?;
+        seal(chunk.data.as_fd(), libc::F_SEAL_SHRINK | libc::F_SEAL_GROW)?;
+        if access == Access::Pool {
+            chunk.adopt()?;
+        }
+        Ok(chunk)
+    }
+
+    /// Forbids new writable mappings for ever. Mappings that exist stay as they are.
+    ///
+    /// # Errors
+    /// What the kernel said; the chunk is as before.
+    pub fn adopt(&self) -> io::Result<()> {
+        seal(self.data.as_fd(), libc::F_SEAL_FUTURE_WRITE)?;
+        self.sealed.store(true, Ordering::Release);
+        Ok(())
+    }
+
+    /// A new read-only descriptor of the data, to be sent to a reader.
+    ///
+    /// # Errors
+    /// What the kernel said.
+    pub fn share_data(&self) -> io::Result<OwnedFd> {
+        self.share(libc::O_RDONLY)
+    }
+
+    /// A new writable descriptor of a window that is not adopted yet, for its owner.
+    ///
+    /// # Errors
+    /// `PermissionDenied` for a chunk of the pool; else what the kernel said.
+    pub fn share_writable(&self) -> io::Result<OwnedFd> {
+        if self.sealed.load(Ordering::Acquire) {
+            return Err(io::Error::new(
+                io::ErrorKind::PermissionDenied,
+                "the chunk is sealed; lease a new window",
+            ));
+        }
+        self.share(libc::O_RDWR)
+    }
+
+    /// A new read-only descriptor of the fence pages.
+    ///
+    /// # Errors
+    /// What the kernel said.
+    pub fn share_fences(&self) -> io::Result<OwnedFd> {
+        reopen(self.fence_data.as_fd(), libc::O_RDONLY).or_else(|_| self.fence_data.try_clone())
+    }
+
+    fn share(&self, flags: libc::c_int) -> io::Result<OwnedFd> {
+        match reopen(self.data.as_fd(), flags) {
+            Ok(fd) => Ok(fd),
+            // The seals protect a chunk of the pool all the same, but leases can no longer tell who holds it.
+            Err(_) => {
+                self.shared_blindly.store(true, Ordering::Release);
+                self.data.try_clone()
+            }
+        }
+    }
+
+    /// Who else holds this memory now.
+    pub fn holders(&self) -> Holders {
+        holders(self.probe.as_ref(), self.shared_blindly.load(Ordering::Acquire))
+    }
+
+    /// Number of this memory, unique in this process.
+    pub fn id(&self) -> u64 {
+        self.id
+    }
+
+    /// Frames of the chunk.
+    pub fn frames(&self) -> u32 {
+        self.frames
+    }
+
+    /// Header page and payload of one frame.
+    pub fn frame_bytes(&self) -> ByteCount {
+        ByteCount::new(self.frame_bytes)
+    }
+
+    /// Memory of the chunk, fences apart.
+    pub fn bytes(&self) -> ByteCount {
+        ByteCount::new(self.mapping.bytes)
+    }
+
+    /// The pages it got.
+    pub fn pages(&self) -> PageKind {
+        self.pages
+    }
+
+    /// Stores a fence, release order.
+    ///
+    /// # Panics
+    /// If the chunk has no such frame: the core names frames of chunks that it made.
+    pub fn set_fence(&self, index: u32, fence: Fence) {
+        self.fence_cell(index).store(fence.get(), Ordering::Release);
+    }
+
+    /// Loads a fence, acquire order.
+    ///
+    /// # Panics
+    /// If the chunk has no such frame.
+    pub fn fence(&self, index: u32) -> Fence {
+        Fence::new(self.fence_cell(index).load(Ordering::Acquire))
+    }
+
+    fn fence_cell(&self, index: u32) -> &AtomicU64 {
+        assert!(index < self.frames, "fence {index} of a chunk of {} frames", self.frames);
+        // SAFETY: the mapping holds `frames` aligned u64 and lives as long as self; other processes can only
+        // load from it, because the memory is sealed against writable mappings.
+        unsafe { &*self.fences.base.as_ptr().cast::<AtomicU64>().add(index as usize) }
+    }
+
+    /// Copies into a payload.
+    ///
+    /// # Errors
+    /// If the bytes do not fit.
+    pub fn copy_in(&self, index: u32, offset: u64, bytes: &[u8]) -> Result<(), OutsideFrame> {
+        let target = self.payload(index, offset, bytes.len() as u64)?;
+        // SAFETY: `payload` checked that the range is inside the mapping; `bytes` is a Rust slice and so lies outside
+        // of it. The caller owns the frame (Filling), so nobody else writes it.
+        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), target, bytes.len()) };
+        Ok(())
+    }
+
+    /// Copies out of a payload. What another process may still write is copied
+    /// as it happens to be: check the fence or the checksum of the copy afterwards.
+    ///
+    /// # Errors
+    /// If the range is outside.
+    pub fn copy_out(&self, index: u32, offset: u64, target: &mut [u8]) -> Result<(), OutsideFrame> {
+        let source = self.payload(index, offset, target.len() as u64)?;
+        // SAFETY: as in `copy_in`, the other way round.
+        unsafe { std::ptr::copy_nonoverlapping(source, target.as_mut_ptr(), target.len()) };
+        Ok(())
+    }
+
+    /// Checksum of a payload as it is now.
+    ///
+    /// # Errors
+    /// If `expect.length` does not fit a frame.
+    pub fn checksum(&self, index: u32, expect: &BlockHeader) -> Result<Checksum, OutsideFrame> {
+        let source = self.payload(index, 0, expect.length.get())?;
+        let mut summer = Checksummer::new(expect.block, expect.length, expect.generation);
+        let length = usize::try_from(expect.length.get()).map_err(|_| self.outside(index, 0, u64::MAX))?;
+        if self.ever_writable.load(Ordering::Acquire) {
+            let mut scratch = vec![0u8; SCRATCH_BYTES.min(length)];
+            let mut done = 0;
+            while done < length {
+                let piece = (length - done).min(scratch.len());
+                // SAFETY: done + piece <= length, which `payload` checked.
+                unsafe { std::ptr::copy_nonoverlapping(source.add(done), scratch.as_mut_ptr(), piece) };
+                summer.update(&scratch[..piece]);
+                done += piece;
+            }
+        } else {
+            // SAFETY: `payload` checked the range. No other process could ever map this chunk for writing, and the
+            // core starts no operation that writes a frame while one that reads it is in flight.
+            summer.update(unsafe { std::slice::from_raw_parts(source, length) });
+        }
+        Ok(summer.finish())
+    }
+
+    /// Does a payload have the checksum that its header says?
+    ///
+    /// # Errors
+    /// If `expect.length` does not fit a frame.
+    pub fn verify(&self, index: u32, expect: &BlockHeader) -> Result<bool, OutsideFrame> {
+        Ok(self.checksum(index, expect)? == expect.checksum)
+    }
+
+    /// Address of a frame's header page.
+    pub(crate) fn frame(&self, index: u32) -> Result<*mut u8, OutsideFrame> {
+        self.payload(index, 0, 0)?;
+        let start =
+            usize::try_from(u64::from(index) * self.frame_bytes).map_err(|_| self.outside(index, 0, 0))?;
+        // SAFETY: index < frames, and the mapping holds all frames.
+        Ok(unsafe { self.mapping.base.as_ptr().add(start) })
+    }
+
+    /// Address of a byte of a payload of which `bytes` bytes may be used. The
+    /// pointer is good while this chunk lives.
+    ///
+    /// # Errors
+    /// If the range is outside the frame's payload.
+    pub fn payload(&self, index: u32, offset: u64, bytes: u64) -> Result<*mut u8, OutsideFrame> {
+        let room = self.frame_bytes - PAGE_BYTES;
+        let fits = offset.checked_add(bytes).is_some_and(|end| end <= room);
+        if index >= self.frames || !fits {
+            return Err(self.outside(index, offset, bytes));
+        }
+        let start = usize::try_from(u64::from(index) * self.frame_bytes + PAGE_BYTES + offset)
+            .map_err(|_| self.outside(index, offset, bytes))?;
+        // SAFETY: the range is inside frame `index`, which is inside the mapping.
+        Ok(unsafe { self.mapping.base.as_ptr().add(start) })
+    }
+
+    /// The whole mapping, for registration with a ring.
+    pub(crate) fn mapping(&self) -> (*mut u8, u64) {
+        (self.mapping.base.as_ptr(), self.mapping.bytes)
+    }
+
+    fn outside(&self, index: u32, offset: u64, bytes: u64) -> OutsideFrame {
+        OutsideFrame { index, offset, bytes, frames: self.frames, payload: self.frame_bytes - PAGE_BYTES }
+    }
+
+    /// Unmaps and closes; what is left tells when nobody else holds the memory.
+    pub fn retire(self) -> Retired {
+        let Self { data, probe, mapping, fences, shared_blindly, .. } = self;
+        let bytes = ByteCount::new(mapping.bytes);
+        drop((mapping, fences, data));
+        Retired { probe, blind: shared_blindly.into_inner(), bytes }
+    }
+}
+
+/// Memory that this process has unmapped.
+#[derive(Debug)]
+pub struct Retired {
+    probe: Option<OwnedFd>,
+    blind: bool,
+    bytes: ByteCount,
+}
+
+impl Retired {
+    /// True when no other process holds the memory, so that dropping this gives
+    /// the pages back to the kernel. Never true if that cannot be proved for
+    /// memory whose own descriptor was handed out.
+    pub fn gone(&self) -> bool {
+        match self.probe {
+            Some(_) => holders(self.probe.as_ref(), self.blind) == Holders::Nobody,
+            None => !self.blind,
+        }
+    }
+
+    /// Memory concerned.
+    pub fn bytes(&self) -> ByteCount {
+        self.bytes
+    }
+}
+
+/// A file lease is granted only if nobody else has the file open: `F_WRLCK` on
+/// our read-only opening if there is no other opening at all, `F_RDLCK` if there
+/// is none for writing. A mapping keeps its opening alive. Our own first opening
+/// comes from `memfd_create`, which the kernel does not count.
+fn holders(probe: Option<&OwnedFd>, blind: bool) -> Holders {
+    let Some(probe) = probe else { return Holders::Unknown };
+    if blind {
+        return Holders::Unknown;
+    }
+    if lease(probe, libc::F_WRLCK) {
+        Holders::Nobody
+    } else if lease(probe, libc::F_RDLCK) {
+        Holders::Readers
+    } else {
+        Holders::Writers
+    }
+}
+
+fn lease(probe: &OwnedFd, kind: libc::c_int) -> bool {
+    // SAFETY: plain fcntl calls on a descriptor that we own.
+    unsafe {
+        let granted = libc::fcntl(probe.as_raw_fd(), libc::F_SETLEASE, kind) == 0;
+        if granted {
+            libc::fcntl(probe.as_raw_fd(), libc::F_SETLEASE, libc::F_UNLCK);
+        }
+        granted
+    }
+}
+
+/// A shared read-write mapping of a whole memfd.
+#[derive(Debug)]
+struct Mapping {
+    base: NonNull<u8>,
+    bytes: u64,
+    length: usize,
+}
+
+// SAFETY: a mapping is an address range; every access goes through raw pointers under the frame ownership rules of
+// the core, or through atomics.
+unsafe impl Send for Mapping {}
+// SAFETY: as above.
+unsafe impl Sync for Mapping {}
+
+impl Mapping {
+    fn new(fd: BorrowedFd<'_>, bytes: u64) -> io::Result<Self> {
+        let length = usize::try_from(bytes).map_err(|_| io::Error::from(io::ErrorKind::OutOfMemory))?;
+        let protection = libc::PROT_READ | libc::PROT_WRITE;
+        // SAFETY: a new mapping at an address of the kernel's choice.
+        let address = unsafe {
+            libc::mmap(std::ptr::null_mut(), length, protection, libc::MAP_SHARED, fd.as_raw_fd(), 0)
+        };
+        if address == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        let base =
+            NonNull::new(address.cast::<u8>()).ok_or_else(|| io::Error::other("mapped at address zero"))?;
+        let mapping = Self { base, bytes, length };
+        mapping.advise(libc::MADV_DONTFORK)?;
+        // Prompts do not belong into core dumps; a kernel that cannot leave them out is no reason to stop.
+        if let Err(error) = mapping.advise(libc::MADV_DONTDUMP) {
+            tracing::debug!(%error, "chunk memory will be in core dumps");
+        }
+        Ok(mapping)
+    }
+
+    fn advise(&self, advice: libc::c_int) -> io::Result<()> {
+        // SAFETY: the range is our own mapping.
+        match unsafe { libc::madvise(self.base.as_ptr().cast(), self.length, advice) } {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        }
+    }
+
+    fn populate(&self) -> io::Result<()> {
+        match self.advise(libc::MADV_POPULATE_WRITE) {
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
+                // A kernel before 5.14: touch each page. Running out of memory then is the kernel's business.
+                for page in (0..self.length).step_by(4096) {
+                    // SAFETY: inside our own fresh mapping, which nobody else knows yet.
+                    unsafe { self.base.as_ptr().add(page).write_volatile(0) };
+                }
+                Ok(())
+            }
+            other => other,
+        }
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: our own mapping, unmapped once. Operations in flight hold the chunk, so none is under way.
+        unsafe { libc::munmap(self.base.as_ptr().cast(), self.length) };
+    }
+}
+
+/// The best pages that are to be had, populated.
+fn allocate(bytes: u64) -> io::Result<(OwnedFd, Mapping, PageKind)> {
+    if facts::huge_pages_free() >= bytes / HUGE_PAGE_BYTES {
+        match populated(bytes, libc::MFD_HUGETLB | libc::MFD_HUGE_2MB, PageKind::Reserved) {
+            Ok(made) => return Ok(made),
+            Err(error) => tracing::info!(%error, "no reserved huge pages for a chunk; trying others"),
+        }
+    }
+    if facts::memory_available().get() < bytes.saturating_add(HEADROOM_BYTES) {
+        return Err(io::Error::new(
+            io::ErrorKind::OutOfMemory,
+            "not enough memory available for a chunk; lower `pinned_bytes` or stop other programs",
+        ));
+    }
+    let kind = match facts::shmem_huge() {
+        facts::ShmemHuge::Never => PageKind::Small,
+        facts::ShmemHuge::Possible => PageKind::Transparent,
+    };
+    populated(bytes, 0, kind)
+}
+
+fn populated(bytes: u64, flags: libc::c_uint, pages: PageKind) -> io::Result<(OwnedFd, Mapping, PageKind)> {
+    let fd = memfd("terrace-chunk", flags)?;
+    truncate(fd.as_fd(), bytes)?;
+    let mapping = Mapping::new(fd.as_fd(), bytes)?;
+    if pages == PageKind::Transparent
+        && let Err(error) = mapping.advise(libc::MADV_HUGEPAGE)
+    {
+        tracing::debug!(%error, "MADV_HUGEPAGE refused");
+    }
+    mapping.populate()?;
+    Ok((fd, mapping, pages))
+}
+
+fn memfd(name: &str, flags: libc::c_uint) -> io::Result<OwnedFd> {
+    let name = std::ffi::CString::new(name).map_err(io::Error::other)?;
+    // SAFETY: the name is a C string that outlives the call.
+    let raw =
+        unsafe { libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING | flags) };
+    if raw < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: a descriptor that the kernel just gave us and nobody else knows.
+    Ok(unsafe { OwnedFd::from_raw_fd(raw) })
+}
+
+fn truncate(fd: BorrowedFd<'_>, bytes: u64) -> io::Result<()> {
+    File::from(fd.try_clone_to_owned()?).set_len(bytes)
+}
+
+fn seal(fd: BorrowedFd<'_>, seals: libc::c_int) -> io::Result<()> {
+    // SAFETY: plain fcntl on a descriptor that lives through the call.
+    match unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_ADD_SEALS, seals) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// A second, independent opening of the same file.
+fn reopen(fd: BorrowedFd<'_>, flags: libc::c_int) -> io::Result<OwnedFd> {
+    let path =
+        std::ffi::CString::new(format!("/proc/self/fd/{}", fd.as_raw_fd())).map_err(io::Error::other)?;
+    // SAFETY: the path is a C string that outlives the call.
+    let raw = unsafe { libc::open(path.as_ptr(), flags | libc::O_CLOEXEC) };
+    if raw < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: a descriptor that the kernel just gave us and nobody else knows.
+    Ok(unsafe { OwnedFd::from_raw_fd(raw) })
+}
