@@ -10,6 +10,8 @@ mod forward;
 mod load;
 mod measure;
 #[cfg(test)]
+mod reference;
+#[cfg(test)]
 mod tests;
 
 use std::path::Path;

@@ -63,6 +63,31 @@ fn every_cut_gives_the_same_bits() {
     }
 }
 
+// Equal bits prove nothing if all of them are wrong: compare the scores with
+// the same model in f64, written without any of our kernels. What is left is the
+// rounding of K and V to f16.
+#[test]
+fn scores_match_the_reference() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("tiny.gguf");
+    for (heads, kv_heads) in [(6, 2), (4, 4), (10, 2)] {
+        TinyModel { heads, kv_heads, ..TinyModel::default() }.write(&path).unwrap();
+        let model = Model::open(&path).unwrap();
+        let tokens = prompt(37);
+        let expected = reference::scores(&path, &tokens);
+        let found = compute(&model, &mut KvSequence::new(model.geometry()), &tokens, &[37]);
+        let scale = expected.iter().map(|score| score.abs()).fold(0.0, f64::max);
+        for (found, expected) in found.iter().zip(&expected) {
+            let error = (f64::from(f32::from_bits(*found)) - expected).abs() / scale;
+            assert!(
+                error < 2e-3,
+                "{heads} over {kv_heads} heads: {expected} became {}",
+                f32::from_bits(*found)
+            );
+        }
+    }
+}
+
 // A prefix from the store must be as good as a computed one: copy the first
 // blocks into fresh memory, sealed, and compute the rest behind them.
 #[test]
