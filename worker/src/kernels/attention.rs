@@ -78,6 +78,7 @@ pub(crate) fn attend(
             slot_stride: place.slot_stride / 2,
             head_dim: place.head_dim,
             queries: scratch.queries.as_ptr(),
+            count,
             tiles,
             transposed: scratch.keys.as_mut_ptr(),
             scores: scratch.scores[block * LANES..].as_mut_ptr(),
@@ -150,6 +151,7 @@ struct Score {
     slot_stride: usize,
     head_dim: usize,
     queries: *const f32,
+    count: usize,
     tiles: usize,
     transposed: *mut f32,
     scores: *mut f32,
@@ -169,32 +171,39 @@ unsafe fn score_block_body<V: Lanes>(score: Score) {
     // SAFETY: all offsets follow from the sizes in `score`, which the caller
     // vouches for.
     unsafe {
-        for slot in 0..LANES {
-            let row = score.keys.add(slot * score.slot_stride);
-            for dim in (0..score.head_dim).step_by(LANES) {
-                let mut values = [0.0f32; LANES];
-                V::load_f16(row.add(dim)).store(values.as_mut_ptr());
-                let column = score.transposed.add(dim * LANES + slot);
-                for (at, value) in values.iter().enumerate() {
-                    column.add(at * LANES).write(*value);
-                }
-            }
+        for dim in (0..score.head_dim).step_by(LANES) {
+            V::transpose_f16(score.keys.add(dim), score.slot_stride, score.transposed.add(dim * LANES));
         }
         for tile in 0..score.tiles {
-            let mut query = score.queries.add(tile * TILE_QUERIES * score.head_dim);
-            let mut keys = score.transposed.cast_const();
-            let mut sums = [V::splat(0.0); TILE_QUERIES];
-            for _ in 0..score.head_dim {
-                let key = V::load(keys);
-                for (at, sum) in sums.iter_mut().enumerate() {
-                    *sum = key.fma(V::splat(*query.add(at)), *sum);
-                }
-                keys = keys.add(LANES);
-                query = query.add(TILE_QUERIES);
+            // The last tile is often no more than one token's heads.
+            if score.count - tile * TILE_QUERIES <= TILE_QUERIES / 2 {
+                score_tile::<V, { TILE_QUERIES / 2 }>(score, tile);
+            } else {
+                score_tile::<V, TILE_QUERIES>(score, tile);
             }
-            for (at, sum) in sums.iter().enumerate() {
-                sum.store(score.scores.add((tile * TILE_QUERIES + at) * score.stride));
+        }
+    }
+}
+
+/// The first Q queries of a tile.
+#[inline(always)]
+unsafe fn score_tile<V: Lanes, const Q: usize>(score: Score, tile: usize) {
+    // SAFETY: Q is at most the tile, whose queries and scores the caller vouches
+    // for.
+    unsafe {
+        let mut query = score.queries.add(tile * TILE_QUERIES * score.head_dim);
+        let mut keys = score.transposed.cast_const();
+        let mut sums = [V::splat(0.0); Q];
+        for _ in 0..score.head_dim {
+            let key = V::load(keys);
+            for (at, sum) in sums.iter_mut().enumerate() {
+                *sum = key.fma(V::splat(*query.add(at)), *sum);
             }
+            keys = keys.add(LANES);
+            query = query.add(TILE_QUERIES);
+        }
+        for (at, sum) in sums.iter().enumerate() {
+            sum.store(score.scores.add((tile * TILE_QUERIES + at) * score.stride));
         }
     }
 }

@@ -7,13 +7,15 @@
 
 #[cfg(target_arch = "x86_64")]
 use std::arch::x86_64::{
-    __m256, __m512, _mm_loadu_si128, _mm256_add_epi32, _mm256_add_ps, _mm256_castps_si256,
-    _mm256_castsi256_ps, _mm256_cvtph_ps, _mm256_cvtps_epi32, _mm256_div_ps, _mm256_fmadd_ps,
-    _mm256_loadu_ps, _mm256_loadu_si256, _mm256_max_ps, _mm256_min_ps, _mm256_mul_ps, _mm256_set1_ps,
-    _mm256_slli_epi32, _mm256_storeu_ps, _mm256_sub_ps, _mm512_add_epi32, _mm512_add_ps, _mm512_castps_si512,
-    _mm512_castsi512_ps, _mm512_cvtph_ps, _mm512_cvtps_epi32, _mm512_div_ps, _mm512_fmadd_ps,
-    _mm512_loadu_ps, _mm512_max_ps, _mm512_min_ps, _mm512_mul_ps, _mm512_set1_ps, _mm512_slli_epi32,
-    _mm512_storeu_ps, _mm512_sub_ps,
+    __m256, __m256i, __m512, _mm_loadu_si128, _mm256_add_epi32, _mm256_add_ps, _mm256_castps_si256,
+    _mm256_castsi256_ps, _mm256_castsi256_si128, _mm256_cvtph_ps, _mm256_cvtps_epi32, _mm256_div_ps,
+    _mm256_extracti128_si256, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_loadu_si256, _mm256_max_ps,
+    _mm256_min_ps, _mm256_mul_ps, _mm256_permute2x128_si256, _mm256_set1_ps, _mm256_setzero_si256,
+    _mm256_slli_epi32, _mm256_storeu_ps, _mm256_sub_ps, _mm256_unpackhi_epi16, _mm256_unpackhi_epi32,
+    _mm256_unpackhi_epi64, _mm256_unpacklo_epi16, _mm256_unpacklo_epi32, _mm256_unpacklo_epi64,
+    _mm512_add_epi32, _mm512_add_ps, _mm512_castps_si512, _mm512_castsi512_ps, _mm512_cvtph_ps,
+    _mm512_cvtps_epi32, _mm512_div_ps, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_max_ps, _mm512_min_ps,
+    _mm512_mul_ps, _mm512_set1_ps, _mm512_slli_epi32, _mm512_storeu_ps, _mm512_sub_ps,
 };
 
 use half::f16;
@@ -47,6 +49,23 @@ pub(crate) unsafe trait Lanes: Copy {
     /// `self * 2^exponent` for integral `exponent`, where both the value and the
     /// result are normal numbers; adds to the exponent bits.
     unsafe fn scale_by_power(self, exponent: Self) -> Self;
+
+    /// Reads 16 rows of 16 f16, `stride` values apart, and writes them as f32 with
+    /// rows and columns exchanged; exact.
+    #[inline(always)]
+    unsafe fn transpose_f16(source: *const u16, stride: usize, target: *mut f32) {
+        for row in 0..LANES {
+            let mut values = [0.0f32; LANES];
+            // SAFETY: the caller provides 16 rows to read and 256 values to write;
+            // instructions by the trait's rule.
+            unsafe {
+                Self::load_f16(source.add(row * stride)).store(values.as_mut_ptr());
+                for (column, value) in values.iter().enumerate() {
+                    target.add(column * LANES + row).write(*value);
+                }
+            }
+        }
+    }
 
     /// Sum of the lanes: halves are added onto each other, 8, 4, 2, 1.
     #[inline(always)]
@@ -161,6 +180,53 @@ unsafe impl Lanes for Portable {
     }
 }
 
+/// Exchanges rows and columns of 16 rows of 16 f16, `stride` values apart.
+///
+/// # Safety
+/// The rows are readable, and the caller has avx2 enabled.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+unsafe fn transpose_halves(source: *const u16, stride: usize) -> [__m256i; LANES] {
+    // SAFETY: 16 rows are read by the caller's promise; the rest is arithmetic on
+    // registers.
+    unsafe {
+        let zero = _mm256_setzero_si256();
+        let mut rows = [zero; LANES];
+        for (at, row) in rows.iter_mut().enumerate() {
+            *row = _mm256_loadu_si256(source.add(at * stride).cast());
+        }
+        // Inside each 128-bit half, 8 by 8 values are exchanged in three rounds
+        // of interleaving, once for the first eight rows and once for the rest.
+        let mut turned = [zero; LANES];
+        for half in [0, 8] {
+            let mut pairs = [zero; 8];
+            for at in 0..4 {
+                let (a, b) = (rows[half + at * 2], rows[half + at * 2 + 1]);
+                pairs[at * 2] = _mm256_unpacklo_epi16(a, b);
+                pairs[at * 2 + 1] = _mm256_unpackhi_epi16(a, b);
+            }
+            let mut fours = [zero; 8];
+            for at in 0..2 {
+                let quad = at * 4;
+                fours[quad] = _mm256_unpacklo_epi32(pairs[quad], pairs[quad + 2]);
+                fours[quad + 1] = _mm256_unpackhi_epi32(pairs[quad], pairs[quad + 2]);
+                fours[quad + 2] = _mm256_unpacklo_epi32(pairs[quad + 1], pairs[quad + 3]);
+                fours[quad + 3] = _mm256_unpackhi_epi32(pairs[quad + 1], pairs[quad + 3]);
+            }
+            for at in 0..4 {
+                turned[half + at * 2] = _mm256_unpacklo_epi64(fours[at], fours[at + 4]);
+                turned[half + at * 2 + 1] = _mm256_unpackhi_epi64(fours[at], fours[at + 4]);
+            }
+        }
+        let mut columns = [zero; LANES];
+        for at in 0..8 {
+            columns[at] = _mm256_permute2x128_si256::<0x20>(turned[at], turned[at + 8]);
+            columns[at + 8] = _mm256_permute2x128_si256::<0x31>(turned[at], turned[at + 8]);
+        }
+        columns
+    }
+}
+
 /// One 512-bit register.
 #[cfg(target_arch = "x86_64")]
 #[derive(Clone, Copy)]
@@ -241,6 +307,16 @@ unsafe impl Lanes for Avx512 {
         unsafe {
             let shifted = _mm512_slli_epi32::<23>(_mm512_cvtps_epi32(exponent.0));
             Self(_mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(self.0), shifted)))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn transpose_f16(source: *const u16, stride: usize, target: *mut f32) {
+        // SAFETY: the caller provides 16 rows to read and 256 values to write.
+        unsafe {
+            for (at, column) in transpose_halves(source, stride).into_iter().enumerate() {
+                Self(_mm512_cvtph_ps(column)).store(target.add(at * LANES));
+            }
         }
     }
 }
@@ -339,6 +415,58 @@ unsafe impl Lanes for Avx2 {
                 _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(self.0), low)),
                 _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(self.1), high)),
             )
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn transpose_f16(source: *const u16, stride: usize, target: *mut f32) {
+        // SAFETY: the caller provides 16 rows to read and 256 values to write.
+        unsafe {
+            for (at, column) in transpose_halves(source, stride).into_iter().enumerate() {
+                let low = _mm256_cvtph_ps(_mm256_castsi256_si128(column));
+                let high = _mm256_cvtph_ps(_mm256_extracti128_si256::<1>(column));
+                Self(low, high).store(target.add(at * LANES));
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    // A wrong shuffle would mix slots of a block: transpose values that say where
+    // they stood, by each implementation that runs here.
+    #[test]
+    fn transposed_values_stand_where_they_should() {
+        let halves: Vec<u16> = (0..16u16 * 20).map(|at| f16::from_f32(f32::from(at)).to_bits()).collect();
+        let run = |transpose: unsafe fn(*const u16, usize, *mut f32)| {
+            let mut target = vec![0.0f32; 256];
+            // SAFETY: 16 rows, 20 apart, are readable, and 256 values writable; the
+            // caller passes only implementations whose instructions exist.
+            unsafe { transpose(halves.as_ptr(), 20, target.as_mut_ptr()) };
+            for (at, value) in target.iter().enumerate() {
+                assert_eq!(*value, ((at % 16) * 20 + at / 16) as f32, "value {at}");
+            }
+        };
+        run(Portable::transpose_f16);
+        #[cfg(target_arch = "x86_64")]
+        for isa in crate::kernels::Isa::available() {
+            #[target_feature(enable = "avx512f,avx2,fma,f16c")]
+            unsafe fn avx512(source: *const u16, stride: usize, target: *mut f32) {
+                // SAFETY: features are enabled; the rest is the caller's promise.
+                unsafe { Avx512::transpose_f16(source, stride, target) }
+            }
+            #[target_feature(enable = "avx2,fma,f16c")]
+            unsafe fn avx2(source: *const u16, stride: usize, target: *mut f32) {
+                // SAFETY: as above.
+                unsafe { Avx2::transpose_f16(source, stride, target) }
+            }
+            match isa.name() {
+                "avx512" => run(avx512),
+                "avx2" => run(avx2),
+                _ => {}
+            }
         }
     }
 }
