@@ -6,7 +6,7 @@
 //! over positions from 0 upwards. A token therefore gets the same bits whether
 //! it is computed alone or in a chunk, and wherever a block's memory came from.
 
-use super::lanes::{LANES, Lanes};
+use super::lanes::{LANES, Lanes, prefetch};
 use super::memory::BlockBases;
 use super::{Isa, elementwise, multiversion};
 use crate::kv::BLOCK_TOKENS;
@@ -14,6 +14,8 @@ use crate::kv::BLOCK_TOKENS;
 // A block's slots are the lanes of its scores.
 const _: () = assert!(BLOCK_TOKENS == LANES);
 const TILE_QUERIES: usize = 8;
+// Values in a cache line of 64 bytes.
+const LINE_HALVES: usize = 32;
 
 /// Where one layer's K and V of one head lie in each block, in bytes.
 #[derive(Clone, Copy)]
@@ -75,6 +77,7 @@ pub(crate) fn attend(
     for block in 0..used {
         let score = Score {
             keys: blocks.at(block).wrapping_add(place.keys).cast(),
+            next: blocks.at((block + 1).min(used - 1)).wrapping_add(place.keys).cast(),
             slot_stride: place.slot_stride / 2,
             head_dim: place.head_dim,
             queries: scratch.queries.as_ptr(),
@@ -147,6 +150,8 @@ fn pack_queries(
 #[derive(Clone, Copy)]
 struct Score {
     keys: *const u16,
+    /// Keys of the block that follows, to be fetched meanwhile.
+    next: *const u16,
     /// In f16 values.
     slot_stride: usize,
     head_dim: usize,
@@ -171,6 +176,12 @@ unsafe fn score_block_body<V: Lanes>(score: Score) {
     // SAFETY: all offsets follow from the sizes in `score`, which the caller
     // vouches for.
     unsafe {
+        for slot in 0..LANES {
+            let row = score.next.wrapping_add(slot * score.slot_stride);
+            for line in (0..score.head_dim).step_by(LINE_HALVES) {
+                prefetch(row.wrapping_add(line).cast());
+            }
+        }
         for dim in (0..score.head_dim).step_by(LANES) {
             V::transpose_f16(score.keys.add(dim), score.slot_stride, score.transposed.add(dim * LANES));
         }
@@ -269,6 +280,8 @@ unsafe fn gather_piece<V: Lanes, const H: usize, const D: usize>(gather: Gather,
             let block = *gather.blocks.add(position / LANES);
             let mut row: *const u16 = block.add(gather.values).cast::<u16>().add(dim);
             let end = gather.positions.min(position + LANES);
+            let next = *gather.blocks.add((position / LANES + 1).min((gather.positions - 1) / LANES));
+            let mut next = next.wrapping_add(gather.values).cast::<u16>().wrapping_add(dim);
             while position < end {
                 let mut values = [V::splat(0.0); D];
                 for (at, value) in values.iter_mut().enumerate() {
@@ -280,6 +293,10 @@ unsafe fn gather_piece<V: Lanes, const H: usize, const D: usize>(gather: Gather,
                         *sum = value.fma(weight, *sum);
                     }
                 }
+                for line in (0..D * LANES).step_by(LINE_HALVES) {
+                    prefetch(next.wrapping_add(line).cast());
+                }
+                next = next.wrapping_add(gather.slot_stride / 2);
                 row = row.add(gather.slot_stride / 2);
                 position += 1;
             }

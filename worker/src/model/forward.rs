@@ -4,6 +4,7 @@
 //! by panels of rows, attention by groups of tokens and heads. Each task owns
 //! its output, so the cut never changes the bits.
 
+use std::cell::RefCell;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use half::f16;
@@ -18,6 +19,12 @@ use crate::kernels::memory::BlockBases;
 // 16 tokens attend together: a block's keys are converted once for 16 tokens and
 // all heads that share them, and the scores of a group stay in the cache.
 const GROUP_TOKENS: usize = 16;
+
+thread_local! {
+    // Scores over a long context are large enough for the allocator to map and
+    // unmap them at every layer, so each thread of the pool keeps its own.
+    static MEMORY: RefCell<AttentionScratch> = RefCell::default();
+}
 
 /// Memory of one pass at a time, kept between passes. It grows to what the
 /// largest pass needed.
@@ -202,23 +209,22 @@ fn attention(
     scratch.attended.resize(groups.len() * geometry.kv_heads * piece, 0.0);
     let bases: Vec<BlockBases<'_>> = steps.iter().map(|step| step.kv.bases()).collect();
     let queries = &scratch.queries;
-    scratch.attended.par_chunks_mut(piece).enumerate().for_each_init(
-        AttentionScratch::default,
-        |memory, (task, output)| {
-            let group = &groups[task / geometry.kv_heads];
-            let head = task % geometry.kv_heads;
-            let place = HeadPlace {
-                keys: geometry.keys_at(index) + head * geometry.head_dim * 2,
-                values: geometry.values_at(index) + head * geometry.head_dim * 2,
-                slot_stride: geometry.slot_bytes(),
-                head_dim: geometry.head_dim,
-            };
-            let rows = &queries[group.first * query_columns..][..group.span.tokens * query_columns];
-            let queries = Queries { rows, stride: query_columns, first: head * shared };
-            let output = &mut output[..group.span.tokens * shared];
+    scratch.attended.par_chunks_mut(piece).enumerate().for_each(|(task, output)| {
+        let group = &groups[task / geometry.kv_heads];
+        let head = task % geometry.kv_heads;
+        let place = HeadPlace {
+            keys: geometry.keys_at(index) + head * geometry.head_dim * 2,
+            values: geometry.values_at(index) + head * geometry.head_dim * 2,
+            slot_stride: geometry.slot_bytes(),
+            head_dim: geometry.head_dim,
+        };
+        let rows = &queries[group.first * query_columns..][..group.span.tokens * query_columns];
+        let queries = Queries { rows, stride: query_columns, first: head * shared };
+        let output = &mut output[..group.span.tokens * shared];
+        MEMORY.with_borrow_mut(|memory| {
             attend(model.isa, &bases[group.step], place, group.span, queries, memory, output);
-        },
-    );
+        });
+    });
     drop(bases);
 
     pack_attended(scratch, groups, tokens, geometry.kv_heads, shared);
