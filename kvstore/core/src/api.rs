@@ -186,7 +186,7 @@ pub enum MatchMode {
 }
 
 /// When a seal is answered.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Durability {
     /// As soon as the block can be read.
     Readable,
@@ -384,6 +384,24 @@ pub enum Refusal {
     /// The space was cleared while the lease was held.
     #[error("the space was cleared; open it again")]
     Cleared,
+    /// The window still has frames that a live lease may be filling.
+    #[error("chunk {chunk} has frames that are being written; seal or abort them, then hand it back")]
+    WindowBusy {
+        /// The chunk.
+        chunk: ChunkId,
+    },
+    /// No frame of this space fits into a chunk.
+    #[error(
+        "a block of {block_bytes} bytes does not fit a chunk of {chunk_bytes}; raise `chunk_bytes` to at least {needed}"
+    )]
+    BlockTooLarge {
+        /// The space's block length.
+        block_bytes: u64,
+        /// The configured chunk length.
+        chunk_bytes: u64,
+        /// The smallest chunk length that would do.
+        needed: u64,
+    },
     /// Nothing can be persisted now.
     #[error("the catalog takes no writes now; see `terrace info`")]
     Degraded,

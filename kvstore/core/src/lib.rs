@@ -5,11 +5,27 @@
 //! same effects, so one seed replays a whole run.
 
 mod api;
+mod check;
 mod checksum;
+mod clear;
+mod core;
 mod identity;
 mod ids;
+mod leases;
+mod memory;
+mod persist;
+mod policy;
+mod reading;
+mod requests;
+mod residence;
+mod restore;
+mod state;
 mod units;
+mod view;
+mod waiting;
+mod writing;
 
+pub use crate::core::Core;
 pub use api::{
     BlockHeader, Config, Done, Durability, Effect, Event, Fault, FoundBlock, Grant, Input, IoClass, Limit,
     Limits, Locality, MapAccess, MatchMode, MissReason, Notice, Refusal, Reply, Request, Residence,
@@ -24,4 +40,8 @@ pub use ids::{
     BadId, BlockId, ChunkId, DeviceId, DiskFrame, Fence, FrameRef, LeaseId, OpId, RequestId, SessionId,
     SpaceId, TenantId,
 };
+pub use state::chunk::FrameCounts;
+pub use state::disk::DATA_START;
+pub use state::space::{HEADER_PAGE_BYTES, frame_bytes};
 pub use units::{BlockCount, ByteCount, GIB, KIB, MIB, Micros, Now, TokenCount};
+pub use view::{BlockView, Counters, DeviceView, LeaseView, PinnedView, SnapshotEntry, SpaceView, TierViews};

@@ -1,0 +1,412 @@
+//! The state machine itself: its tables, its clock, and which file decides what.
+//!
+//! Promises: inputs are handled to completion, in order; equal inputs give equal
+//! effects; nothing is freed while an operation may still read or write it.
+//! Leaves all I/O to the shell.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+
+use crate::api::{BlockHeader, Config, Done, Effect, Fault, Input, Via};
+use crate::ids::{
+    BlockId, ChunkId, DeviceId, DiskFrame, Fence, FrameRef, LeaseId, OpId, SessionId, TenantId,
+};
+use crate::state::block::{BlockIndex, BlockTable};
+use crate::state::chunk::ChunkTable;
+use crate::state::disk::Disks;
+use crate::state::session::{Lease, Session, WaitId};
+use crate::state::space::{SpaceIndex, SpaceTable};
+use crate::units::{Micros, Now};
+use crate::view::Counters;
+use crate::waiting::Wait;
+
+/// After a failure that may pass (no memory, no space, catalog), the next try.
+pub(crate) const RETRY_AFTER: Micros = Micros::from_millis(1000);
+
+/// What a tenant holds at the moment.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct TenantUse {
+    /// By leases and windows.
+    pub(crate) leased_bytes: u64,
+    /// By `Retain`.
+    pub(crate) retained_bytes: u64,
+}
+
+/// A slow effect in flight.
+#[derive(Debug)]
+pub(crate) enum Op {
+    CreateChunk {
+        chunk: ChunkId,
+    },
+    DropChunk {
+        chunk: ChunkId,
+    },
+    Read {
+        block: BlockIndex,
+        source: DiskFrame,
+        target: FrameRef,
+    },
+    Write {
+        block: BlockIndex,
+        source: FrameRef,
+        fence: Fence,
+        target: DiskFrame,
+        header: BlockHeader,
+        via: Via,
+    },
+    CarveSlot {
+        device: DeviceId,
+        slot: u32,
+        space: SpaceIndex,
+    },
+    Commit {
+        puts: Vec<Put>,
+        deletes: Vec<Delete>,
+    },
+    ClearSpace {
+        space: SpaceIndex,
+        generation: u64,
+        cells: Vec<DiskFrame>,
+        wait: Option<WaitId>,
+    },
+    Verify {
+        block: BlockIndex,
+        frame: FrameRef,
+        fence: Fence,
+    },
+    Copy {
+        block: BlockIndex,
+        source: FrameRef,
+        fence: Fence,
+        target: FrameRef,
+    },
+}
+
+/// A written block on its way into the catalog.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Put {
+    pub(crate) block: BlockIndex,
+    pub(crate) frame: DiskFrame,
+    pub(crate) header: BlockHeader,
+}
+
+/// A block on its way out of the catalog.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Delete {
+    pub(crate) block: BlockIndex,
+    pub(crate) id: BlockId,
+    pub(crate) frame: DiskFrame,
+}
+
+/// A clear whose generation could not be made durable yet.
+#[derive(Debug)]
+pub(crate) struct ClearAgain {
+    pub(crate) space: SpaceIndex,
+    pub(crate) generation: u64,
+    pub(crate) cells: Vec<DiskFrame>,
+}
+
+/// What is to be done at a time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Deadline {
+    /// The lease ends.
+    Lease(LeaseId),
+    /// The request is answered with what there is.
+    Answer(WaitId),
+    /// The window may be idle.
+    WindowIdle(ChunkId),
+    /// The recalled window should have been handed back.
+    WindowRecalled(ChunkId),
+    /// The block is an ordinary one again.
+    Retain(BlockIndex, BlockId),
+    /// A paused activity is tried again.
+    Retry,
+}
+
+/// Decides where the blocks of one node live. See the crate's documentation.
+#[derive(Debug)]
+pub struct Core {
+    pub(crate) config: Config,
+    pub(crate) now: Now,
+    pub(crate) effects: VecDeque<Effect>,
+    pub(crate) counters: Counters,
+
+    pub(crate) blocks: BlockTable,
+    pub(crate) spaces: SpaceTable,
+    pub(crate) chunks: ChunkTable,
+    pub(crate) disks: Disks,
+    pub(crate) sessions: BTreeMap<SessionId, Session>,
+    pub(crate) tenants: BTreeMap<TenantId, TenantUse>,
+    pub(crate) leases: BTreeMap<LeaseId, Lease>,
+    pub(crate) lease_last: u32,
+
+    pub(crate) ops: BTreeMap<OpId, Op>,
+    pub(crate) op_last: u64,
+    pub(crate) deadlines: BTreeSet<(Now, Deadline)>,
+    pub(crate) waits: BTreeMap<WaitId, Wait>,
+    pub(crate) wait_last: u64,
+    /// Read leases that wait for a block: request and position in it.
+    pub(crate) arrivals: BTreeMap<BlockIndex, Vec<(WaitId, u32)>>,
+    /// Requests that wait for a block to be durable.
+    pub(crate) durables: BTreeMap<BlockIndex, Vec<(WaitId, u32)>>,
+    /// Write leases that wait for memory.
+    pub(crate) writers: BTreeSet<WaitId>,
+
+    /// Blocks to promote or to verify, and those of them that wait for a frame.
+    pub(crate) wanted: VecDeque<BlockIndex>,
+    pub(crate) wanted_stalled: Vec<BlockIndex>,
+    /// Sealed blocks by the time at which they are due for Nvme.
+    pub(crate) due: VecDeque<(Now, BlockIndex, BlockId)>,
+    pub(crate) ready: VecDeque<(BlockIndex, BlockId)>,
+    pub(crate) urgent: VecDeque<(BlockIndex, BlockId)>,
+    /// Due blocks that wait for a frame on a device.
+    pub(crate) writes_stalled: Vec<(BlockIndex, BlockId)>,
+    pub(crate) commit_puts: Vec<Put>,
+    pub(crate) commit_deletes: VecDeque<Delete>,
+    pub(crate) commit_running: bool,
+    pub(crate) clears_again: Vec<ClearAgain>,
+    pub(crate) write_sequence: u64,
+
+    pub(crate) reads_running: u32,
+    pub(crate) writes_running: u32,
+    pub(crate) verifies_running: u32,
+    pub(crate) copies_running: u32,
+    /// Chunks that are being emptied, and whether something changed for them.
+    pub(crate) emptying: BTreeSet<ChunkId>,
+    pub(crate) emptying_due: bool,
+    /// Frames or chunks came free since the waiting requests last looked.
+    pub(crate) memory_changed: bool,
+    pub(crate) disk_changed: bool,
+    pub(crate) memory_limit: u64,
+    pub(crate) create_paused_until: Now,
+    pub(crate) persist_paused_until: Now,
+    pub(crate) degraded: bool,
+    pub(crate) unpersisted: u64,
+}
+
+impl Core {
+    /// An empty node.
+    pub fn new(config: Config) -> Self {
+        let disks = Disks::new(&config.device_slots, config.chunk_bytes);
+        let memory_limit = config.pinned_bytes.get();
+        Self {
+            config,
+            now: Now::default(),
+            effects: VecDeque::new(),
+            counters: Counters::default(),
+            blocks: BlockTable::default(),
+            spaces: SpaceTable::default(),
+            chunks: ChunkTable::default(),
+            disks,
+            sessions: BTreeMap::new(),
+            tenants: BTreeMap::new(),
+            leases: BTreeMap::new(),
+            lease_last: 0,
+            ops: BTreeMap::new(),
+            op_last: 0,
+            deadlines: BTreeSet::new(),
+            waits: BTreeMap::new(),
+            wait_last: 0,
+            arrivals: BTreeMap::new(),
+            durables: BTreeMap::new(),
+            writers: BTreeSet::new(),
+            wanted: VecDeque::new(),
+            wanted_stalled: Vec::new(),
+            due: VecDeque::new(),
+            ready: VecDeque::new(),
+            urgent: VecDeque::new(),
+            writes_stalled: Vec::new(),
+            commit_puts: Vec::new(),
+            commit_deletes: VecDeque::new(),
+            commit_running: false,
+            clears_again: Vec::new(),
+            write_sequence: 0,
+            reads_running: 0,
+            writes_running: 0,
+            verifies_running: 0,
+            copies_running: 0,
+            emptying: BTreeSet::new(),
+            emptying_due: false,
+            memory_changed: false,
+            disk_changed: false,
+            memory_limit,
+            create_paused_until: Now::default(),
+            persist_paused_until: Now::default(),
+            degraded: false,
+            unpersisted: 0,
+        }
+    }
+
+    /// Takes one input and queues what follows from it. `now` must not go
+    /// back; if it does, time stands still.
+    pub fn handle(&mut self, now: Now, input: Input) {
+        self.now = self.now.max(now);
+        self.expire();
+        match input {
+            Input::SessionOpened { session, tenant, locality } => {
+                self.session_opened(session, tenant, locality)
+            }
+            Input::SessionClosed { session } => self.session_closed(session),
+            Input::SpaceKnown { space, tenant, block_bytes, generation } => {
+                self.space_known(space, tenant, block_bytes, generation);
+            }
+            Input::Request { session, request, op } => self.request(session, request, op),
+            Input::OpDone { op, outcome } => self.op_done(op, outcome),
+            Input::BlocksFound { blocks } => self.blocks_found(&blocks),
+            Input::SlotsUnscanned { device, slots } => self.slots_unscanned(device, &slots),
+            Input::SlotsScanned { device, slots } => self.slots_scanned(device, &slots),
+            Input::SlotCarved { device, slot, space, frame_bytes } => {
+                self.slot_carved(device, slot, space, frame_bytes);
+            }
+            Input::MemoryLimit { bytes } => {
+                self.memory_limit = bytes.get();
+                self.create_paused_until = self.now;
+                self.memory_changed = true;
+            }
+            Input::DeviceState { device, usable } => self.device_state(device, usable),
+            Input::Degraded { degraded } => self.set_degraded(degraded),
+            Input::Tick => {}
+        }
+        self.pump();
+    }
+
+    /// The next thing to do. Drain it after each [`Core::handle`].
+    pub fn poll_effect(&mut self) -> Option<Effect> {
+        self.effects.pop_front()
+    }
+
+    /// When [`Input::Tick`] is wanted at the latest. Stale after any input.
+    pub fn next_deadline(&self) -> Option<Now> {
+        let timed = self.deadlines.first().map(|&(at, _)| at);
+        let due = self.due.front().map(|&(at, _, _)| at);
+        [timed, due].into_iter().flatten().min()
+    }
+
+    /// Everything whose time has come.
+    fn expire(&mut self) {
+        while let Some(&(at, deadline)) = self.deadlines.first() {
+            if at > self.now {
+                break;
+            }
+            self.deadlines.pop_first();
+            match deadline {
+                Deadline::Lease(lease) => self.lease_expired(lease),
+                Deadline::Answer(wait) => self.answer_due(wait),
+                Deadline::WindowIdle(chunk) => self.window_idle(chunk),
+                Deadline::WindowRecalled(chunk) => self.window_overdue(chunk),
+                Deadline::Retain(block, id) => self.retain_ended(block, id),
+                Deadline::Retry => {
+                    self.memory_changed = true;
+                    self.disk_changed = true;
+                    self.clear_again();
+                }
+            }
+        }
+        while let Some(&(at, block, id)) = self.due.front() {
+            if at > self.now {
+                break;
+            }
+            self.due.pop_front();
+            self.ready.push_back((block, id));
+        }
+    }
+
+    /// Starts whatever can be started. Each round needs a frame that came free,
+    /// so it ends.
+    fn pump(&mut self) {
+        loop {
+            let memory = std::mem::take(&mut self.memory_changed);
+            let disk = std::mem::take(&mut self.disk_changed);
+            if memory {
+                self.pump_writers();
+                self.wanted.extend(std::mem::take(&mut self.wanted_stalled));
+            }
+            if disk {
+                self.ready.extend(std::mem::take(&mut self.writes_stalled));
+            }
+            self.pump_arrivals();
+            self.pump_emptying();
+            self.pump_writes();
+            self.pump_commit();
+            self.pump_reserve();
+            if !self.memory_changed && !self.disk_changed {
+                break;
+            }
+        }
+    }
+
+    /// An operation ended. It is known exactly once; anything else is the shell's mistake.
+    fn op_done(&mut self, id: OpId, outcome: Result<Done, Fault>) {
+        let op = self.ops.remove(&id);
+        assert!(op.is_some(), "operation {id} is not in flight");
+        let Some(op) = op else { return };
+        let outcome = outcome.map(|_| ());
+        match op {
+            Op::CreateChunk { chunk } => self.chunk_created(chunk, outcome),
+            Op::DropChunk { chunk } => self.chunk_dropped(chunk),
+            Op::Read { block, source, target } => self.read_done(id, block, source, target, outcome),
+            Op::Write { block, source, fence, target, header, via } => {
+                self.write_done(id, block, (source, fence), target, header, via, outcome);
+            }
+            Op::CarveSlot { device, slot, space } => self.carve_done(device, slot, space, outcome),
+            Op::Commit { puts, deletes } => self.commit_done(&puts, &deletes, outcome),
+            Op::ClearSpace { space, generation, cells, wait } => {
+                self.clear_done(space, generation, cells, wait, outcome);
+            }
+            Op::Verify { block, frame, fence } => self.verify_done(id, block, frame, fence, outcome),
+            Op::Copy { block, source, fence, target } => {
+                self.copy_done(block, source, fence, target, outcome)
+            }
+        }
+        self.emptying_due = true;
+    }
+
+    /// Registers a slow effect.
+    pub(crate) fn start(&mut self, op: Op) -> OpId {
+        self.op_last += 1;
+        let id = OpId::new(self.op_last);
+        self.ops.insert(id, op);
+        id
+    }
+
+    pub(crate) fn at(&mut self, when: Now, deadline: Deadline) {
+        self.deadlines.insert((when, deadline));
+    }
+
+    /// Nvme takes blocks: there is a usable device and the catalog is well.
+    pub(crate) fn is_persisting(&self) -> bool {
+        !self.degraded && self.disks.any_usable()
+    }
+
+    /// What the header page of a block's copy says.
+    pub(crate) fn header_of(&self, index: BlockIndex, write_sequence: u64) -> BlockHeader {
+        let block = self.blocks.at(index);
+        let space = self.spaces.at(block.space);
+        let seal = block.seal.expect("a block with a copy has been sealed");
+        BlockHeader {
+            block: block.id,
+            space: space.id,
+            tenant: space.tenant,
+            parent: block.parent.map(|parent| self.blocks.at(parent).id),
+            length: seal.length,
+            checksum: seal.checksum,
+            generation: seal.generation,
+            write_sequence,
+        }
+    }
+
+    /// Enough room in one of the tenant's quotas?
+    pub(crate) fn may_lease(&self, tenant: TenantId, bytes: u64) -> bool {
+        let used = self.tenants.get(&tenant).map_or(0, |held| held.leased_bytes);
+        used.saturating_add(bytes) <= self.config.limits.leased_bytes_per_tenant.get()
+    }
+
+    pub(crate) fn charge(&mut self, tenant: TenantId, bytes: u64) {
+        self.tenants.entry(tenant).or_default().leased_bytes += bytes;
+    }
+
+    pub(crate) fn uncharge(&mut self, tenant: TenantId, bytes: u64) {
+        let held = self.tenants.entry(tenant).or_default();
+        assert!(held.leased_bytes >= bytes, "a tenant gives back what it was charged");
+        held.leased_bytes -= bytes;
+    }
+}

@@ -1,0 +1,525 @@
+//! Memory of the Pinned tier: chunks come, serve a space as pool or window, are
+//! emptied, and go. One chunk belongs to one tenant and one space for life.
+
+use crate::api::{Effect, Fault, Notice, Refusal, Reply};
+use crate::core::{Core, Deadline, Op, RETRY_AFTER};
+use crate::ids::{ChunkId, Fence, FrameRef, SessionId};
+use crate::policy::{Candidate, Choice, ChunkFacts, cheapest_chunk, victim};
+use crate::residence::{Relist, Vacate};
+use crate::state::block::{Arriving, BlockIndex, Nvme};
+use crate::state::chunk::{Chunk, ChunkKind, Filler, FrameState};
+use crate::state::count;
+use crate::state::lru::Tier;
+use crate::state::space::SpaceIndex;
+
+/// Copies between chunks at one time.
+const COPIES_MAX: u32 = 16;
+
+/// What became of the wish for a frame.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Allocated {
+    /// Here it is; its state is to be set at once.
+    Frame(FrameRef),
+    /// One will come free without anybody's doing.
+    Wait,
+    /// There is none to be had.
+    Never,
+}
+
+/// Whom a new chunk may push out of the way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Reserve {
+    /// Leaves memory for windows.
+    Kept,
+    /// May use the last of it.
+    Used,
+}
+
+impl Core {
+    /// Chunks that the memory allows.
+    pub(crate) fn chunks_max(&self) -> u32 {
+        let bytes = self.memory_limit.min(self.config.pinned_bytes.get());
+        u32::try_from(bytes / self.config.chunk_bytes.get().max(1)).unwrap_or(u32::MAX)
+    }
+
+    fn may_create(&self, reserve: Reserve) -> bool {
+        let kept = match reserve {
+            Reserve::Kept => self.config.chunks_ready_min,
+            Reserve::Used => 0,
+        };
+        self.now >= self.create_paused_until && self.chunks.len() < self.chunks_max().saturating_sub(kept)
+    }
+
+    fn create_chunk(&mut self, space: SpaceIndex, owner: Option<SessionId>) -> ChunkId {
+        let held = self.spaces.at_mut(space);
+        let (tenant, frames, frame_bytes) = (held.tenant, held.frames_per_chunk, held.frame_bytes);
+        held.chunks += 1;
+        let mut chunk = Chunk::new(ChunkKind::Creating { owner }, tenant, space, frames, self.now);
+        chunk.charged = owner.is_some();
+        let id = self.chunks.insert(chunk);
+        match owner {
+            Some(session) => {
+                self.charge(tenant, self.config.chunk_bytes.get());
+                if let Some(open) = self.sessions.get_mut(&session) {
+                    open.windows.insert(id);
+                }
+            }
+            None => self.spaces.at_mut(space).pool_creating += 1,
+        }
+        let op = self.start(Op::CreateChunk { chunk: id });
+        self.effects.push_back(Effect::CreateChunk { op, chunk: id, tenant, owner, frame_bytes, frames });
+        id
+    }
+
+    pub(crate) fn chunk_created(&mut self, id: ChunkId, outcome: Result<(), Fault>) {
+        let chunk = self.chunks.at(id);
+        let (space, tenant) = (chunk.space, chunk.tenant);
+        let ChunkKind::Creating { owner } = chunk.kind else { return };
+        if owner.is_none() {
+            self.spaces.at_mut(space).pool_creating -= 1;
+        }
+        self.memory_changed = true;
+        if outcome.is_err() {
+            self.counters.memory_faults += 1;
+            self.create_paused_until = self.now.after(RETRY_AFTER);
+            self.at(self.create_paused_until, Deadline::Retry);
+            self.forget_chunk(id);
+            return;
+        }
+        match owner {
+            Some(owner) if self.sessions.contains_key(&owner) => {
+                let chunk = self.chunks.at_mut(id);
+                chunk.kind = ChunkKind::Window { owner, recalled: false };
+                chunk.touched = self.now;
+                self.at(self.now.after(self.config.window_idle), Deadline::WindowIdle(id));
+            }
+            Some(_) => {
+                self.chunks.at_mut(id).kind = ChunkKind::Replacing;
+                self.emptying.insert(id);
+            }
+            None => {
+                self.chunks.at_mut(id).kind = ChunkKind::Pool;
+                self.spaces.at_mut(space).pool_open.insert(id);
+            }
+        }
+        debug_assert!(self.chunks.at(id).tenant == tenant, "a chunk has one tenant for life");
+    }
+
+    pub(crate) fn chunk_dropped(&mut self, id: ChunkId) {
+        self.forget_chunk(id);
+        self.memory_changed = true;
+    }
+
+    fn forget_chunk(&mut self, id: ChunkId) {
+        let chunk = self.chunks.remove(id);
+        assert!(chunk.is_empty(), "a chunk goes when nothing is left in it");
+        self.spaces.at_mut(chunk.space).chunks -= 1;
+        if chunk.charged {
+            self.uncharge(chunk.tenant, self.config.chunk_bytes.get());
+        }
+        if let ChunkKind::Creating { owner: Some(owner) } = chunk.kind {
+            if let Some(session) = self.sessions.get_mut(&owner) {
+                session.windows.remove(&id);
+            }
+        }
+    }
+
+    /// A frame of the daemon's own chunks: a free one, a new chunk's, or an evicted block's.
+    pub(crate) fn take_pool_frame(&mut self, space: SpaceIndex) -> Allocated {
+        if let Some(frame) = self.take_free_pool_frame(space) {
+            return Allocated::Frame(frame);
+        }
+        if self.spaces.at(space).frames_per_chunk == 0 {
+            return Allocated::Never;
+        }
+        if self.spaces.at(space).pool_creating > 0 {
+            return Allocated::Wait;
+        }
+        if self.may_create(Reserve::Kept) {
+            self.create_chunk(space, None);
+            return Allocated::Wait;
+        }
+        match self.evict_pinned(space) {
+            Choice::Evict(_) => {
+                if let Some(frame) = self.take_free_pool_frame(space) {
+                    return Allocated::Frame(frame);
+                }
+            }
+            Choice::Demote(_) => return Allocated::Wait,
+            Choice::Nothing => {}
+        }
+        if self.may_create(Reserve::Used) {
+            self.create_chunk(space, None);
+            return Allocated::Wait;
+        }
+        self.wait_for_memory()
+    }
+
+    pub(crate) fn take_free_pool_frame(&mut self, space: SpaceIndex) -> Option<FrameRef> {
+        let &chunk = self.spaces.at(space).pool_open.first()?;
+        let held = self.chunks.at_mut(chunk);
+        let index = held.take_free().expect("an open chunk has a free frame");
+        if held.free.is_empty() {
+            self.spaces.at_mut(space).pool_open.remove(&chunk);
+        }
+        Some(FrameRef { chunk, index })
+    }
+
+    /// A frame of one of the session's own windows.
+    pub(crate) fn take_window_frame(&mut self, session: SessionId, space: SpaceIndex) -> Allocated {
+        let Some(open) = self.sessions.get(&session) else { return Allocated::Never };
+        let tenant = open.tenant;
+        let mut creating = false;
+        let mut found = None;
+        for &id in &open.windows {
+            let chunk = self.chunks.at(id);
+            if chunk.space != space {
+                continue;
+            }
+            match chunk.kind {
+                ChunkKind::Window { recalled: false, .. } if !chunk.free.is_empty() => {
+                    found = Some(id);
+                    break;
+                }
+                ChunkKind::Creating { .. } => creating = true,
+                ChunkKind::Window { .. }
+                | ChunkKind::Pool
+                | ChunkKind::Replacing
+                | ChunkKind::Retiring
+                | ChunkKind::Dropping => {}
+            }
+        }
+        if let Some(chunk) = found {
+            let index = self.chunks.at_mut(chunk).take_free().expect("the window has a free frame");
+            return Allocated::Frame(FrameRef { chunk, index });
+        }
+        if creating {
+            return Allocated::Wait;
+        }
+        if !self.may_lease(tenant, self.config.chunk_bytes.get()) {
+            return Allocated::Never;
+        }
+        if self.may_create(Reserve::Used) {
+            self.create_chunk(space, Some(session));
+            return Allocated::Wait;
+        }
+        self.wait_for_memory()
+    }
+
+    /// Is memory on its way, or can some be freed?
+    fn wait_for_memory(&mut self) -> Allocated {
+        let paused = self.now < self.create_paused_until;
+        let coming = self.chunks.iter().any(|(_, chunk)| match chunk.kind {
+            ChunkKind::Creating { .. } | ChunkKind::Replacing | ChunkKind::Retiring | ChunkKind::Dropping => {
+                true
+            }
+            ChunkKind::Window { recalled, .. } => recalled,
+            ChunkKind::Pool => false,
+        });
+        if coming || paused || self.retire_chunk() { Allocated::Wait } else { Allocated::Never }
+    }
+
+    /// Starts to empty the cheapest chunk of the pool.
+    fn retire_chunk(&mut self) -> bool {
+        let facts = self.chunks.iter().filter_map(|(chunk, held)| {
+            let counts = held.counts;
+            let eligible = held.kind == ChunkKind::Pool && counts.pinned == 0 && counts.filling == 0;
+            eligible.then_some(ChunkFacts { chunk, sealed: counts.sealed, touched: held.touched })
+        });
+        let Some(id) = cheapest_chunk(facts) else { return false };
+        let chunk = self.chunks.at_mut(id);
+        chunk.kind = ChunkKind::Retiring;
+        let space = chunk.space;
+        self.spaces.at_mut(space).pool_open.remove(&id);
+        self.emptying.insert(id);
+        self.emptying_due = true;
+        self.counters.chunks_retired += 1;
+        true
+    }
+
+    /// Keeps memory ready for windows while the pool is full.
+    pub(crate) fn pump_reserve(&mut self) {
+        let ready = self.chunks_max().saturating_sub(self.chunks.len());
+        let coming = self
+            .chunks
+            .iter()
+            .filter(|(_, chunk)| {
+                matches!(chunk.kind, ChunkKind::Retiring | ChunkKind::Replacing | ChunkKind::Dropping)
+            })
+            .count();
+        let wanted = self.config.chunks_ready_min.min(self.chunks_max() / 2);
+        if ready.saturating_add(count(coming)) < wanted && self.retire_chunk() {
+            self.pump_emptying();
+        }
+    }
+
+    /// Evicts one block of the space's pool, or has it written first.
+    fn evict_pinned(&mut self, space: SpaceIndex) -> Choice {
+        let keep = self.is_persisting();
+        let lists = self.spaces.at(space).lru_pinned;
+        let candidates = lists.coldest_first(&self.blocks, Tier::Pinned).map(|index| {
+            let block = self.blocks.at(index);
+            let frame = block.pinned.and_then(|frame| Some((frame, self.chunks.frame(frame)?.busy)));
+            let retiring = frame.is_none_or(|(frame, _)| self.chunks.at(frame.chunk).kind != ChunkKind::Pool);
+            Candidate {
+                block: index,
+                leaf: block.children_pinned == 0,
+                busy: retiring || frame.is_none_or(|(_, busy)| busy > 0) || block.arriving != Arriving::No,
+                expendable: block.residence().nvme || !keep,
+            }
+        });
+        let choice = victim(candidates);
+        match choice {
+            Choice::Evict(index) => self.evict_from_pinned(index),
+            Choice::Demote(index) => self.demote(index),
+            Choice::Nothing => {}
+        }
+        choice
+    }
+
+    fn evict_from_pinned(&mut self, index: BlockIndex) {
+        self.counters.evictions_pinned += 1;
+        self.drop_pinned(index);
+        self.blocks.remove_if_gone(index);
+    }
+
+    /// Chunks that are being emptied go one step further.
+    pub(crate) fn pump_emptying(&mut self) {
+        while std::mem::take(&mut self.emptying_due) {
+            let chunks: Vec<ChunkId> = self.emptying.iter().copied().collect();
+            for chunk in chunks {
+                self.empty_chunk(chunk);
+            }
+        }
+    }
+
+    fn empty_chunk(&mut self, id: ChunkId) {
+        let chunk = self.chunks.at(id);
+        if chunk.kind == ChunkKind::Retiring && chunk.counts.pinned > 0 {
+            return self.keep_chunk(id);
+        }
+        for index in 0..count(chunk.frames.len()) {
+            let frame = FrameRef { chunk: id, index };
+            let Some(cell) = self.chunks.frame(frame) else { return };
+            if let (FrameState::Sealed { block, .. }, 0) = (cell.state, cell.busy) {
+                self.move_out(block, frame);
+            }
+        }
+        if self.chunks.at(id).is_empty() {
+            self.emptying.remove(&id);
+            self.chunks.at_mut(id).kind = ChunkKind::Dropping;
+            let op = self.start(Op::DropChunk { chunk: id });
+            self.effects.push_back(Effect::DropChunk { op, chunk: id });
+        }
+    }
+
+    /// Somebody uses the chunk again: another one is emptied instead.
+    fn keep_chunk(&mut self, id: ChunkId) {
+        self.emptying.remove(&id);
+        let chunk = self.chunks.at_mut(id);
+        chunk.kind = ChunkKind::Pool;
+        chunk.touched = self.now;
+        let (space, free) = (chunk.space, !chunk.free.is_empty());
+        if free {
+            self.spaces.at_mut(space).pool_open.insert(id);
+        }
+        self.memory_changed = true;
+    }
+
+    /// Moves a block out of a chunk: into a free frame, else it is evicted, else written first.
+    fn move_out(&mut self, index: BlockIndex, source: FrameRef) {
+        let block = self.blocks.at(index);
+        let (space, nvme) = (block.space, block.nvme);
+        if matches!(block.arriving, Arriving::Verifying(_)) || self.copies_running >= COPIES_MAX {
+            return;
+        }
+        if let Some(target) = self.take_free_pool_frame(space) {
+            return self.start_copy(index, source, target);
+        }
+        if matches!(nvme, Nvme::Sealed { .. }) {
+            return self.evict_from_pinned(index);
+        }
+        if self.spaces.at(space).pool_creating > 0 {
+            return;
+        }
+        let replacing = self.chunks.at(source.chunk).kind == ChunkKind::Replacing;
+        if replacing && self.may_create(Reserve::Kept) {
+            self.create_chunk(space, None);
+        } else if self.is_persisting() {
+            self.demote(index);
+        } else {
+            self.evict_from_pinned(index);
+        }
+    }
+
+    fn start_copy(&mut self, index: BlockIndex, source: FrameRef, target: FrameRef) {
+        let expect = self.header_of(index, 0);
+        let fence = self.hold_frame(source);
+        let op = self.start(Op::Copy { block: index, source, fence, target });
+        self.chunks
+            .at_mut(target.chunk)
+            .set(target.index, FrameState::Filling { block: index, filler: Filler::Op(op) });
+        self.blocks.at_mut(index).filling += 1;
+        self.copies_running += 1;
+        self.effects.push_back(Effect::Copy { op, source, target, expect });
+    }
+
+    pub(crate) fn copy_done(
+        &mut self,
+        index: BlockIndex,
+        source: FrameRef,
+        fence: Fence,
+        target: FrameRef,
+        outcome: Result<(), Fault>,
+    ) {
+        self.copies_running -= 1;
+        let current = self.let_frame_go(source, fence);
+        if current {
+            let cell = self.chunks.frame(source).map(|cell| cell.state);
+            let pinned = matches!(cell, Some(FrameState::Sealed { pins, .. }) if pins > 0);
+            let kind = self.chunks.at(source.chunk).kind;
+            let moves = !pinned || kind == ChunkKind::Replacing;
+            match outcome {
+                Ok(()) if moves => self.move_copy(index, target),
+                Ok(()) => {}
+                Err(_) => self.reject_pinned(index),
+            }
+        }
+        // Only if nothing moved: then it is still Filling.
+        self.abandon_filling(target, Vacate::Free);
+        self.blocks.remove_if_gone(index);
+    }
+
+    /// The block's Pinned copy is the verified one in `target` from now on.
+    fn move_copy(&mut self, index: BlockIndex, target: FrameRef) {
+        let Some(old) = self.blocks.at(index).pinned else { return };
+        let chunk = self.chunks.at_mut(target.chunk);
+        chunk.set(target.index, FrameState::Sealed { block: index, pins: 0, verified: true, sealer: None });
+        self.blocks.at_mut(index).filling -= 1;
+        self.vacate(old, Vacate::Free);
+        self.transition(index, |block| block.pinned = Some(target));
+        self.relist(index, Relist::Keep);
+        self.counters.copies += 1;
+    }
+
+    /// A block that is not persisted yet is written ahead of the others.
+    fn demote(&mut self, index: BlockIndex) {
+        self.counters.demotions += u64::from(!self.blocks.at(index).urgent);
+        self.persist_now(index);
+    }
+}
+
+impl Core {
+    /// Something in a window was sealed or given back: it may be full, or idle later.
+    pub(crate) fn window_settled(&mut self, id: ChunkId) {
+        let now = self.now;
+        let Some(chunk) = self.chunks.find(id) else { return };
+        let ChunkKind::Window { recalled: false, .. } = chunk.kind else { return };
+        let full = chunk.free.is_empty() && chunk.counts.filling == 0;
+        self.chunks.at_mut(id).touched = now;
+        if full {
+            self.recall_window(id);
+        }
+    }
+
+    /// The time at which the window is idle, if nothing happened in it meanwhile.
+    pub(crate) fn window_idle(&mut self, id: ChunkId) {
+        let Some(chunk) = self.chunks.find(id) else { return };
+        let ChunkKind::Window { recalled: false, .. } = chunk.kind else { return };
+        let idle_at = chunk.touched.after(self.config.window_idle);
+        if chunk.counts.filling > 0 || idle_at > self.now {
+            let at =
+                idle_at.max(self.now.after(crate::units::Micros::new(1 + self.config.window_idle.get() / 2)));
+            return self.at(at, Deadline::WindowIdle(id));
+        }
+        self.recall_window(id);
+    }
+
+    fn recall_window(&mut self, id: ChunkId) {
+        let chunk = self.chunks.at_mut(id);
+        let ChunkKind::Window { owner, recalled: false } = chunk.kind else { return };
+        assert!(chunk.counts.filling == 0, "a window is recalled when nothing in it is being filled");
+        chunk.kind = ChunkKind::Window { owner, recalled: true };
+        self.counters.windows_recalled += 1;
+        self.at(self.now.after(self.config.window_recall_max), Deadline::WindowRecalled(id));
+        self.effects
+            .push_back(Effect::Notify { session: owner, notice: Notice::WindowRecalled { chunk: id } });
+    }
+
+    /// A recalled window was not handed back in time.
+    pub(crate) fn window_overdue(&mut self, id: ChunkId) {
+        let kind = self.chunks.find(id).map(|chunk| chunk.kind);
+        if let Some(ChunkKind::Window { recalled: true, .. }) = kind {
+            self.replace_window(id);
+        }
+    }
+
+    pub(crate) fn return_window(&mut self, session: SessionId, id: ChunkId) -> Reply {
+        let refused = Reply::Refused(Refusal::NotYourChunk { chunk: id });
+        let Some(chunk) = self.chunks.find(id) else { return refused };
+        let ChunkKind::Window { owner, .. } = chunk.kind else { return refused };
+        if owner != session {
+            return refused;
+        }
+        if chunk.counts.filling > 0 {
+            return Reply::Refused(Refusal::WindowBusy { chunk: id });
+        }
+        let blocks = u32::try_from(chunk.counts.sealed).unwrap_or(u32::MAX);
+        self.adopt_window(id, owner);
+        Reply::WindowReturned { blocks }
+    }
+
+    /// The window becomes an ordinary chunk: its owner can write no more.
+    fn adopt_window(&mut self, id: ChunkId, owner: SessionId) {
+        let chunk = self.chunks.at_mut(id);
+        chunk.kind = ChunkKind::Pool;
+        chunk.touched = self.now;
+        let (space, tenant, charged) = (chunk.space, chunk.tenant, std::mem::take(&mut chunk.charged));
+        for index in 0..count(chunk.frames.len()) {
+            if chunk.frames[index as usize].state == FrameState::Quarantined {
+                chunk.set(index, FrameState::Free);
+            }
+        }
+        let blocks: Vec<BlockIndex> =
+            chunk.frames.iter().filter_map(|frame| sealed_block(frame.state)).collect();
+        if !chunk.free.is_empty() {
+            self.spaces.at_mut(space).pool_open.insert(id);
+        }
+        if charged {
+            self.uncharge(tenant, self.config.chunk_bytes.get());
+        }
+        if let Some(session) = self.sessions.get_mut(&owner) {
+            session.windows.remove(&id);
+        }
+        for index in blocks.into_iter().rev() {
+            self.relist(index, Relist::Keep);
+        }
+        self.counters.windows_adopted += 1;
+        self.memory_changed = true;
+        self.effects.push_back(Effect::AdoptWindow { chunk: id });
+    }
+
+    /// Nobody can be sure that the window is not written to any more: its
+    /// blocks are moved out, and its memory is never used again.
+    pub(crate) fn replace_window(&mut self, id: ChunkId) {
+        let Some(chunk) = self.chunks.find(id) else { return };
+        let ChunkKind::Window { owner, .. } = chunk.kind else { return };
+        assert!(chunk.counts.filling == 0, "leases that fill a window end before it is replaced");
+        self.chunks.at_mut(id).kind = ChunkKind::Replacing;
+        if let Some(session) = self.sessions.get_mut(&owner) {
+            session.windows.remove(&id);
+        }
+        self.counters.windows_replaced += 1;
+        self.emptying.insert(id);
+        self.emptying_due = true;
+    }
+}
+
+fn sealed_block(state: FrameState) -> Option<BlockIndex> {
+    match state {
+        FrameState::Sealed { block, .. } => Some(block),
+        FrameState::Free | FrameState::Filling { .. } | FrameState::Evicting | FrameState::Quarantined => {
+            None
+        }
+    }
+}

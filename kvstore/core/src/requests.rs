@@ -1,0 +1,297 @@
+//! Requests: limits and repeats first, then the short ones. The long ones have
+//! their own files.
+
+use std::hash::{DefaultHasher, Hash, Hasher};
+
+use crate::api::{Effect, Limit, MapAccess, MatchMode, Refusal, Reply, Request, Residence};
+use crate::core::{Core, Deadline};
+use crate::ids::{BlockId, ChunkId, RequestId, SessionId, TenantId};
+use crate::residence::Relist;
+use crate::state::block::{BlockIndex, Nvme, Retained};
+use crate::state::chunk::ChunkKind;
+use crate::state::count;
+use crate::state::session::{Answer, REPEATS_WAITING_MAX, Seen};
+use crate::units::Micros;
+use crate::waiting::{Asker, WaitKind};
+
+impl Core {
+    /// Serves a request. It is answered now, or waits in a limited table.
+    pub(crate) fn request(&mut self, session: SessionId, request: RequestId, op: Request) {
+        let repeat = repeat_of(&op);
+        let asker = Asker { session, request, repeat };
+        let Some(open) = self.sessions.get(&session) else {
+            return self.answer(asker, Reply::Refused(Refusal::UnknownSession));
+        };
+        let tenant = open.tenant;
+        let found = blocks_in(&op);
+        let limit = self.config.limits.blocks_per_request;
+        if found > limit as usize {
+            let found = u32::try_from(found).unwrap_or(u32::MAX);
+            let asker = Asker { repeat: None, ..asker };
+            return self.answer(asker, Reply::Refused(Refusal::TooManyBlocks { found, limit }));
+        }
+        if let Some(repeat) = repeat {
+            if self.answer_repeat(session, request, repeat, &op) {
+                return;
+            }
+        }
+        if let Some(reply) = self.serve(asker, tenant, op) {
+            self.answer(asker, reply);
+        }
+    }
+
+    /// A request whose id was used before gets the first one's answer. False: it is new.
+    fn answer_repeat(&mut self, session: SessionId, request: RequestId, repeat: u64, op: &Request) -> bool {
+        let content = content_of(op);
+        let limit = self.config.limits.replies_remembered;
+        let Some(open) = self.sessions.get_mut(&session) else { return false };
+        let reply = match open.repeats.look(repeat, content) {
+            Seen::New => {
+                open.repeats.begin(repeat, content, limit);
+                return false;
+            }
+            Seen::Differs => Reply::Refused(Refusal::RepeatDiffers { repeat }),
+            Seen::Same => match open.repeats.answer_mut(repeat) {
+                None => return false,
+                Some(Answer::Given(reply)) => reply.clone(),
+                Some(Answer::Waiting(also)) if also.len() >= REPEATS_WAITING_MAX => {
+                    Reply::Throttled(Limit::RequestsWaiting)
+                }
+                Some(Answer::Waiting(also)) => {
+                    also.push(request);
+                    return true;
+                }
+            },
+        };
+        self.effects.push_back(Effect::Reply { session, request, reply });
+        true
+    }
+
+    /// `None`: the request waits, or has been answered.
+    fn serve(&mut self, asker: Asker, tenant: TenantId, op: Request) -> Option<Reply> {
+        match op {
+            Request::Match { blocks, mode } => Some(self.matched(tenant, &blocks, mode)),
+            Request::LeaseRead { blocks, ttl, answer_by, repeat: _ } => {
+                self.lease_read(asker, tenant, &blocks, ttl, answer_by)
+            }
+            Request::LeaseWrite { space, blocks, parent, ttl, repeat: _ } => {
+                self.lease_write(asker, tenant, space, blocks, parent, ttl)
+            }
+            Request::Seal { lease, blocks, durability, repeat: _ } => {
+                self.seal(asker, lease, &blocks, durability)
+            }
+            Request::Renew { lease, ttl } => Some(self.renew(asker.session, lease, ttl)),
+            Request::Release { leases } => Some(self.release(asker.session, &leases)),
+            Request::Abort { lease, indexes } => Some(self.abort(asker.session, lease, &indexes)),
+            Request::Touch { blocks } => Some(self.touched(tenant, &blocks)),
+            Request::Prefetch { blocks } => Some(self.prefetch(tenant, &blocks)),
+            Request::Retain { blocks, ttl, priority } => Some(self.retain(tenant, &blocks, ttl, priority)),
+            Request::Clear { space, repeat: _ } => self.clear(asker, tenant, space),
+            Request::ReturnWindow { chunk } => Some(self.return_window(asker.session, chunk)),
+            Request::MapChunk { chunk } => Some(self.map_chunk(asker.session, tenant, chunk)),
+            Request::Flush => self.flush(asker),
+        }
+    }
+
+    /// The tenant's own block. Another tenant's is answered like one that does not exist.
+    pub(crate) fn find(&self, tenant: TenantId, block: BlockId) -> Option<BlockIndex> {
+        let index = self.blocks.find(block)?;
+        (self.spaces.at(self.blocks.at(index).space).tenant == tenant).then_some(index)
+    }
+
+    /// Tiers that could serve the block now.
+    pub(crate) fn residence(&self, index: BlockIndex) -> Residence {
+        let block = self.blocks.at(index);
+        let nvme = match block.nvme {
+            Nvme::Sealed { frame, .. } => self.disks.usable(frame.device),
+            Nvme::None | Nvme::Writing { .. } | Nvme::Committing { .. } | Nvme::Deleting => false,
+        };
+        Residence { pinned: block.pinned.is_some(), nvme }
+    }
+
+    fn matched(&mut self, tenant: TenantId, blocks: &[BlockId], mode: MatchMode) -> Reply {
+        let mut found = Vec::with_capacity(blocks.len());
+        for &block in blocks {
+            let there = self
+                .find(tenant, block)
+                .map(|index| self.residence(index))
+                .filter(|residence| *residence != Residence::default());
+            found.push(there);
+            if there.is_none() && mode == MatchMode::Prefix {
+                break;
+            }
+        }
+        Reply::Matched { blocks: found }
+    }
+
+    /// From tail to head, so that parents stay newer than their children.
+    fn touched(&mut self, tenant: TenantId, blocks: &[BlockId]) -> Reply {
+        let mut touched = 0;
+        for &block in blocks.iter().rev() {
+            let Some(index) = self.find(tenant, block) else { continue };
+            if self.residence(index) != Residence::default() {
+                self.touch(index);
+                touched += 1;
+            }
+        }
+        Reply::Touched { count: touched }
+    }
+
+    fn prefetch(&mut self, tenant: TenantId, blocks: &[BlockId]) -> Reply {
+        let (mut started, mut resident) = (0, 0);
+        for &block in blocks {
+            let Some(index) = self.find(tenant, block) else { continue };
+            let there = self.residence(index);
+            if there.pinned {
+                resident += 1;
+            } else if there.nvme && self.want(index) {
+                started += 1;
+            }
+        }
+        Reply::Prefetched { started, resident }
+    }
+
+    fn retain(&mut self, tenant: TenantId, blocks: &[BlockId], ttl: Micros, priority: u8) -> Reply {
+        let until = self.now.after(ttl);
+        let limit = self.retained_bytes_max();
+        let mut retained = 0;
+        for &block in blocks {
+            let Some(index) = self.find(tenant, block) else { continue };
+            if self.residence(index) == Residence::default() {
+                continue;
+            }
+            self.unretain(index);
+            let bytes = self.spaces.at(self.blocks.at(index).space).frame_bytes.get();
+            let held = self.tenants.entry(tenant).or_default();
+            if priority > 0 && held.retained_bytes + bytes <= limit {
+                held.retained_bytes += bytes;
+                self.blocks.at_mut(index).retained = Some(Retained { priority, until });
+                self.at(until, Deadline::Retain(index, block));
+                retained += 1;
+            }
+            self.relist(index, Relist::Keep);
+        }
+        Reply::Retained { count: retained }
+    }
+
+    fn retained_bytes_max(&self) -> u64 {
+        let slots: u64 = self.config.device_slots.iter().map(|&slots| u64::from(slots)).sum();
+        let capacity = self.config.pinned_bytes.get() + slots * self.config.chunk_bytes.get();
+        capacity / 100 * u64::from(self.config.limits.retained_percent.min(100))
+    }
+
+    fn map_chunk(&mut self, session: SessionId, tenant: TenantId, id: ChunkId) -> Reply {
+        let refused = Reply::Refused(Refusal::NotYourChunk { chunk: id });
+        let Some(chunk) = self.chunks.find(id) else { return refused };
+        if chunk.tenant != tenant || !self.is_local(session) {
+            return refused;
+        }
+        let access = match chunk.kind {
+            ChunkKind::Window { owner, .. } if owner == session => MapAccess::Write,
+            ChunkKind::Window { .. } | ChunkKind::Pool | ChunkKind::Retiring | ChunkKind::Replacing => {
+                MapAccess::Read
+            }
+            ChunkKind::Creating { .. } | ChunkKind::Dropping => return refused,
+        };
+        Reply::MayMap { chunk: id, access }
+    }
+
+    /// Makes everything that is sealed urgent and waits for it. Walks the whole
+    /// table: it is asked for at the end of a daemon's life, or by hand.
+    fn flush(&mut self, asker: Asker) -> Option<Reply> {
+        let mut open = Vec::new();
+        for index in (0..self.blocks.end()).map(BlockIndex) {
+            let unsaved =
+                |block: &crate::state::block::Block| block.pinned.is_some() && !block.residence().nvme;
+            if self.blocks.try_at(index).is_some_and(unsaved) {
+                open.push(index);
+            }
+        }
+        if open.is_empty() {
+            return Some(Reply::Flushed { blocks: 0, failed: 0 });
+        }
+        if !self.is_persisting() {
+            return Some(Reply::Flushed { blocks: 0, failed: open.len() as u64 });
+        }
+        if !self.may_wait() {
+            return Some(Reply::Throttled(Limit::RequestsWaiting));
+        }
+        let wait = self.wait(asker, None, WaitKind::Flush { blocks: 0, failed: 0 });
+        if let Some(wait) = self.waits.get_mut(&wait) {
+            wait.pending = count(open.len());
+        }
+        for index in open {
+            self.durables.entry(index).or_default().push((wait, 0));
+            self.persist_now(index);
+        }
+        None
+    }
+}
+
+/// How many blocks, leases or positions a request names.
+fn blocks_in(op: &Request) -> usize {
+    match op {
+        Request::Match { blocks, .. }
+        | Request::LeaseRead { blocks, .. }
+        | Request::LeaseWrite { blocks, .. }
+        | Request::Touch { blocks }
+        | Request::Prefetch { blocks }
+        | Request::Retain { blocks, .. } => blocks.len(),
+        Request::Seal { blocks, .. } => blocks.len(),
+        Request::Release { leases } => leases.len(),
+        Request::Abort { indexes, .. } => indexes.len(),
+        Request::Renew { .. }
+        | Request::Clear { .. }
+        | Request::ReturnWindow { .. }
+        | Request::MapChunk { .. }
+        | Request::Flush => 0,
+    }
+}
+
+fn repeat_of(op: &Request) -> Option<u64> {
+    match op {
+        Request::LeaseRead { repeat, .. }
+        | Request::LeaseWrite { repeat, .. }
+        | Request::Seal { repeat, .. }
+        | Request::Clear { repeat, .. } => Some(*repeat),
+        Request::Match { .. }
+        | Request::Renew { .. }
+        | Request::Release { .. }
+        | Request::Abort { .. }
+        | Request::Touch { .. }
+        | Request::Prefetch { .. }
+        | Request::Retain { .. }
+        | Request::ReturnWindow { .. }
+        | Request::MapChunk { .. }
+        | Request::Flush => None,
+    }
+}
+
+/// Fingerprint of what a request asks for. Not of how long it may take: a
+/// repeat comes later than the first.
+fn content_of(op: &Request) -> u64 {
+    // Its keys are fixed, so that two runs agree.
+    let mut hasher = DefaultHasher::new();
+    std::mem::discriminant(op).hash(&mut hasher);
+    match op {
+        Request::LeaseRead { blocks, ttl, repeat: _, answer_by: _ } => (blocks, ttl).hash(&mut hasher),
+        Request::LeaseWrite { space, blocks, parent, ttl, repeat: _ } => {
+            (space, blocks, parent, ttl).hash(&mut hasher);
+        }
+        Request::Seal { lease, blocks, durability, repeat: _ } => {
+            (lease, blocks, durability).hash(&mut hasher);
+        }
+        Request::Clear { space, repeat: _ } => space.hash(&mut hasher),
+        Request::Match { .. }
+        | Request::Renew { .. }
+        | Request::Release { .. }
+        | Request::Abort { .. }
+        | Request::Touch { .. }
+        | Request::Prefetch { .. }
+        | Request::Retain { .. }
+        | Request::ReturnWindow { .. }
+        | Request::MapChunk { .. }
+        | Request::Flush => {}
+    }
+    hasher.finish()
+}

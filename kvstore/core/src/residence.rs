@@ -1,0 +1,268 @@
+//! Where a block changes tier. Every change of a copy goes through
+//! [`Core::transition`], so that child counts, recency lists, quotas and the
+//! event stream cannot disagree with the residency table.
+
+use crate::api::{Effect, Event, Residence};
+use crate::core::Core;
+use crate::ids::{BlockId, Fence, FrameRef, SessionId};
+use crate::state::block::{Block, BlockIndex, Nvme};
+use crate::state::chunk::{ChunkKind, FrameState};
+use crate::state::lru::{Rank, Tier};
+
+/// What becomes of a frame that holds nothing valid any more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Vacate {
+    /// It can be used again.
+    Free,
+    /// A client may still write into it.
+    Quarantine,
+}
+
+impl Core {
+    /// Changes a block's copies and everything that follows from them.
+    pub(crate) fn transition(&mut self, index: BlockIndex, change: impl FnOnce(&mut Block)) {
+        let block = self.blocks.at_mut(index);
+        let before = block.residence();
+        change(block);
+        let after = block.residence();
+        let (space, parent, id) = (block.space, block.parent, block.id);
+        let length = block.seal.map_or(0, |seal| seal.length.get());
+        if before != after {
+            if let Some(parent) = parent {
+                let parent = self.blocks.at_mut(parent);
+                adjust(&mut parent.children_pinned, before.pinned, after.pinned);
+                adjust(&mut parent.children_nvme, before.nvme, after.nvme);
+            }
+            let held = self.spaces.at_mut(space);
+            adjust(&mut held.blocks_pinned, before.pinned, after.pinned);
+            adjust(&mut held.blocks_nvme, before.nvme, after.nvme);
+            match (is_unpersisted(before), is_unpersisted(after)) {
+                (false, true) => self.unpersisted += length,
+                (true, false) => self.unpersisted -= length,
+                (true, true) | (false, false) => {}
+            }
+            self.publish_change(index, before, after);
+        }
+        if after == Residence::default() {
+            self.unretain(index);
+            self.blocks.at_mut(index).seal = None;
+            self.durable(index, false);
+        }
+        self.relist(index, Relist::Keep);
+        debug_assert!(self.blocks.at(index).id == id, "a transition does not change identities");
+    }
+
+    fn publish_change(&mut self, index: BlockIndex, before: Residence, after: Residence) {
+        let block = self.blocks.at(index);
+        let held = self.spaces.at(block.space);
+        let (tenant, space, id) = (held.tenant, held.id, block.id);
+        let none = Residence::default();
+        let event = if before == none {
+            let parent = block.parent.map(|parent| self.blocks.at(parent).id);
+            Event::Sealed { space, block: id, parent, length: held.block_bytes, tiers: after }
+        } else if after == none {
+            Event::Evicted { space, block: id }
+        } else {
+            Event::Moved { space, block: id, tiers: after }
+        };
+        self.effects.push_back(Effect::Publish { tenant, event });
+    }
+
+    /// Puts a block into the lists that it belongs to now: in Pinned, when its
+    /// copy is in a chunk of the pool and no lease pins it; in Nvme, when its copy is sealed.
+    pub(crate) fn relist(&mut self, index: BlockIndex, how: Relist) {
+        let block = self.blocks.at(index);
+        let rank = if block.retained.is_some() { Rank::Retained } else { Rank::Ordinary };
+        let evictable = block.pinned.is_some_and(|frame| self.is_evictable(frame));
+        let in_pinned = evictable.then_some(rank);
+        let in_nvme = block.residence().nvme.then_some(rank);
+        let space = block.space;
+        let (was_pinned, was_nvme) = (block.lru_pinned.rank(), block.lru_nvme.rank());
+        for (tier, was, wanted) in [(Tier::Pinned, was_pinned, in_pinned), (Tier::Nvme, was_nvme, in_nvme)] {
+            if was == wanted && how == Relist::Keep {
+                continue;
+            }
+            let held = self.spaces.at_mut(space);
+            let lists = match tier {
+                Tier::Pinned => &mut held.lru_pinned,
+                Tier::Nvme => &mut held.lru_nvme,
+            };
+            if was.is_some() {
+                lists.remove(&mut self.blocks, tier, index);
+            }
+            if let Some(rank) = wanted {
+                lists.push(&mut self.blocks, tier, index, rank);
+            }
+        }
+    }
+
+    fn is_evictable(&self, frame: FrameRef) -> bool {
+        let chunk = self.chunks.at(frame.chunk);
+        let pooled = matches!(chunk.kind, ChunkKind::Pool | ChunkKind::Retiring);
+        let state = chunk.frames[frame.index as usize].state;
+        pooled && matches!(state, FrameState::Sealed { pins: 0, .. })
+    }
+
+    /// Marks a block as used now.
+    pub(crate) fn touch(&mut self, index: BlockIndex) {
+        self.blocks.at_mut(index).touched = self.now;
+        self.relist(index, Relist::Touch);
+    }
+
+    /// The frame's bytes become the block's Pinned copy. The frame was filled for it.
+    pub(crate) fn seal_frame(
+        &mut self,
+        index: BlockIndex,
+        frame: FrameRef,
+        verified: bool,
+        sealer: Option<SessionId>,
+        pins: u32,
+    ) {
+        let chunk = self.chunks.at_mut(frame.chunk);
+        let filling = chunk.frames[frame.index as usize].state;
+        assert!(
+            matches!(filling, FrameState::Filling { block, .. } if block == index),
+            "only a frame filled for the block is sealed"
+        );
+        chunk.set(frame.index, FrameState::Sealed { block: index, pins, verified, sealer });
+        chunk.touched = self.now;
+        let block = self.blocks.at_mut(index);
+        assert!(block.pinned.is_none(), "a block has one Pinned copy");
+        assert!(block.filling > 0, "a filling frame is counted by its block");
+        block.filling -= 1;
+        block.touched = self.now;
+        self.transition(index, |block| block.pinned = Some(frame));
+    }
+
+    /// Ends the Pinned copy: readers see the fence move before the frame can be used again.
+    pub(crate) fn drop_pinned(&mut self, index: BlockIndex) {
+        let Some(frame) = self.blocks.at(index).pinned else { return };
+        self.vacate(frame, Vacate::Free);
+        self.transition(index, |block| block.pinned = None);
+    }
+
+    /// Ends what a frame is being filled with.
+    pub(crate) fn abandon_filling(&mut self, frame: FrameRef, how: Vacate) {
+        let state = self.chunks.frame(frame).map(|frame| frame.state);
+        let Some(FrameState::Filling { block, .. }) = state else { return };
+        self.vacate(frame, how);
+        let entry = self.blocks.at_mut(block);
+        assert!(entry.filling > 0, "a filling frame is counted by its block");
+        entry.filling -= 1;
+        self.blocks.remove_if_gone(block);
+    }
+
+    /// Bumps the fence of a frame, then takes what it holds away.
+    pub(crate) fn vacate(&mut self, frame: FrameRef, how: Vacate) {
+        let chunk = self.chunks.at_mut(frame.chunk);
+        let cell = &mut chunk.frames[frame.index as usize];
+        cell.fence = cell.fence.next();
+        let (fence, busy) = (cell.fence, cell.busy > 0);
+        self.effects.push_back(Effect::SetFence { frame, fence });
+        match how {
+            Vacate::Quarantine => chunk.set(frame.index, FrameState::Quarantined),
+            Vacate::Free if busy => chunk.set(frame.index, FrameState::Evicting),
+            Vacate::Free => self.free_frame(frame),
+        }
+        self.emptying_due = true;
+    }
+
+    /// Nothing refers to the frame any more.
+    pub(crate) fn free_frame(&mut self, frame: FrameRef) {
+        let chunk = self.chunks.at_mut(frame.chunk);
+        assert!(chunk.frames[frame.index as usize].busy == 0, "a frame is freed after its last operation");
+        chunk.set(frame.index, FrameState::Free);
+        if chunk.kind == ChunkKind::Pool {
+            let space = chunk.space;
+            self.spaces.at_mut(space).pool_open.insert(frame.chunk);
+        }
+        self.memory_changed = true;
+        self.emptying_due = true;
+    }
+
+    /// An operation starts to read from a frame.
+    pub(crate) fn hold_frame(&mut self, frame: FrameRef) -> Fence {
+        let chunk = self.chunks.at_mut(frame.chunk);
+        let cell = &mut chunk.frames[frame.index as usize];
+        cell.busy += 1;
+        let fence = cell.fence;
+        if cell.busy == 1 {
+            chunk.busy += 1;
+        }
+        fence
+    }
+
+    /// It ended. True if the frame still holds what it held then.
+    pub(crate) fn let_frame_go(&mut self, frame: FrameRef, fence: Fence) -> bool {
+        let chunk = self.chunks.at_mut(frame.chunk);
+        let cell = &mut chunk.frames[frame.index as usize];
+        assert!(cell.busy > 0, "an operation lets go what it holds");
+        cell.busy -= 1;
+        let (idle, same, state) = (cell.busy == 0, cell.fence == fence, cell.state);
+        if idle {
+            chunk.busy -= 1;
+            if state == FrameState::Evicting {
+                self.free_frame(frame);
+            }
+        }
+        same
+    }
+
+    /// A promise to keep the block ends.
+    pub(crate) fn unretain(&mut self, index: BlockIndex) {
+        let block = self.blocks.at_mut(index);
+        let Some(retained) = block.retained.take() else { return };
+        let (space, id) = (block.space, block.id);
+        self.deadlines.remove(&(retained.until, crate::core::Deadline::Retain(index, id)));
+        let held = self.spaces.at(space);
+        let (tenant, bytes) = (held.tenant, held.frame_bytes.get());
+        self.tenants.entry(tenant).or_default().retained_bytes -= bytes;
+    }
+
+    pub(crate) fn retain_ended(&mut self, index: BlockIndex, id: BlockId) {
+        if self.blocks.try_at(index).is_some_and(|block| block.id == id) {
+            self.unretain(index);
+            self.relist(index, Relist::Keep);
+        }
+    }
+
+    /// A Pinned copy turned out to be damaged. What was made from it is not trusted either.
+    pub(crate) fn reject_pinned(&mut self, index: BlockIndex) {
+        self.counters.checksum_failures += 1;
+        let block = self.blocks.at(index);
+        let (id, space) = (block.id, self.spaces.at(block.space).id);
+        if let Some(FrameState::Sealed { sealer: Some(session), .. }) =
+            block.pinned.and_then(|frame| self.chunks.frame(frame)).map(|frame| frame.state)
+        {
+            if self.sessions.contains_key(&session) {
+                let notice = crate::api::Notice::SealRejected { space, block: id };
+                self.effects.push_back(Effect::Notify { session, notice });
+            }
+        }
+        match self.blocks.at(index).nvme {
+            Nvme::Writing { frame, .. } | Nvme::Committing { frame, .. } => self.forget_written(index, frame),
+            Nvme::None | Nvme::Sealed { .. } | Nvme::Deleting => {}
+        }
+        self.drop_pinned(index);
+        self.durable(index, false);
+    }
+}
+
+/// Whether a block moves to the hot end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Relist {
+    Keep,
+    Touch,
+}
+
+fn is_unpersisted(residence: Residence) -> bool {
+    residence.pinned && !residence.nvme
+}
+
+fn adjust<N: std::ops::AddAssign + std::ops::SubAssign + From<u8>>(count: &mut N, before: bool, after: bool) {
+    match (before, after) {
+        (false, true) => *count += N::from(1),
+        (true, false) => *count -= N::from(1),
+        (true, true) | (false, false) => {}
+    }
+}

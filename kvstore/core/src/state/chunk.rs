@@ -1,0 +1,220 @@
+//! Chunks of the Pinned tier and the frames they are carved into.
+
+use std::collections::BTreeMap;
+
+use crate::ids::{ChunkId, Fence, FrameRef, LeaseId, OpId, SessionId, TenantId};
+use crate::state::block::BlockIndex;
+use crate::state::count;
+use crate::state::space::SpaceIndex;
+use crate::units::Now;
+
+/// What a chunk is for now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum ChunkKind {
+    /// The shell is making it.
+    Creating { owner: Option<SessionId> },
+    /// The daemon fills it.
+    Pool,
+    /// One session fills it. After a recall nothing more is granted in it.
+    Window { owner: SessionId, recalled: bool },
+    /// A window that was not handed back: its blocks are being moved out, for somebody may still write into it.
+    Replacing,
+    /// A Pool chunk that is being emptied so that its memory can be used otherwise.
+    Retiring,
+    /// The shell is giving its memory back.
+    Dropping,
+}
+
+/// Who may be storing bytes into a frame.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Filler {
+    Lease(LeaseId),
+    Op(OpId),
+}
+
+/// Lifecycle of a frame.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum FrameState {
+    Free,
+    /// The filler may still be storing bytes, so it is neither readable nor evictable.
+    Filling {
+        block: BlockIndex,
+        filler: Filler,
+    },
+    /// Evictable while `pins` is zero. `verified`: its bytes were compared with
+    /// the checksum since they arrived.
+    Sealed {
+        block: BlockIndex,
+        pins: u32,
+        verified: bool,
+        sealer: Option<SessionId>,
+    },
+    /// Holds nothing any more, but operations still read from it.
+    Evicting,
+    /// A client may still write into it: unusable until its window is handed back or replaced.
+    Quarantined,
+}
+
+/// One frame.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Frame {
+    pub(crate) fence: Fence,
+    pub(crate) state: FrameState,
+    /// Operations that read from it.
+    pub(crate) busy: u32,
+}
+
+/// Frames by state; they sum up to the chunk's frames.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct FrameCounts {
+    /// Hold nothing.
+    pub free: u64,
+    /// Being filled.
+    pub filling: u64,
+    /// Hold a block.
+    pub sealed: u64,
+    /// Hold nothing, but operations are not done with them.
+    pub evicting: u64,
+    /// May not be touched.
+    pub quarantined: u64,
+    /// Of the sealed ones: pinned by a lease.
+    pub pinned: u64,
+}
+
+/// One chunk.
+#[derive(Debug)]
+pub(crate) struct Chunk {
+    pub(crate) kind: ChunkKind,
+    pub(crate) tenant: TenantId,
+    pub(crate) space: SpaceIndex,
+    pub(crate) frames: Vec<Frame>,
+    /// Free frames, next one last.
+    pub(crate) free: Vec<u32>,
+    pub(crate) counts: FrameCounts,
+    /// Frames with operations that read from them.
+    pub(crate) busy: u32,
+    /// Last seal or lease in it.
+    pub(crate) touched: Now,
+    /// Counted as a window of its tenant until its memory is back.
+    pub(crate) charged: bool,
+}
+
+impl Chunk {
+    pub(crate) fn new(kind: ChunkKind, tenant: TenantId, space: SpaceIndex, frames: u32, now: Now) -> Self {
+        let frame = Frame { fence: Fence::new(1), state: FrameState::Free, busy: 0 };
+        Self {
+            kind,
+            tenant,
+            space,
+            frames: vec![frame; frames as usize],
+            free: (0..frames).rev().collect(),
+            counts: FrameCounts { free: u64::from(frames), ..FrameCounts::default() },
+            busy: 0,
+            touched: now,
+            charged: false,
+        }
+    }
+
+    /// Changes a frame's state and the counts with it.
+    pub(crate) fn set(&mut self, index: u32, state: FrameState) {
+        let frame = &mut self.frames[index as usize];
+        self.counts.add(frame.state, -1);
+        frame.state = state;
+        self.counts.add(state, 1);
+        if state == FrameState::Free {
+            self.free.push(index);
+        }
+    }
+
+    /// Takes a free frame. The caller sets its state at once.
+    pub(crate) fn take_free(&mut self) -> Option<u32> {
+        let index = self.free.pop()?;
+        assert!(self.frames[index as usize].state == FrameState::Free, "the free list holds free frames");
+        Some(index)
+    }
+
+    /// Nothing readable, being filled or in flight is left.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.counts.filling == 0 && self.counts.sealed == 0 && self.counts.evicting == 0 && self.busy == 0
+    }
+}
+
+impl FrameCounts {
+    fn add(&mut self, state: FrameState, by: i64) {
+        let field = match state {
+            FrameState::Free => &mut self.free,
+            FrameState::Filling { .. } => &mut self.filling,
+            FrameState::Sealed { pins, .. } => {
+                if pins > 0 {
+                    self.pinned = self.pinned.checked_add_signed(by).expect("a pinned frame is counted");
+                }
+                &mut self.sealed
+            }
+            FrameState::Evicting => &mut self.evicting,
+            FrameState::Quarantined => &mut self.quarantined,
+        };
+        *field = field.checked_add_signed(by).expect("a frame is counted in its state");
+    }
+
+    /// Adds another chunk's counts.
+    pub(crate) fn sum(&mut self, other: FrameCounts) {
+        self.free += other.free;
+        self.filling += other.filling;
+        self.sealed += other.sealed;
+        self.evicting += other.evicting;
+        self.quarantined += other.quarantined;
+        self.pinned += other.pinned;
+    }
+
+    /// All frames.
+    pub fn total(&self) -> u64 {
+        self.free + self.filling + self.sealed + self.evicting + self.quarantined
+    }
+}
+
+/// All chunks, by id.
+#[derive(Debug, Default)]
+pub(crate) struct ChunkTable {
+    chunks: BTreeMap<ChunkId, Chunk>,
+    created: u64,
+}
+
+impl ChunkTable {
+    /// Chunks alive, dropping ones included.
+    pub(crate) fn len(&self) -> u32 {
+        count(self.chunks.len())
+    }
+
+    pub(crate) fn find(&self, id: ChunkId) -> Option<&Chunk> {
+        self.chunks.get(&id)
+    }
+
+    pub(crate) fn at(&self, id: ChunkId) -> &Chunk {
+        self.chunks.get(&id).expect("a chunk is used only while it is alive")
+    }
+
+    pub(crate) fn at_mut(&mut self, id: ChunkId) -> &mut Chunk {
+        self.chunks.get_mut(&id).expect("a chunk is used only while it is alive")
+    }
+
+    /// The frame, if its chunk is alive.
+    pub(crate) fn frame(&self, frame: FrameRef) -> Option<&Frame> {
+        self.chunks.get(&frame.chunk)?.frames.get(frame.index as usize)
+    }
+
+    /// Adds a chunk under an id that was never used.
+    pub(crate) fn insert(&mut self, chunk: Chunk) -> ChunkId {
+        self.created += 1;
+        let id = ChunkId::new(self.created);
+        self.chunks.insert(id, chunk);
+        id
+    }
+
+    pub(crate) fn remove(&mut self, id: ChunkId) -> Chunk {
+        self.chunks.remove(&id).expect("a chunk is removed once")
+    }
+
+    pub(crate) fn iter(&self) -> impl Iterator<Item = (ChunkId, &Chunk)> {
+        self.chunks.iter().map(|(id, chunk)| (*id, chunk))
+    }
+}

@@ -1,0 +1,129 @@
+//! Sessions, their leases, and the answers remembered for repeats.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+
+use crate::api::{Locality, Reply};
+use crate::ids::{ChunkId, Fence, FrameRef, LeaseId, RequestId, SessionId, TenantId};
+use crate::state::space::SpaceIndex;
+use crate::units::{Micros, Now};
+
+/// Identity of a request that waits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(crate) struct WaitId(pub(crate) u64);
+
+/// Most requests that may share one waiting answer under one repeat id.
+pub(crate) const REPEATS_WAITING_MAX: usize = 8;
+
+/// One session.
+#[derive(Debug)]
+pub(crate) struct Session {
+    pub(crate) tenant: TenantId,
+    pub(crate) locality: Locality,
+    pub(crate) leases: BTreeSet<LeaseId>,
+    pub(crate) windows: BTreeSet<ChunkId>,
+    pub(crate) waits: BTreeSet<WaitId>,
+    pub(crate) repeats: Repeats,
+}
+
+/// Answers of the last requests that carried a repeat id.
+#[derive(Debug, Default)]
+pub(crate) struct Repeats {
+    answers: BTreeMap<u64, Remembered>,
+    order: VecDeque<u64>,
+}
+
+#[derive(Debug)]
+struct Remembered {
+    content: u64,
+    answer: Answer,
+}
+
+/// What became of the first request of a repeat id.
+#[derive(Debug)]
+pub(crate) enum Answer {
+    /// It waits; these requests get its answer as well.
+    Waiting(Vec<RequestId>),
+    /// Its answer.
+    Given(Reply),
+}
+
+/// What a repeat id says about a request.
+#[derive(Debug)]
+pub(crate) enum Seen {
+    /// Not seen before.
+    New,
+    /// Seen with other content.
+    Differs,
+    /// The same request; here is what became of it.
+    Same,
+}
+
+impl Repeats {
+    pub(crate) fn look(&self, repeat: u64, content: u64) -> Seen {
+        match self.answers.get(&repeat) {
+            None => Seen::New,
+            Some(seen) if seen.content != content => Seen::Differs,
+            Some(_) => Seen::Same,
+        }
+    }
+
+    pub(crate) fn answer_mut(&mut self, repeat: u64) -> Option<&mut Answer> {
+        self.answers.get_mut(&repeat).map(|seen| &mut seen.answer)
+    }
+
+    /// Remembers a request that is being served; forgets the oldest past the limit.
+    pub(crate) fn begin(&mut self, repeat: u64, content: u64, limit: u32) {
+        while self.order.len() >= limit.max(1) as usize {
+            let Some(oldest) = self.order.pop_front() else { break };
+            self.answers.remove(&oldest);
+        }
+        self.answers.insert(repeat, Remembered { content, answer: Answer::Waiting(Vec::new()) });
+        self.order.push_back(repeat);
+    }
+
+    /// Ends a request: remembers its answer, or forgets it so that it can be
+    /// tried again. Returns the requests that wait for the same answer.
+    pub(crate) fn finish(&mut self, repeat: u64, reply: &Reply) -> Vec<RequestId> {
+        let Some(seen) = self.answers.get_mut(&repeat) else { return Vec::new() };
+        let Answer::Waiting(also) = std::mem::replace(&mut seen.answer, Answer::Given(reply.clone())) else {
+            return Vec::new();
+        };
+        if matches!(reply, Reply::Throttled(_) | Reply::Refused(_)) {
+            self.answers.remove(&repeat);
+            self.order.retain(|&other| other != repeat);
+        }
+        also
+    }
+}
+
+/// What a lease is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum LeaseKind {
+    Read,
+    Write { space: SpaceIndex },
+}
+
+/// One block of a lease: a frame that it fills or pins, as long as the frame's fence has not moved.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Held {
+    pub(crate) frame: FrameRef,
+    pub(crate) fence: Fence,
+    /// Charged to the tenant.
+    pub(crate) bytes: u64,
+}
+
+/// One lease.
+#[derive(Debug)]
+pub(crate) struct Lease {
+    pub(crate) session: SessionId,
+    pub(crate) tenant: TenantId,
+    pub(crate) kind: LeaseKind,
+    /// By position in the request.
+    pub(crate) items: Vec<Option<Held>>,
+    pub(crate) ttl: Micros,
+    /// `None`: does not end by itself.
+    pub(crate) deadline: Option<Now>,
+    /// Its space was cleared: nothing of it can be sealed any more.
+    pub(crate) cleared: bool,
+    pub(crate) since: Now,
+}

@@ -1,0 +1,94 @@
+//! Spaces: geometry of their frames, and what each holds in every tier.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use crate::ids::{ChunkId, SpaceId, TenantId};
+use crate::state::count;
+use crate::state::lru::Lists;
+use crate::units::ByteCount;
+
+/// Bytes of a header page: before each frame's payload, and at the start of a device's chunk slot.
+pub const HEADER_PAGE_BYTES: u64 = 4096;
+
+/// Index of a space. Spaces are never forgotten.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(crate) struct SpaceIndex(pub(crate) u32);
+
+/// One space.
+#[derive(Debug)]
+pub(crate) struct Space {
+    pub(crate) id: SpaceId,
+    pub(crate) tenant: TenantId,
+    pub(crate) block_bytes: ByteCount,
+    pub(crate) frame_bytes: ByteCount,
+    pub(crate) frames_per_chunk: u32,
+    pub(crate) frames_per_slot: u32,
+    pub(crate) generation: u64,
+    /// Clears whose new generation is not durable yet. Nothing is persisted meanwhile.
+    pub(crate) clearing: u32,
+    /// Pool chunks with free frames.
+    pub(crate) pool_open: BTreeSet<ChunkId>,
+    /// Pool chunks being created.
+    pub(crate) pool_creating: u32,
+    /// Chunks alive, of any kind.
+    pub(crate) chunks: u32,
+    /// Slots with free frames, by device.
+    pub(crate) slots_open: Vec<BTreeSet<u32>>,
+    /// Slots being carved, by device.
+    pub(crate) slots_carving: Vec<u32>,
+    /// Device to try first for the next block: consecutive blocks go to different devices.
+    pub(crate) device_next: usize,
+    pub(crate) lru_pinned: Lists,
+    pub(crate) lru_nvme: Lists,
+    pub(crate) blocks_pinned: u64,
+    pub(crate) blocks_nvme: u64,
+}
+
+/// All spaces.
+#[derive(Debug, Default)]
+pub(crate) struct SpaceTable {
+    spaces: Vec<Space>,
+    index: BTreeMap<SpaceId, SpaceIndex>,
+}
+
+impl SpaceTable {
+    pub(crate) fn len(&self) -> u32 {
+        count(self.spaces.len())
+    }
+
+    pub(crate) fn find(&self, id: SpaceId) -> Option<SpaceIndex> {
+        self.index.get(&id).copied()
+    }
+
+    pub(crate) fn at(&self, index: SpaceIndex) -> &Space {
+        &self.spaces[index.0 as usize]
+    }
+
+    pub(crate) fn at_mut(&mut self, index: SpaceIndex) -> &mut Space {
+        &mut self.spaces[index.0 as usize]
+    }
+
+    pub(crate) fn iter(&self) -> impl Iterator<Item = (SpaceIndex, &Space)> {
+        self.spaces.iter().enumerate().map(|(index, space)| (SpaceIndex(count(index)), space))
+    }
+
+    /// Adds a space that is not known.
+    pub(crate) fn insert(&mut self, space: Space) -> SpaceIndex {
+        let index = SpaceIndex(self.len());
+        let before = self.index.insert(space.id, index);
+        assert!(before.is_none(), "a space is added once");
+        self.spaces.push(space);
+        index
+    }
+}
+
+/// Length of a frame: header page and payload, both rounded to 4 KiB. `None` if it overflows.
+pub fn frame_bytes(block: ByteCount) -> Option<ByteCount> {
+    let payload = block.round_up(HEADER_PAGE_BYTES)?;
+    payload.get().checked_add(HEADER_PAGE_BYTES).map(ByteCount::new)
+}
+
+/// Frames of this length that fit into `bytes`.
+pub(crate) fn frames_in(bytes: u64, frame: ByteCount) -> u32 {
+    u32::try_from(bytes.checked_div(frame.get()).unwrap_or(0)).unwrap_or(u32::MAX)
+}

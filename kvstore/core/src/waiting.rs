@@ -1,0 +1,157 @@
+//! Requests that wait, and how each gets its one answer.
+
+use crate::api::{Effect, Grant, Limit, Reply, SealOutcome};
+use crate::core::{Core, Deadline};
+use crate::ids::{BlockId, LeaseId, RequestId, SessionId};
+use crate::state::block::BlockIndex;
+use crate::state::session::WaitId;
+use crate::units::Now;
+
+/// Who asked, and under which repeat id.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Asker {
+    pub(crate) session: SessionId,
+    pub(crate) request: RequestId,
+    pub(crate) repeat: Option<u64>,
+}
+
+/// A request that waits for something.
+#[derive(Debug)]
+pub(crate) struct Wait {
+    pub(crate) asker: Asker,
+    pub(crate) deadline: Option<Now>,
+    /// Parts that are still open.
+    pub(crate) pending: u32,
+    pub(crate) kind: WaitKind,
+}
+
+/// What it will be answered with.
+#[derive(Debug)]
+pub(crate) enum WaitKind {
+    Read { lease: LeaseId, grants: Vec<Grant> },
+    Write { lease: LeaseId, grants: Vec<Grant>, blocks: Vec<BlockId>, parent: Option<BlockId> },
+    Seal { outcomes: Vec<SealOutcome> },
+    Flush { blocks: u64, failed: u64 },
+    Clear { generation: u64, blocks: u64 },
+}
+
+impl Core {
+    /// Answers a request and everybody who repeated it meanwhile.
+    pub(crate) fn answer(&mut self, asker: Asker, reply: Reply) {
+        let Asker { session, request, repeat } = asker;
+        if matches!(reply, Reply::Throttled(_)) {
+            self.counters.throttled += 1;
+        }
+        if let (Some(repeat), Some(open)) = (repeat, self.sessions.get_mut(&session)) {
+            for request in open.repeats.finish(repeat, &reply) {
+                self.effects.push_back(Effect::Reply { session, request, reply: reply.clone() });
+            }
+        }
+        self.effects.push_back(Effect::Reply { session, request, reply });
+    }
+
+    /// May another request wait?
+    pub(crate) fn may_wait(&self) -> bool {
+        self.waits.len() < self.config.limits.requests_waiting as usize
+    }
+
+    /// Adds a request that waits.
+    pub(crate) fn wait(&mut self, asker: Asker, deadline: Option<Now>, kind: WaitKind) -> WaitId {
+        self.wait_last += 1;
+        let id = WaitId(self.wait_last);
+        if let Some(at) = deadline {
+            self.at(at, Deadline::Answer(id));
+        }
+        if let Some(session) = self.sessions.get_mut(&asker.session) {
+            session.waits.insert(id);
+        }
+        self.waits.insert(id, Wait { asker, deadline, pending: 0, kind });
+        id
+    }
+
+    /// Takes a waiting request out of every table.
+    pub(crate) fn take_wait(&mut self, id: WaitId) -> Option<Wait> {
+        let wait = self.waits.remove(&id)?;
+        if let Some(at) = wait.deadline {
+            self.deadlines.remove(&(at, Deadline::Answer(id)));
+        }
+        if let Some(session) = self.sessions.get_mut(&wait.asker.session) {
+            session.waits.remove(&id);
+        }
+        self.writers.remove(&id);
+        Some(wait)
+    }
+
+    /// Answers a waiting request with what there is.
+    pub(crate) fn finish(&mut self, id: WaitId) {
+        let Some(wait) = self.take_wait(id) else { return };
+        let reply = match wait.kind {
+            WaitKind::Read { lease, grants } | WaitKind::Write { lease, grants, .. } => {
+                self.leased(lease, grants)
+            }
+            WaitKind::Seal { outcomes } => Reply::Sealed { outcomes },
+            WaitKind::Flush { blocks, failed } => Reply::Flushed { blocks, failed },
+            WaitKind::Clear { generation, blocks } => Reply::Cleared { generation, blocks },
+        };
+        self.answer(wait.asker, reply);
+    }
+
+    /// One part of a waiting request is settled.
+    pub(crate) fn part_done(&mut self, id: WaitId) {
+        let Some(wait) = self.waits.get_mut(&id) else { return };
+        assert!(wait.pending > 0, "a part of a request is settled once");
+        wait.pending -= 1;
+        if wait.pending == 0 {
+            self.finish(id);
+        }
+    }
+
+    /// Its answer is due, whatever is missing. What it waits for goes on.
+    pub(crate) fn answer_due(&mut self, id: WaitId) {
+        let Some(wait) = self.waits.get_mut(&id) else { return };
+        wait.deadline = None;
+        if let WaitKind::Write { grants, blocks, .. } = &mut wait.kind {
+            grants.resize(blocks.len(), Grant::Throttled);
+        }
+        self.finish(id);
+    }
+
+    /// Starts the life of a lease, or ends it if it covers nothing.
+    fn leased(&mut self, id: LeaseId, grants: Vec<Grant>) -> Reply {
+        let empty = self.leases.get(&id).is_none_or(|lease| lease.items.iter().all(Option::is_none));
+        let Some(lease) = self.leases.get(&id) else {
+            return Reply::Leased { lease: None, ttl: self.config.limits.lease_ttl_default, blocks: grants };
+        };
+        let ttl = lease.ttl;
+        if empty {
+            self.forget_lease(id);
+            let throttled = !grants.is_empty() && grants.iter().all(|grant| *grant == Grant::Throttled);
+            if throttled {
+                return Reply::Throttled(Limit::LeasedBytes);
+            }
+            return Reply::Leased { lease: None, ttl, blocks: grants };
+        }
+        self.set_lease_deadline(id);
+        Reply::Leased { lease: Some(id), ttl, blocks: grants }
+    }
+
+    /// A block is durable, or will not be: settles everybody who waits for that.
+    pub(crate) fn durable(&mut self, index: BlockIndex, is_durable: bool) {
+        let Some(waiters) = self.durables.remove(&index) else { return };
+        for (id, position) in waiters {
+            let Some(wait) = self.waits.get_mut(&id) else { continue };
+            match &mut wait.kind {
+                WaitKind::Seal { outcomes } if !is_durable => {
+                    outcomes[position as usize] = SealOutcome::NotDurable;
+                }
+                WaitKind::Flush { blocks, .. } if is_durable => *blocks += 1,
+                WaitKind::Flush { failed, .. } => *failed += 1,
+                WaitKind::Seal { .. }
+                | WaitKind::Read { .. }
+                | WaitKind::Write { .. }
+                | WaitKind::Clear { .. } => {}
+            }
+            self.part_done(id);
+        }
+    }
+}

@@ -1,0 +1,328 @@
+//! Write leases and seals: a block is reserved, filled by its writer, and published once.
+
+use crate::api::{Durability, Grant, Limit, MissReason, Refusal, Reply, SealOutcome};
+use crate::checksum::Checksum;
+use crate::core::Core;
+use crate::ids::{BlockId, FrameRef, LeaseId, SpaceId, TenantId};
+use crate::memory::Allocated;
+use crate::residence::Vacate;
+use crate::state::block::{BlockIndex, Nvme, SealFacts};
+use crate::state::chunk::{Filler, FrameState};
+use crate::state::count;
+use crate::state::session::{Held, LeaseKind, WaitId};
+use crate::state::space::{HEADER_PAGE_BYTES, SpaceIndex};
+use crate::units::{ByteCount, Micros};
+use crate::waiting::{Asker, WaitKind};
+
+/// What became of one step of a write lease.
+#[derive(Clone, Copy, Debug)]
+enum Step {
+    Settled(Grant),
+    /// Memory is on its way.
+    Wait,
+}
+
+/// Position in the lease, length, checksum.
+type SealedPart = (u32, ByteCount, Checksum);
+
+impl Core {
+    pub(crate) fn lease_write(
+        &mut self,
+        asker: Asker,
+        tenant: TenantId,
+        space: SpaceId,
+        blocks: Vec<BlockId>,
+        parent: Option<BlockId>,
+        ttl: Option<Micros>,
+    ) -> Option<Reply> {
+        let space = match self.writable_space(tenant, space) {
+            Ok(space) => space,
+            Err(refusal) => return Some(Reply::Refused(refusal)),
+        };
+        let Some(lease) =
+            self.add_lease(asker.session, tenant, LeaseKind::Write { space }, ttl, blocks.len())
+        else {
+            return Some(Reply::Throttled(Limit::Leases));
+        };
+        let can_wait = self.may_wait();
+        let patience = self.now.after(self.config.limits.lease_ttl_default);
+        let grants = Vec::with_capacity(blocks.len());
+        let wait = self.wait(asker, Some(patience), WaitKind::Write { lease, grants, blocks, parent });
+        self.advance_write(wait);
+        if self.waits.contains_key(&wait) {
+            if can_wait {
+                self.writers.insert(wait);
+            } else {
+                self.answer_due(wait);
+            }
+        }
+        None
+    }
+
+    /// A space of the tenant whose frames fit into a chunk.
+    pub(crate) fn writable_space(&self, tenant: TenantId, id: SpaceId) -> Result<SpaceIndex, Refusal> {
+        let index = self.spaces.find(id).ok_or(Refusal::UnknownSpace)?;
+        let space = self.spaces.at(index);
+        if space.tenant != tenant {
+            return Err(Refusal::UnknownSpace);
+        }
+        if space.frames_per_chunk == 0 {
+            return Err(Refusal::BlockTooLarge {
+                block_bytes: space.block_bytes.get(),
+                chunk_bytes: self.config.chunk_bytes.get(),
+                needed: space.frame_bytes.get().saturating_add(HEADER_PAGE_BYTES),
+            });
+        }
+        Ok(index)
+    }
+
+    /// Write leases that waited for memory go on.
+    pub(crate) fn pump_writers(&mut self) {
+        let writers: Vec<WaitId> = self.writers.iter().copied().collect();
+        for wait in writers {
+            self.advance_write(wait);
+        }
+    }
+
+    /// Grants blocks in order until one has to wait for memory; answers after the last.
+    fn advance_write(&mut self, id: WaitId) {
+        loop {
+            let Some(wait) = self.waits.get(&id) else { return };
+            let WaitKind::Write { lease, grants, blocks, parent } = &wait.kind else { return };
+            let position = grants.len();
+            let Some(&block) = blocks.get(position) else { break };
+            let parent = if position == 0 { *parent } else { blocks.get(position - 1).copied() };
+            let lease = *lease;
+            match self.step_write(lease, position, block, parent) {
+                Step::Wait => return,
+                Step::Settled(grant) => {
+                    if let Some(WaitKind::Write { grants, .. }) =
+                        self.waits.get_mut(&id).map(|wait| &mut wait.kind)
+                    {
+                        grants.push(grant);
+                    }
+                }
+            }
+        }
+        self.finish(id);
+    }
+
+    fn step_write(&mut self, id: LeaseId, position: usize, block: BlockId, parent: Option<BlockId>) -> Step {
+        let Some(lease) = self.leases.get(&id) else { return Step::Settled(Grant::Throttled) };
+        let (session, tenant) = (lease.session, lease.tenant);
+        let LeaseKind::Write { space } = lease.kind else { return Step::Settled(Grant::Throttled) };
+        if lease.cleared {
+            return Step::Settled(Grant::Missing(MissReason::Unknown));
+        }
+        if let Some(index) = self.blocks.find(block) {
+            if self.blocks.at(index).space != space {
+                return Step::Settled(Grant::Missing(MissReason::Unknown));
+            }
+            let there = self.residence(index);
+            if there.pinned || there.nvme {
+                return Step::Settled(Grant::Exists);
+            }
+        }
+        let bytes = self.spaces.at(space).frame_bytes.get();
+        // Room for the block and, perhaps, for its parent.
+        if self.blocks.len() + 2 > self.config.limits.blocks || !self.may_lease(tenant, bytes) {
+            return Step::Settled(Grant::Throttled);
+        }
+        let taken = if self.is_local(session) {
+            self.take_window_frame(session, space)
+        } else {
+            self.take_pool_frame(space)
+        };
+        let frame = match taken {
+            Allocated::Frame(frame) => frame,
+            Allocated::Wait => return Step::Wait,
+            Allocated::Never => return Step::Settled(Grant::Throttled),
+        };
+        let index = self.enter(block, space, parent);
+        Step::Settled(self.reserve(id, position, index, frame, bytes))
+    }
+
+    /// The entry of a block, linked to its parent. There is room in the table.
+    pub(crate) fn enter(&mut self, block: BlockId, space: SpaceIndex, parent: Option<BlockId>) -> BlockIndex {
+        let now = self.now;
+        let index = self.blocks.find(block).unwrap_or_else(|| self.blocks.insert(block, space, now));
+        if let Some(parent) =
+            parent.filter(|&parent| parent != block && self.blocks.at(index).parent.is_none())
+        {
+            let above = self.blocks.find(parent).unwrap_or_else(|| self.blocks.insert(parent, space, now));
+            self.blocks.attach(index, above);
+            self.blocks.remove_if_gone(above);
+        }
+        index
+    }
+
+    fn reserve(
+        &mut self,
+        id: LeaseId,
+        position: usize,
+        index: BlockIndex,
+        frame: FrameRef,
+        bytes: u64,
+    ) -> Grant {
+        let now = self.now;
+        let chunk = self.chunks.at_mut(frame.chunk);
+        chunk.set(frame.index, FrameState::Filling { block: index, filler: Filler::Lease(id) });
+        chunk.touched = now;
+        let fence = chunk.frames[frame.index as usize].fence;
+        let entry = self.blocks.at_mut(index);
+        entry.filling += 1;
+        let block = entry.id;
+        if let Some(lease) = self.leases.get_mut(&id) {
+            let tenant = lease.tenant;
+            lease.items[position] = Some(Held { frame, fence, bytes });
+            self.charge(tenant, bytes);
+        }
+        let space = self.spaces.at(self.blocks.at(index).space);
+        let offset = u64::from(frame.index) * bytes + HEADER_PAGE_BYTES;
+        Grant::Granted { block, frame, fence, offset, length: space.block_bytes, checksum: None }
+    }
+
+    pub(crate) fn seal(
+        &mut self,
+        asker: Asker,
+        id: LeaseId,
+        parts: &[SealedPart],
+        durability: Durability,
+    ) -> Option<Reply> {
+        if let Err(refusal) = self.check_seal(asker, id, parts) {
+            return Some(Reply::Refused(refusal));
+        }
+        if durability == Durability::Durable && !self.may_wait() {
+            return Some(Reply::Throttled(Limit::RequestsWaiting));
+        }
+        let wait = self.wait(asker, None, WaitKind::Seal { outcomes: vec![SealOutcome::Lost; parts.len()] });
+        if let Some(wait) = self.waits.get_mut(&wait) {
+            wait.pending = count(parts.len()) + 1;
+        }
+        for (place, part) in parts.iter().enumerate() {
+            let (outcome, block) = self.seal_one(id, *part);
+            if let Some(WaitKind::Seal { outcomes }) = self.waits.get_mut(&wait).map(|wait| &mut wait.kind) {
+                outcomes[place] = outcome;
+            }
+            self.settle_durability(wait, place, block.filter(|_| durability == Durability::Durable));
+        }
+        self.part_done(wait);
+        None
+    }
+
+    /// Everything is checked before anything changes.
+    fn check_seal(&self, asker: Asker, id: LeaseId, parts: &[SealedPart]) -> Result<(), Refusal> {
+        let lease = self.own_lease(asker.session, id)?;
+        let LeaseKind::Write { space } = lease.kind else { return Err(Refusal::WrongKind { lease: id }) };
+        if lease.cleared {
+            return Err(Refusal::Cleared);
+        }
+        let blocks = count(lease.items.len());
+        let expected = self.spaces.at(space).block_bytes.get();
+        for &(index, length, _) in parts {
+            if index >= blocks {
+                return Err(Refusal::BadIndex { index, blocks });
+            }
+            if length.get() != expected {
+                return Err(Refusal::WrongLength { index, found: length.get(), expected });
+            }
+        }
+        Ok(())
+    }
+
+    /// A sealed block of a durable seal is waited for, or settled at once.
+    fn settle_durability(&mut self, wait: WaitId, place: usize, block: Option<BlockIndex>) {
+        let Some(index) = block.filter(|&index| !self.blocks.at(index).residence().nvme) else {
+            self.part_done(wait);
+            return;
+        };
+        self.durables.entry(index).or_default().push((wait, count(place)));
+        if self.is_persisting() {
+            self.persist_now(index);
+        } else {
+            self.durable(index, false);
+        }
+    }
+
+    /// Publishes one block. The block is given back when it is sealed.
+    fn seal_one(&mut self, id: LeaseId, part: SealedPart) -> (SealOutcome, Option<BlockIndex>) {
+        let (position, length, checksum) = part;
+        let lost = (SealOutcome::Lost, None);
+        let Some(lease) = self.leases.get(&id) else { return lost };
+        let Some(held) = lease.items[position as usize] else { return lost };
+        let session = lease.session;
+        let Some(cell) = self.chunks.frame(held.frame).filter(|cell| cell.fence == held.fence) else {
+            return lost;
+        };
+        match cell.state {
+            FrameState::Filling { block: index, filler: Filler::Lease(filler) } if filler == id => {
+                let generation = self.spaces.at(self.blocks.at(index).space).generation;
+                let facts = SealFacts { length, checksum, generation };
+                let outcome = self.publish_frame(index, held.frame, facts, session);
+                match outcome {
+                    SealOutcome::Conflict | SealOutcome::Lost => (outcome, None),
+                    SealOutcome::Sealed | SealOutcome::Already | SealOutcome::NotDurable => {
+                        (outcome, Some(index))
+                    }
+                }
+            }
+            FrameState::Sealed { block: index, .. } => {
+                let same = self
+                    .blocks
+                    .at(index)
+                    .seal
+                    .is_some_and(|seal| (seal.length, seal.checksum) == (length, checksum));
+                if same {
+                    return (SealOutcome::Already, Some(index));
+                }
+                self.counters.seal_conflicts += 1;
+                (SealOutcome::Conflict, None)
+            }
+            FrameState::Filling { .. }
+            | FrameState::Free
+            | FrameState::Evicting
+            | FrameState::Quarantined => lost,
+        }
+    }
+
+    /// The first seal of a block wins. A second one is a repetition or a conflict; its frame is given back.
+    fn publish_frame(
+        &mut self,
+        index: BlockIndex,
+        frame: FrameRef,
+        facts: SealFacts,
+        session: crate::ids::SessionId,
+    ) -> SealOutcome {
+        let block = self.blocks.at(index);
+        let before = block.seal;
+        let resident = block.pinned.is_some();
+        let same = before.is_none_or(|seal| (seal.length, seal.checksum) == (facts.length, facts.checksum));
+        if !same || resident {
+            self.abandon_filling(frame, Vacate::Free);
+            if same {
+                self.counters.seals_repeated += 1;
+                return SealOutcome::Already;
+            }
+            self.counters.seal_conflicts += 1;
+            return SealOutcome::Conflict;
+        }
+        // The daemon compared a streamed block's bytes when it stored them.
+        let local = self.is_local(session);
+        let sealer = local.then_some(session);
+        if before.is_none() {
+            self.blocks.at_mut(index).seal = Some(facts);
+        }
+        self.seal_frame(index, frame, !local, sealer, 1);
+        self.window_settled(frame.chunk);
+        if before.is_some() {
+            return SealOutcome::Already;
+        }
+        self.counters.seals += 1;
+        if self.blocks.at(index).nvme == Nvme::None {
+            let at = self.now.after(self.config.persist_delay);
+            let id = self.blocks.at(index).id;
+            self.due.push_back((at, index, id));
+        }
+        SealOutcome::Sealed
+    }
+}
