@@ -105,10 +105,12 @@ impl LocalProcesses {
                 command.arg(flag).arg(path);
             }
         }
-        for (flag, text) in [("--tenant", &settings.tenant), ("--token", &settings.token)] {
-            if let Some(text) = text {
-                command.args([flag, text]);
-            }
+        if let Some(tenant) = &settings.tenant {
+            command.args(["--tenant", tenant]);
+        }
+        // Command lines can be read by every user of the machine.
+        if let Some(token) = &settings.token {
+            command.env("TERRACE_TOKEN", token);
         }
         for (flag, number) in [("--threads", settings.threads), ("--requests", settings.requests)] {
             if let Some(number) = number {
