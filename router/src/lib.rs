@@ -1,1 +1,93 @@
-//! placeholder
+//! The OpenAI-compatible front door.
+//!
+//! A request passes [`http`] (routes, limits, shapes), becomes a [`generate`]
+//! task, and is placed by [`place`], a pure function that minimises the
+//! estimated time to the first token. [`fleet`] knows the workers, [`index`]
+//! asks the daemon what is cached, [`models`] has the tokenizers. The router
+//! holds no state that a restart would lose.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context;
+use tokio::signal::unix::{SignalKind, signal};
+
+pub mod config;
+pub mod error;
+pub mod fleet;
+pub mod generate;
+pub mod http;
+pub mod index;
+pub mod metrics;
+pub mod models;
+pub mod place;
+pub mod pressure;
+pub mod request;
+pub mod response;
+pub mod serve;
+pub mod signals;
+pub mod stop;
+
+use config::Config;
+use serve::Router;
+
+/// How long running answers may take after SIGTERM.
+const DRAIN_TIME: Duration = Duration::from_secs(10);
+
+/// Serves until SIGTERM or SIGINT; then takes nothing new and gives running
+/// answers ten seconds to end.
+///
+/// # Errors
+/// When the model file cannot be used, the port cannot be had, or signals cannot
+/// be caught.
+pub async fn run(config: Config) -> anyhow::Result<()> {
+    let mut terminate = signal(SignalKind::terminate()).context("cannot catch SIGTERM")?;
+    let mut interrupt = signal(SignalKind::interrupt()).context("cannot catch SIGINT")?;
+    let listener = tokio::net::TcpListener::bind(config.listen)
+        .await
+        .with_context(|| format!("cannot listen on {}; choose another --listen", config.listen))?;
+    let address = listener.local_addr().context("cannot tell the address listened on")?;
+    tracing::info!(%address, grpc = config.grpc, "router listens");
+    serve(config, listener, async move {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+    })
+    .await
+}
+
+/// Serves on a listener until `stop` ends; see [`run`].
+///
+/// # Errors
+/// When the model file or the daemon's address cannot be used.
+pub async fn serve(
+    config: Config,
+    listener: tokio::net::TcpListener,
+    stop: impl Future<Output = ()> + Send + 'static,
+) -> anyhow::Result<()> {
+    let daemon =
+        signals::channel(&config.grpc).with_context(|| format!("--grpc {} is no address", config.grpc))?;
+    let router = Arc::new(Router::new(config)?);
+    let observer = tokio::spawn(signals::observe(Arc::clone(&router), daemon.clone()));
+    let reporter = tokio::spawn(signals::report(Arc::clone(&router), daemon));
+    let (stopping, stopped) = tokio::sync::oneshot::channel::<()>();
+    let server = axum::serve(listener, http::routes(router)).with_graceful_shutdown(async move {
+        stop.await;
+        let _ = stopping.send(());
+    });
+    let overdue = async {
+        let _ = stopped.await;
+        tokio::time::sleep(DRAIN_TIME).await;
+    };
+    let result = tokio::select! {
+        result = server.into_future() => result.context("the HTTP server failed"),
+        () = overdue => {
+            tracing::warn!("some answers were cut off: they took longer than {} s", DRAIN_TIME.as_secs());
+            Ok(())
+        }
+    };
+    observer.abort();
+    reporter.abort();
+    result
+}

@@ -1,0 +1,170 @@
+//! Settings of a router: the command line, checked once.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::Parser;
+
+/// Command line of `terrace-router`.
+#[derive(Clone, Debug, Parser)]
+#[command(name = "terrace-router", version, about = "OpenAI-compatible front door of Terrace")]
+pub struct Options {
+    /// Address of the HTTP API, /metrics and /healthz.
+    #[arg(long, default_value = "127.0.0.1:8080")]
+    pub listen: SocketAddr,
+    /// gRPC address of the daemon.
+    #[arg(long, default_value = "http://127.0.0.1:7100", env = "TERRACE_ENDPOINT")]
+    pub grpc: String,
+    /// Unix socket of the daemon, if it runs on this node.
+    #[arg(long)]
+    pub socket: Option<PathBuf>,
+    /// Tenant whose blocks are asked for.
+    #[arg(long, default_value = "default")]
+    pub tenant: String,
+    /// Secret of the tenant.
+    #[arg(long, default_value = "", env = "TERRACE_TOKEN", hide_env_values = true)]
+    pub token: String,
+    /// Name of this router in reports.
+    #[arg(long, default_value = "router-0")]
+    pub name: String,
+    /// Model name that the API shows; the default is the model file's name.
+    #[arg(long)]
+    pub model_name: Option<String>,
+    /// GGUF file to take the tokenizer from; the default is the file that the workers report.
+    #[arg(long)]
+    pub model: Option<PathBuf>,
+    /// Longest request body in bytes.
+    #[arg(long, default_value_t = 4 << 20)]
+    pub body_bytes_max: usize,
+    /// Most requests in progress; more are answered 429.
+    #[arg(long, default_value_t = 512)]
+    pub requests_max: usize,
+    /// Most requests waiting for a worker; more are answered 429.
+    #[arg(long, default_value_t = 256)]
+    pub queue_max: usize,
+    /// Longest life of one request, in seconds.
+    #[arg(long, default_value_t = 600)]
+    pub request_seconds_max: u64,
+    /// How long a request waits for a worker to appear before it is answered 503, in milliseconds.
+    #[arg(long, default_value_t = 5000)]
+    pub worker_wait_ms: u64,
+    /// How long a request waits for the block index, in milliseconds.
+    #[arg(long, default_value_t = 50)]
+    pub index_wait_ms: u64,
+    /// Most workers that one request is tried on.
+    #[arg(long, default_value_t = 4)]
+    pub attempts_max: u32,
+}
+
+/// Checked settings.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// Address of the HTTP API.
+    pub listen: SocketAddr,
+    /// gRPC address of the daemon.
+    pub grpc: String,
+    /// Unix socket of the daemon.
+    pub socket: Option<PathBuf>,
+    /// Tenant whose blocks are asked for.
+    pub tenant: String,
+    /// Secret of the tenant.
+    pub token: String,
+    /// Name of this router in reports.
+    pub name: String,
+    /// Model name that the API shows.
+    pub model_name: Option<String>,
+    /// GGUF file to take the tokenizer from.
+    pub model: Option<PathBuf>,
+    /// Longest request body.
+    pub body_bytes_max: usize,
+    /// Most requests in progress.
+    pub requests_max: usize,
+    /// Most requests waiting for a worker.
+    pub queue_max: usize,
+    /// Longest life of one request.
+    pub request_time_max: Duration,
+    /// Longest wait for a worker to appear.
+    pub worker_wait: Duration,
+    /// Longest wait for the block index.
+    pub index_wait: Duration,
+    /// Most workers that one request is tried on.
+    pub attempts_max: u32,
+}
+
+/// A setting that cannot be used.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum BadConfig {
+    /// A limit of zero would refuse every request.
+    #[error("--{name} is 0, which refuses every request; give at least 1")]
+    Zero {
+        /// The option.
+        name: &'static str,
+    },
+    /// The daemon's address is no URL.
+    #[error("--grpc {found} is no address; write it like http://127.0.0.1:7100")]
+    Address {
+        /// What was given.
+        found: String,
+    },
+}
+
+impl Options {
+    /// Checks the limits.
+    ///
+    /// # Errors
+    /// The first setting that cannot be used.
+    pub fn check(self) -> Result<Config, BadConfig> {
+        let limits = [
+            ("body-bytes-max", self.body_bytes_max as u64),
+            ("requests-max", self.requests_max as u64),
+            ("queue-max", self.queue_max as u64),
+            ("request-seconds-max", self.request_seconds_max),
+            ("attempts-max", u64::from(self.attempts_max)),
+        ];
+        if let Some((name, _)) = limits.into_iter().find(|(_, limit)| *limit == 0) {
+            return Err(BadConfig::Zero { name });
+        }
+        if tonic::transport::Endpoint::from_shared(self.grpc.clone()).is_err() || !self.grpc.contains("://") {
+            return Err(BadConfig::Address { found: self.grpc });
+        }
+        Ok(Config {
+            listen: self.listen,
+            grpc: self.grpc,
+            socket: self.socket,
+            tenant: self.tenant,
+            token: self.token,
+            name: self.name,
+            model_name: self.model_name,
+            model: self.model,
+            body_bytes_max: self.body_bytes_max,
+            requests_max: self.requests_max,
+            queue_max: self.queue_max,
+            request_time_max: Duration::from_secs(self.request_seconds_max),
+            worker_wait: Duration::from_millis(self.worker_wait_ms),
+            index_wait: Duration::from_millis(self.index_wait_ms),
+            attempts_max: self.attempts_max,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn options(line: &[&str]) -> Options {
+        Options::parse_from(std::iter::once("terrace-router").chain(line.iter().copied()))
+    }
+
+    /// A limit of zero, or an address without a scheme, must be refused at the start, with the option's name.
+    #[test]
+    fn useless_settings_are_refused() {
+        assert_eq!(
+            options(&["--queue-max", "0"]).check().unwrap_err(),
+            BadConfig::Zero { name: "queue-max" }
+        );
+        let error = options(&["--grpc", "localhost"]).check().unwrap_err();
+        assert!(error.to_string().contains("--grpc localhost"), "{error}");
+        assert!(options(&[]).check().is_ok());
+    }
+}
