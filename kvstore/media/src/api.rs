@@ -297,6 +297,14 @@ pub enum MediaError {
         /// The device.
         path: PathBuf,
     },
+    /// Both copies of the superblock are unreadable.
+    #[error(
+        "{path}: both copies of the superblock are damaged; restore it, or remove it to start with an empty one"
+    )]
+    SuperblockDamaged {
+        /// The device.
+        path: PathBuf,
+    },
     /// A device was made by a newer Terrace.
     #[error(
         "{path} has format {found}; this Terrace knows up to {known}: use a newer one. Nothing was changed"

@@ -8,10 +8,18 @@
 
 mod api;
 mod catalog;
+mod chunks;
+mod commit;
 mod device;
 mod facts;
 mod header;
+mod media;
 mod memory;
+mod scan;
+mod side;
+mod slots;
+mod superblock;
+mod work;
 
 pub use api::{
     Backend, Carve, CatalogState, Complete, DeviceConfig, DeviceFacts, FoundHeader, Hooks, MediaConfig,
@@ -23,4 +31,6 @@ pub use facts::{MemoryFacts, memory_available, memory_facts};
 pub use header::{
     BadHeader, MANIFEST_BYTES_MAX, SlotHeader, TENANT_NAME_BYTES_MAX, decode_header, encode_header,
 };
+pub use media::Media;
 pub use memory::{Access, ChunkMemory, Holders, OutsideFrame, PAGE_BYTES, PageKind, Retired};
+pub use superblock::DATA_START;

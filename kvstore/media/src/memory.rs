@@ -299,6 +299,50 @@ impl ChunkMemory {
         Ok(())
     }
 
+    /// Copies a payload from a frame of any chunk into this one's, which the caller owns (Filling).
+    pub(crate) fn copy_from(
+        &self,
+        index: u32,
+        from: &Self,
+        from_index: u32,
+        length: ByteCount,
+    ) -> Result<(), OutsideFrame> {
+        let source = from.payload(from_index, 0, length.get())?;
+        let target = self.payload(index, 0, length.get())?;
+        let length = usize::try_from(length.get()).map_err(|_| self.outside(index, 0, u64::MAX))?;
+        // SAFETY: both ranges were checked. `copy` allows that they are the same frame.
+        unsafe { std::ptr::copy(source, target, length) };
+        Ok(())
+    }
+
+    /// Stores a header page in front of a payload of this length, and zeros behind it up to the page's end.
+    pub(crate) fn fill_header(
+        &self,
+        index: u32,
+        page: &[u8; 4096],
+        length: ByteCount,
+    ) -> Result<(), OutsideFrame> {
+        let used = length.get();
+        let rest = used.next_multiple_of(PAGE_BYTES) - used;
+        let behind = self.payload(index, used, rest)?;
+        let header = self.frame(index)?;
+        // SAFETY: both ranges are inside the frame, outside of the payload's `length` bytes that readers look at.
+        unsafe {
+            std::ptr::copy_nonoverlapping(page.as_ptr(), header, page.len());
+            // At most 4095 bytes.
+            std::ptr::write_bytes(behind, 0, usize::try_from(rest).unwrap_or(0));
+        }
+        Ok(())
+    }
+
+    /// Copies a frame's header page out.
+    pub(crate) fn copy_header(&self, index: u32, page: &mut [u8; 4096]) -> Result<(), OutsideFrame> {
+        let header = self.frame(index)?;
+        // SAFETY: the header page is inside the frame.
+        unsafe { std::ptr::copy_nonoverlapping(header, page.as_mut_ptr(), page.len()) };
+        Ok(())
+    }
+
     /// Checksum of a payload as it is now.
     ///
     /// # Errors

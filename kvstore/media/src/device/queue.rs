@@ -177,17 +177,16 @@ impl Shared {
         // Another thread may wait for room.
         self.wake.notify_one();
         self.counters.queued.fetch_sub(1, Ordering::Relaxed);
-        match (&outcome, op) {
-            (Ok(()), IoOp::Read) => drop(self.counters.read_bytes.fetch_add(bytes, Ordering::Relaxed)),
-            (Ok(()), IoOp::Write) => drop(self.counters.write_bytes.fetch_add(bytes, Ordering::Relaxed)),
-            (Ok(()), IoOp::Sync | IoOp::Forget(_)) => {}
-            (Err(_), IoOp::Sync) => {
-                self.counters.errors.fetch_add(1, Ordering::Relaxed);
-                self.sync_failed.store(true, Ordering::Release);
-            }
-            (Err(_), IoOp::Read | IoOp::Write | IoOp::Forget(_)) => {
-                drop(self.counters.errors.fetch_add(1, Ordering::Relaxed));
-            }
+        let counters = &self.counters;
+        let (counter, by) = match (&outcome, op) {
+            (Ok(()), IoOp::Read) => (&counters.read_bytes, bytes),
+            (Ok(()), IoOp::Write) => (&counters.write_bytes, bytes),
+            (Ok(()), IoOp::Sync | IoOp::Forget(_)) => (&counters.errors, 0),
+            (Err(_), IoOp::Read | IoOp::Write | IoOp::Sync | IoOp::Forget(_)) => (&counters.errors, 1),
+        };
+        counter.fetch_add(by, Ordering::Relaxed);
+        if op == IoOp::Sync && outcome.is_err() {
+            self.sync_failed.store(true, Ordering::Release);
         }
         done(buffer, outcome);
     }

@@ -1,0 +1,267 @@
+//! The table of chunks, and the thread that makes and drops them.
+//!
+//! A dropped chunk is unmapped, and then watched until no other process holds
+//! its pages: the answer is given when the kernel has them back, or as
+//! [`Fault::StillMapped`] after two seconds. What stays held is counted as
+//! lingering until it is gone.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, PoisonError, RwLock, mpsc};
+use std::time::{Duration, Instant};
+
+use terrace_core::{ByteCount, ChunkId, Done, Fault, IoClass, OpId};
+
+use crate::api::Complete;
+use crate::device::{IoBuffer, IoOp, IoRequest};
+use crate::memory::{Access, ChunkMemory, Retired};
+use crate::slots::Slots;
+
+/// How long a drop waits for other processes to let go.
+const PATIENCE: Duration = Duration::from_secs(2);
+/// How often a held chunk is looked at, before and after patience has run out.
+const LOOK_SOON: Duration = Duration::from_millis(2);
+const LOOK_LATE: Duration = Duration::from_millis(250);
+
+/// Chunks by id.
+#[derive(Default)]
+pub(crate) struct ChunkTable(RwLock<BTreeMap<ChunkId, Arc<ChunkMemory>>>);
+
+impl ChunkTable {
+    pub(crate) fn find(&self, chunk: ChunkId) -> Option<Arc<ChunkMemory>> {
+        self.0.read().unwrap_or_else(PoisonError::into_inner).get(&chunk).cloned()
+    }
+
+    /// Runs something on a chunk without counting a reference.
+    pub(crate) fn with<T>(&self, chunk: ChunkId, act: impl FnOnce(&ChunkMemory) -> T) -> Option<T> {
+        self.0.read().unwrap_or_else(PoisonError::into_inner).get(&chunk).map(|memory| act(memory))
+    }
+
+    fn insert(&self, chunk: ChunkId, memory: ChunkMemory) {
+        self.0.write().unwrap_or_else(PoisonError::into_inner).insert(chunk, Arc::new(memory));
+    }
+
+    fn remove(&self, chunk: ChunkId) -> Option<Arc<ChunkMemory>> {
+        self.0.write().unwrap_or_else(PoisonError::into_inner).remove(&chunk)
+    }
+
+    /// Chunks by label of their pages.
+    pub(crate) fn pages(&self) -> Vec<(&'static str, u64)> {
+        let mut counts = BTreeMap::new();
+        for memory in self.0.read().unwrap_or_else(PoisonError::into_inner).values() {
+            *counts.entry(memory.pages().label()).or_insert(0) += 1;
+        }
+        counts.into_iter().collect()
+    }
+}
+
+/// What the thread is asked to do.
+pub(crate) enum Wish {
+    Create {
+        op: OpId,
+        chunk: ChunkId,
+        access: Access,
+        frame_bytes: ByteCount,
+        frames: u32,
+    },
+    Drop {
+        op: OpId,
+        chunk: ChunkId,
+    },
+    /// Answer an operation that cannot even be begun.
+    Refuse {
+        op: OpId,
+        fault: Fault,
+    },
+}
+
+/// Its queue.
+#[derive(Default)]
+pub(crate) struct Wishes {
+    queue: Mutex<(VecDeque<Wish>, bool)>,
+    wake: Condvar,
+    lingering: AtomicU64,
+}
+
+impl Wishes {
+    pub(crate) fn push(&self, wish: Wish) {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner).0.push_back(wish);
+        self.wake.notify_one();
+    }
+
+    pub(crate) fn stop(&self) {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner).1 = true;
+        self.wake.notify_one();
+    }
+
+    /// Memory that is dropped, and still held by others.
+    pub(crate) fn lingering(&self) -> ByteCount {
+        ByteCount::new(self.lingering.load(Ordering::Relaxed))
+    }
+}
+
+/// Makes and drops chunks.
+pub(crate) struct ChunkMaker {
+    pub(crate) wishes: Arc<Wishes>,
+    pub(crate) table: Arc<ChunkTable>,
+    pub(crate) slots: Arc<Slots>,
+    pub(crate) complete: Arc<Complete>,
+}
+
+/// A chunk on its way out.
+struct Leaving {
+    /// `None` once the drop has been answered.
+    op: Option<OpId>,
+    memory: Memory,
+    bytes: u64,
+    patience_ends: Instant,
+}
+
+enum Memory {
+    /// A stream of the daemon still uses it.
+    Used(Arc<ChunkMemory>),
+    Unmapped(Retired),
+}
+
+enum Turn {
+    Wish(Wish),
+    Look,
+    Stop,
+}
+
+impl ChunkMaker {
+    pub(crate) fn run(self) {
+        let mut leaving: Vec<Leaving> = Vec::new();
+        loop {
+            match self.turn(&leaving) {
+                Turn::Wish(Wish::Create { op, chunk, access, frame_bytes, frames }) => {
+                    (self.complete)(op, self.create(chunk, access, frame_bytes, frames));
+                }
+                Turn::Wish(Wish::Drop { op, chunk }) => self.begin_drop(op, chunk, &mut leaving),
+                Turn::Wish(Wish::Refuse { op, fault }) => (self.complete)(op, Err(fault)),
+                Turn::Look => {}
+                Turn::Stop => break,
+            }
+            let looked = std::mem::take(&mut leaving);
+            leaving.extend(looked.into_iter().filter_map(|chunk| self.look(chunk)));
+            let held = leaving.iter().map(|chunk| chunk.bytes).sum();
+            self.wishes.lingering.store(held, Ordering::Relaxed);
+        }
+        for op in leaving.into_iter().filter_map(|chunk| chunk.op) {
+            (self.complete)(op, Err(Fault::StillMapped));
+        }
+    }
+
+    fn turn(&self, leaving: &[Leaving]) -> Turn {
+        let mut queue = self.wishes.queue.lock().unwrap_or_else(PoisonError::into_inner);
+        let pause = match leaving {
+            [] => None,
+            some if some.iter().any(|chunk| chunk.op.is_some()) => Some(LOOK_SOON),
+            _ => Some(LOOK_LATE),
+        };
+        loop {
+            if let Some(wish) = queue.0.pop_front() {
+                return Turn::Wish(wish);
+            }
+            if queue.1 {
+                return Turn::Stop;
+            }
+            let Some(pause) = pause else {
+                queue = self.wishes.wake.wait(queue).unwrap_or_else(PoisonError::into_inner);
+                continue;
+            };
+            let (woken, waited) =
+                self.wishes.wake.wait_timeout(queue, pause).unwrap_or_else(PoisonError::into_inner);
+            queue = woken;
+            if waited.timed_out() && queue.0.is_empty() {
+                return Turn::Look;
+            }
+        }
+    }
+
+    fn create(
+        &self,
+        chunk: ChunkId,
+        access: Access,
+        frame_bytes: ByteCount,
+        frames: u32,
+    ) -> Result<Done, Fault> {
+        match ChunkMemory::create(frame_bytes, frames, access) {
+            Ok(memory) => {
+                self.table.insert(chunk, memory);
+                Ok(Done::ChunkCreated)
+            }
+            Err(error) => {
+                tracing::warn!(%chunk, frames, %error, "no memory for a chunk");
+                Err(Fault::NoMemory)
+            }
+        }
+    }
+
+    fn begin_drop(&self, op: OpId, chunk: ChunkId, leaving: &mut Vec<Leaving>) {
+        let Some(memory) = self.table.remove(chunk) else {
+            // It was never made: nothing is held.
+            return (self.complete)(op, Ok(Done::Plain));
+        };
+        self.forget(memory.id());
+        leaving.push(Leaving {
+            op: Some(op),
+            bytes: memory.bytes().get(),
+            memory: Memory::Used(memory),
+            patience_ends: Instant::now() + PATIENCE,
+        });
+    }
+
+    /// Every ring lets go of its registration, which pins the pages.
+    fn forget(&self, memory: u64) {
+        let (sender, receiver) = mpsc::channel();
+        for device in self.slots.ids() {
+            let Some(io) = self.slots.io(device) else { continue };
+            let sender = sender.clone();
+            io.submit(IoRequest {
+                op: IoOp::Forget(memory),
+                offset: 0,
+                bytes: 0,
+                buffer: IoBuffer::Nothing,
+                class: IoClass::Fetch,
+                done: Box::new(move |_, _| drop(sender)),
+            });
+        }
+        drop(sender);
+        // Ends when the last sender is gone; nobody sends.
+        let _: Result<(), _> = receiver.recv();
+    }
+
+    /// Takes the next step of a chunk's way out. `None` when it is gone.
+    fn look(&self, mut chunk: Leaving) -> Option<Leaving> {
+        chunk.memory = match chunk.memory {
+            Memory::Used(memory) => match Arc::try_unwrap(memory) {
+                Ok(memory) => Memory::Unmapped(memory.retire()),
+                Err(memory) => Memory::Used(memory),
+            },
+            unmapped @ Memory::Unmapped(_) => unmapped,
+        };
+        let gone = match &chunk.memory {
+            Memory::Used(_) => false,
+            Memory::Unmapped(retired) => retired.gone(),
+        };
+        if gone {
+            // Closed before the answer: the last descriptor keeps the pages.
+            let op = chunk.op.take();
+            drop(chunk);
+            if let Some(op) = op {
+                (self.complete)(op, Ok(Done::Plain));
+            }
+            return None;
+        }
+        if chunk.op.is_some() && Instant::now() >= chunk.patience_ends {
+            let op = chunk.op.take();
+            // Counted before the core hears of it.
+            self.wishes.lingering.fetch_max(chunk.bytes, Ordering::Relaxed);
+            if let Some(op) = op {
+                (self.complete)(op, Err(Fault::StillMapped));
+            }
+        }
+        Some(chunk)
+    }
+}

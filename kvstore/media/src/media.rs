@@ -1,0 +1,660 @@
+//! [`Media`]: starts operations, never waits, and answers by a callback.
+
+use std::fs::File;
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
+use std::thread::JoinHandle;
+
+use terrace_core::{
+    BlockHeader, ByteCount, ChunkId, DeviceId, DiskFrame, Done, Fault, Fence, FrameRef, IoClass, OpId,
+    SpaceId, Via,
+};
+
+use crate::api::{
+    Carve, CatalogState, Complete, FoundHeader, MediaConfig, MediaError, MediaFacts, MediaOp, OpenReport,
+    ScanPiece, ScanReport, SpaceRecord,
+};
+use crate::catalog::{self, Batch, Catalog, CatalogError};
+use crate::chunks::{ChunkMaker, ChunkTable, Wish, Wishes};
+use crate::commit::{Answer, Commits, Committer, Job};
+use crate::device::{AlignedPages, IoBuffer, IoOp, IoRequest, PagePool, lock_exclusively};
+use crate::facts;
+use crate::header::{SlotHeader, decode_header, encode_header};
+use crate::memory::{ChunkMemory, PAGE_BYTES};
+use crate::scan;
+use crate::slots::Slots;
+use crate::work::Workers;
+
+/// Bounce buffers that are kept for reuse.
+const BOUNCE_KEPT: usize = 8;
+
+/// Everything that holds block bytes on this node. Dropped: operations that run
+/// are finished and answered; a commit that was not begun is not made.
+pub struct Media {
+    table: Arc<ChunkTable>,
+    wishes: Arc<Wishes>,
+    commits: Arc<Commits>,
+    catalog: Arc<Catalog>,
+    slots: Arc<Slots>,
+    workers: Workers,
+    bounces: Arc<PagePool>,
+    complete: Arc<Complete>,
+    spaces: Mutex<std::collections::BTreeMap<SpaceId, SpaceRecord>>,
+    carve_sequence: AtomicU64,
+    threads: Vec<JoinHandle<()>>,
+    notes: Vec<String>,
+    _lock: File,
+}
+
+impl Media {
+    /// Locks the data directory, opens devices and catalog, starts the threads.
+    /// A damaged catalog is moved aside; then the report asks for a scan.
+    ///
+    /// # Errors
+    /// In use, not ours, of another node or size, too new, or a system error. Nothing is changed by then.
+    pub fn open(config: MediaConfig, complete: Complete) -> Result<(Self, OpenReport), MediaError> {
+        check_config(&config)?;
+        let lock = lock_directory(&config.data_dir)?;
+        let mut notes = Vec::new();
+        let slots = Slots::open(&config, &mut notes)?;
+        let opened = open_catalog(&config, &slots, &mut notes)?;
+        let OpenedCatalog { catalog, mut report, carve_sequence } = opened;
+        let incarnation = report.incarnation;
+        slots.set_incarnation(incarnation)?;
+        let (catalog, slots) = (Arc::new(catalog), Arc::new(slots));
+        let complete = Arc::new(complete);
+        let failed = |source| MediaError::File {
+            path: config.data_dir.clone(),
+            action: "start threads for it",
+            source,
+        };
+        let (workers, mut threads) = Workers::start(config.checkers).map_err(failed)?;
+        let (table, wishes) = (Arc::new(ChunkTable::default()), Arc::new(Wishes::default()));
+        let maker = ChunkMaker {
+            wishes: Arc::clone(&wishes),
+            table: Arc::clone(&table),
+            slots: Arc::clone(&slots),
+            complete: Arc::clone(&complete),
+        };
+        threads.push(
+            std::thread::Builder::new()
+                .name("media-chunks".to_owned())
+                .spawn(move || maker.run())
+                .map_err(failed)?,
+        );
+        let commits = Arc::new(Commits::new());
+        let committer = Committer {
+            commits: Arc::clone(&commits),
+            catalog: Arc::clone(&catalog),
+            slots: Arc::clone(&slots),
+            complete: Arc::clone(&complete),
+        };
+        threads.push(
+            std::thread::Builder::new()
+                .name("media-commit".to_owned())
+                .spawn(move || committer.run())
+                .map_err(failed)?,
+        );
+        notes.extend(facts::memory_facts().notes);
+        report.notes.clone_from(&notes);
+        let spaces = report.spaces.iter().map(|record| (record.space, record.clone())).collect();
+        let media = Self {
+            table,
+            wishes,
+            commits,
+            catalog,
+            slots,
+            workers,
+            bounces: Arc::new(PagePool::new(BOUNCE_KEPT)),
+            complete,
+            spaces: Mutex::new(spaces),
+            carve_sequence: AtomicU64::new(carve_sequence),
+            threads,
+            notes,
+            _lock: lock,
+        };
+        Ok((media, report))
+    }
+
+    /// Starts an operation. Never blocks and never calls back from inside, so it
+    /// may be called with the core's lock held. The core bounds how many are in flight.
+    pub fn start(&self, op: MediaOp) {
+        match op {
+            MediaOp::CreateChunk { op, chunk, access, frame_bytes, frames } => {
+                self.wishes.push(Wish::Create { op, chunk, access, frame_bytes, frames });
+            }
+            MediaOp::DropChunk { op, chunk } => self.wishes.push(Wish::Drop { op, chunk }),
+            MediaOp::Read { op, source, source_offset, target, expect, class } => {
+                self.read(op, source, source_offset, target, expect, class);
+            }
+            MediaOp::Write { op, source, target, target_offset, header, via, class } => match via {
+                Via::Direct => self.write_direct(op, source, target.device, target_offset, &header, class),
+                Via::Bounce => self.write_bounced(op, source, target.device, target_offset, header, class),
+            },
+            MediaOp::CarveSlot { op, device, slot, space, frame_bytes } => {
+                self.carve(op, Carve { device, slot, space, frame_bytes });
+            }
+            MediaOp::Commit { op, put, delete } => self.commits.push(Job::Commit { op, put, delete }),
+            MediaOp::ClearSpace { op, space, tenant, generation } => {
+                self.note_generation(space, generation);
+                self.commits.push(Job::Clear { op, space, tenant, generation });
+            }
+            MediaOp::Verify { op, frame, expect } => {
+                let Some(memory) = self.find(op, frame.chunk) else { return };
+                let complete = Arc::clone(&self.complete);
+                self.workers.push(Box::new(move || {
+                    let outcome = verified(&memory, frame.index, &expect);
+                    drop(memory);
+                    complete(op, outcome);
+                }));
+            }
+            MediaOp::Copy { op, source, target, expect } => self.copy(op, source, target, expect),
+        }
+    }
+
+    /// A chunk, for sharing its descriptors and for streams. Holding it delays its drop.
+    pub fn chunk(&self, chunk: ChunkId) -> Option<Arc<ChunkMemory>> {
+        self.table.find(chunk)
+    }
+
+    /// Stores a fence, release order. A chunk that does not exist has no readers.
+    ///
+    /// # Panics
+    /// If the chunk has no such frame.
+    pub fn set_fence(&self, frame: FrameRef, fence: Fence) {
+        self.table.with(frame.chunk, |memory| memory.set_fence(frame.index, fence));
+    }
+
+    /// Seals a window against new writable mappings.
+    pub fn adopt_window(&self, chunk: ChunkId) {
+        if let Some(Err(error)) = self.table.with(chunk, ChunkMemory::adopt) {
+            tracing::error!(%chunk, %error, "an adopted window could not be sealed; it stays readable only by its fences");
+        }
+    }
+
+    /// Records a space durably. Blocks for a sync: not for async threads.
+    ///
+    /// # Errors
+    /// The record is too long, or the catalog failed.
+    pub fn put_space(&self, record: SpaceRecord) -> Result<(), CatalogError> {
+        catalog::check_record(&record)?;
+        let space = record.space;
+        let kept = record.clone();
+        self.ask(|answer| Job::PutSpace { record, answer })?;
+        self.spaces.lock().unwrap_or_else(PoisonError::into_inner).insert(space, kept);
+        Ok(())
+    }
+
+    /// Every block of the catalog, in batches. Blocks while it reads. Returns how many there were.
+    ///
+    /// # Errors
+    /// The catalog is damaged or failed.
+    pub fn blocks(&self, batch: usize, take: &mut dyn FnMut(Vec<FoundHeader>)) -> Result<u64, CatalogError> {
+        let mut valid = 0u64;
+        self.catalog.blocks(batch.max(1), &mut |mut found| {
+            found.retain(|found| self.serves(found));
+            valid += found.len() as u64;
+            if !found.is_empty() {
+                take(found);
+            }
+        })?;
+        Ok(valid)
+    }
+
+    /// Reads the header pages of every slot and adds what it finds to the
+    /// catalog, then tells `take`, slot by slot. Blocks until all is read; other
+    /// operations go on meanwhile.
+    ///
+    /// # Errors
+    /// The catalog failed. What was found before was told.
+    pub fn scan(&self, take: &mut dyn FnMut(ScanPiece)) -> Result<ScanReport, CatalogError> {
+        let mut report = ScanReport::default();
+        for device in self.slots.ids() {
+            for slot in 0..self.slots.slots(device) {
+                let scanned = scan::slot(&self.slots, device, slot);
+                report.slots += 1;
+                report.damaged += scanned.damaged;
+                report.unreadable += u64::from(scanned.unreadable);
+                report.blocks += scanned.piece.blocks.len() as u64;
+                let piece = self.restore(scanned)?;
+                take(piece);
+            }
+        }
+        self.ask(|answer| Job::Scanned { answer })?;
+        Ok(report)
+    }
+
+    /// Closes the catalog, opens it again and reads it through. Blocks.
+    ///
+    /// # Errors
+    /// It is still not usable.
+    pub fn reopen_catalog(&self) -> Result<(), CatalogError> {
+        self.ask(|answer| Job::Reopen { answer })
+    }
+
+    /// How everything is.
+    pub fn facts(&self) -> MediaFacts {
+        MediaFacts {
+            devices: self.slots.facts(),
+            chunk_pages: self.table.pages(),
+            lingering: self.wishes.lingering(),
+            catalog_usable: self.catalog.usable(),
+            commits: self.commits.counts(),
+            notes: self.notes.clone(),
+        }
+    }
+
+    /// First byte of a frame on a device, `None` if there is no such frame.
+    pub fn frame_offset(&self, frame: DiskFrame, frame_bytes: ByteCount) -> Option<u64> {
+        let start = self.slots.slot_start(frame.device, frame.slot)?;
+        let inside = frame.index < crate::slots::frames_of(self.slots.chunk_bytes(), frame_bytes);
+        inside.then(|| start + PAGE_BYTES + u64::from(frame.index) * frame_bytes.get())
+    }
+
+    /// Marks a clean end and stops.
+    ///
+    /// # Errors
+    /// The mark could not be written; the next start finds an unclean end, which is safe.
+    pub fn close(self) -> Result<(), CatalogError> {
+        self.ask(|answer| Job::Close { answer })
+    }
+
+    fn ask(&self, job: impl FnOnce(Answer) -> Job) -> Result<(), CatalogError> {
+        let (sender, receiver) = mpsc::channel();
+        self.commits.push(job(sender));
+        receiver.recv().unwrap_or_else(|_| Err(CatalogError::BadRecord))
+    }
+
+    fn serves(&self, found: &FoundHeader) -> bool {
+        found.frame.slot < self.slots.slots(found.frame.device)
+            && self.slots.allows(found.frame.device, &found.header)
+    }
+
+    fn restore(&self, scanned: scan::Scanned) -> Result<ScanPiece, CatalogError> {
+        let scan::Scanned { mut piece, carve_sequence, .. } = scanned;
+        self.carve_sequence.fetch_max(carve_sequence, Ordering::Relaxed);
+        if let Some(record) = &mut piece.space {
+            record.generation = record.generation.max(self.slots.lowest(record.tenant, record.space));
+            let mut spaces = self.spaces.lock().unwrap_or_else(PoisonError::into_inner);
+            let known = spaces.entry(record.space).or_insert_with(|| record.clone());
+            known.generation = known.generation.max(record.generation);
+        }
+        let (carve, space, blocks) = (piece.carve, piece.space.clone(), piece.blocks.clone());
+        self.ask(|answer| Job::Restore {
+            carve: carve.map(|carve| (carve, carve_sequence)),
+            space,
+            blocks,
+            answer,
+        })?;
+        Ok(piece)
+    }
+
+    fn note_generation(&self, space: SpaceId, generation: u64) {
+        let mut spaces = self.spaces.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(record) = spaces.get_mut(&space) {
+            record.generation = record.generation.max(generation);
+        }
+    }
+
+    fn find(&self, op: OpId, chunk: ChunkId) -> Option<Arc<ChunkMemory>> {
+        let memory = self.table.find(chunk);
+        if memory.is_none() {
+            tracing::error!(%op, %chunk, "an operation names a chunk that does not exist");
+            self.refuse(op, Fault::NoMemory);
+        }
+        memory
+    }
+
+    /// Answers from another thread: the caller may hold the lock that the callback takes.
+    fn refuse(&self, op: OpId, fault: Fault) {
+        self.wishes.push(Wish::Refuse { op, fault });
+    }
+
+    fn submit(&self, op: OpId, device: DeviceId, request: IoRequest) {
+        match self.slots.io(device) {
+            Some(io) => io.submit(request),
+            None => {
+                tracing::error!(%op, %device, "an operation names a device that does not exist");
+                self.refuse(op, Fault::Device);
+            }
+        }
+    }
+
+    fn read(
+        &self,
+        op: OpId,
+        source: DiskFrame,
+        offset: u64,
+        target: FrameRef,
+        expect: BlockHeader,
+        class: IoClass,
+    ) {
+        let Some(memory) = self.find(op, target.chunk) else { return };
+        let Some(bytes) = io_bytes(&memory, expect.length) else { return self.refuse(op, Fault::Checksum) };
+        let (complete, workers) = (Arc::clone(&self.complete), self.workers.clone());
+        let done = move |buffer: IoBuffer, outcome: Result<(), Fault>| {
+            let IoBuffer::Frame(memory, index) = buffer else { return complete(op, Err(Fault::Device)) };
+            if let Err(fault) = outcome {
+                drop(memory);
+                return complete(op, Err(fault));
+            }
+            workers.push(Box::new(move || {
+                let outcome = arrived(&memory, index, &expect);
+                drop(memory);
+                complete(op, outcome);
+            }));
+        };
+        let buffer = IoBuffer::Frame(memory, target.index);
+        let request = IoRequest { op: IoOp::Read, offset, bytes, buffer, class, done: Box::new(done) };
+        self.submit(op, source.device, request);
+    }
+
+    fn write_direct(
+        &self,
+        op: OpId,
+        source: FrameRef,
+        device: DeviceId,
+        offset: u64,
+        header: &BlockHeader,
+        class: IoClass,
+    ) {
+        let Some(memory) = self.find(op, source.chunk) else { return };
+        let Some(bytes) = io_bytes(&memory, header.length) else { return self.refuse(op, Fault::Checksum) };
+        let mut page = [0u8; 4096];
+        encode_header(header, &mut page);
+        if memory.fill_header(source.index, &page, header.length).is_err() {
+            return self.refuse(op, Fault::Checksum);
+        }
+        let complete = Arc::clone(&self.complete);
+        let done = move |buffer: IoBuffer, outcome: Result<(), Fault>| {
+            drop(buffer);
+            complete(op, outcome.map(|()| Done::Plain));
+        };
+        let buffer = IoBuffer::Frame(memory, source.index);
+        self.submit(
+            op,
+            device,
+            IoRequest { op: IoOp::Write, offset, bytes, buffer, class, done: Box::new(done) },
+        );
+    }
+
+    /// The client may still write: what is verified is the copy, and the copy is what is written.
+    fn write_bounced(
+        &self,
+        op: OpId,
+        source: FrameRef,
+        device: DeviceId,
+        offset: u64,
+        header: BlockHeader,
+        class: IoClass,
+    ) {
+        let Some(memory) = self.find(op, source.chunk) else { return };
+        let Some(bytes) = io_bytes(&memory, header.length) else { return self.refuse(op, Fault::Checksum) };
+        let Some(io) = self.slots.io(device).cloned() else { return self.refuse(op, Fault::Device) };
+        let (complete, bounces) = (Arc::clone(&self.complete), Arc::clone(&self.bounces));
+        self.workers.push(Box::new(move || {
+            let mut pages = bounces.take(bytes);
+            let copied = bounce(&memory, source.index, &header, bytes, &mut pages);
+            drop(memory);
+            if let Err(fault) = copied {
+                bounces.give(pages);
+                return complete(op, Err(fault));
+            }
+            let done = move |buffer: IoBuffer, outcome: Result<(), Fault>| {
+                if let Some(pages) = buffer.into_pages() {
+                    bounces.give(pages);
+                }
+                complete(op, outcome.map(|()| Done::Plain));
+            };
+            let buffer = IoBuffer::Pages(pages);
+            io.submit(IoRequest { op: IoOp::Write, offset, bytes, buffer, class, done: Box::new(done) });
+        }));
+    }
+
+    fn copy(&self, op: OpId, source: FrameRef, target: FrameRef, expect: BlockHeader) {
+        let Some(from) = self.find(op, source.chunk) else { return };
+        let Some(to) = self.find(op, target.chunk) else { return };
+        let complete = Arc::clone(&self.complete);
+        self.workers.push(Box::new(move || {
+            let copied = to.copy_from(target.index, &from, source.index, expect.length);
+            let outcome = match copied {
+                Ok(()) => verified(&to, target.index, &expect),
+                Err(_) => Err(Fault::Checksum),
+            };
+            drop((from, to));
+            complete(op, outcome);
+        }));
+    }
+
+    fn carve(&self, op: OpId, carve: Carve) {
+        let Some(offset) = self.slots.slot_start(carve.device, carve.slot) else {
+            return self.refuse(op, Fault::Device);
+        };
+        let sequence = self.carve_sequence.fetch_add(1, Ordering::Relaxed) + 1;
+        let known = self.spaces.lock().unwrap_or_else(PoisonError::into_inner).get(&carve.space).cloned();
+        let header = SlotHeader {
+            slot: carve.slot,
+            space: carve.space,
+            tenant: known
+                .as_ref()
+                .map_or(terrace_core::TenantId::from_bytes([0; 16]), |record| record.tenant),
+            frame_bytes: carve.frame_bytes,
+            carve_sequence: sequence,
+            generation: known.as_ref().map_or(0, |record| record.generation),
+            tenant_name: known.as_ref().map_or_else(String::new, |record| record.tenant_name.clone()),
+            manifest: known.map_or_else(Vec::new, |record| record.manifest),
+        };
+        let mut pages = AlignedPages::new(PAGE_BYTES);
+        header.encode(pages.as_mut_slice());
+        let (complete, commits) = (Arc::clone(&self.complete), Arc::clone(&self.commits));
+        let done = move |_: IoBuffer, outcome: Result<(), Fault>| match outcome {
+            Ok(()) => commits.push(Job::Carve { op, carve, sequence }),
+            Err(fault) => complete(op, Err(fault)),
+        };
+        let request = IoRequest {
+            op: IoOp::Write,
+            offset,
+            bytes: PAGE_BYTES,
+            buffer: IoBuffer::Pages(pages),
+            class: IoClass::Demotion,
+            done: Box::new(done),
+        };
+        self.submit(op, carve.device, request);
+    }
+}
+
+impl Drop for Media {
+    fn drop(&mut self) {
+        // I/O that ends after this verifies what it read on the device's own thread.
+        self.wishes.stop();
+        self.workers.stop();
+        self.commits.stop();
+        for thread in self.threads.drain(..) {
+            if thread.join().is_err() {
+                tracing::error!("a media thread panicked");
+            }
+        }
+    }
+}
+
+/// Header page and payload, in whole pages; `None` if they do not fit the frame.
+fn io_bytes(memory: &ChunkMemory, length: ByteCount) -> Option<u64> {
+    let bytes = length.round_up(PAGE_BYTES)?.get().checked_add(PAGE_BYTES)?;
+    (length.get() > 0 && bytes <= memory.frame_bytes().get()).then_some(bytes)
+}
+
+fn verified(memory: &ChunkMemory, index: u32, expect: &BlockHeader) -> Result<Done, Fault> {
+    match memory.verify(index, expect) {
+        Ok(true) => Ok(Done::Plain),
+        Ok(false) | Err(_) => Err(Fault::Checksum),
+    }
+}
+
+/// Is what came from the device the block that was asked for?
+fn arrived(memory: &ChunkMemory, index: u32, expect: &BlockHeader) -> Result<Done, Fault> {
+    let mut page = [0u8; 4096];
+    memory.copy_header(index, &mut page).map_err(|_| Fault::Checksum)?;
+    match decode_header(&page) {
+        Ok(found) if found == *expect => verified(memory, index, expect),
+        Ok(found) => {
+            tracing::warn!(expected = %expect.block, found = %found.block, "another block's header page");
+            Err(Fault::Checksum)
+        }
+        Err(error) => {
+            tracing::warn!(block = %expect.block, %error, "damaged header page");
+            Err(Fault::Checksum)
+        }
+    }
+}
+
+fn bounce(
+    memory: &ChunkMemory,
+    index: u32,
+    header: &BlockHeader,
+    bytes: u64,
+    pages: &mut AlignedPages,
+) -> Result<(), Fault> {
+    let length = usize::try_from(header.length.get()).map_err(|_| Fault::Checksum)?;
+    let end = usize::try_from(bytes).map_err(|_| Fault::Checksum)?;
+    let (page, payload) = pages.as_mut_slice()[..end].split_at_mut(4096);
+    let (payload, rest) = payload.split_at_mut(length);
+    memory.copy_out(index, 0, payload).map_err(|_| Fault::Checksum)?;
+    if terrace_core::checksum(header.block, header.generation, payload) != header.checksum {
+        return Err(Fault::Checksum);
+    }
+    rest.fill(0);
+    encode_header(header, page);
+    Ok(())
+}
+
+fn check_config(config: &MediaConfig) -> Result<(), MediaError> {
+    let chunk = config.chunk_bytes.get();
+    if chunk == 0 || !chunk.is_multiple_of(2 << 20) {
+        return Err(MediaError::BadConfig("chunk_bytes must be a multiple of 2 MiB"));
+    }
+    Ok(())
+}
+
+fn lock_directory(path: &Path) -> Result<File, MediaError> {
+    let failed =
+        |action: &'static str| move |source| MediaError::File { path: path.to_owned(), action, source };
+    std::fs::create_dir_all(path).map_err(failed("make the data directory"))?;
+    let mut options = File::options();
+    options.read(true).write(true).create(true).truncate(false);
+    let lock = options.open(path.join("lock")).map_err(failed("open its lock file"))?;
+    lock_exclusively(&lock, path)?;
+    Ok(lock)
+}
+
+struct OpenedCatalog {
+    catalog: Catalog,
+    report: OpenReport,
+    carve_sequence: u64,
+}
+
+fn open_catalog(
+    config: &MediaConfig,
+    slots: &Slots,
+    notes: &mut Vec<String>,
+) -> Result<OpenedCatalog, MediaError> {
+    let path = config.data_dir.join("catalog");
+    let open = || Catalog::open(&path, Arc::clone(&config.hooks.catalog_fails));
+    let attempt = open().and_then(|(catalog, new)| {
+        let loaded = load(&catalog)?;
+        Ok((catalog, new, loaded))
+    });
+    let (catalog, state, loaded) = match attempt {
+        Ok((catalog, true, loaded)) => (catalog, CatalogState::New, loaded),
+        Ok((catalog, false, loaded)) => (catalog, CatalogState::Opened, loaded),
+        Err(error @ CatalogError::NewerFormat { .. }) => return Err(error.into()),
+        Err(error) => {
+            let moved_to = catalog::move_aside(&path).map_err(|source| MediaError::File {
+                path: path.clone(),
+                action: "move the damaged catalog aside",
+                source,
+            })?;
+            tracing::error!(%error, moved_to = %moved_to.display(), "catalog damaged: rebuilding it from the devices");
+            let (catalog, _) = open()?;
+            let loaded = load(&catalog)?;
+            (catalog, CatalogState::Damaged { reason: error.to_string(), moved_to }, loaded)
+        }
+    };
+    let rebuild = state != CatalogState::Opened && slots.ids().any(|device| !slots.fresh(device));
+    let mut batch = Batch::default();
+    if rebuild {
+        batch.put_meta("rebuild", &[1]);
+    }
+    let mut carves = loaded.carves;
+    for device in slots.ids() {
+        replaced_device(&catalog, slots, device, &mut carves, &mut batch, notes)?;
+    }
+    carves.retain(|(carve, _)| carve.slot < slots.slots(carve.device));
+    let incarnation = loaded.incarnation.max(slots.incarnation()).saturating_add(1);
+    batch.put_meta("incarnation", &incarnation.to_le_bytes());
+    batch.delete_meta("clean");
+    catalog.write(batch)?;
+    let carve_sequence = carves.iter().map(|(_, sequence)| *sequence).max().unwrap_or(0);
+    let report = OpenReport {
+        incarnation,
+        spaces: loaded.spaces,
+        carves: carves.into_iter().map(|(carve, _)| carve).collect(),
+        scan_needed: rebuild || loaded.rebuild,
+        clean: loaded.clean,
+        catalog: state,
+        notes: Vec::new(),
+    };
+    Ok(OpenedCatalog { catalog, report, carve_sequence })
+}
+
+struct Loaded {
+    spaces: Vec<SpaceRecord>,
+    carves: Vec<(Carve, u64)>,
+    incarnation: u32,
+    rebuild: bool,
+    clean: bool,
+}
+
+fn load(catalog: &Catalog) -> Result<Loaded, CatalogError> {
+    let incarnation = catalog.meta("incarnation")?.and_then(|value| value.try_into().ok());
+    Ok(Loaded {
+        spaces: catalog.spaces()?.into_values().collect(),
+        carves: catalog.carves()?,
+        incarnation: incarnation.map_or(0, u32::from_le_bytes),
+        rebuild: catalog.meta("rebuild")?.is_some(),
+        clean: catalog.meta("clean")?.is_some(),
+    })
+}
+
+/// Forgets what the catalog says of a device that another one has replaced.
+fn replaced_device(
+    catalog: &Catalog,
+    slots: &Slots,
+    device: DeviceId,
+    carves: &mut Vec<(Carve, u64)>,
+    batch: &mut Batch,
+    notes: &mut Vec<String>,
+) -> Result<(), CatalogError> {
+    let name = format!("device/{device}");
+    let Some(uuid) = slots.uuid(device) else { return Ok(()) };
+    match catalog.meta(&name)? {
+        Some(known) if known == uuid => return Ok(()),
+        None => {}
+        Some(_) => {
+            notes.push(format!("device {device} was replaced; the blocks of the old one are forgotten"));
+            catalog.blocks(4096, &mut |found| {
+                let of_device = |found: &&FoundHeader| found.frame.device == device;
+                found.iter().filter(of_device).for_each(|found| batch.delete_block(found.header.block));
+            })?;
+            for (carve, _) in carves.iter().filter(|(carve, _)| carve.device == device) {
+                batch.delete_carve(device, carve.slot);
+            }
+            carves.retain(|(carve, _)| carve.device != device);
+            if !slots.fresh(device) {
+                batch.put_meta("rebuild", &[1]);
+            }
+        }
+    }
+    batch.put_meta(&name, &uuid);
+    Ok(())
+}

@@ -1,0 +1,188 @@
+//! The superblock: what a device is, and which generations it may still serve.
+//!
+//! The first MiB of a device holds two copies, at 0 and at 512 KiB, written in
+//! turn, so that a torn write leaves the older one. Layout of a copy,
+//! little-endian:
+//!
+//! | offset | bytes | field |
+//! |---|---|---|
+//! | 0 | 8 | magic `TERRSUP1` |
+//! | 8 | 4 | major format version, 1: a reader of an older one refuses |
+//! | 12 | 4 | minor format version, 0: a reader of an older one goes on |
+//! | 16 | 16 | device uuid |
+//! | 32 | 16 | node id |
+//! | 48 | 8 | chunk_bytes |
+//! | 56 | 4 | slots |
+//! | 60 | 4 | incarnation of the daemon that wrote it |
+//! | 64 | 8 | sequence: the valid copy with the higher one counts |
+//! | 72 | 4 | entries of the table |
+//! | 76 | 12 | zero |
+//! | 88 | 8 | CRC-64/NVMe over the table |
+//! | 96 | 8 | CRC-64/NVMe over bytes 0 to 96 |
+//! | 4096 | 40 each | table: tenant id, space id, lowest valid generation |
+//!
+//! Magic and versions come first and never move, so that any Terrace can tell
+//! that a device is too new for it.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use terrace_core::{ByteCount, SpaceId, TenantId};
+
+use crate::api::MediaError;
+use crate::device::AlignedPages;
+use crate::header::{crc, id_at, u32_at, u64_at};
+use crate::side::SideIo;
+
+/// Where slot 0 begins.
+pub const DATA_START: u64 = 1 << 20;
+const COPY_BYTES: u64 = 512 << 10;
+const MAGIC: &[u8; 8] = b"TERRSUP1";
+/// Format that this code writes.
+pub(crate) const MAJOR: u32 = 1;
+const MINOR: u32 = 0;
+const HEADER: usize = 4096;
+const ENTRY: usize = 40;
+/// Entries that a copy holds.
+pub(crate) const CLEARED_MAX: usize = 10_000;
+const _: () = assert!(HEADER + CLEARED_MAX * ENTRY <= 512 << 10);
+
+/// A device's identity and its table of cleared spaces.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Superblock {
+    pub(crate) uuid: [u8; 16],
+    pub(crate) node: [u8; 16],
+    pub(crate) chunk_bytes: ByteCount,
+    pub(crate) slots: u32,
+    pub(crate) incarnation: u32,
+    pub(crate) sequence: u64,
+    pub(crate) cleared: BTreeMap<(TenantId, SpaceId), u64>,
+}
+
+/// What a copy holds.
+#[derive(Debug, PartialEq, Eq)]
+enum Copy {
+    Valid(Superblock),
+    /// Of this major version, whose layout we cannot judge.
+    Newer(u32),
+    /// The magic is there, the rest does not add up.
+    Damaged,
+    /// Only zeros.
+    Empty,
+    /// Something else.
+    Foreign,
+}
+
+impl Superblock {
+    /// Reads the newer of the two copies; `None` if the whole area is zero.
+    pub(crate) fn read(side: &SideIo, path: &Path) -> Result<Option<Self>, MediaError> {
+        let failed =
+            |source| MediaError::File { path: path.to_owned(), action: "read its superblock", source };
+        let pages = side.read_many(&[(0, COPY_BYTES), (COPY_BYTES, COPY_BYTES)]).map_err(failed)?;
+        let mut copies = Vec::with_capacity(2);
+        for page in pages {
+            copies.push(decode(page.map_err(failed)?.as_slice()));
+        }
+        let newer = copies.iter().find_map(|copy| match copy {
+            Copy::Newer(found) => Some(*found),
+            Copy::Valid(_) | Copy::Damaged | Copy::Empty | Copy::Foreign => None,
+        });
+        if let Some(found) = newer {
+            return Err(MediaError::NewerFormat { path: path.to_owned(), found, known: MAJOR });
+        }
+        let (ours, empty) = copies.iter().fold((false, true), |(ours, empty), copy| {
+            (ours || *copy == Copy::Damaged, empty && *copy == Copy::Empty)
+        });
+        let best = copies.into_iter().filter_map(|copy| match copy {
+            Copy::Valid(superblock) => Some(superblock),
+            Copy::Newer(_) | Copy::Damaged | Copy::Empty | Copy::Foreign => None,
+        });
+        match best.max_by_key(|superblock| superblock.sequence) {
+            Some(superblock) => Ok(Some(superblock)),
+            None if empty => Ok(None),
+            None if ours => Err(MediaError::SuperblockDamaged { path: path.to_owned() }),
+            None => Err(MediaError::NotOurs { path: path.to_owned() }),
+        }
+    }
+
+    /// Writes the next copy and syncs it; the older copy stays as it was.
+    pub(crate) fn write(&mut self, side: &SideIo, path: &Path) -> Result<(), MediaError> {
+        if self.cleared.len() > CLEARED_MAX {
+            return Err(MediaError::TableFull { path: path.to_owned(), limit: CLEARED_MAX });
+        }
+        let mut next = self.clone();
+        next.sequence += 1;
+        let offset = if next.sequence.is_multiple_of(2) { 0 } else { COPY_BYTES };
+        side.write_synced(offset, next.encode()).map_err(|source| MediaError::File {
+            path: path.to_owned(),
+            action: "write its superblock",
+            source,
+        })?;
+        *self = next;
+        Ok(())
+    }
+
+    /// May a header of this generation be served?
+    pub(crate) fn allows(&self, tenant: TenantId, space: SpaceId, generation: u64) -> bool {
+        self.cleared.get(&(tenant, space)).is_none_or(|lowest| generation >= *lowest)
+    }
+
+    fn encode(&self) -> AlignedPages {
+        let table_bytes = self.cleared.len() * ENTRY;
+        let mut pages = AlignedPages::new((HEADER + table_bytes) as u64);
+        let (page, table) = pages.as_mut_slice().split_at_mut(HEADER);
+        for (entry, ((tenant, space), lowest)) in table.chunks_exact_mut(ENTRY).zip(&self.cleared) {
+            entry[..16].copy_from_slice(&tenant.to_bytes());
+            entry[16..32].copy_from_slice(&space.to_bytes());
+            entry[32..].copy_from_slice(&lowest.to_le_bytes());
+        }
+        let entries = u32::try_from(self.cleared.len()).expect("write refuses more than 10,000");
+        page[..8].copy_from_slice(MAGIC);
+        page[8..12].copy_from_slice(&MAJOR.to_le_bytes());
+        page[12..16].copy_from_slice(&MINOR.to_le_bytes());
+        page[16..32].copy_from_slice(&self.uuid);
+        page[32..48].copy_from_slice(&self.node);
+        page[48..56].copy_from_slice(&self.chunk_bytes.get().to_le_bytes());
+        page[56..60].copy_from_slice(&self.slots.to_le_bytes());
+        page[60..64].copy_from_slice(&self.incarnation.to_le_bytes());
+        page[64..72].copy_from_slice(&self.sequence.to_le_bytes());
+        page[72..76].copy_from_slice(&entries.to_le_bytes());
+        page[88..96].copy_from_slice(&crc(&table[..table_bytes]).to_le_bytes());
+        let sum = crc(&page[..96]);
+        page[96..104].copy_from_slice(&sum.to_le_bytes());
+        pages
+    }
+}
+
+fn decode(bytes: &[u8]) -> Copy {
+    let Some(page) = bytes.get(..HEADER) else { return Copy::Foreign };
+    if page[..8] != *MAGIC {
+        return if bytes.iter().all(|byte| *byte == 0) { Copy::Empty } else { Copy::Foreign };
+    }
+    let major = u32_at(page, 8);
+    if major > MAJOR {
+        return Copy::Newer(major);
+    }
+    if u64_at(page, 96) != crc(&page[..96]) {
+        return Copy::Damaged;
+    }
+    let entries = u32_at(page, 72) as usize;
+    let table = entries.checked_mul(ENTRY).and_then(|length| bytes.get(HEADER..HEADER + length));
+    let Some(table) = table.filter(|_| entries <= CLEARED_MAX) else { return Copy::Damaged };
+    if crc(table) != u64_at(page, 88) {
+        return Copy::Damaged;
+    }
+    let cleared = table.chunks_exact(ENTRY).map(|entry| {
+        let key = (TenantId::from_bytes(id_at(entry, 0)), SpaceId::from_bytes(id_at(entry, 16)));
+        (key, u64_at(entry, 32))
+    });
+    Copy::Valid(Superblock {
+        uuid: id_at(page, 16),
+        node: id_at(page, 32),
+        chunk_bytes: ByteCount::new(u64_at(page, 48)),
+        slots: u32_at(page, 56),
+        incarnation: u32_at(page, 60),
+        sequence: u64_at(page, 64),
+        cleared: cleared.collect(),
+    })
+}
