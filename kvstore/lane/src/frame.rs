@@ -228,6 +228,12 @@ impl<M: LaneMessage> LaneWriter<M> {
         Ok(())
     }
 
+    /// Ends the connection in both directions at once, whatever still waits.
+    /// Readers of both ends see the end of the stream.
+    pub fn close(&self) {
+        syscall::shut_down(self.stream.as_fd());
+    }
+
     /// Waits for room in the kernel's buffer without borrowing the writer.
     pub fn writable(&self) -> Writable {
         Writable(Arc::clone(&self.stream))

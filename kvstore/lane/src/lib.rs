@@ -16,6 +16,6 @@ mod syscall;
 
 pub use error::{LaneError, MapError};
 pub use frame::{DESCRIPTORS_WAITING_MAX, LaneMessage, LaneReader, LaneWriter, Received, Writable};
-pub use mapping::{Access, Mapping};
-pub use shared::{SharedBytes, SharedBytesMut};
+pub use mapping::{Access, Mapping, SharedBytesMut};
+pub use shared::SharedBytes;
 pub use socket::{LaneConnection, LaneServer, PeerCredentials, SOCKET_PATH_BYTES_MAX};

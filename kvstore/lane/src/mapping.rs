@@ -9,13 +9,13 @@ use std::fmt;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::ptr::NonNull;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use terrace_core::{ByteCount, Fence};
 
 use crate::error::MapError;
-use crate::shared::{SharedBytes, SharedBytesMut};
+use crate::shared::SharedBytes;
 use crate::syscall;
 
 const FENCE_BYTES: usize = size_of::<u64>();
@@ -33,7 +33,14 @@ pub enum Access {
 pub struct Mapping {
     data: Region,
     fences: Region,
-    writable: AtomicBool,
+    writing: Mutex<Writing>,
+}
+
+/// Whether and by how many the data is being written.
+#[derive(Clone, Copy, Debug)]
+enum Writing {
+    Denied,
+    Allowed { views: usize },
 }
 
 impl fmt::Debug for Mapping {
@@ -65,7 +72,11 @@ impl Mapping {
         };
         let data = Region::map("data", data.as_fd(), bytes, protection)?;
         let fences = Region::map("fences", fences.as_fd(), fence_bytes, libc::PROT_READ)?;
-        Ok(Arc::new(Self { data, fences, writable: AtomicBool::new(access == Access::Write) }))
+        let writing = match access {
+            Access::Read => Writing::Denied,
+            Access::Write => Writing::Allowed { views: 0 },
+        };
+        Ok(Arc::new(Self { data, fences, writing: Mutex::new(writing) }))
     }
 
     /// Length of the data.
@@ -75,7 +86,11 @@ impl Mapping {
 
     /// Whether stores into the data are possible.
     pub fn is_writable(&self) -> bool {
-        self.writable.load(Ordering::Acquire)
+        matches!(*self.writing(), Writing::Allowed { .. })
+    }
+
+    fn writing(&self) -> MutexGuard<'_, Writing> {
+        self.writing.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The fence of a frame now (load acquire); `None` outside the fence pages.
@@ -99,33 +114,85 @@ impl Mapping {
         Some(unsafe { SharedBytes::from_raw(owner, start, length) })
     }
 
-    /// A writable view; `None` if it is not inside the chunk or the chunk is not writable.
-    /// Whoever holds views must have finished with them before [`Mapping::drop_write`].
+    /// A writable view; `None` if it is not inside the chunk or the chunk is not
+    /// writable. While one lives, write permission stays.
     pub fn view_mut(self: &Arc<Self>, offset: u64, length: ByteCount) -> Option<SharedBytesMut> {
-        if !self.is_writable() {
-            return None;
+        let bytes = self.view(offset, length)?;
+        match &mut *self.writing() {
+            Writing::Denied => return None,
+            Writing::Allowed { views } => *views += 1,
         }
-        let (start, length) = self.data.part(offset, length)?;
-        let owner: Arc<dyn Any + Send + Sync> = Arc::clone(self) as _;
-        // SAFETY: the range is inside the mapping, which lives as long as the
-        // owner and is writable until drop_write, whose contract is ours.
-        Some(unsafe { SharedBytesMut::from_raw(owner, start, length) })
+        Some(SharedBytesMut { bytes, mapping: Arc::clone(self) })
     }
 
-    /// Drops the permission to write for good. A store through an old view faults.
+    /// Drops the permission to write for good.
     ///
     /// # Errors
-    /// What the kernel says; the permission is then still there, and the window
-    /// must not be handed back.
+    /// [`io::ErrorKind::ResourceBusy`] while a writable view lives, or what the
+    /// kernel says. The permission is then still there, and the window must not
+    /// be handed back.
     pub fn drop_write(&self) -> io::Result<()> {
-        // SAFETY: the range is exactly our own mapping; protection only shrinks.
+        let mut writing = self.writing();
+        match *writing {
+            Writing::Denied => return Ok(()),
+            Writing::Allowed { views: 0 } => {}
+            Writing::Allowed { .. } => return Err(io::ErrorKind::ResourceBusy.into()),
+        }
+        // SAFETY: the range is exactly our own mapping; no writable view exists,
+        // and none can be made while `writing` is locked.
         let answer =
             unsafe { libc::mprotect(self.data.start.as_ptr().cast(), self.data.length, libc::PROT_READ) };
         if answer != 0 {
             return Err(io::Error::last_os_error());
         }
-        self.writable.store(false, Ordering::Release);
+        *writing = Writing::Denied;
         Ok(())
+    }
+}
+
+/// A piece of this session's own window that may be written while this lives.
+#[derive(Debug)]
+pub struct SharedBytesMut {
+    bytes: SharedBytes,
+    mapping: Arc<Mapping>,
+}
+
+impl SharedBytesMut {
+    /// The same bytes for reading.
+    pub fn bytes(&self) -> &SharedBytes {
+        &self.bytes
+    }
+
+    /// The first byte. Stores through it are allowed while this view lives, and
+    /// fault once write permission was dropped after it.
+    pub fn as_mut_ptr(&self) -> *mut u8 {
+        self.bytes.as_ptr().cast_mut()
+    }
+
+    /// Copies `source` in, from `offset` on. Two copies into one place at once
+    /// leave any mix of the two.
+    ///
+    /// # Panics
+    /// If it does not fit.
+    pub fn copy_from(&self, offset: usize, source: &[u8]) {
+        let inside = offset.checked_add(source.len()).is_some_and(|end| end <= self.bytes.len());
+        assert!(inside, "a part lies inside its whole");
+        // SAFETY: the target range was just checked, stays mapped while the
+        // mapping lives and writable while this view does; `source` is ordinary
+        // memory, so the two do not overlap.
+        unsafe {
+            std::ptr::copy_nonoverlapping(source.as_ptr(), self.as_mut_ptr().add(offset), source.len());
+        }
+    }
+}
+
+impl Drop for SharedBytesMut {
+    fn drop(&mut self) {
+        match &mut *self.mapping.writing() {
+            // Permission cannot go while a view lives.
+            Writing::Denied => unreachable!("a writable view outlived its permission"),
+            Writing::Allowed { views } => *views -= 1,
+        }
     }
 }
 

@@ -131,61 +131,6 @@ impl SharedBytes {
     }
 }
 
-/// A piece of this session's own window that may be written.
-#[derive(Clone, Debug)]
-pub struct SharedBytesMut(SharedBytes);
-
-impl SharedBytesMut {
-    /// A view of `length` bytes from `start` that may be stored into.
-    ///
-    /// # Safety
-    /// As [`SharedBytes::from_raw`], and the bytes must be mapped writable until
-    /// the caller has made sure that nobody stores through this view any more.
-    pub unsafe fn from_raw(owner: Arc<dyn Any + Send + Sync>, start: NonNull<u8>, length: usize) -> Self {
-        // SAFETY: the caller promises what SharedBytes needs.
-        Self(unsafe { SharedBytes::from_raw(owner, start, length) })
-    }
-
-    /// The same bytes for reading.
-    pub fn bytes(&self) -> &SharedBytes {
-        &self.0
-    }
-
-    /// Length in bytes.
-    pub fn len(&self) -> usize {
-        self.0.length
-    }
-
-    /// Whether there is nothing to write.
-    pub fn is_empty(&self) -> bool {
-        self.0.length == 0
-    }
-
-    /// The first byte. Stores through it fault once write permission was dropped.
-    pub fn as_mut_ptr(&self) -> *mut u8 {
-        self.0.start.as_ptr()
-    }
-
-    /// Copies `source` in, from `offset` on.
-    ///
-    /// # Safety
-    /// The mapping must still be writable: the caller holds whatever keeps
-    /// [`crate::Mapping::drop_write`] from being called meanwhile.
-    ///
-    /// # Panics
-    /// If it does not fit.
-    pub unsafe fn copy_from(&self, offset: usize, source: &[u8]) {
-        let inside = offset.checked_add(source.len()).is_some_and(|end| end <= self.0.length);
-        assert!(inside, "a part lies inside its whole");
-        // SAFETY: the target range was just checked, is mapped while the owner
-        // lives, and is writable by the caller's promise; `source` is ordinary
-        // memory, so the two do not overlap.
-        unsafe {
-            std::ptr::copy_nonoverlapping(source.as_ptr(), self.0.start.as_ptr().add(offset), source.len());
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -203,7 +148,8 @@ mod tests {
     fn pieces_sum_to_the_whole() {
         let block = BlockId::from_bytes([7; 16]);
         for length in [0, 1, PIECE_BYTES - 1, PIECE_BYTES, PIECE_BYTES + 1, 3 * PIECE_BYTES + 5] {
-            let memory: Arc<Vec<u8>> = Arc::new((0..length).map(|at| (at % 251) as u8).collect());
+            let memory: Arc<Vec<u8>> =
+                Arc::new((0..length).map(|at| u8::try_from(at % 251).unwrap()).collect());
             let shared = over(&memory);
             let whole = terrace_core::checksum(block, 3, &memory);
             assert_eq!(shared.checksum(block, 3), whole, "checksum of {length} bytes");

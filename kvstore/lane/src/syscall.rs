@@ -164,6 +164,12 @@ pub(crate) fn peer_pidfd(socket: BorrowedFd<'_>) -> Option<OwnedFd> {
     Some(unsafe { OwnedFd::from_raw_fd(raw) })
 }
 
+/// Ends a connection. An error means that it had ended already.
+pub(crate) fn shut_down(socket: BorrowedFd<'_>) {
+    // SAFETY: no pointers are involved.
+    let _ended_before = unsafe { libc::shutdown(socket.as_raw_fd(), libc::SHUT_RDWR) };
+}
+
 /// Length of the file behind a descriptor and whether it is sealed against shrinking.
 pub(crate) fn memory_facts(memory: BorrowedFd<'_>) -> io::Result<(u64, bool)> {
     // SAFETY: stat is a plain C struct for which all zeros is a valid value.

@@ -67,11 +67,13 @@ fn nothing_outside_the_chunk_can_be_seen() {
 fn write_permission_goes_for_good() {
     let (data, _fences, mapping) = chunk(Access::Write);
     let view = mapping.view_mut(PAGE, ByteCount::new(4)).unwrap();
-    // SAFETY: drop_write comes later.
-    unsafe { view.copy_from(0, b"abcd") };
+    view.copy_from(0, b"abcd");
     let mut found = [0; 4];
     data.read_exact_at(&mut found, PAGE).unwrap();
     assert_eq!(&found, b"abcd");
+    let busy = mapping.drop_write().unwrap_err();
+    assert_eq!(busy.kind(), io::ErrorKind::ResourceBusy, "a view still allows stores");
+    drop(view);
     mapping.drop_write().unwrap();
     assert!(!mapping.is_writable());
     assert!(mapping.view_mut(PAGE, ByteCount::new(4)).is_none());

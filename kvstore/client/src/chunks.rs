@@ -1,0 +1,191 @@
+//! The chunks that this session has mapped, and its windows.
+//!
+//! A window goes back to the daemon only when nobody can write into it: no
+//! [`WriterToken`] of it exists, and its write permission was dropped. A mapping
+//! that nobody uses is given up after a while, so that the daemon gets the
+//! memory of chunks that it has dropped.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use terrace_core::ByteCount;
+use terrace_lane::{Access, Mapping};
+use terrace_proto::v1::MapChunk;
+use terrace_proto::v1::lane_request::Op;
+use terrace_proto::v1::lane_response::Result as Answer;
+
+use crate::error::ClientError;
+use crate::keeper::Keeper;
+use crate::lane::LaneLink;
+
+/// A mapping without a user is dropped after this long: long enough that a busy
+/// reader maps a chunk once, short against the daemon's wait for its memory.
+const MAPPING_IDLE_MAX: Duration = Duration::from_secs(2);
+
+/// See the module.
+#[derive(Debug)]
+pub(crate) struct Chunks {
+    table: Mutex<BTreeMap<u64, Chunk>>,
+}
+
+#[derive(Debug, Default)]
+struct Chunk {
+    mapping: Option<Arc<Mapping>>,
+    writers: usize,
+    recalled: bool,
+    idle_since: Option<Instant>,
+}
+
+impl Chunks {
+    pub(crate) fn new() -> Self {
+        Self { table: Mutex::new(BTreeMap::new()) }
+    }
+
+    fn table(&self) -> MutexGuard<'_, BTreeMap<u64, Chunk>> {
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The mapping of a chunk that a lease names, mapped now if it is not yet.
+    pub(crate) async fn mapping(
+        &self,
+        link: &LaneLink,
+        chunk: u64,
+        access: Access,
+    ) -> Result<Arc<Mapping>, ClientError> {
+        let known = self.table().get(&chunk).and_then(|known| known.mapping.clone());
+        if let Some(known) = known
+            && (access == Access::Read || known.is_writable())
+        {
+            return Ok(known);
+        }
+        let mut delivered = link.call(Op::MapChunk(MapChunk { chunk })).await?;
+        let Answer::MappedChunk(mapped) = delivered.answer else {
+            return Err(ClientError::Protocol { detail: "a chunk's mapping was asked for" });
+        };
+        let (Some(fences), Some(data)) = (delivered.descriptors.pop(), delivered.descriptors.pop()) else {
+            return Err(ClientError::Protocol { detail: "a mapped chunk without its descriptors" });
+        };
+        let granted = if mapped.writable { Access::Write } else { Access::Read };
+        if access == Access::Write && granted == Access::Read {
+            return Err(ClientError::Protocol { detail: "a frame to write in a chunk that is read-only" });
+        }
+        let bytes = ByteCount::new(mapped.bytes);
+        let fence_bytes = ByteCount::new(mapped.fence_bytes);
+        let mapping = Mapping::map(data, bytes, fences, fence_bytes, granted)?;
+        let mut table = self.table();
+        let entry = table.entry(chunk).or_default();
+        match &entry.mapping {
+            // Somebody was quicker: one mapping is enough.
+            Some(known) if access == Access::Read || known.is_writable() => Ok(Arc::clone(known)),
+            Some(_) | None => {
+                entry.mapping = Some(Arc::clone(&mapping));
+                entry.idle_since = None;
+                Ok(mapping)
+            }
+        }
+    }
+
+    /// The daemon wants a window back. True when it can be returned now.
+    pub(crate) fn recall(&self, chunk: u64) -> bool {
+        let mut table = self.table();
+        let entry = table.entry(chunk).or_default();
+        entry.recalled = true;
+        entry.writers == 0
+    }
+
+    /// Windows that nobody writes into.
+    pub(crate) fn idle_windows(&self) -> Vec<u64> {
+        let table = self.table();
+        let windows = table.iter().filter(|(_, entry)| {
+            entry.writers == 0 && entry.mapping.as_ref().is_some_and(|mapping| mapping.is_writable())
+        });
+        windows.map(|(chunk, _)| *chunk).collect()
+    }
+
+    /// Drops the write permission of a window. False when somebody writes into
+    /// it again, or the permission cannot be dropped: then it must not be returned.
+    pub(crate) fn drop_write(&self, chunk: u64) -> bool {
+        let mut table = self.table();
+        let Some(entry) = table.get_mut(&chunk) else {
+            return true;
+        };
+        if entry.writers > 0 {
+            return false;
+        }
+        let Some(mapping) = &entry.mapping else {
+            return true;
+        };
+        match mapping.drop_write() {
+            Ok(()) => true,
+            Err(error) => {
+                tracing::warn!(chunk, %error, "cannot drop write permission; the window is not returned");
+                false
+            }
+        }
+    }
+
+    /// A window was returned, or the daemon did not take it.
+    pub(crate) fn window_returned(&self, chunk: u64, taken: bool) {
+        let mut table = self.table();
+        if let Some(entry) = table.get_mut(&chunk) {
+            entry.recalled = false;
+            if !taken {
+                // Still our window: the next writer maps it anew.
+                entry.mapping = None;
+            }
+        }
+    }
+
+    /// Gives up mappings that nobody has used for a while.
+    pub(crate) fn sweep(&self, now: Instant) {
+        self.table().retain(|_, entry| {
+            let Some(mapping) = &entry.mapping else {
+                return entry.writers > 0 || entry.recalled;
+            };
+            // One reference is the table's own.
+            if entry.writers > 0 || mapping.is_writable() || Arc::strong_count(mapping) > 1 {
+                entry.idle_since = None;
+                return true;
+            }
+            let since = *entry.idle_since.get_or_insert(now);
+            now.duration_since(since) < MAPPING_IDLE_MAX
+        });
+    }
+
+    /// The session has ended: mappings go as their guards go.
+    pub(crate) fn forget_all(&self) {
+        self.table().clear();
+    }
+}
+
+/// While one exists its chunk is not returned. Held by whoever may write.
+#[derive(Debug)]
+pub(crate) struct WriterToken {
+    chunks: Arc<Chunks>,
+    keeper: Arc<Keeper>,
+    chunk: u64,
+}
+
+impl WriterToken {
+    pub(crate) fn new(chunks: &Arc<Chunks>, keeper: &Arc<Keeper>, chunk: u64) -> Self {
+        chunks.table().entry(chunk).or_default().writers += 1;
+        Self { chunks: Arc::clone(chunks), keeper: Arc::clone(keeper), chunk }
+    }
+}
+
+impl Drop for WriterToken {
+    fn drop(&mut self) {
+        let mut table = self.chunks.table();
+        // Absent after the session has ended.
+        let Some(entry) = table.get_mut(&self.chunk) else {
+            return;
+        };
+        entry.writers = entry.writers.saturating_sub(1);
+        let due = entry.writers == 0 && entry.recalled;
+        drop(table);
+        if due {
+            self.keeper.return_window(self.chunk);
+        }
+    }
+}

@@ -1,0 +1,226 @@
+//! The chores of a session: renewing leases while their guards live, releasing
+//! them afterwards, handing windows back, giving up idle mappings. One task.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use tokio::sync::Notify;
+
+use terrace_proto::v1::lane_request::Op;
+use terrace_proto::v1::{ReleaseRequest, RenewRequest, ReturnWindow};
+
+use crate::chunks::Chunks;
+use crate::error::ClientError;
+use crate::lane::LaneLink;
+use crate::lease::LeaseState;
+
+// Idle mappings are looked for this often.
+const SWEEP_INTERVAL: Duration = Duration::from_secs(1);
+// Renewals that are under way at once; the rest follows in the next round.
+const RENEWALS_AT_ONCE: usize = 64;
+// Most leases in one Release.
+const RELEASES_AT_ONCE: usize = 1024;
+
+/// See the module.
+#[derive(Debug)]
+pub(crate) struct Keeper {
+    chores: Mutex<Chores>,
+    wake: Notify,
+    next_request: AtomicU64,
+}
+
+// All bounded by the leases and windows that the daemon grants to one session.
+#[derive(Debug, Default)]
+struct Chores {
+    leases: BTreeMap<u64, Kept>,
+    releases: Vec<u64>,
+    returns: BTreeSet<u64>,
+}
+
+#[derive(Debug)]
+struct Kept {
+    state: Arc<LeaseState>,
+    ttl: Duration,
+    wanted_ms: u64,
+    renew_at: Instant,
+}
+
+impl Keeper {
+    pub(crate) fn new() -> Self {
+        Self { chores: Mutex::new(Chores::default()), wake: Notify::new(), next_request: AtomicU64::new(1) }
+    }
+
+    fn chores(&self) -> MutexGuard<'_, Chores> {
+        self.chores.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A request id that is unique in the session.
+    pub(crate) fn request_id(&self) -> u64 {
+        self.next_request.fetch_add(1, Ordering::Relaxed)
+    }
+
+    /// Renews a lease from now on, until it is released or revoked.
+    pub(crate) fn keep(&self, id: u64, state: Arc<LeaseState>, ttl: Duration, wanted_ms: u64) {
+        let renew_at = Instant::now() + ttl / 3;
+        self.chores().leases.insert(id, Kept { state, ttl, wanted_ms, renew_at });
+        self.wake.notify_one();
+    }
+
+    /// The daemon ended a lease: its guards are stale.
+    pub(crate) fn revoke(&self, id: u64) {
+        let kept = self.chores().leases.remove(&id);
+        if let Some(kept) = kept {
+            kept.state.end();
+        }
+    }
+
+    /// Stops renewing; true when the lease was kept until now.
+    pub(crate) fn forget(&self, id: u64) -> bool {
+        self.chores().leases.remove(&id).is_some()
+    }
+
+    fn release_later(&self, id: u64) {
+        let mut chores = self.chores();
+        chores.leases.remove(&id);
+        chores.releases.push(id);
+        drop(chores);
+        self.wake.notify_one();
+    }
+
+    /// Hands a window back as soon as nobody writes into it.
+    pub(crate) fn return_window(&self, chunk: u64) {
+        self.chores().returns.insert(chunk);
+        self.wake.notify_one();
+    }
+
+    /// Does the chores until the session ends.
+    pub(crate) async fn run(self: Arc<Self>, link: Arc<LaneLink>, chunks: Arc<Chunks>) {
+        let mut swept = Instant::now();
+        loop {
+            let deadline = self.next_deadline(swept + SWEEP_INTERVAL);
+            tokio::select! {
+                () = self.wake.notified() => {}
+                () = tokio::time::sleep_until(deadline.into()) => {}
+            }
+            if self.release(&link).await.is_err() || self.renew(&link).await.is_err() {
+                break;
+            }
+            let returns = std::mem::take(&mut self.chores().returns);
+            for chunk in returns {
+                let _refused = return_one(&link, &chunks, chunk).await;
+            }
+            let now = Instant::now();
+            if now.duration_since(swept) >= SWEEP_INTERVAL {
+                chunks.sweep(now);
+                swept = now;
+            }
+        }
+    }
+
+    fn next_deadline(&self, sweep: Instant) -> Instant {
+        let chores = self.chores();
+        chores.leases.values().map(|kept| kept.renew_at).fold(sweep, Instant::min)
+    }
+
+    /// Sends what was queued for release. An error means that the session is over.
+    async fn release(&self, link: &LaneLink) -> Result<(), ClientError> {
+        let released = std::mem::take(&mut self.chores().releases);
+        for leases in released.chunks(RELEASES_AT_ONCE) {
+            self.release_now(link, leases.to_vec()).await?;
+        }
+        Ok(())
+    }
+
+    /// Releases leases and waits for the answer.
+    pub(crate) async fn release_now(&self, link: &LaneLink, leases: Vec<u64>) -> Result<(), ClientError> {
+        let request = ReleaseRequest { request_id: self.request_id(), leases };
+        match link.call(Op::Release(request)).await {
+            Err(ClientError::Disconnected) => Err(ClientError::Disconnected),
+            Err(error) => {
+                tracing::warn!(%error, "leases were not released; they end by themselves");
+                Ok(())
+            }
+            Ok(_) => Ok(()),
+        }
+    }
+
+    /// Renews what is due. An error means that the session is over.
+    async fn renew(self: &Arc<Self>, link: &Arc<LaneLink>) -> Result<(), ClientError> {
+        let due = self.take_due(Instant::now());
+        let mut renewals = tokio::task::JoinSet::new();
+        for (lease, ttl_ms) in due {
+            let (link, keeper) = (Arc::clone(link), Arc::clone(self));
+            renewals.spawn(async move {
+                let request = RenewRequest { request_id: keeper.request_id(), lease, ttl_ms };
+                match link.call(Op::Renew(request)).await {
+                    Ok(_) | Err(ClientError::Throttled { .. }) => Ok(()),
+                    Err(ClientError::Disconnected) => Err(ClientError::Disconnected),
+                    Err(error) => {
+                        tracing::debug!(lease, %error, "lease cannot be renewed");
+                        keeper.revoke(lease);
+                        Ok(())
+                    }
+                }
+            });
+        }
+        while let Some(done) = renewals.join_next().await {
+            done.unwrap_or(Err(ClientError::Disconnected))?;
+        }
+        Ok(())
+    }
+
+    fn take_due(&self, now: Instant) -> Vec<(u64, u64)> {
+        let mut chores = self.chores();
+        let due = chores.leases.iter_mut().filter(|(_, kept)| kept.renew_at <= now);
+        due.take(RENEWALS_AT_ONCE)
+            .map(|(lease, kept)| {
+                kept.renew_at = now + kept.ttl / 3;
+                (*lease, kept.wanted_ms)
+            })
+            .collect()
+    }
+}
+
+/// Drops a window's write permission and hands it back. True when it was taken.
+pub(crate) async fn return_one(link: &LaneLink, chunks: &Chunks, chunk: u64) -> Result<bool, ClientError> {
+    if !chunks.drop_write(chunk) {
+        return Ok(false);
+    }
+    let answer = link.call(Op::ReturnWindow(ReturnWindow { chunk })).await;
+    chunks.window_returned(chunk, answer.is_ok());
+    match answer {
+        Ok(_) => Ok(true),
+        Err(ClientError::Disconnected) => Err(ClientError::Disconnected),
+        Err(error) => {
+            tracing::debug!(chunk, %error, "window not taken back");
+            Ok(false)
+        }
+    }
+}
+
+/// Ends its lease when dropped.
+#[derive(Debug)]
+pub(crate) struct LeaseToken {
+    id: u64,
+    keeper: Option<Arc<Keeper>>,
+}
+
+impl LeaseToken {
+    pub(crate) fn new(id: u64, keeper: Arc<Keeper>) -> Self {
+        Self { id, keeper: Some(keeper) }
+    }
+
+    pub(crate) fn id(&self) -> u64 {
+        self.id
+    }
+}
+
+impl Drop for LeaseToken {
+    fn drop(&mut self) {
+        if let Some(keeper) = self.keeper.take() {
+            keeper.release_later(self.id);
+        }
+    }
+}

@@ -1,0 +1,283 @@
+//! The local transport: requests over the Unix socket, answers matched by id.
+//!
+//! A caller encodes its request and hands it to the kernel itself; a task takes
+//! over only when the kernel's buffer is full. Another task receives.
+
+use std::collections::HashMap;
+use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use tokio::sync::{Notify, Semaphore, mpsc, oneshot};
+
+use terrace_lane::{LaneConnection, LaneError, LaneReader, LaneWriter};
+use terrace_proto::LANE_VERSION;
+use terrace_proto::v1::lane_request::Op;
+use terrace_proto::v1::lane_response::Result as Answer;
+use terrace_proto::v1::session_response::Notice;
+use terrace_proto::v1::{
+    GrantOutcome, LaneHello, LaneRequest, LaneResponse, LeaseKind, LeaseResponse, SessionOpened,
+};
+
+use crate::chunks::{Chunks, WriterToken};
+use crate::error::ClientError;
+use crate::keeper::{Keeper, LeaseToken};
+use crate::session::Target;
+use crate::status::Status;
+
+// Requests of one session that wait for their answers.
+const REQUESTS_IN_FLIGHT_MAX: usize = 1024;
+// Notices that wait for the keeper. It only queues them, so few ever wait.
+const NOTICES_WAITING_MAX: usize = 1024;
+
+/// An answer with all that came with it. What a lease granted is owned here, so
+/// that an answer nobody waits for any more gives everything back.
+#[derive(Debug)]
+pub(crate) struct Delivered {
+    pub(crate) answer: Answer,
+    pub(crate) descriptors: Vec<OwnedFd>,
+    /// Ends the lease of a `LeaseResponse` when dropped.
+    pub(crate) lease: Option<LeaseToken>,
+    /// One for each granted block of a write lease, in order.
+    pub(crate) writers: Vec<WriterToken>,
+}
+
+/// One connection to the daemon's socket.
+#[derive(Debug)]
+pub(crate) struct LaneLink {
+    writer: Mutex<LaneWriter<LaneRequest>>,
+    stuck: Notify,
+    waiting: Mutex<Waiting>,
+    in_flight: Semaphore,
+    next_id: AtomicU64,
+    status: Arc<Status>,
+}
+
+#[derive(Debug)]
+struct Waiting {
+    open: bool,
+    callers: HashMap<u64, Caller>,
+}
+
+#[derive(Debug)]
+struct Caller {
+    // The kind of lease that was asked for, if one was.
+    lease: Option<LeaseKind>,
+    answer: oneshot::Sender<Result<Delivered, ClientError>>,
+}
+
+/// A connection whose session is open, before its tasks run.
+pub(crate) struct Opened {
+    pub(crate) link: Arc<LaneLink>,
+    pub(crate) reader: LaneReader<LaneResponse>,
+    pub(crate) facts: SessionOpened,
+}
+
+impl LaneLink {
+    /// Connects and says hello.
+    pub(crate) async fn open(
+        path: &std::path::Path,
+        target: &Target,
+        status: Arc<Status>,
+    ) -> Result<Opened, ClientError> {
+        let (_peer, mut reader, mut writer) = LaneConnection::connect(path).await?.split();
+        let hello = LaneHello {
+            version: LANE_VERSION,
+            tenant: target.tenant.clone(),
+            token: target.token.clone(),
+            client: target.client_name.clone(),
+        };
+        writer.queue(&LaneRequest { id: 1, op: Some(Op::Hello(hello)) }, Vec::new())?;
+        writer.flush().await?;
+        let first = reader.next().await?.ok_or(ClientError::Disconnected)?;
+        let facts = match first.message.result {
+            Some(Answer::Error(error)) => return Err(ClientError::refused(error)),
+            Some(Answer::Session(session)) => match session.notice {
+                Some(Notice::Opened(opened)) => opened,
+                _ => return Err(ClientError::Protocol { detail: "a session that opens with a notice" }),
+            },
+            _ => return Err(ClientError::Protocol { detail: "a hello that is not answered by a session" }),
+        };
+        let link = Self {
+            writer: Mutex::new(writer),
+            stuck: Notify::new(),
+            waiting: Mutex::new(Waiting { open: true, callers: HashMap::new() }),
+            in_flight: Semaphore::new(REQUESTS_IN_FLIGHT_MAX),
+            next_id: AtomicU64::new(2),
+            status,
+        };
+        Ok(Opened { link: Arc::new(link), reader, facts })
+    }
+
+    /// Asks and waits for the answer. When cancelled, a lease that is granted
+    /// afterwards is released.
+    pub(crate) async fn call(&self, op: Op) -> Result<Delivered, ClientError> {
+        let _permit = self.in_flight.acquire().await.map_err(|_| ClientError::Disconnected)?;
+        let lease = match &op {
+            Op::Lease(lease) => Some(lease.kind()),
+            _ => None,
+        };
+        let id = self.next_id.fetch_add(1, Ordering::Relaxed);
+        let (answer, answered) = oneshot::channel();
+        {
+            let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
+            if !waiting.open {
+                return Err(ClientError::Disconnected);
+            }
+            waiting.callers.insert(id, Caller { lease, answer });
+        }
+        if let Err(error) = self.send(&LaneRequest { id, op: Some(op) }) {
+            self.waiting.lock().unwrap_or_else(PoisonError::into_inner).callers.remove(&id);
+            return Err(error);
+        }
+        answered.await.map_err(|_| ClientError::Disconnected)?
+    }
+
+    fn send(&self, request: &LaneRequest) -> Result<(), ClientError> {
+        let mut writer = self.writer.lock().unwrap_or_else(PoisonError::into_inner);
+        writer.queue(request, Vec::new())?;
+        match writer.try_flush() {
+            Ok(true) => Ok(()),
+            Ok(false) => {
+                self.stuck.notify_one();
+                Ok(())
+            }
+            Err(error) => {
+                writer.close();
+                Err(error.into())
+            }
+        }
+    }
+
+    /// Ends the connection; the receiving task notices.
+    pub(crate) fn close(&self) {
+        self.status.close();
+        self.writer.lock().unwrap_or_else(PoisonError::into_inner).close();
+    }
+
+    /// Sends what callers could not. Runs until aborted or disconnected.
+    pub(crate) async fn run_writer(self: Arc<Self>) {
+        let writable = self.writer.lock().unwrap_or_else(PoisonError::into_inner).writable();
+        loop {
+            self.stuck.notified().await;
+            loop {
+                let flushed = self.writer.lock().unwrap_or_else(PoisonError::into_inner).try_flush();
+                match flushed {
+                    Ok(true) => break,
+                    Ok(false) if writable.ready().await.is_ok() => {}
+                    Ok(false) | Err(_) => return self.close(),
+                }
+            }
+        }
+    }
+
+    /// Receives until the connection ends; then the session is closed.
+    pub(crate) async fn run_reader(
+        self: Arc<Self>,
+        mut reader: LaneReader<LaneResponse>,
+        keeper: Arc<Keeper>,
+        chunks: Arc<Chunks>,
+    ) {
+        let (notices, queue) = mpsc::channel(NOTICES_WAITING_MAX);
+        let serving = tokio::spawn(serve_notices(queue, Arc::clone(&keeper), Arc::clone(&chunks)));
+        loop {
+            match reader.next().await {
+                Ok(Some(received)) if received.message.id == 0 => {
+                    if let Some(Answer::Session(session)) = received.message.result
+                        && let Some(notice) = session.notice
+                        && notices.send(notice).await.is_err()
+                    {
+                        break;
+                    }
+                }
+                Ok(Some(received)) => {
+                    self.deliver(received.message, received.descriptors, &keeper, &chunks);
+                }
+                Ok(None) => break,
+                Err(LaneError::Io(error)) => {
+                    tracing::debug!(%error, "lane ended");
+                    break;
+                }
+                Err(error) => {
+                    tracing::warn!(%error, "closing the lane");
+                    break;
+                }
+            }
+        }
+        serving.abort();
+        self.close();
+        self.in_flight.close();
+        let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
+        waiting.open = false;
+        waiting.callers.clear();
+        drop(waiting);
+        chunks.forget_all();
+    }
+
+    fn deliver(
+        &self,
+        message: LaneResponse,
+        descriptors: Vec<OwnedFd>,
+        keeper: &Arc<Keeper>,
+        chunks: &Arc<Chunks>,
+    ) {
+        let caller = self.waiting.lock().unwrap_or_else(PoisonError::into_inner).callers.remove(&message.id);
+        let Some(caller) = caller else {
+            tracing::debug!(id = message.id, "an answer that nobody asked for");
+            return;
+        };
+        let delivered = match message.result {
+            None => Err(ClientError::Protocol { detail: "an answer without content" }),
+            Some(Answer::Error(error)) => Err(ClientError::refused(error)),
+            Some(answer) => {
+                let (lease, writers) = match &answer {
+                    Answer::Lease(granted) => own_grants(granted, caller.lease, keeper, chunks),
+                    _ => (None, Vec::new()),
+                };
+                Ok(Delivered { answer, descriptors, lease, writers })
+            }
+        };
+        // A caller that went away drops what was granted, which gives it back.
+        let _gone = caller.answer.send(delivered);
+    }
+}
+
+/// Makes what a lease granted ours before anything later on the socket is read:
+/// a recall that follows must already see the writers.
+fn own_grants(
+    granted: &LeaseResponse,
+    kind: Option<LeaseKind>,
+    keeper: &Arc<Keeper>,
+    chunks: &Arc<Chunks>,
+) -> (Option<LeaseToken>, Vec<WriterToken>) {
+    let lease = (granted.lease != 0).then(|| LeaseToken::new(granted.lease, Arc::clone(keeper)));
+    if kind != Some(LeaseKind::Write) {
+        return (lease, Vec::new());
+    }
+    let blocks = granted.blocks.iter().filter(|block| block.outcome() == GrantOutcome::Granted);
+    (lease, blocks.map(|block| WriterToken::new(chunks, keeper, block.chunk)).collect())
+}
+
+async fn serve_notices(mut queue: mpsc::Receiver<Notice>, keeper: Arc<Keeper>, chunks: Arc<Chunks>) {
+    while let Some(notice) = queue.recv().await {
+        match notice {
+            Notice::Opened(_) => {}
+            Notice::Revoked(revoked) => {
+                tracing::warn!(lease = revoked.lease, reason = revoked.reason, "lease revoked");
+                keeper.revoke(revoked.lease);
+            }
+            Notice::Recalled(recalled) => {
+                if chunks.recall(recalled.chunk) {
+                    keeper.return_window(recalled.chunk);
+                }
+            }
+            Notice::Rejected(rejected) => {
+                tracing::error!(
+                    space = rejected.space,
+                    reason = rejected.reason,
+                    "a block that this session sealed was not what its checksum said"
+                );
+            }
+        }
+    }
+}

@@ -1,0 +1,212 @@
+//! What read and write leases have in common.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use bytes::Bytes;
+
+use terrace_core::{BlockId, ByteCount, Checksum, Fence, MissReason};
+use terrace_lane::{Access, Mapping};
+use terrace_proto::v1::lane_request::Op;
+use terrace_proto::v1::lane_response::Result as Answer;
+use terrace_proto::v1::{BlockGrant, GrantOutcome, LeaseKind, LeaseRequest, Tier};
+
+use crate::chunks::WriterToken;
+use crate::convert::{block_from_wire, reason_from_wire};
+use crate::error::ClientError;
+use crate::keeper::LeaseToken;
+use crate::session::LaneSession;
+use crate::space::Space;
+
+/// What became of one block of a lease.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Outcome<B> {
+    /// Pinned (read) or reserved (write).
+    Granted(B),
+    /// Being brought into memory, not in time. Lease again.
+    Promoting,
+    /// Not to be had.
+    Missing(MissReason),
+    /// Over a limit. Back off and lease again.
+    Throttled,
+    /// Write lease of a block that is sealed already: nothing to do.
+    Exists,
+}
+
+impl<B> Outcome<B> {
+    /// The block, if it was granted.
+    pub fn granted(&self) -> Option<&B> {
+        match self {
+            Self::Granted(block) => Some(block),
+            Self::Promoting | Self::Missing(_) | Self::Throttled | Self::Exists => None,
+        }
+    }
+
+    /// The block, if it was granted.
+    pub fn granted_mut(&mut self) -> Option<&mut B> {
+        match self {
+            Self::Granted(block) => Some(block),
+            Self::Promoting | Self::Missing(_) | Self::Throttled | Self::Exists => None,
+        }
+    }
+
+    /// The block, if it was granted.
+    pub fn into_granted(self) -> Option<B> {
+        match self {
+            Self::Granted(block) => Some(block),
+            Self::Promoting | Self::Missing(_) | Self::Throttled | Self::Exists => None,
+        }
+    }
+}
+
+/// Whether the daemon or the caller has ended the lease.
+#[derive(Debug, Default)]
+pub(crate) struct LeaseState {
+    ended: AtomicBool,
+}
+
+impl LeaseState {
+    pub(crate) fn end(&self) {
+        self.ended.store(true, Ordering::Release);
+    }
+
+    pub(crate) fn is_ended(&self) -> bool {
+        self.ended.load(Ordering::Acquire)
+    }
+}
+
+/// A live lease. Every guard shares it; the last one to go releases it.
+#[derive(Debug)]
+pub(crate) struct Lease {
+    token: LeaseToken,
+    state: Arc<LeaseState>,
+    session: Arc<LaneSession>,
+}
+
+impl Lease {
+    pub(crate) fn id(&self) -> u64 {
+        self.token.id()
+    }
+
+    pub(crate) fn is_usable(&self) -> bool {
+        !self.state.is_ended() && !self.session.status.is_closed()
+    }
+
+    pub(crate) fn session(&self) -> &LaneSession {
+        &self.session
+    }
+
+    /// Ends it now for all its guards, and waits until the daemon knows.
+    pub(crate) async fn release(&self) -> Result<(), ClientError> {
+        self.state.end();
+        if self.session.keeper.forget(self.id()) {
+            self.session.keeper.release_now(&self.session.link, vec![self.id()]).await?;
+        }
+        Ok(())
+    }
+}
+
+/// What to lease.
+pub(crate) struct Wanted<'a> {
+    pub(crate) space: &'a Space,
+    pub(crate) kind: LeaseKind,
+    pub(crate) keys: Vec<Bytes>,
+    pub(crate) parent: Bytes,
+    pub(crate) ttl: Option<Duration>,
+    pub(crate) wait: Duration,
+}
+
+/// One granted frame, mapped and checked.
+pub(crate) struct Frame {
+    pub(crate) mapping: Arc<Mapping>,
+    pub(crate) frame: u32,
+    pub(crate) offset: u64,
+    pub(crate) fence: Fence,
+    pub(crate) length: ByteCount,
+    pub(crate) checksum: Checksum,
+    pub(crate) block: BlockId,
+    pub(crate) writer: Option<WriterToken>,
+}
+
+/// Leases and maps what was granted.
+pub(crate) async fn lease(
+    session: &Arc<LaneSession>,
+    wanted: Wanted<'_>,
+) -> Result<(Option<Arc<Lease>>, Vec<Outcome<Frame>>), ClientError> {
+    let ttl_ms = wanted.ttl.map_or(0, millis);
+    let asked = wanted.keys.len();
+    let request = LeaseRequest {
+        request_id: session.keeper.request_id(),
+        space: wanted.space.handle,
+        kind: wanted.kind.into(),
+        keys: wanted.keys,
+        parent_key: wanted.parent,
+        ttl_ms,
+        want_tier: Tier::Unspecified.into(),
+        wait_ms: millis(wanted.wait),
+    };
+    let delivered = session.link.call(Op::Lease(request)).await?;
+    let Answer::Lease(granted) = delivered.answer else {
+        return Err(ClientError::Protocol { detail: "a lease was asked for" });
+    };
+    if granted.blocks.len() != asked {
+        return Err(ClientError::Protocol { detail: "a lease that does not answer each key" });
+    }
+    let lease = delivered.lease.map(|token| {
+        let state = Arc::new(LeaseState::default());
+        let ttl = Duration::from_millis(granted.ttl_ms.max(1));
+        session.keeper.keep(token.id(), Arc::clone(&state), ttl, ttl_ms);
+        Arc::new(Lease { token, state, session: Arc::clone(session) })
+    });
+    let mut writers = delivered.writers.into_iter();
+    let mut outcomes = Vec::with_capacity(asked);
+    for grant in &granted.blocks {
+        let outcome = match grant.outcome() {
+            GrantOutcome::Unspecified => {
+                return Err(ClientError::Protocol { detail: "a block of a lease without an outcome" });
+            }
+            GrantOutcome::Promoting => Outcome::Promoting,
+            GrantOutcome::Missing => Outcome::Missing(reason_from_wire(grant.reason())),
+            GrantOutcome::Throttled => Outcome::Throttled,
+            GrantOutcome::Exists => Outcome::Exists,
+            GrantOutcome::Granted if lease.is_none() => {
+                return Err(ClientError::Protocol { detail: "a granted block without a lease" });
+            }
+            GrantOutcome::Granted => {
+                Outcome::Granted(frame(session, wanted.space, wanted.kind, grant, writers.next()).await?)
+            }
+        };
+        outcomes.push(outcome);
+    }
+    Ok((lease, outcomes))
+}
+
+async fn frame(
+    session: &LaneSession,
+    space: &Space,
+    kind: LeaseKind,
+    grant: &BlockGrant,
+    writer: Option<WriterToken>,
+) -> Result<Frame, ClientError> {
+    if grant.length != space.block_bytes().get() {
+        return Err(ClientError::Protocol { detail: "a frame that is not one block long" });
+    }
+    let access = if kind == LeaseKind::Write { Access::Write } else { Access::Read };
+    let mapping = session.chunks.mapping(&session.link, grant.chunk, access).await?;
+    Ok(Frame {
+        mapping,
+        frame: grant.frame,
+        offset: grant.offset,
+        fence: Fence::new(grant.fence),
+        length: ByteCount::new(grant.length),
+        checksum: Checksum::new(grant.checksum),
+        block: block_from_wire(&grant.block_id)?,
+        writer,
+    })
+}
+
+/// Whole milliseconds, at least 1 for anything above zero.
+pub(crate) fn millis(span: Duration) -> u64 {
+    u64::try_from(span.as_nanos().div_ceil(1_000_000)).unwrap_or(u64::MAX)
+}

@@ -1,0 +1,212 @@
+//! Reading blocks where they lie.
+
+use std::sync::Arc;
+use std::sync::atomic::{self, Ordering};
+use std::time::Duration;
+
+use terrace_core::{BlockId, ByteCount, Checksum, Fence};
+use terrace_lane::{Mapping, SharedBytes};
+
+use crate::error::ClientError;
+use crate::lease::{Frame, Lease, Outcome};
+use crate::space::Space;
+
+/// How to lease for reading.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct ReadOptions {
+    /// Time to live; `None` is the daemon's default. Leases renew themselves
+    /// while their guards live, so this only says how soon the daemon takes
+    /// blocks back from a process that hangs.
+    pub ttl: Option<Duration>,
+    /// How long the answer may wait for blocks to come from a slower tier.
+    pub wait: Duration,
+}
+
+/// The bytes were not, or are no longer, those that were granted: whatever was
+/// derived from them is to be thrown away. Lease again, or count it as a miss.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the block is no longer there: its lease, its frame or the session ended")]
+pub struct Stale;
+
+/// Blocks pinned for reading. Dropping it, and every block taken out of it, releases them.
+#[derive(Debug)]
+pub struct ReadLease {
+    /// One entry a key, in order.
+    pub grants: Vec<Outcome<ReadBlock>>,
+    lease: Option<Arc<Lease>>,
+}
+
+impl ReadLease {
+    pub(crate) fn new(
+        space: &Space,
+        lease: Option<Arc<Lease>>,
+        outcomes: Vec<Outcome<Frame>>,
+    ) -> Result<Self, ClientError> {
+        let mut grants = Vec::with_capacity(outcomes.len());
+        for outcome in outcomes {
+            grants.push(match (outcome, &lease) {
+                (Outcome::Granted(frame), Some(lease)) => {
+                    Outcome::Granted(ReadBlock::new(frame, space.generation(), Arc::clone(lease))?)
+                }
+                (Outcome::Granted(_), None) => {
+                    return Err(ClientError::Protocol { detail: "a granted block without a lease" });
+                }
+                (Outcome::Promoting, _) => Outcome::Promoting,
+                (Outcome::Missing(reason), _) => Outcome::Missing(reason),
+                (Outcome::Throttled, _) => Outcome::Throttled,
+                (Outcome::Exists, _) => {
+                    return Err(ClientError::Protocol { detail: "a read lease answered as a write lease" });
+                }
+            });
+        }
+        Ok(Self { grants, lease })
+    }
+
+    /// The daemon's number of the lease; `None` when nothing was granted.
+    pub fn id(&self) -> Option<u64> {
+        self.lease.as_ref().map(|lease| lease.id())
+    }
+
+    /// Blocks granted from the first key on without a gap.
+    pub fn prefix(&self) -> usize {
+        self.grants.iter().take_while(|grant| grant.granted().is_some()).count()
+    }
+
+    /// Whether every granted block is still the granted one; see [`ReadBlock::is_valid`].
+    pub fn is_valid(&self) -> bool {
+        self.grants.iter().filter_map(Outcome::granted).all(ReadBlock::is_valid)
+    }
+
+    /// Ends the lease now and waits until the daemon knows. Blocks that were
+    /// taken out of it are stale from then on. When cancelled, the lease has
+    /// ended here and is released in the background.
+    ///
+    /// # Errors
+    /// The session has ended; so has the lease.
+    pub async fn release(self) -> Result<(), ClientError> {
+        match &self.lease {
+            Some(lease) => lease.release().await,
+            None => Ok(()),
+        }
+    }
+}
+
+/// A sealed block in shared memory.
+#[derive(Clone, Debug)]
+pub struct ReadBlock {
+    bytes: SharedBytes,
+    mapping: Arc<Mapping>,
+    frame: u32,
+    fence: Fence,
+    checksum: Checksum,
+    block: BlockId,
+    generation: u64,
+    lease: Arc<Lease>,
+}
+
+/// Why a block was refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum BadBlock {
+    /// See [`Stale`].
+    #[error(transparent)]
+    Stale(#[from] Stale),
+    /// The bytes are not those that were sealed.
+    #[error("the block's checksum is {found:#x} where {expected:#x} was sealed")]
+    Checksum {
+        /// Sealed checksum.
+        expected: u64,
+        /// Checksum of the bytes.
+        found: u64,
+    },
+}
+
+impl ReadBlock {
+    pub(crate) fn new(frame: Frame, generation: u64, lease: Arc<Lease>) -> Result<Self, ClientError> {
+        let bytes = frame
+            .mapping
+            .view(frame.offset, frame.length)
+            .ok_or(ClientError::Protocol { detail: "a frame outside its chunk" })?;
+        Ok(Self {
+            bytes,
+            mapping: frame.mapping,
+            frame: frame.frame,
+            fence: frame.fence,
+            checksum: frame.checksum,
+            block: frame.block,
+            generation,
+            lease,
+        })
+    }
+
+    /// Identity of the block.
+    pub fn id(&self) -> BlockId {
+        self.block
+    }
+
+    /// Checksum that was sealed.
+    pub fn checksum(&self) -> Checksum {
+        self.checksum
+    }
+
+    /// Payload length.
+    pub fn length(&self) -> ByteCount {
+        ByteCount::new(self.bytes.len() as u64)
+    }
+
+    /// The bytes in place. Use them, then ask [`ReadBlock::is_valid`] before
+    /// anything derived from them leaves.
+    pub fn bytes(&self) -> &SharedBytes {
+        &self.bytes
+    }
+
+    /// Whether all bytes read until now were those of the granted block. Ask
+    /// after reading; one load of shared memory.
+    pub fn is_valid(&self) -> bool {
+        // What was read before must not be read after the fence.
+        atomic::fence(Ordering::Acquire);
+        self.mapping.fence(self.frame) == Some(self.fence) && self.lease.is_usable()
+    }
+
+    /// Copies the block out.
+    ///
+    /// # Errors
+    /// The copy is not the block; `target` holds anything.
+    ///
+    /// # Panics
+    /// If `target` is not one block long.
+    pub fn read_into(&self, target: &mut [u8]) -> Result<(), Stale> {
+        self.bytes.copy_to(target);
+        if self.is_valid() { Ok(()) } else { Err(Stale) }
+    }
+
+    /// Copies the block out and compares the copy with the sealed checksum.
+    ///
+    /// # Errors
+    /// The copy is not the block; `target` holds anything.
+    ///
+    /// # Panics
+    /// If `target` is not one block long.
+    pub fn read_verified(&self, target: &mut [u8]) -> Result<(), BadBlock> {
+        let found = self.bytes.copy_and_checksum(target, self.block, self.generation);
+        self.judge(found)
+    }
+
+    /// Compares the bytes in place with the sealed checksum.
+    ///
+    /// # Errors
+    /// They are not the block's.
+    pub fn verify(&self) -> Result<(), BadBlock> {
+        let found = self.bytes.checksum(self.block, self.generation);
+        self.judge(found)
+    }
+
+    fn judge(&self, found: Checksum) -> Result<(), BadBlock> {
+        if !self.is_valid() {
+            return Err(Stale.into());
+        }
+        if found != self.checksum {
+            return Err(BadBlock::Checksum { expected: self.checksum.get(), found: found.get() });
+        }
+        Ok(())
+    }
+}

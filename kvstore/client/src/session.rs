@@ -1,0 +1,515 @@
+//! One session with one daemon, over whichever transport reaches it.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use tokio::sync::Mutex;
+use tokio::task::AbortHandle;
+
+use terrace_core::{MatchMode, SpaceManifest};
+use terrace_proto::v1::lane_request::Op;
+use terrace_proto::v1::lane_response::Result as Answer;
+use terrace_proto::v1::{self, Tier};
+
+use crate::chunks::Chunks;
+use crate::convert::{keys_to_wire, mode_to_wire, parent_to_wire, to_wire};
+use crate::error::ClientError;
+use crate::grpc::GrpcLink;
+use crate::keeper::{Keeper, return_one};
+use crate::lane::{LaneLink, Opened};
+use crate::lease::{Wanted, lease, millis};
+use crate::read::{ReadLease, ReadOptions};
+use crate::space::Space;
+use crate::status::Status;
+use crate::stream::{EventStream, SnapshotStream};
+use crate::write::{WriteLease, WriteOptions};
+
+/// How to reach a daemon, and as whom.
+#[derive(Clone, Default)]
+pub struct Target {
+    /// Path of the lane socket: the quick way, on the daemon's own node.
+    pub socket: Option<PathBuf>,
+    /// gRPC address, `http://host:port` or `host:port`. Used when there is no
+    /// socket or nobody answers on it, and for event streams.
+    pub grpc: Option<String>,
+    /// Tenant to act for; empty means "default".
+    pub tenant: String,
+    /// Secret of the tenant; empty where the daemon asks for none.
+    pub token: String,
+    /// What operators see, for example "prefill-0 pid 4711"; at most 128 bytes.
+    pub client_name: String,
+}
+
+impl std::fmt::Debug for Target {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Target")
+            .field("socket", &self.socket)
+            .field("grpc", &self.grpc)
+            .field("tenant", &self.tenant)
+            .field("client_name", &self.client_name)
+            .finish_non_exhaustive()
+    }
+}
+
+/// How a session moves bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Transport {
+    /// The Unix socket: blocks are mapped.
+    Lane,
+    /// gRPC: blocks are copied.
+    Grpc,
+}
+
+/// Which blocks are there.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Match {
+    /// Keys present from the first one on without a gap.
+    pub prefix: usize,
+    /// One entry a key looked at; in prefix mode only the prefix.
+    pub blocks: Vec<BlockMatch>,
+}
+
+/// One position of a [`Match`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BlockMatch {
+    /// Whether every space of the bundle holds it.
+    pub present: bool,
+    /// Fastest tier that holds all of it.
+    pub tier: Tier,
+    /// Node that holds it; empty means the daemon's own.
+    pub holder: String,
+    /// Estimated time until it could be read from memory.
+    pub fetch: Duration,
+}
+
+/// What a prefetch did.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Prefetched {
+    /// Blocks being brought in.
+    pub started: u32,
+    /// Blocks that were there already.
+    pub resident: u32,
+}
+
+/// A session. Clones are the same session; it ends when the last clone and the
+/// last guard are gone. Made and used inside a tokio runtime.
+#[derive(Clone, Debug)]
+pub struct Session {
+    pub(crate) inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+pub(crate) struct Inner {
+    number: u64,
+    incarnation: u64,
+    blocks_max: usize,
+    pub(crate) backend: Backend,
+    target: Target,
+    // A lane session opens a gRPC one beside itself when it first streams events.
+    beside: Mutex<Option<Arc<GrpcLink>>>,
+}
+
+#[derive(Debug)]
+pub(crate) enum Backend {
+    Lane(Arc<LaneSession>),
+    Grpc(Arc<GrpcLink>),
+}
+
+/// What a lane session's guards need.
+#[derive(Debug)]
+pub(crate) struct LaneSession {
+    pub(crate) link: Arc<LaneLink>,
+    pub(crate) keeper: Arc<Keeper>,
+    pub(crate) chunks: Arc<Chunks>,
+    pub(crate) status: Arc<Status>,
+    tasks: Vec<AbortHandle>,
+}
+
+impl Drop for LaneSession {
+    fn drop(&mut self) {
+        self.link.close();
+        for task in &self.tasks {
+            task.abort();
+        }
+    }
+}
+
+impl LaneSession {
+    fn start(opened: Opened, status: Arc<Status>) -> Arc<Self> {
+        let Opened { link, reader, facts: _ } = opened;
+        let keeper = Arc::new(Keeper::new());
+        let chunks = Arc::new(Chunks::new());
+        let reading = Arc::clone(&link).run_reader(reader, Arc::clone(&keeper), Arc::clone(&chunks));
+        let keeping = Arc::clone(&keeper).run(Arc::clone(&link), Arc::clone(&chunks));
+        let tasks = vec![
+            tokio::spawn(reading).abort_handle(),
+            tokio::spawn(keeping).abort_handle(),
+            tokio::spawn(Arc::clone(&link).run_writer()).abort_handle(),
+        ];
+        Arc::new(Self { link, keeper, chunks, status, tasks })
+    }
+}
+
+/// Asks and takes the answer of the same name.
+macro_rules! call {
+    ($session:expr, $name:ident, $request:expr) => {
+        match $session.call(Op::$name($request)).await? {
+            Answer::$name(answer) => answer,
+            _ => return Err(ClientError::Protocol { detail: "an answer to another question" }),
+        }
+    };
+}
+
+impl Session {
+    /// Opens a session: over the socket if one is named and somebody answers on
+    /// it, else over gRPC.
+    ///
+    /// # Errors
+    /// Nobody answers, or the daemon refuses the tenant.
+    pub async fn connect(target: &Target) -> Result<Self, ClientError> {
+        static NEXT_NUMBER: AtomicU64 = AtomicU64::new(1);
+        let number = NEXT_NUMBER.fetch_add(1, Ordering::Relaxed);
+        let mut failed = ClientError::NoTarget;
+        if let Some(path) = &target.socket {
+            let status = Arc::new(Status::new());
+            match LaneLink::open(path, target, Arc::clone(&status)).await {
+                Ok(opened) => {
+                    let facts = opened.facts.clone();
+                    let backend = Backend::Lane(LaneSession::start(opened, status));
+                    return Ok(Self::new(number, target, &facts, backend));
+                }
+                Err(error @ (ClientError::Unreachable { .. } | ClientError::Disconnected)) => {
+                    tracing::debug!(%error, "no lane");
+                    failed = error;
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        let Some(address) = &target.grpc else {
+            return Err(failed);
+        };
+        let (link, facts) = GrpcLink::open(address, target).await?;
+        Ok(Self::new(number, target, &facts, Backend::Grpc(link)))
+    }
+
+    fn new(number: u64, target: &Target, facts: &v1::SessionOpened, backend: Backend) -> Self {
+        let blocks_max = usize::try_from(facts.blocks_max).unwrap_or(usize::MAX);
+        Self {
+            inner: Arc::new(Inner {
+                number,
+                incarnation: facts.incarnation,
+                blocks_max: blocks_max.clamp(1, terrace_proto::BLOCKS_PER_REQUEST_MAX),
+                backend,
+                target: target.clone(),
+                beside: Mutex::new(None),
+            }),
+        }
+    }
+
+    /// Life of the daemon.
+    pub fn incarnation(&self) -> u64 {
+        self.inner.incarnation
+    }
+
+    /// Most blocks in one request.
+    pub fn blocks_max(&self) -> usize {
+        self.inner.blocks_max
+    }
+
+    /// How it reaches the daemon.
+    pub fn transport(&self) -> Transport {
+        match &self.inner.backend {
+            Backend::Lane(_) => Transport::Lane,
+            Backend::Grpc(_) => Transport::Grpc,
+        }
+    }
+
+    /// Whether the session has ended: every guard is stale and every call fails.
+    pub fn is_closed(&self) -> bool {
+        self.status().is_closed()
+    }
+
+    /// Returns when the session has ended. Cancel-safe.
+    pub async fn closed(&self) {
+        self.status().closed().await;
+    }
+
+    /// Ends the session now, for all clones and guards.
+    pub fn close(&self) {
+        match &self.inner.backend {
+            Backend::Lane(lane) => lane.link.close(),
+            Backend::Grpc(link) => link.close(),
+        }
+    }
+
+    fn status(&self) -> &Status {
+        match &self.inner.backend {
+            Backend::Lane(lane) => &lane.status,
+            Backend::Grpc(link) => link.status(),
+        }
+    }
+
+    pub(crate) fn request_id(&self) -> u64 {
+        match &self.inner.backend {
+            Backend::Lane(lane) => lane.keeper.request_id(),
+            Backend::Grpc(link) => link.request_id(),
+        }
+    }
+
+    async fn call(&self, op: Op) -> Result<Answer, ClientError> {
+        match &self.inner.backend {
+            Backend::Lane(lane) => Ok(lane.link.call(op).await?.answer),
+            Backend::Grpc(link) => link.call(op).await,
+        }
+    }
+
+    pub(crate) fn keys<K: AsRef<[u8]>>(
+        &self,
+        space: &Space,
+        keys: &[K],
+    ) -> Result<Vec<bytes::Bytes>, ClientError> {
+        if space.session != self.inner.number {
+            return Err(ClientError::ForeignSpace);
+        }
+        keys_to_wire(keys, self.inner.blocks_max)
+    }
+
+    fn bundle(&self, spaces: &[&Space]) -> Result<Vec<u32>, ClientError> {
+        if spaces.is_empty() {
+            return Err(ClientError::EmptyBundle);
+        }
+        if spaces.iter().any(|space| space.session != self.inner.number) {
+            return Err(ClientError::ForeignSpace);
+        }
+        Ok(spaces.iter().map(|space| space.handle).collect())
+    }
+
+    fn lane(&self, call: &'static str) -> Result<&Arc<LaneSession>, ClientError> {
+        match &self.inner.backend {
+            Backend::Lane(lane) => Ok(lane),
+            Backend::Grpc(_) => Err(ClientError::NeedsLane { call }),
+        }
+    }
+
+    /// Opens a space. Opening the same one again is cheap, and shows its current generation.
+    ///
+    /// # Errors
+    /// The daemon refuses the manifest, or the session has ended.
+    pub async fn open_space(&self, manifest: &SpaceManifest) -> Result<Space, ClientError> {
+        let request = v1::OpenSpaceRequest { manifest: Some(to_wire(manifest)) };
+        let answer = call!(self, OpenSpace, request);
+        Space::new(self.inner.number, manifest, &answer)
+    }
+
+    /// Which keys every space of the bundle holds: the length of the prefix, and
+    /// one flag a key (in prefix mode, false after the first absent one).
+    ///
+    /// # Errors
+    /// Bad keys, or the session has ended.
+    pub async fn exists(
+        &self,
+        spaces: &[&Space],
+        keys: &[impl AsRef<[u8]>],
+        mode: MatchMode,
+    ) -> Result<(usize, Vec<bool>), ClientError> {
+        let request = v1::ExistsRequest {
+            spaces: self.bundle(spaces)?,
+            keys: keys_to_wire(keys, self.inner.blocks_max)?,
+            mode: mode_to_wire(mode),
+        };
+        let answer = call!(self, Exists, request);
+        let bit = |at: usize| answer.present.get(at / 8).is_some_and(|byte| byte >> (at % 8) & 1 == 1);
+        let prefix = usize::try_from(answer.prefix_blocks).unwrap_or(usize::MAX).min(keys.len());
+        Ok((prefix, (0..keys.len()).map(bit).collect()))
+    }
+
+    /// Which keys every space of the bundle holds, where, and how soon they could be read.
+    ///
+    /// # Errors
+    /// Bad keys, or the session has ended.
+    pub async fn match_blocks(
+        &self,
+        spaces: &[&Space],
+        keys: &[impl AsRef<[u8]>],
+        mode: MatchMode,
+    ) -> Result<Match, ClientError> {
+        let request = v1::MatchRequest {
+            spaces: self.bundle(spaces)?,
+            keys: keys_to_wire(keys, self.inner.blocks_max)?,
+            mode: mode_to_wire(mode),
+        };
+        let answer = call!(self, Match, request);
+        let blocks = answer.blocks.into_iter().map(|block| BlockMatch {
+            present: block.present,
+            tier: block.tier(),
+            fetch: Duration::from_micros(block.fetch_us),
+            holder: block.holder,
+        });
+        let prefix = usize::try_from(answer.prefix_blocks).unwrap_or(usize::MAX).min(keys.len());
+        Ok(Match { prefix, blocks: blocks.collect() })
+    }
+
+    /// Pins blocks for reading in place. When cancelled, what was granted is released.
+    ///
+    /// # Errors
+    /// [`ClientError::NeedsLane`] over gRPC; bad keys; the session has ended.
+    pub async fn lease_read(
+        &self,
+        space: &Space,
+        keys: &[impl AsRef<[u8]>],
+        options: ReadOptions,
+    ) -> Result<ReadLease, ClientError> {
+        let lane = self.lane("lease_read")?;
+        let wanted = Wanted {
+            space,
+            kind: v1::LeaseKind::Read,
+            keys: self.keys(space, keys)?,
+            parent: bytes::Bytes::new(),
+            ttl: options.ttl,
+            wait: options.wait,
+        };
+        let (held, outcomes) = lease(lane, wanted).await?;
+        ReadLease::new(space, held, outcomes)
+    }
+
+    /// Reserves frames for blocks, each the child of the one before it, the
+    /// first of `parent`. When cancelled, what was granted is released.
+    ///
+    /// # Errors
+    /// [`ClientError::NeedsLane`] over gRPC; bad keys; the session has ended.
+    pub async fn lease_write(
+        &self,
+        space: &Space,
+        keys: &[impl AsRef<[u8]>],
+        parent: Option<&[u8]>,
+        options: WriteOptions,
+    ) -> Result<WriteLease, ClientError> {
+        let lane = self.lane("lease_write")?;
+        let wanted = Wanted {
+            space,
+            kind: v1::LeaseKind::Write,
+            keys: self.keys(space, keys)?,
+            parent: parent_to_wire(parent)?,
+            ttl: options.ttl,
+            wait: options.wait,
+        };
+        let (held, outcomes) = lease(lane, wanted).await?;
+        WriteLease::new(space, held, outcomes)
+    }
+
+    /// Marks blocks as used; answers how many were present.
+    ///
+    /// # Errors
+    /// Bad keys, or the session has ended.
+    pub async fn touch(&self, space: &Space, keys: &[impl AsRef<[u8]>]) -> Result<u32, ClientError> {
+        let request = v1::TouchRequest { space: space.handle, keys: self.keys(space, keys)? };
+        Ok(call!(self, Touch, request).touched)
+    }
+
+    /// Starts bringing blocks into memory and does not wait for them.
+    ///
+    /// # Errors
+    /// Bad keys, or the session has ended.
+    pub async fn prefetch(
+        &self,
+        space: &Space,
+        keys: &[impl AsRef<[u8]>],
+    ) -> Result<Prefetched, ClientError> {
+        let keys = self.keys(space, keys)?;
+        let request = v1::PrefetchRequest { space: space.handle, keys, want_tier: Tier::Unspecified.into() };
+        let answer = call!(self, Prefetch, request);
+        Ok(Prefetched { started: answer.started, resident: answer.resident })
+    }
+
+    /// Asks for blocks to be kept for a while; answers for how many there was
+    /// quota. `priority` is 0 (evict as usual) to 100 (evict last).
+    ///
+    /// # Errors
+    /// Bad keys, or the session has ended.
+    pub async fn retain(
+        &self,
+        space: &Space,
+        keys: &[impl AsRef<[u8]>],
+        ttl: Duration,
+        priority: u8,
+    ) -> Result<u32, ClientError> {
+        let request = v1::RetainRequest {
+            request_id: self.request_id(),
+            space: space.handle,
+            keys: self.keys(space, keys)?,
+            ttl_ms: millis(ttl),
+            priority: u32::from(priority),
+        };
+        Ok(call!(self, Retain, request).retained)
+    }
+
+    /// Drops every block of a space, durably; answers how many there were. Open
+    /// the space again before writing to it.
+    ///
+    /// # Errors
+    /// The daemon refused, or the session has ended: the space may or may not be empty.
+    pub async fn clear(&self, space: &Space) -> Result<u64, ClientError> {
+        if space.session != self.inner.number {
+            return Err(ClientError::ForeignSpace);
+        }
+        let request = v1::ClearRequest { request_id: self.request_id(), space: space.handle };
+        Ok(call!(self, Clear, request).blocks)
+    }
+
+    /// Hands back every window that nobody writes into, so that its blocks can
+    /// be persisted without a copy; answers how many the daemon took. Windows
+    /// that are full or idle go back by themselves. Over gRPC there are none.
+    ///
+    /// # Errors
+    /// The session has ended.
+    pub async fn flush_windows(&self) -> Result<u32, ClientError> {
+        let Backend::Lane(lane) = &self.inner.backend else {
+            return Ok(0);
+        };
+        let mut taken = 0;
+        for chunk in lane.chunks.idle_windows() {
+            if return_one(&lane.link, &lane.chunks, chunk).await? {
+                taken += 1;
+            }
+        }
+        Ok(taken)
+    }
+
+    /// Streams what happens to the tenant's blocks: from now on, or from a
+    /// sequence number of this daemon's life on.
+    ///
+    /// # Errors
+    /// [`ClientError::NeedsGrpc`] if the target has no gRPC address; the session has ended.
+    pub async fn watch(&self, from_sequence: Option<u64>) -> Result<EventStream, ClientError> {
+        let link = self.streaming("watch").await?;
+        link.watch(from_sequence.unwrap_or(0), self.inner.incarnation).await
+    }
+
+    /// Streams everything the tenant holds at one sequence number.
+    ///
+    /// # Errors
+    /// As [`Session::watch`].
+    pub async fn snapshot(&self) -> Result<SnapshotStream, ClientError> {
+        self.streaming("snapshot").await?.snapshot().await
+    }
+
+    async fn streaming(&self, call: &'static str) -> Result<Arc<GrpcLink>, ClientError> {
+        if let Backend::Grpc(link) = &self.inner.backend {
+            return Ok(Arc::clone(link));
+        }
+        let target = &self.inner.target;
+        let address = target.grpc.as_ref().ok_or(ClientError::NeedsGrpc { call })?;
+        let mut beside = self.inner.beside.lock().await;
+        if let Some(link) = beside.as_ref().filter(|link| !link.status().is_closed()) {
+            return Ok(Arc::clone(link));
+        }
+        let (link, facts) = GrpcLink::open(address, target).await?;
+        if facts.incarnation != self.inner.incarnation {
+            return Err(ClientError::Disconnected);
+        }
+        *beside = Some(Arc::clone(&link));
+        Ok(link)
+    }
+}

@@ -1,0 +1,317 @@
+//! Filling frames and publishing them.
+
+use std::sync::Arc;
+use std::sync::atomic::{self, Ordering};
+use std::time::Duration;
+
+use terrace_core::{BlockId, ByteCount, Checksum, Durability, Fence, SealOutcome};
+use terrace_lane::{Mapping, SharedBytes, SharedBytesMut};
+use terrace_proto::v1::lane_request::Op;
+use terrace_proto::v1::lane_response::Result as Answer;
+use terrace_proto::v1::{AbortRequest, SealBlock, SealRequest};
+
+use crate::chunks::WriterToken;
+use crate::convert::{durability_to_wire, seals_from_wire};
+use crate::error::ClientError;
+use crate::lease::{Frame, Lease, Outcome};
+use crate::read::ReadBlock;
+use crate::space::Space;
+
+/// How to lease for writing.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct WriteOptions {
+    /// Time to live; `None` is the daemon's default. Leases renew themselves
+    /// while their guards live.
+    pub ttl: Option<Duration>,
+    /// How long the answer may wait for frames.
+    pub wait: Duration,
+}
+
+/// Frames reserved for writing. Dropping it gives back what is not sealed, and
+/// unpins what is.
+#[derive(Debug)]
+pub struct WriteLease {
+    // Before the grants: the lease ends before its windows go back.
+    lease: Option<Arc<Lease>>,
+    /// One entry a key, in order.
+    pub grants: Vec<Outcome<WriteBlock>>,
+}
+
+impl WriteLease {
+    pub(crate) fn new(
+        space: &Space,
+        lease: Option<Arc<Lease>>,
+        outcomes: Vec<Outcome<Frame>>,
+    ) -> Result<Self, ClientError> {
+        let mut grants = Vec::with_capacity(outcomes.len());
+        for outcome in outcomes {
+            grants.push(match (outcome, &lease) {
+                (Outcome::Granted(frame), Some(lease)) => {
+                    Outcome::Granted(WriteBlock::new(frame, space.generation(), Arc::clone(lease))?)
+                }
+                (Outcome::Granted(_), None) => {
+                    return Err(ClientError::Protocol { detail: "a granted block without a lease" });
+                }
+                (Outcome::Promoting, _) => Outcome::Promoting,
+                (Outcome::Missing(reason), _) => Outcome::Missing(reason),
+                (Outcome::Throttled, _) => Outcome::Throttled,
+                (Outcome::Exists, _) => Outcome::Exists,
+            });
+        }
+        Ok(Self { lease, grants })
+    }
+
+    /// The daemon's number of the lease; `None` when nothing was granted.
+    pub fn id(&self) -> Option<u64> {
+        self.lease.as_ref().map(|lease| lease.id())
+    }
+
+    /// The block at a position, if it was granted.
+    pub fn block(&self, index: u32) -> Option<&WriteBlock> {
+        self.grants.get(index as usize).and_then(Outcome::granted)
+    }
+
+    /// The block at a position, if it was granted.
+    pub fn block_mut(&mut self, index: u32) -> Option<&mut WriteBlock> {
+        self.grants.get_mut(index as usize).and_then(Outcome::granted_mut)
+    }
+
+    /// Publishes the blocks at these positions with the checksums of what is in
+    /// their frames now. One outcome a position. The blocks are immutable from
+    /// here on: nobody may store into them any more, whatever the outcome.
+    /// Sealed blocks stay pinned until the lease goes. When cancelled, they may
+    /// or may not be sealed.
+    ///
+    /// # Errors
+    /// A position that cannot be written, or the session has ended, or the
+    /// daemon refused: then nothing was sealed.
+    pub async fn seal(
+        &mut self,
+        indexes: &[u32],
+        durability: Durability,
+    ) -> Result<Vec<SealOutcome>, ClientError> {
+        let mut blocks = Vec::with_capacity(indexes.len());
+        for index in indexes {
+            let block = self.writable(*index)?;
+            blocks.push((*index, block.seal_value().1));
+        }
+        self.seal_with(&blocks, durability).await
+    }
+
+    /// As [`WriteLease::seal`], with checksums that the caller computed.
+    ///
+    /// # Errors
+    /// As [`WriteLease::seal`].
+    pub async fn seal_with(
+        &mut self,
+        blocks: &[(u32, Checksum)],
+        durability: Durability,
+    ) -> Result<Vec<SealOutcome>, ClientError> {
+        let mut wanted = Vec::with_capacity(blocks.len());
+        for (index, checksum) in blocks {
+            let length = self.writable(*index)?.length().get();
+            wanted.push(SealBlock { index: *index, length, checksum: checksum.get() });
+        }
+        let Some(lease) = self.lease.clone().filter(|_| !wanted.is_empty()) else {
+            return Ok(Vec::new());
+        };
+        let session = lease.session();
+        let request = SealRequest {
+            request_id: session.keeper.request_id(),
+            lease: lease.id(),
+            blocks: wanted,
+            durability: durability_to_wire(durability),
+        };
+        let answer = session.link.call(Op::Seal(request)).await?.answer;
+        let Answer::Seal(answer) = answer else {
+            return Err(ClientError::Protocol { detail: "a seal was asked for" });
+        };
+        let outcomes = seals_from_wire(answer.outcomes())?;
+        if outcomes.len() != blocks.len() {
+            return Err(ClientError::Protocol { detail: "a seal that does not answer each block" });
+        }
+        for (index, checksum) in blocks {
+            if let Some(block) = self.block_mut(*index) {
+                block.sealed = Some(*checksum);
+                block.writer = None;
+            }
+        }
+        Ok(outcomes)
+    }
+
+    /// Gives back the frames at these positions unwritten. Nobody may store
+    /// into them any more. Positions that are not writable are skipped.
+    ///
+    /// # Errors
+    /// The session has ended, or the daemon refused.
+    pub async fn abort(&mut self, indexes: &[u32]) -> Result<u32, ClientError> {
+        let indexes: Vec<u32> =
+            indexes.iter().copied().filter(|index| self.writable(*index).is_ok()).collect();
+        // No index at all would mean every one.
+        let Some(lease) = self.lease.clone().filter(|_| !indexes.is_empty()) else {
+            return Ok(0);
+        };
+        let session = lease.session();
+        let request = AbortRequest {
+            request_id: session.keeper.request_id(),
+            lease: lease.id(),
+            indexes: indexes.clone(),
+        };
+        let answer = session.link.call(Op::Abort(request)).await?.answer;
+        let Answer::Abort(answer) = answer else {
+            return Err(ClientError::Protocol { detail: "an abort was asked for" });
+        };
+        for index in indexes {
+            if let Some(block) = self.block_mut(index) {
+                block.writer = None;
+            }
+        }
+        Ok(answer.aborted)
+    }
+
+    /// A reading guard of a block that this lease has sealed. It shares the
+    /// lease, and outlives this value. `None` if the block was not sealed. If
+    /// the seal lost ([`SealOutcome::Already`] and worse) the guard may be stale.
+    pub fn reader(&self, index: u32) -> Option<ReadBlock> {
+        let block = self.block(index)?;
+        let frame = Frame {
+            mapping: Arc::clone(&block.mapping),
+            frame: block.frame,
+            offset: block.offset,
+            fence: block.fence,
+            length: block.length(),
+            checksum: block.sealed?,
+            block: block.block,
+            writer: None,
+        };
+        ReadBlock::new(frame, block.generation, Arc::clone(&block.lease)).ok()
+    }
+
+    /// Ends the lease now and waits until the daemon knows: what is not sealed
+    /// is given back, what is sealed is unpinned. Nobody may use any block of it
+    /// any more.
+    ///
+    /// # Errors
+    /// The session has ended; so has the lease.
+    pub async fn release(self) -> Result<(), ClientError> {
+        match &self.lease {
+            Some(lease) => lease.release().await,
+            None => Ok(()),
+        }
+    }
+
+    fn writable(&self, index: u32) -> Result<&WriteBlock, ClientError> {
+        self.block(index).filter(|block| block.writer.is_some()).ok_or(ClientError::NotWritable { index })
+    }
+}
+
+/// A frame of this session's window, to be filled with one block.
+#[derive(Debug)]
+pub struct WriteBlock {
+    bytes: SharedBytes,
+    mapping: Arc<Mapping>,
+    frame: u32,
+    offset: u64,
+    fence: Fence,
+    block: BlockId,
+    generation: u64,
+    sealed: Option<Checksum>,
+    // Before the writer: the lease ends before its window goes back.
+    lease: Arc<Lease>,
+    // Present while stores are allowed.
+    writer: Option<Writer>,
+}
+
+/// The right to store. The view goes before the token that holds the window.
+#[derive(Debug)]
+struct Writer {
+    view: SharedBytesMut,
+    _window: WriterToken,
+}
+
+impl WriteBlock {
+    fn new(frame: Frame, generation: u64, lease: Arc<Lease>) -> Result<Self, ClientError> {
+        let outside = ClientError::Protocol { detail: "a frame outside its chunk" };
+        let view = frame.mapping.view_mut(frame.offset, frame.length).ok_or(outside)?;
+        let window =
+            frame.writer.ok_or(ClientError::Protocol { detail: "a frame to write without its window" })?;
+        Ok(Self {
+            bytes: view.bytes().clone(),
+            mapping: frame.mapping,
+            frame: frame.frame,
+            offset: frame.offset,
+            fence: frame.fence,
+            block: frame.block,
+            generation,
+            sealed: None,
+            lease,
+            writer: Some(Writer { view, _window: window }),
+        })
+    }
+
+    /// Identity of the block.
+    pub fn id(&self) -> BlockId {
+        self.block
+    }
+
+    /// Payload length.
+    pub fn length(&self) -> ByteCount {
+        ByteCount::new(self.bytes.len() as u64)
+    }
+
+    /// Whether the frame is still ours: its lease has not ended, its fence has
+    /// not moved. Ask before sealing, and after reading what was written.
+    pub fn is_valid(&self) -> bool {
+        atomic::fence(Ordering::Acquire);
+        self.mapping.fence(self.frame) == Some(self.fence) && self.lease.is_usable()
+    }
+
+    /// Whether stores are allowed: not sealed, not aborted.
+    pub fn is_writable(&self) -> bool {
+        self.writer.is_some()
+    }
+
+    /// What is in the frame now.
+    pub fn bytes(&self) -> &SharedBytes {
+        &self.bytes
+    }
+
+    /// The first byte, for computing in place. Storing is allowed until the
+    /// block is sealed or aborted or dropped, and faults some time afterwards.
+    pub fn as_mut_ptr(&self) -> *mut u8 {
+        self.bytes.as_ptr().cast_mut()
+    }
+
+    /// Fills the whole block.
+    ///
+    /// # Errors
+    /// A payload that is not one block long, or a block that was sealed or aborted.
+    pub fn write(&mut self, payload: &[u8]) -> Result<(), ClientError> {
+        if payload.len() != self.bytes.len() {
+            return Err(ClientError::WrongLength {
+                index: 0,
+                found: payload.len() as u64,
+                expected: self.bytes.len() as u64,
+            });
+        }
+        self.write_at(0, payload)
+    }
+
+    /// Fills a part of the block.
+    ///
+    /// # Errors
+    /// A block that was sealed or aborted.
+    ///
+    /// # Panics
+    /// If the part does not fit.
+    pub fn write_at(&mut self, offset: usize, part: &[u8]) -> Result<(), ClientError> {
+        let writer = self.writer.as_ref().ok_or(ClientError::NotWritable { index: self.frame })?;
+        writer.view.copy_from(offset, part);
+        Ok(())
+    }
+
+    /// Length and checksum of what is in the frame now.
+    pub fn seal_value(&self) -> (ByteCount, Checksum) {
+        (self.length(), self.bytes.checksum(self.block, self.generation))
+    }
+}
