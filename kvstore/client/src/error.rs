@@ -1,9 +1,12 @@
 //! What a caller can act on. Misses, throttled blocks and seals that lost a race
 //! are outcomes, not errors.
 
+use std::time::Duration;
+
+use tonic::{Code, Status};
+
 use terrace_lane::{LaneError, MapError};
 use terrace_proto::v1::LaneError as Refusal;
-use tonic::{Code, Status};
 
 /// Why a call failed.
 #[derive(Debug, thiserror::Error)]
@@ -30,6 +33,12 @@ pub enum ClientError {
     /// The session has ended: the daemon went away or closed it. Open a new one.
     #[error("the session has ended; open a new one and lease again")]
     Disconnected,
+    /// The daemon is there and does not answer. What was asked may still be done.
+    #[error("no answer from the daemon within {waited:?}; is it stopped or overloaded?")]
+    NoAnswer {
+        /// How long was waited.
+        waited: Duration,
+    },
     /// The daemon refused the request; nothing was changed.
     #[error("refused ({code:?}): {message}")]
     Refused {
@@ -122,7 +131,10 @@ impl ClientError {
     /// Whether a new session, or the same call a little later, may succeed.
     pub fn is_transient(&self) -> bool {
         match self {
-            Self::Disconnected | Self::Unreachable { .. } | Self::Throttled { .. } => true,
+            Self::Disconnected
+            | Self::Unreachable { .. }
+            | Self::Throttled { .. }
+            | Self::NoAnswer { .. } => true,
             Self::Refused { code, .. } => *code == Code::Unavailable,
             Self::NoTarget
             | Self::BadAddress { .. }

@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use tokio::sync::mpsc;
 use tokio::task::AbortHandle;
+use tokio::time::timeout;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::metadata::{Ascii, MetadataValue};
 use tonic::transport::Channel;
@@ -34,6 +35,8 @@ use crate::stream::{EventStream, SnapshotStream};
 
 /// Attempts at a call that the transport lost.
 pub(crate) const ATTEMPTS_MAX: u32 = 3;
+const ANSWER_DEADLINE: Duration = Duration::from_secs(60);
+const HELLO_DEADLINE: Duration = Duration::from_secs(10);
 const RETRY_DELAY: Duration = Duration::from_millis(50);
 
 /// One session over gRPC.
@@ -60,6 +63,14 @@ impl GrpcLink {
         address: &str,
         target: &Target,
     ) -> Result<(Arc<Self>, SessionOpened), ClientError> {
+        let opening = Self::open_now(address, target);
+        timeout(HELLO_DEADLINE, opening).await.map_err(|_| ClientError::Unreachable {
+            address: address.to_owned(),
+            detail: "connected, but no session in ten seconds".to_owned(),
+        })?
+    }
+
+    async fn open_now(address: &str, target: &Target) -> Result<(Arc<Self>, SessionOpened), ClientError> {
         let mut client = BlockServiceClient::new(channel(address).await?)
             .max_decoding_message_size(MESSAGE_BYTES_MAX)
             .max_encoding_message_size(MESSAGE_BYTES_MAX);
@@ -111,7 +122,8 @@ impl GrpcLink {
             if self.status.is_closed() {
                 return Err(ClientError::Disconnected);
             }
-            match self.call_once(op.clone()).await {
+            let answered = timeout(ANSWER_DEADLINE, self.call_once(op.clone())).await;
+            match answered.map_err(|_| ClientError::NoAnswer { waited: ANSWER_DEADLINE })? {
                 Err(status) if attempt < ATTEMPTS_MAX && status.code() == Code::Unavailable => {
                     tokio::time::sleep(RETRY_DELAY * attempt).await;
                     attempt += 1;

@@ -136,7 +136,7 @@ impl Keeper {
     /// Releases leases and waits for the answer.
     pub(crate) async fn release_now(&self, link: &LaneLink, leases: Vec<u64>) -> Result<(), ClientError> {
         let request = ReleaseRequest { request_id: self.request_id(), leases };
-        match link.call(Op::Release(request)).await {
+        match link.call_at_once(Op::Release(request)).await {
             Err(ClientError::Disconnected) => Err(ClientError::Disconnected),
             Err(error) => {
                 tracing::warn!(%error, "leases were not released; they end by themselves");
@@ -154,8 +154,8 @@ impl Keeper {
             let (link, keeper) = (Arc::clone(link), Arc::clone(self));
             renewals.spawn(async move {
                 let request = RenewRequest { request_id: keeper.request_id(), lease, ttl_ms };
-                match link.call(Op::Renew(request)).await {
-                    Ok(_) | Err(ClientError::Throttled { .. }) => Ok(()),
+                match link.call_at_once(Op::Renew(request)).await {
+                    Ok(_) | Err(ClientError::Throttled { .. } | ClientError::NoAnswer { .. }) => Ok(()),
                     Err(ClientError::Disconnected) => Err(ClientError::Disconnected),
                     Err(error) => {
                         tracing::debug!(lease, %error, "lease cannot be renewed");
@@ -188,7 +188,7 @@ pub(crate) async fn return_one(link: &LaneLink, chunks: &Chunks, chunk: u64) -> 
     if !chunks.drop_write(chunk) {
         return Ok(false);
     }
-    let answer = link.call(Op::ReturnWindow(ReturnWindow { chunk })).await;
+    let answer = link.call_at_once(Op::ReturnWindow(ReturnWindow { chunk })).await;
     chunks.window_returned(chunk, answer.is_ok());
     match answer {
         Ok(_) => Ok(true),

@@ -5,10 +5,13 @@
 
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
+use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
-use tokio::sync::{Notify, Semaphore, mpsc, oneshot};
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, oneshot};
+use tokio::time::timeout;
 
 use terrace_lane::{LaneConnection, LaneError, LaneReader, LaneWriter};
 use terrace_proto::LANE_VERSION;
@@ -27,8 +30,9 @@ use crate::status::Status;
 
 // Requests of one session that wait for their answers.
 const REQUESTS_IN_FLIGHT_MAX: usize = 1024;
-// Notices that wait for the keeper. It only queues them, so few ever wait.
-const NOTICES_WAITING_MAX: usize = 1024;
+// A daemon that answers nothing for this long, beyond what it was allowed to wait, is given up.
+const ANSWER_DEADLINE: Duration = Duration::from_secs(60);
+const HELLO_DEADLINE: Duration = Duration::from_secs(10);
 
 /// An answer with all that came with it. What a lease granted is owned here, so
 /// that an answer nobody waits for any more gives everything back.
@@ -48,7 +52,7 @@ pub(crate) struct LaneLink {
     writer: Mutex<LaneWriter<LaneRequest>>,
     stuck: Notify,
     waiting: Mutex<Waiting>,
-    in_flight: Semaphore,
+    in_flight: Arc<Semaphore>,
     next_id: AtomicU64,
     status: Arc<Status>,
 }
@@ -64,6 +68,8 @@ struct Caller {
     // The kind of lease that was asked for, if one was.
     lease: Option<LeaseKind>,
     answer: oneshot::Sender<Result<Delivered, ClientError>>,
+    // Also after the caller went away, until the answer is there.
+    _permit: Option<OwnedSemaphorePermit>,
 }
 
 /// A connection whose session is open, before its tasks run.
@@ -76,10 +82,18 @@ pub(crate) struct Opened {
 impl LaneLink {
     /// Connects and says hello.
     pub(crate) async fn open(
-        path: &std::path::Path,
+        path: &Path,
         target: &Target,
         status: Arc<Status>,
     ) -> Result<Opened, ClientError> {
+        let opening = Self::open_now(path, target, status);
+        timeout(HELLO_DEADLINE, opening).await.map_err(|_| ClientError::Unreachable {
+            address: path.display().to_string(),
+            detail: "connected, but no answer in ten seconds".to_owned(),
+        })?
+    }
+
+    async fn open_now(path: &Path, target: &Target, status: Arc<Status>) -> Result<Opened, ClientError> {
         let (_peer, mut reader, mut writer) = LaneConnection::connect(path).await?.split();
         let hello = LaneHello {
             version: LANE_VERSION,
@@ -102,7 +116,7 @@ impl LaneLink {
             writer: Mutex::new(writer),
             stuck: Notify::new(),
             waiting: Mutex::new(Waiting { open: true, callers: HashMap::new() }),
-            in_flight: Semaphore::new(REQUESTS_IN_FLIGHT_MAX),
+            in_flight: Arc::new(Semaphore::new(REQUESTS_IN_FLIGHT_MAX)),
             next_id: AtomicU64::new(2),
             status,
         };
@@ -112,10 +126,20 @@ impl LaneLink {
     /// Asks and waits for the answer. When cancelled, a lease that is granted
     /// afterwards is released.
     pub(crate) async fn call(&self, op: Op) -> Result<Delivered, ClientError> {
-        let _permit = self.in_flight.acquire().await.map_err(|_| ClientError::Disconnected)?;
-        let lease = match &op {
-            Op::Lease(lease) => Some(lease.kind()),
-            _ => None,
+        let permit = Arc::clone(&self.in_flight).acquire_owned().await;
+        let permit = permit.map_err(|_| ClientError::Disconnected)?;
+        self.ask(op, Some(permit)).await
+    }
+
+    /// As [`LaneLink::call`], for the session's own chores: never behind callers that wait.
+    pub(crate) async fn call_at_once(&self, op: Op) -> Result<Delivered, ClientError> {
+        self.ask(op, None).await
+    }
+
+    async fn ask(&self, op: Op, permit: Option<OwnedSemaphorePermit>) -> Result<Delivered, ClientError> {
+        let (lease, wait_ms) = match &op {
+            Op::Lease(lease) => (Some(lease.kind()), lease.wait_ms),
+            _ => (None, 0),
         };
         let id = self.next_id.fetch_add(1, Ordering::Relaxed);
         let (answer, answered) = oneshot::channel();
@@ -124,13 +148,17 @@ impl LaneLink {
             if !waiting.open {
                 return Err(ClientError::Disconnected);
             }
-            waiting.callers.insert(id, Caller { lease, answer });
+            waiting.callers.insert(id, Caller { lease, answer, _permit: permit });
         }
         if let Err(error) = self.send(&LaneRequest { id, op: Some(op) }) {
             self.waiting.lock().unwrap_or_else(PoisonError::into_inner).callers.remove(&id);
             return Err(error);
         }
-        answered.await.map_err(|_| ClientError::Disconnected)?
+        let deadline = ANSWER_DEADLINE + Duration::from_millis(wait_ms);
+        match timeout(deadline, answered).await {
+            Ok(answered) => answered.map_err(|_| ClientError::Disconnected)?,
+            Err(_) => Err(ClientError::NoAnswer { waited: deadline }),
+        }
     }
 
     fn send(&self, request: &LaneRequest) -> Result<(), ClientError> {
@@ -178,16 +206,13 @@ impl LaneLink {
         keeper: Arc<Keeper>,
         chunks: Arc<Chunks>,
     ) {
-        let (notices, queue) = mpsc::channel(NOTICES_WAITING_MAX);
-        let serving = tokio::spawn(serve_notices(queue, Arc::clone(&keeper), Arc::clone(&chunks)));
         loop {
             match reader.next().await {
                 Ok(Some(received)) if received.message.id == 0 => {
                     if let Some(Answer::Session(session)) = received.message.result
                         && let Some(notice) = session.notice
-                        && notices.send(notice).await.is_err()
                     {
-                        break;
+                        take_notice(notice, &keeper, &chunks);
                     }
                 }
                 Ok(Some(received)) => {
@@ -204,7 +229,6 @@ impl LaneLink {
                 }
             }
         }
-        serving.abort();
         self.close();
         self.in_flight.close();
         let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
@@ -258,26 +282,24 @@ fn own_grants(
     (lease, blocks.map(|block| WriterToken::new(chunks, keeper, block.chunk)).collect())
 }
 
-async fn serve_notices(mut queue: mpsc::Receiver<Notice>, keeper: Arc<Keeper>, chunks: Arc<Chunks>) {
-    while let Some(notice) = queue.recv().await {
-        match notice {
-            Notice::Opened(_) => {}
-            Notice::Revoked(revoked) => {
-                tracing::warn!(lease = revoked.lease, reason = revoked.reason, "lease revoked");
-                keeper.revoke(revoked.lease);
+fn take_notice(notice: Notice, keeper: &Keeper, chunks: &Chunks) {
+    match notice {
+        Notice::Opened(_) => {}
+        Notice::Revoked(revoked) => {
+            tracing::warn!(lease = revoked.lease, reason = revoked.reason, "lease revoked");
+            keeper.revoke(revoked.lease);
+        }
+        Notice::Recalled(recalled) => {
+            if chunks.recall(recalled.chunk) {
+                keeper.return_window(recalled.chunk);
             }
-            Notice::Recalled(recalled) => {
-                if chunks.recall(recalled.chunk) {
-                    keeper.return_window(recalled.chunk);
-                }
-            }
-            Notice::Rejected(rejected) => {
-                tracing::error!(
-                    space = rejected.space,
-                    reason = rejected.reason,
-                    "a block that this session sealed was not what its checksum said"
-                );
-            }
+        }
+        Notice::Rejected(rejected) => {
+            tracing::error!(
+                space = rejected.space,
+                reason = rejected.reason,
+                "a block that this session sealed was not what its checksum said"
+            );
         }
     }
 }

@@ -41,7 +41,7 @@ pub use connector::Connector;
 pub use convert::{BadWire, from_wire, to_wire};
 pub use error::ClientError;
 pub use lease::Outcome;
-pub use read::{ReadBlock, ReadLease, ReadOptions, Stale};
+pub use read::{BadBlock, ReadBlock, ReadLease, ReadOptions, Stale};
 pub use session::{BlockMatch, Match, Prefetched, Session, Target, Transport};
 pub use space::Space;
 pub use stream::{EventStream, SnapshotStream};

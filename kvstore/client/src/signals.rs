@@ -20,6 +20,7 @@ const BACKOFF_MAX: Duration = Duration::from_secs(2);
 
 /// What a reporter tells.
 #[derive(Clone, Debug)]
+#[allow(clippy::large_enum_variant, reason = "one exists at a time, on its way to the wire")]
 pub enum Report {
     /// Load of a worker.
     Worker(WorkerLoad),
