@@ -91,6 +91,15 @@ impl DeviceFile {
     }
 }
 
+impl Drop for DeviceFile {
+    fn drop(&mut self) {
+        // A ring lets go of its files some time after it is closed; the lock must not live that long.
+        if let Err(error) = self.file.unlock() {
+            tracing::warn!(path = %self.path.display(), %error, "the device stays locked until the kernel closes it");
+        }
+    }
+}
+
 impl AsRawFd for DeviceFile {
     fn as_raw_fd(&self) -> RawFd {
         self.file.as_raw_fd()

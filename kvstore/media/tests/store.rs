@@ -1,0 +1,398 @@
+//! One store, end to end: blocks go to a device and come back, are found again
+//! after a restart, and a damaged one is never taken for a block.
+
+mod common;
+
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use common::*;
+use terrace_core::{Done, Fault, Fence, Via};
+use terrace_media::{Access, Backend, CatalogState, MediaError, MediaOp};
+
+/// A backend could lose, shift or mix up bytes: blocks are written directly and
+/// by bounce, and read back into other frames, through each backend.
+#[test]
+fn blocks_come_back_as_they_were() {
+    for backend in BACKENDS {
+        let folder = folder();
+        let mut store = Store::open(&folder, backend);
+        store.chunk(1, Access::Pool);
+        store.chunk(2, Access::Window);
+        store.carve(0);
+        for (number, chunk, via) in [(1u8, 1, Via::Direct), (2, 2, Via::Bounce)] {
+            let (source, target) = (frame(chunk, 0), disk(0, u32::from(number)));
+            let bytes = payload(number);
+            store.fill(source, &bytes);
+            let header = header(number, &bytes);
+            assert_eq!(store.write(source, target, header, via), Ok(Done::Plain), "{backend:?}");
+            assert_eq!(store.commit(vec![(target, header)], vec![]), Ok(Done::Plain));
+            assert_eq!(store.read(target, frame(1, 5), header), Ok(Done::Plain), "{backend:?}");
+            assert_eq!(store.payload(frame(1, 5)), bytes);
+        }
+        assert_eq!(store.known(), vec![block(1), block(2)]);
+        assert!(store.media.facts().devices[0].backend.contains(match backend {
+            Backend::Pread => "pread",
+            _ => "io_uring",
+        }));
+    }
+}
+
+/// A restart could forget blocks, spaces or carvings, or repeat an incarnation.
+#[test]
+fn a_restart_finds_everything_again() {
+    let folder = folder();
+    let mut store = Store::open(&folder, Backend::Auto);
+    assert_eq!(store.report.catalog, CatalogState::New);
+    assert!(!store.report.scan_needed, "new devices hold nothing");
+    store.media.put_space(record()).unwrap();
+    store.chunk(1, Access::Pool);
+    store.carve(2);
+    let header = store.persist(1, disk(2, 3));
+    let incarnation = store.report.incarnation;
+    store.media.close().unwrap();
+
+    let mut store = Store::open(&folder, Backend::Auto);
+    assert_eq!(store.report.catalog, CatalogState::Opened);
+    assert!(store.report.clean && !store.report.scan_needed);
+    assert!(store.report.incarnation > incarnation);
+    assert_eq!(store.report.spaces, vec![record()]);
+    assert_eq!(store.report.carves.len(), 1);
+    assert_eq!((store.report.carves[0].slot, store.report.carves[0].space), (2, space()));
+    assert_eq!(store.known(), vec![block(1)]);
+    store.chunk(1, Access::Pool);
+    assert_eq!(store.read(disk(2, 3), frame(1, 7), header), Ok(Done::Plain));
+    assert_eq!(store.payload(frame(1, 7)), payload(1));
+}
+
+/// Without the catalog nothing would be known: it is deleted, and the scan must
+/// find every block, the carving and the space, and write them down for the next start.
+#[test]
+fn a_deleted_catalog_is_rebuilt_by_a_scan() {
+    for backend in BACKENDS {
+        let folder = folder();
+        let mut store = Store::open(&folder, backend);
+        store.media.put_space(record()).unwrap();
+        store.chunk(1, Access::Pool);
+        store.carve(1);
+        for number in 1..=5 {
+            store.persist(number, disk(1, u32::from(number)));
+        }
+        let incarnation = store.report.incarnation;
+        drop(store);
+        std::fs::remove_dir_all(folder.path().join("data/catalog")).unwrap();
+
+        let store = Store::open(&folder, backend);
+        assert!(store.report.scan_needed);
+        assert!(store.report.incarnation > incarnation, "the superblock remembers it");
+        drop(store);
+        let store = Store::open(&folder, backend);
+        assert!(store.report.scan_needed, "a start without a complete scan does not count");
+        let mut pieces = Vec::new();
+        let report = store.media.scan(&mut |piece| pieces.push(piece)).unwrap();
+        assert_eq!((report.slots, report.blocks, report.damaged, report.unreadable), (4, 5, 0, 0));
+        let found = pieces.iter().find(|piece| piece.slot == 1).unwrap();
+        assert_eq!(found.space, Some(record()));
+        assert_eq!(found.blocks.len(), 5);
+        assert_eq!(found.blocks[2].header, header(3, &payload(3)));
+        assert_eq!(store.known().len(), 5);
+        drop(store);
+        let store = Store::open(&folder, backend);
+        assert!(!store.report.scan_needed);
+        assert_eq!(store.known().len(), 5);
+        assert_eq!(store.report.spaces, vec![record()]);
+    }
+}
+
+/// A catalog that does not read back must not stop the daemon or lose blocks:
+/// its files are overwritten, and it must be moved aside and rebuilt.
+#[test]
+fn a_damaged_catalog_is_moved_aside() {
+    let folder = folder();
+    let mut store = Store::open(&folder, Backend::Auto);
+    store.chunk(1, Access::Pool);
+    store.carve(0);
+    store.persist(1, disk(0, 0));
+    drop(store);
+    for entry in std::fs::read_dir(folder.path().join("data/catalog")).unwrap() {
+        let path = entry.unwrap().path();
+        if path.extension().is_some_and(|kind| kind == "log") {
+            let mut bytes = std::fs::read(&path).unwrap();
+            let middle = bytes.len() / 2;
+            bytes[middle] ^= 0x40;
+            std::fs::write(&path, bytes).unwrap();
+        }
+    }
+    let store = Store::open(&folder, Backend::Auto);
+    assert!(matches!(store.report.catalog, CatalogState::Damaged { .. }), "{:?}", store.report.catalog);
+    assert!(store.report.scan_needed);
+    assert_eq!(store.media.scan(&mut |_| {}).unwrap().blocks, 1);
+    assert_eq!(store.known(), vec![block(1)]);
+}
+
+/// A scan could bring back what was cleared: a space is cleared, the catalog is
+/// lost, and only the block written afterwards may be found.
+#[test]
+fn a_scan_never_resurrects_a_cleared_generation() {
+    let folder = folder();
+    let mut store = Store::open(&folder, Backend::Auto);
+    store.media.put_space(record()).unwrap();
+    store.chunk(1, Access::Pool);
+    store.carve(0);
+    store.persist(1, disk(0, 0));
+    let cleared = store.run(|op| MediaOp::ClearSpace { op, space: space(), tenant: tenant(), generation: 2 });
+    assert_eq!(cleared, Ok(Done::Plain));
+    assert!(store.known().is_empty());
+    let bytes = payload(2);
+    let mut newer = header(2, &bytes);
+    newer.generation = 2;
+    newer.checksum = terrace_core::checksum(newer.block, 2, &bytes);
+    store.fill(frame(1, 0), &bytes);
+    assert_eq!(store.write(frame(1, 0), disk(0, 1), newer, Via::Direct), Ok(Done::Plain));
+    assert_eq!(store.commit(vec![(disk(0, 1), newer)], vec![]), Ok(Done::Plain));
+    drop(store);
+    std::fs::remove_dir_all(folder.path().join("data/catalog")).unwrap();
+    let store = Store::open(&folder, Backend::Auto);
+    let mut spaces = Vec::new();
+    store.media.scan(&mut |piece| spaces.extend(piece.space)).unwrap();
+    assert_eq!(store.known(), vec![block(2)]);
+    assert_eq!(spaces[0].generation, 2, "the space must not start from an old generation");
+}
+
+/// Damage on the device must be a fault, never other bytes: one bit is flipped
+/// in the payload, then in the header page, then the block of another key is put there.
+#[test]
+fn damage_is_a_checksum_fault() {
+    for backend in BACKENDS {
+        let folder = folder();
+        let mut store = Store::open(&folder, backend);
+        store.chunk(1, Access::Pool);
+        store.carve(0);
+        let header = store.persist(1, disk(0, 0));
+        store.persist(2, disk(0, 1));
+        let (first, second) = (store.offset(disk(0, 0)), store.offset(disk(0, 1)));
+        let device = std::fs::File::options().read(true).write(true).open(device_path(&folder)).unwrap();
+        for at in [first + 4096 + BLOCK_BYTES - 1, first + 4096, first + 90, first + 4000] {
+            let mut byte = [0u8];
+            device.read_exact_at(&mut byte, at).unwrap();
+            device.write_all_at(&[byte[0] ^ 1], at).unwrap();
+            assert_eq!(store.read(disk(0, 0), frame(1, 3), header), Err(Fault::Checksum), "byte {at}");
+            device.write_all_at(&byte, at).unwrap();
+            assert_eq!(store.read(disk(0, 0), frame(1, 3), header), Ok(Done::Plain), "byte {at}");
+        }
+        let mut other = vec![0; usize::try_from(FRAME_BYTES).unwrap()];
+        device.read_exact_at(&mut other, second).unwrap();
+        device.write_all_at(&other, first).unwrap();
+        assert_eq!(store.read(disk(0, 0), frame(1, 3), header), Err(Fault::Checksum));
+    }
+}
+
+/// A data file that lost its end must give faults for the blocks there, and the
+/// next start must go on with it.
+#[test]
+fn a_truncated_device_loses_only_its_end() {
+    for backend in BACKENDS {
+        let folder = folder();
+        let mut store = Store::open(&folder, backend);
+        store.chunk(1, Access::Pool);
+        store.carve(0);
+        store.carve(3);
+        let kept = store.persist(1, disk(0, 0));
+        let lost = store.persist(2, disk(3, 5));
+        let device = std::fs::File::options().write(true).open(device_path(&folder)).unwrap();
+        device.set_len(store.offset(disk(3, 0))).unwrap();
+        assert_eq!(store.read(disk(0, 0), frame(1, 3), kept), Ok(Done::Plain));
+        assert_eq!(store.read(disk(3, 5), frame(1, 3), lost), Err(Fault::Device));
+        drop(store);
+        let mut store = Store::open(&folder, backend);
+        assert!(store.report.notes.iter().any(|note| note.contains("missing")), "{:?}", store.report.notes);
+        store.chunk(1, Access::Pool);
+        assert_eq!(store.read(disk(0, 0), frame(1, 3), kept), Ok(Done::Plain));
+        assert_eq!(store.read(disk(3, 5), frame(1, 3), lost), Err(Fault::Checksum));
+    }
+}
+
+/// A bounced write must not persist what a client changed after its seal.
+#[test]
+fn a_changed_window_is_not_written() {
+    let folder = folder();
+    let mut store = Store::open(&folder, Backend::Auto);
+    store.chunk(1, Access::Window);
+    store.carve(0);
+    let bytes = payload(1);
+    let header = header(1, &bytes);
+    store.fill(frame(1, 0), &bytes);
+    store.fill(frame(1, 0), b"changed");
+    assert_eq!(store.write(frame(1, 0), disk(0, 0), header, Via::Bounce), Err(Fault::Checksum));
+    let verify = store.run(|op| MediaOp::Verify { op, frame: frame(1, 0), expect: header });
+    assert_eq!(verify, Err(Fault::Checksum));
+    store.chunk(2, Access::Pool);
+    let copy = |op| MediaOp::Copy { op, source: frame(1, 0), target: frame(2, 1), expect: header };
+    assert_eq!(store.run(copy), Err(Fault::Checksum));
+    store.fill(frame(1, 0), &bytes);
+    assert_eq!(store.run(copy), Ok(Done::Plain));
+    assert_eq!(store.payload(frame(2, 1)), bytes);
+}
+
+/// Two daemons on one directory would destroy each other's blocks.
+#[test]
+fn a_second_daemon_is_turned_away() {
+    let folder = folder();
+    let store = Store::open(&folder, Backend::Auto);
+    let error = Store::with(config(&folder, Backend::Auto)).err().unwrap();
+    assert!(
+        matches!(&error, MediaError::InUse { pid, .. } if *pid == std::process::id().to_string()),
+        "{error}"
+    );
+    let mut elsewhere = config(&folder, Backend::Auto);
+    elsewhere.data_dir = folder.path().join("other");
+    let error = Store::with(elsewhere).err().unwrap();
+    assert!(matches!(error, MediaError::InUse { .. }), "the device is locked as well: {error}");
+    drop(store);
+    Store::open(&folder, Backend::Auto);
+}
+
+/// A wrong setting must not overwrite a device: another node, another chunk
+/// size, and a file that is not ours are refused, and nothing changes.
+#[test]
+fn foreign_devices_are_refused_untouched() {
+    let folder = folder();
+    drop(Store::open(&folder, Backend::Auto));
+    let before = std::fs::read(device_path(&folder)).unwrap();
+    let mut other_node = config(&folder, Backend::Auto);
+    other_node.node = [8; 16];
+    assert!(matches!(Store::with(other_node).err().unwrap(), MediaError::OtherNode { .. }));
+    let mut other_size = config(&folder, Backend::Auto);
+    other_size.chunk_bytes = terrace_core::ByteCount::new(2 * CHUNK_BYTES);
+    assert!(matches!(Store::with(other_size).err().unwrap(), MediaError::OtherChunkBytes { .. }));
+    assert!(std::fs::read(device_path(&folder)).unwrap() == before);
+    std::fs::write(device_path(&folder), vec![b'x'; 3 << 20]).unwrap();
+    let mut fresh = config(&folder, Backend::Auto);
+    fresh.data_dir = folder.path().join("fresh");
+    assert!(matches!(Store::with(fresh).err().unwrap(), MediaError::NotOurs { .. }));
+    assert_eq!(std::fs::metadata(device_path(&folder)).unwrap().len(), 3 << 20);
+}
+
+/// A device that replaced another one must not be asked for the old one's blocks.
+#[test]
+fn a_replaced_device_is_forgotten() {
+    let folder = folder();
+    let mut store = Store::open(&folder, Backend::Auto);
+    store.chunk(1, Access::Pool);
+    store.carve(0);
+    store.persist(1, disk(0, 0));
+    drop(store);
+    std::fs::remove_file(device_path(&folder)).unwrap();
+    let store = Store::open(&folder, Backend::Auto);
+    assert!(store.known().is_empty() && store.report.carves.is_empty());
+    assert!(!store.report.scan_needed);
+    assert!(store.report.notes.iter().any(|note| note.contains("replaced")));
+}
+
+/// After a failed batch nothing may be acknowledged until the catalog has been
+/// reopened; then everything works again, and the failed change is not there.
+#[test]
+fn a_failed_catalog_takes_nothing_until_it_is_reopened() {
+    let folder = folder();
+    let mut configuration = config(&folder, Backend::Auto);
+    let fails = Arc::new(AtomicBool::new(false));
+    configuration.hooks.catalog_fails = Arc::clone(&fails);
+    let mut store = Store::with(configuration).unwrap();
+    store.chunk(1, Access::Pool);
+    store.carve(0);
+    let one = store.persist(1, disk(0, 0));
+    fails.store(true, Ordering::Release);
+    let two = header(2, &payload(2));
+    assert_eq!(store.commit(vec![(disk(0, 1), two)], vec![]), Err(Fault::Catalog));
+    fails.store(false, Ordering::Release);
+    assert_eq!(store.commit(vec![(disk(0, 1), two)], vec![]), Err(Fault::Catalog));
+    assert!(!store.media.facts().catalog_usable);
+    assert_eq!(store.read(disk(0, 0), frame(1, 3), one), Ok(Done::Plain), "reads go on");
+    store.media.reopen_catalog().unwrap();
+    assert!(store.media.facts().catalog_usable);
+    assert_eq!(store.known(), vec![block(1)]);
+    assert_eq!(store.commit(vec![], vec![block(1)]), Ok(Done::Plain));
+    assert!(store.known().is_empty());
+}
+
+/// Many commits that wait together must share their batches, or each would cost
+/// a sync; all of them must be there afterwards.
+#[test]
+fn waiting_commits_share_batches() {
+    let folder = folder();
+    let mut store = Store::open(&folder, Backend::Auto);
+    let (commits, batches) = store.media.facts().commits;
+    for number in 0..200u8 {
+        let op = store.op();
+        let put = vec![(disk(0, u32::from(number)), header(number, b"x"))];
+        store.media.start(MediaOp::Commit { op, put, delete: vec![] });
+    }
+    for _ in 0..200 {
+        assert_eq!(store.answer().1, Ok(Done::Plain));
+    }
+    let (commits_after, batches_after) = store.media.facts().commits;
+    assert_eq!(commits_after - commits, 200);
+    assert!(batches_after - batches < 200, "{} batches", batches_after - batches);
+    assert_eq!(store.known().len(), 200);
+}
+
+/// A commit that deletes and puts one block means its move to another frame.
+#[test]
+fn delete_and_put_of_one_block_leaves_it() {
+    let folder = folder();
+    let mut store = Store::open(&folder, Backend::Auto);
+    let header = header(1, b"x");
+    assert_eq!(store.commit(vec![(disk(0, 1), header)], vec![block(1)]), Ok(Done::Plain));
+    assert_eq!(store.known(), vec![block(1)]);
+}
+
+/// A fence that is set must be seen at once, in the page that readers map.
+#[test]
+fn fences_start_at_one_and_move() {
+    let folder = folder();
+    let mut store = Store::open(&folder, Backend::Auto);
+    store.chunk(1, Access::Pool);
+    let memory = store.media.chunk(terrace_core::ChunkId::new(1)).unwrap();
+    assert!((0..8).all(|index| memory.fence(index) == Fence::new(1)));
+    store.media.set_fence(frame(1, 4), Fence::new(9));
+    assert_eq!(memory.fence(4), Fence::new(9));
+    let page = std::fs::File::from(memory.share_fences().unwrap());
+    let mut bytes = [0u8; 8];
+    page.read_exact_at(&mut bytes, 32).unwrap();
+    assert_eq!(u64::from_le_bytes(bytes), 9);
+}
+
+/// Operations that name what is not there are answered, not ignored: the core waits for each.
+#[test]
+fn impossible_operations_are_answered() {
+    let folder = folder();
+    let mut store = Store::open(&folder, Backend::Auto);
+    let header = header(1, &payload(1));
+    assert_eq!(store.read(disk(0, 0), frame(99, 0), header), Err(Fault::NoMemory));
+    store.chunk(1, Access::Pool);
+    assert_eq!(store.read(disk(0, 0), frame(1, 99), header), Err(Fault::Device));
+    let far = MediaOp::Read {
+        op: store.op(),
+        source: terrace_core::DiskFrame { device: terrace_core::DeviceId::new(9), slot: 0, index: 0 },
+        source_offset: 1 << 20,
+        target: frame(1, 0),
+        expect: header,
+        class: terrace_core::IoClass::Fetch,
+    };
+    store.media.start(far);
+    assert_eq!(store.answer().1, Err(Fault::Device));
+    let mut long = header;
+    long.length = terrace_core::ByteCount::new(FRAME_BYTES);
+    assert_eq!(store.read(disk(0, 0), frame(1, 0), long), Err(Fault::Checksum));
+    let huge = store.run(|op| MediaOp::CreateChunk {
+        op,
+        chunk: terrace_core::ChunkId::new(2),
+        access: Access::Pool,
+        frame_bytes: terrace_core::ByteCount::new(1 << 30),
+        frames: 1 << 20,
+    });
+    assert_eq!(huge, Err(Fault::NoMemory));
+    let gone = store.run(|op| MediaOp::DropChunk { op, chunk: terrace_core::ChunkId::new(77) });
+    assert_eq!(gone, Ok(Done::Plain));
+}
