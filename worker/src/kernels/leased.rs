@@ -10,7 +10,7 @@ use crate::kernels::memory::{ReadBytes, WriteBytes};
 
 /// The bytes of a sealed block, in place. The guard lives as long as they do.
 /// `None` if the frame is not aligned for f16, which no daemon grants.
-pub fn read_leased(block: &ReadBlock) -> Option<ReadBytes> {
+pub(crate) fn read_leased(block: &ReadBlock) -> Option<ReadBytes> {
     let pointer = NonNull::new(block.bytes().as_ptr().cast_mut()).filter(|start| is_aligned(*start))?;
     let length = block.bytes().len();
     let owner: Arc<dyn Any + Send + Sync> = Arc::new(block.clone());
@@ -23,7 +23,7 @@ pub fn read_leased(block: &ReadBlock) -> Option<ReadBytes> {
 /// The bytes of a frame to be filled, in place. `owner` holds the write lease
 /// that `block` belongs to, so that neither the mapping nor its write
 /// permission goes while somebody may store.
-pub fn write_leased(block: &WriteBlock, owner: Arc<dyn Any + Send + Sync>) -> Option<WriteBytes> {
+pub(crate) fn write_leased(block: &WriteBlock, owner: Arc<dyn Any + Send + Sync>) -> Option<WriteBytes> {
     let pointer = NonNull::new(block.as_mut_ptr()).filter(|start| is_aligned(*start))?;
     // SAFETY: `owner` keeps the lease and with it the mapping; the frame was
     // granted to this session alone, and only the sequence that leased it stores.

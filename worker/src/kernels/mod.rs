@@ -12,6 +12,7 @@ pub(crate) mod attention;
 pub(crate) mod elementwise;
 pub(crate) mod gemm;
 pub(crate) mod lanes;
+pub(crate) mod leased;
 pub mod memory;
 
 /// An instruction set that this processor has been seen to have.

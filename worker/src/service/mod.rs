@@ -1,0 +1,177 @@
+//! A worker process: the engine behind gRPC, its blocks in the store.
+
+mod args;
+mod compute;
+mod load;
+mod report;
+mod rpc;
+mod sequence;
+mod store;
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context;
+use axum::Router;
+use axum::http::{StatusCode, header};
+use axum::response::IntoResponse;
+use axum::routing::get;
+use terrace_core::{ByteCount, SpaceKind, SpaceManifest, TokenCount};
+use terrace_proto::MESSAGE_BYTES_MAX;
+use terrace_proto::v1::WorkerRole;
+use terrace_proto::v1::worker_service_server::WorkerServiceServer;
+use tokio::net::TcpListener;
+use tokio::signal::unix::{SignalKind, signal};
+use tonic::transport::Server;
+use tonic::transport::server::TcpIncoming;
+
+pub use args::{Cli, Role, WorkerArgs};
+use compute::Compute;
+use load::Load;
+use rpc::{Bounds, Worker};
+use sequence::Shared;
+use store::Store;
+
+use crate::kv::{BLOCK_TOKENS, LAYOUT};
+use crate::model::{ARITHMETIC, Model, ModelOptions};
+
+/// Runs a worker until SIGTERM or SIGINT, then lets running requests end.
+///
+/// # Errors
+/// If the model cannot be opened or an address cannot be served.
+pub async fn run(role: WorkerRole, args: WorkerArgs) -> anyhow::Result<()> {
+    let model = open_model(&args).await?;
+    let load = Arc::new(Load::new()?);
+    let requests = usize::try_from(args.requests).context("too many requests for this machine")?;
+    let manifest = manifest(&model)?;
+    let compute = Compute::start(Arc::clone(&model), Arc::clone(&load), requests)?;
+    let store = Store::new(&args, &manifest)?;
+    let shared = Arc::new(Shared {
+        compute,
+        store: store.clone(),
+        load: Arc::clone(&load),
+        geometry: model.geometry(),
+    });
+    let bounds = Bounds { context: model.shape().context, vocabulary: model.shape().vocabulary, requests };
+
+    let listener = bind(args.listen, "--listen").await?;
+    let address = listener.local_addr()?;
+    let metrics_listener = bind(args.metrics_listen, "--metrics-listen").await?;
+    let metrics_address = metrics_listener.local_addr()?;
+    let description = report::Description {
+        role,
+        endpoint: format!("http://{address}"),
+        manifest,
+        bounds,
+        model_path: std::path::absolute(&args.model)?.to_string_lossy().into_owned(),
+    };
+    let reporter = tokio::spawn(report::run(args.clone(), description, Arc::clone(&load)));
+    let metrics = tokio::spawn(serve_metrics(metrics_listener, Arc::clone(&load)));
+    tracing::info!(name = args.name, %address, metrics = %metrics_address, "worker ready");
+
+    serve(listener, Worker::new(shared, bounds), &load, Duration::from_secs(args.drain_seconds)).await?;
+    reporter.abort();
+    metrics.abort();
+    store.close().await;
+    tracing::info!(name = args.name, "worker stopped");
+    Ok(())
+}
+
+async fn open_model(args: &WorkerArgs) -> anyhow::Result<Arc<Model>> {
+    let path = args.model.clone();
+    let mut options = ModelOptions::detect();
+    if args.threads > 0 {
+        options.threads = args.threads;
+    }
+    let opened = tokio::task::spawn_blocking(move || Model::open_with(&path, options)).await?;
+    let model = opened.with_context(|| format!("cannot use the model {}", args.model.display()))?;
+    tracing::info!(model = model.name(), isa = ?model.isa(), threads = model.threads(), "model opened");
+    Ok(Arc::new(model))
+}
+
+/// What this engine's blocks are. Workers of other instruction sets share them:
+/// all compute the same bits.
+fn manifest(model: &Model) -> anyhow::Result<SpaceManifest> {
+    Ok(SpaceManifest {
+        model: model.name().to_owned(),
+        model_fingerprint: model.fingerprint().as_bytes().to_vec(),
+        weights_generation: 0,
+        dtype: "f16".to_owned(),
+        layout: LAYOUT.to_owned(),
+        tokens_per_block: TokenCount::new(u32::try_from(BLOCK_TOKENS)?),
+        block_bytes: ByteCount::new(u64::try_from(model.geometry().block_bytes())?),
+        kind: SpaceKind::Chain,
+        group: 0,
+        topology: "canonical".to_owned(),
+        rank: 0,
+        engine: ARITHMETIC.to_owned(),
+    })
+}
+
+async fn bind(address: SocketAddr, option: &str) -> anyhow::Result<TcpListener> {
+    TcpListener::bind(address)
+        .await
+        .with_context(|| format!("cannot serve on {address}; choose another address with {option}"))
+}
+
+async fn serve(
+    listener: TcpListener,
+    worker: Worker,
+    load: &Arc<Load>,
+    drain: Duration,
+) -> anyhow::Result<()> {
+    let (health, health_service) = tonic_health::server::health_reporter();
+    health.set_serving::<WorkerServiceServer<Worker>>().await;
+    let service = WorkerServiceServer::new(worker)
+        .max_decoding_message_size(MESSAGE_BYTES_MAX)
+        .max_encoding_message_size(MESSAGE_BYTES_MAX);
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
+    let draining = Arc::clone(load);
+    tokio::spawn(async move {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+        tracing::info!("stopping: running requests end first");
+        draining.drain();
+        // The server may have ended by itself.
+        stop.send(()).ok();
+    });
+    let mut server = tokio::spawn(
+        Server::builder().add_service(health_service).add_service(service).serve_with_incoming_shutdown(
+            TcpIncoming::from(listener).with_nodelay(Some(true)),
+            async move {
+                drop(stopped.await);
+            },
+        ),
+    );
+    let draining = async {
+        load.drained().await;
+        tokio::time::sleep(drain).await;
+    };
+    tokio::select! {
+        ended = &mut server => ended??,
+        () = draining => {
+            tracing::warn!("requests were still running after {} s; they are cut off", drain.as_secs());
+            server.abort();
+        }
+    }
+    Ok(())
+}
+
+async fn serve_metrics(listener: TcpListener, load: Arc<Load>) -> std::io::Result<()> {
+    let text = move || {
+        let load = Arc::clone(&load);
+        async move {
+            match load.text() {
+                Ok(text) => ([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], text).into_response(),
+                Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, error.to_string()).into_response(),
+            }
+        }
+    };
+    let app = Router::new().route("/metrics", get(text)).route("/healthz", get(|| async { "ok\n" }));
+    axum::serve(listener, app).await
+}

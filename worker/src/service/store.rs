@@ -1,0 +1,212 @@
+//! The cache as a worker sees it: something that may be there.
+//!
+//! Every call answers within a deadline, and `None` or less than was asked for is
+//! always an answer: the worker then computes. Nothing here fails a request.
+
+use std::any::Any;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use terrace_client::{
+    ClientError, Connector, Durability, Outcome, ReadBlock, ReadLease, ReadOptions, SealOutcome, Session,
+    Space, Target, WriteLease, WriteOptions,
+};
+use terrace_core::SpaceManifest;
+use tokio::time::timeout;
+
+use crate::kernels::leased::{read_leased, write_leased};
+use crate::kernels::memory::{ReadBytes, WriteBytes};
+use crate::service::args::WorkerArgs;
+
+// How long a prompt waits for blocks to come from NVMe. A block of SmolLM2 takes
+// well under a millisecond to load and 50 to compute.
+const PROMOTE_WAIT: Duration = Duration::from_secs(2);
+
+// How long a chunk waits for frames before it is computed in private memory.
+const FRAMES_WAIT: Duration = Duration::from_millis(500);
+
+// A request does not wait longer for a daemon that is away: it may be on its way
+// back, but computing may be quicker.
+const ATTACH_WAIT: Duration = Duration::from_millis(500);
+
+// Past this the daemon is taken for gone, whatever its socket says.
+const CALL_MAX: Duration = Duration::from_secs(5);
+
+/// The connection to the daemon, made anew when it ends.
+#[derive(Clone)]
+pub(crate) struct Store {
+    inner: Option<Arc<Inner>>,
+}
+
+struct Inner {
+    connector: Connector,
+    manifest: SpaceManifest,
+    current: Mutex<Option<Attached>>,
+}
+
+impl Store {
+    /// Connects lazily. Without a socket there is no store.
+    ///
+    /// # Errors
+    /// If the manifest is refused.
+    pub(crate) fn new(args: &WorkerArgs, manifest: &SpaceManifest) -> anyhow::Result<Self> {
+        manifest.validate()?;
+        let Some(socket) = args.socket.clone() else {
+            tracing::warn!("no --socket: every prompt is computed");
+            return Ok(Self { inner: None });
+        };
+        let target = Target {
+            socket: Some(socket),
+            grpc: None,
+            tenant: args.tenant.clone(),
+            token: args.token.clone(),
+            client_name: format!("{} pid {}", args.name, std::process::id()),
+        };
+        let inner = Inner {
+            connector: Connector::new(target),
+            manifest: manifest.clone(),
+            current: Mutex::new(None),
+        };
+        Ok(Self { inner: Some(Arc::new(inner)) })
+    }
+
+    /// The session and the space, if the daemon is there.
+    pub(crate) async fn attach(&self) -> Option<Attached> {
+        let inner = self.inner.as_ref()?;
+        if let Some(attached) = inner.current().filter(|attached| !attached.session.is_closed()) {
+            return Some(attached);
+        }
+        match timeout(ATTACH_WAIT, inner.open()).await {
+            Ok(Ok(attached)) => Some(attached),
+            Ok(Err(error)) => {
+                tracing::debug!(%error, "no store; computing");
+                None
+            }
+            Err(_) => {
+                tracing::debug!("no store in time; computing");
+                None
+            }
+        }
+    }
+
+    /// Hands windows back, so that what was sealed is adopted and persisted.
+    pub(crate) async fn close(&self) {
+        let Some(attached) = self.inner.as_ref().and_then(|inner| inner.current()) else { return };
+        if let Ok(Err(error)) = timeout(CALL_MAX, attached.session.flush_windows()).await {
+            tracing::debug!(%error, "windows were not handed back; the daemon replaces them");
+        }
+    }
+}
+
+impl Inner {
+    fn current(&self) -> Option<Attached> {
+        self.current.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    async fn open(&self) -> Result<Attached, ClientError> {
+        let session = self.connector.session().await?;
+        let space = session.open_space(&self.manifest).await?;
+        let attached = Attached { session, space: Arc::new(space) };
+        *self.current.lock().unwrap_or_else(PoisonError::into_inner) = Some(attached.clone());
+        Ok(attached)
+    }
+}
+
+/// A session with the space opened in it.
+#[derive(Clone)]
+pub(crate) struct Attached {
+    session: Session,
+    space: Arc<Space>,
+}
+
+/// A leased prefix.
+pub(crate) struct PrefixLease {
+    blocks: Vec<ReadBlock>,
+}
+
+impl PrefixLease {
+    /// The blocks' bytes, in order.
+    pub(crate) fn blocks(&self) -> impl Iterator<Item = ReadBytes> + '_ {
+        self.blocks.iter().map_while(read_leased)
+    }
+
+    /// Whether everything that was read from them until now was right.
+    pub(crate) fn is_valid(&self) -> bool {
+        self.blocks.iter().all(ReadBlock::is_valid)
+    }
+}
+
+/// Leased frames to be filled. The lease lives as long as any of their bytes.
+#[derive(Clone)]
+pub(crate) struct WriteFrames {
+    lease: Arc<tokio::sync::Mutex<WriteLease>>,
+}
+
+impl WriteFrames {
+    /// Whether both are of one lease.
+    pub(crate) fn is_same(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.lease, &other.lease)
+    }
+
+    /// The bytes of the frame at `index`, if it was granted. To be taken once.
+    pub(crate) async fn take(&self, index: usize) -> Option<WriteBytes> {
+        let lease = self.lease.lock().await;
+        let block = lease.block(u32::try_from(index).ok()?)?;
+        let owner: Arc<dyn Any + Send + Sync> = Arc::new(self.clone());
+        write_leased(block, owner)
+    }
+}
+
+impl Attached {
+    /// Leases the longest prefix of `keys` that is there in time.
+    pub(crate) async fn lease_prefix(&self, keys: &[[u8; 16]]) -> Option<PrefixLease> {
+        let options = ReadOptions { ttl: None, wait: PROMOTE_WAIT };
+        let lease = said(timeout(CALL_MAX, self.session.lease_read(&self.space, keys, options)).await)?;
+        let ReadLease { grants, .. } = lease;
+        let blocks: Vec<ReadBlock> = grants.into_iter().map_while(Outcome::into_granted).collect();
+        (!blocks.is_empty()).then_some(PrefixLease { blocks })
+    }
+
+    /// Leases frames for blocks. Some of them may be had, or none.
+    pub(crate) async fn lease_write(
+        &self,
+        keys: &[[u8; 16]],
+        parent: Option<[u8; 16]>,
+    ) -> Option<WriteFrames> {
+        let options = WriteOptions { ttl: None, wait: FRAMES_WAIT };
+        let parent = parent.as_ref().map(<[u8; 16]>::as_slice);
+        let lease =
+            said(timeout(CALL_MAX, self.session.lease_write(&self.space, keys, parent, options)).await)?;
+        lease.id()?;
+        Some(WriteFrames { lease: Arc::new(tokio::sync::Mutex::new(lease)) })
+    }
+
+    /// Publishes filled frames of one lease, and returns guards to go on reading
+    /// them, which also say whether the store kept them.
+    pub(crate) async fn seal(&self, frames: &WriteFrames, indexes: &[usize]) -> (usize, Vec<ReadBlock>) {
+        let indexes: Vec<u32> = indexes.iter().filter_map(|index| u32::try_from(*index).ok()).collect();
+        let mut lease = frames.lease.lock().await;
+        let outcomes =
+            said(timeout(CALL_MAX, lease.seal(&indexes, Durability::Readable)).await).unwrap_or_default();
+        let sealed = outcomes.iter().filter(|outcome| **outcome == SealOutcome::Sealed).count();
+        if outcomes.contains(&SealOutcome::Conflict) {
+            tracing::error!("a block was sealed before with other bytes: this model is not deterministic");
+        }
+        (sealed, indexes.iter().filter_map(|index| lease.reader(*index)).collect())
+    }
+}
+
+/// A call's result, with anything else said once.
+fn said<T>(answer: Result<Result<T, ClientError>, tokio::time::error::Elapsed>) -> Option<T> {
+    match answer {
+        Ok(Ok(value)) => Some(value),
+        Ok(Err(error)) => {
+            tracing::debug!(%error, "the store gave nothing; computing");
+            None
+        }
+        Err(_) => {
+            tracing::warn!("the daemon did not answer in {} s; computing", CALL_MAX.as_secs());
+            None
+        }
+    }
+}
