@@ -1,6 +1,8 @@
 //! `block stat|locate|verify` and `prefix match`.
 
-use std::path::PathBuf;
+use std::fs::File;
+use std::io::Read;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context, anyhow, bail};
@@ -13,9 +15,12 @@ use terrace_proto::v1::{
 };
 use terrace_proto::{BLOCKS_PER_REQUEST_MAX, v1};
 
+use terrace_worker::chat::Message;
+use terrace_worker::tokenizer::Tokenizer;
+
 use crate::admin::tier_name;
 use crate::cli::Target;
-use crate::connect::{admin, refused};
+use crate::connect::{self, admin, refused};
 use crate::output::{self, Format};
 
 /// Which prompt to look for.
@@ -25,6 +30,9 @@ pub(crate) struct PrefixArgs {
     /// Text of the prompt, exactly as the model sees it; - reads standard input
     #[arg(long)]
     pub(crate) prompt_file: Option<PathBuf>,
+    /// The prompt file is one user message of a chat
+    #[arg(long, conflicts_with = "tokens")]
+    pub(crate) chat: bool,
     /// Token ids, separated by commas
     #[arg(long, value_delimiter = ',')]
     pub(crate) tokens: Option<Vec<u32>>,
@@ -231,11 +239,29 @@ fn choose_space(spaces: &[SpaceInfo], wanted: Option<[u8; 16]>) -> anyhow::Resul
     }
 }
 
-fn prompt_tokens(_target: &Target, args: &PrefixArgs) -> anyhow::Result<Vec<u32>> {
+fn prompt_tokens(target: &Target, args: &PrefixArgs) -> anyhow::Result<Vec<u32>> {
     if let Some(tokens) = &args.tokens {
         return Ok(tokens.clone());
     }
-    bail!("give --tokens")
+    let file = args.prompt_file.as_deref().unwrap_or(Path::new("-"));
+    let mut text = String::new();
+    let read = if file == Path::new("-") {
+        std::io::stdin().read_to_string(&mut text)
+    } else {
+        File::open(file).and_then(|mut file| file.read_to_string(&mut text))
+    };
+    read.with_context(|| format!("cannot read the prompt from {}", file.display()))?;
+    let model = match &args.model {
+        Some(model) => model.clone(),
+        None => connect::running(target).map(|running| running.model).context("give --model PATH")?,
+    };
+    let tokenizer = Tokenizer::open(&model).with_context(|| format!("cannot use {}", model.display()))?;
+    if !args.chat {
+        return Ok(tokenizer.encode(&text)?);
+    }
+    let template = tokenizer.chat().context("this model has no chat template: leave out --chat")?;
+    let message = Message { role: "user".to_owned(), content: text };
+    Ok(tokenizer.encode_chat(&template.render(&[message])?)?)
 }
 
 #[cfg(test)]

@@ -10,7 +10,7 @@ use clap::{Args, CommandFactory, Parser, Subcommand};
 use clap_complete::Shell;
 
 use crate::output::Format;
-use crate::{admin, block, doctor, model, up};
+use crate::{admin, bench, block, doctor, model, up};
 
 /// Terrace: a KV-cache service for LLM inference
 #[derive(Debug, Parser)]
@@ -64,6 +64,8 @@ enum Command {
     /// The default model
     #[command(subcommand)]
     Model(ModelCommand),
+    /// Measure, on temporary state of its own; never touches yours
+    Bench(bench::Options),
     /// Print a shell's completion script
     Completions {
         /// Which shell
@@ -130,6 +132,7 @@ impl Cli {
         let (target, format) = (self.target, self.output);
         match self.command {
             Command::Up(options) => runtime.block_on(up::run(options, target.home)),
+            Command::Bench(options) => runtime.block_on(bench::run(options, format)),
             Command::Doctor => runtime.block_on(doctor::run(&target, format)),
             Command::Model(ModelCommand::Fetch) => {
                 println!("{}", model::fetch()?.display());

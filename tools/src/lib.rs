@@ -2,9 +2,11 @@
 //! and measures.
 
 mod admin;
+mod bench;
 mod block;
 pub mod cli;
 mod connect;
+mod daemon_config;
 mod doctor;
 mod home;
 mod model;

@@ -5,8 +5,8 @@
 //! is started again with growing pauses; the reason is printed.
 
 mod child;
-mod ports;
-mod ready;
+pub(crate) mod ports;
+pub(crate) mod ready;
 mod settings;
 
 use std::path::{Path, PathBuf};
@@ -16,6 +16,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail};
 use clap::Args;
 use terrace_planner::process::Ask;
+use terrace_worker::gguf::Gguf;
+use terrace_worker::model::ModelError;
+use terrace_worker::tokenizer::Tokenizer;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::home::{self, Home, Running};
@@ -122,11 +125,20 @@ impl Stops {
     }
 }
 
+/// A file that no worker can use is better refused here than by every worker.
 fn check_model(path: &Path) -> anyhow::Result<PathBuf> {
     let found = path.canonicalize().with_context(|| format!("cannot find the model {}", path.display()))?;
     if !found.is_file() {
         bail!("{} is no file: --model takes a GGUF file", path.display());
     }
+    let cannot = || format!("cannot use the model {}", path.display());
+    let file = Gguf::open(&found).with_context(cannot)?;
+    let architecture = file.architecture().with_context(cannot)?;
+    if architecture != "llama" {
+        let found = ModelError::Architecture { found: architecture.to_owned() };
+        return Err(found).with_context(cannot);
+    }
+    Tokenizer::from_gguf(&file).with_context(cannot)?;
     Ok(found)
 }
 

@@ -14,7 +14,7 @@ const COUNT: u16 = 10_000;
 ///
 /// # Errors
 /// When it is in use or not allowed.
-pub(super) fn check_front_door(port: u16) -> anyhow::Result<()> {
+pub(crate) fn check_front_door(port: u16) -> anyhow::Result<()> {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, port));
     if let Err(error) = listener {
         match error.kind() {
@@ -38,7 +38,7 @@ pub(super) fn check_front_door(port: u16) -> anyhow::Result<()> {
 ///
 /// # Errors
 /// When there are none.
-pub(super) fn free<const N: usize>() -> anyhow::Result<[SocketAddr; N]> {
+pub(crate) fn free<const N: usize>() -> anyhow::Result<[SocketAddr; N]> {
     let offset = u16::try_from(std::process::id().wrapping_mul(7) % u32::from(COUNT)).unwrap_or(0);
     // Held until all are found, so that no port is given twice.
     let mut held = Vec::new();

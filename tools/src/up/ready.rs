@@ -13,7 +13,7 @@ const PAUSE: Duration = Duration::from_millis(50);
 const ANSWER_TIME_MAX: Duration = Duration::from_secs(2);
 
 /// Waits until the daemon answers; says which one it is. Cancel-safe.
-pub(super) async fn daemon(grpc: &str) -> String {
+pub(crate) async fn daemon(grpc: &str) -> String {
     loop {
         if let Ok(Some(text)) = tokio::time::timeout(ANSWER_TIME_MAX, ask_daemon(grpc)).await {
             return text;
@@ -30,7 +30,7 @@ async fn ask_daemon(grpc: &str) -> Option<String> {
 
 /// Waits until the planner says that its workers report, and the router lists a
 /// model. Cancel-safe.
-pub(super) async fn front(running: &Running) -> String {
+pub(crate) async fn front(running: &Running) -> String {
     let planner = running.planner_metrics.replace("/metrics", "/healthz");
     let models = format!("{}/v1/models", running.url);
     let health = format!("{}/healthz", running.url);

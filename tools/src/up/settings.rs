@@ -3,12 +3,13 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
-use anyhow::{Context, bail};
+use anyhow::bail;
 use terrace_planner::config::beside_this_program;
 use terrace_planner::process::guarded;
 
 use super::child::Child;
 use super::{Options, ports};
+use crate::daemon_config::DaemonConfig;
 use crate::home::{Home, Running};
 
 /// Our other programs, which lie next to this one.
@@ -108,23 +109,15 @@ impl Plan {
     /// # Errors
     /// When it cannot be written.
     pub(super) fn write_daemon_config(&self) -> anyhow::Result<()> {
-        let mut config = toml::Table::from_iter([
-            ("data_dir".to_owned(), path_value(&self.home.join("data"))?),
-            ("pinned_bytes".to_owned(), self.options.pinned_bytes.clone().into()),
-            ("grpc_listen".to_owned(), self.grpc.to_string().into()),
-            ("lane_socket".to_owned(), path_value(&self.running.socket)?),
-            ("metrics_listen".to_owned(), self.daemon_metrics.to_string().into()),
-        ]);
-        if self.options.nvme_bytes != "auto" {
-            let device = toml::Table::from_iter([
-                ("path".to_owned(), path_value(&self.home.join("data").join("nvme0.dat"))?),
-                ("bytes".to_owned(), self.options.nvme_bytes.clone().into()),
-            ]);
-            config.insert("device".to_owned(), vec![device].into());
+        DaemonConfig {
+            data_dir: &self.home.join("data"),
+            socket: &self.running.socket,
+            grpc: self.grpc,
+            metrics: self.daemon_metrics,
+            pinned_bytes: &self.options.pinned_bytes,
+            nvme_bytes: &self.options.nvme_bytes,
         }
-        let path = self.daemon_config_path();
-        let text = format!("# Written by `terrace up` at each start.\n{}", toml::to_string(&config)?);
-        std::fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))
+        .write(&self.daemon_config_path())
     }
 
     /// # Errors
@@ -167,10 +160,4 @@ impl Plan {
         }
         Ok(Child::new("terrace-planner", command, home.log("terrace-planner")?, true))
     }
-}
-
-fn path_value(path: &std::path::Path) -> anyhow::Result<toml::Value> {
-    let text =
-        path.to_str().with_context(|| format!("{} is not UTF-8: choose another --home", path.display()))?;
-    Ok(text.into())
 }
