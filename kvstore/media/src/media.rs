@@ -186,6 +186,12 @@ impl Media {
         Ok(())
     }
 
+    /// Lowest generation of a space that was not cleared, by the superblocks; 0
+    /// if it was never cleared. May wait for a superblock: not for async threads.
+    pub fn lowest_generation(&self, tenant: terrace_core::TenantId, space: SpaceId) -> u64 {
+        self.slots.lowest(tenant, space)
+    }
+
     /// Every block of the catalog, in batches. Blocks while it reads. Returns how many there were.
     ///
     /// # Errors
@@ -263,7 +269,7 @@ impl Media {
     fn ask(&self, job: impl FnOnce(Answer) -> Job) -> Result<(), CatalogError> {
         let (sender, receiver) = mpsc::channel();
         self.commits.push(job(sender));
-        receiver.recv().unwrap_or_else(|_| Err(CatalogError::BadRecord))
+        receiver.recv().unwrap_or_else(|_| Err(self.catalog.closed()))
     }
 
     fn serves(&self, found: &FoundHeader) -> bool {
