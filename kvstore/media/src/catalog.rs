@@ -151,7 +151,7 @@ impl Catalog {
     /// Applies a batch and syncs it. After an error nothing is written until [`Self::reopen`].
     pub(crate) fn write(&self, batch: Batch) -> Result<(), CatalogError> {
         if self.failed.load(Ordering::Acquire) {
-            return Err(CatalogError::Failed { path: self.path.clone() });
+            return Err(self.closed());
         }
         let outcome = if self.fails.load(Ordering::Acquire) {
             Err(CatalogError::Store { path: self.path.clone(), reason: "failure was asked for".to_owned() })
@@ -272,8 +272,13 @@ impl Catalog {
         let store = self.store.read().unwrap_or_else(PoisonError::into_inner);
         match store.as_ref() {
             Some(store) => act(store),
-            None => Err(CatalogError::Failed { path: self.path.clone() }),
+            None => Err(self.closed()),
         }
+    }
+
+    /// The answer when nobody takes changes any more.
+    pub(crate) fn closed(&self) -> CatalogError {
+        CatalogError::Failed { path: self.path.clone() }
     }
 
     fn said(&self, error: &rocksdb::Error) -> CatalogError {

@@ -284,3 +284,144 @@ fn array_at<const N: usize>(bytes: &[u8], at: usize) -> [u8; N] {
     array.copy_from_slice(&bytes[at..at + N]);
     array
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn example() -> BlockHeader {
+        BlockHeader {
+            block: BlockId::from_bytes([0x11; 16]),
+            space: SpaceId::from_bytes([0x22; 16]),
+            tenant: TenantId::from_bytes([0x33; 16]),
+            parent: Some(BlockId::from_bytes([0x44; 16])),
+            length: ByteCount::new(200_000),
+            checksum: Checksum::new(0x0102_0304_0506_0708),
+            generation: 9,
+            write_sequence: 10,
+        }
+    }
+
+    fn slot_example() -> SlotHeader {
+        SlotHeader {
+            slot: 3,
+            space: SpaceId::from_bytes([0x22; 16]),
+            tenant: TenantId::from_bytes([0x33; 16]),
+            frame_bytes: ByteCount::new(204_800),
+            carve_sequence: 5,
+            generation: 6,
+            tenant_name: "default".to_owned(),
+            manifest: vec![0xaa; 40],
+        }
+    }
+
+    /// A changed layout would make every device of an older version unreadable:
+    /// these bytes were written by version 1 and stay readable for ever.
+    #[test]
+    fn golden_frame_header() {
+        let mut page = [0xffu8; PAGE];
+        encode_header(&example(), &mut page);
+        let mut golden = Vec::new();
+        golden.extend_from_slice(b"TERRFRM1\x01\x00\x01\x00\x00\x00\x00\x00");
+        for byte in [0x11, 0x22, 0x33, 0x44] {
+            golden.extend_from_slice(&[byte; 16]);
+        }
+        golden.extend_from_slice(b"\x40\x0d\x03\x00\x00\x00\x00\x00");
+        golden.extend_from_slice(b"\x08\x07\x06\x05\x04\x03\x02\x01");
+        golden.extend_from_slice(b"\x09\x00\x00\x00\x00\x00\x00\x00");
+        golden.extend_from_slice(b"\x0a\x00\x00\x00\x00\x00\x00\x00");
+        golden.extend_from_slice(&GOLDEN_FRAME_CRC);
+        golden.resize(PAGE, 0);
+        assert!(page[..] == golden[..], "{:?}", &page[..128]);
+        assert_eq!(decode_header(&golden), Ok(example()));
+    }
+
+    /// Computed by another implementation of CRC-64/NVMe, like the next.
+    const GOLDEN_FRAME_CRC: [u8; 8] = [31, 163, 87, 115, 126, 222, 4, 119];
+    const GOLDEN_SLOT_CRC: u64 = 12_798_249_213_798_823_896;
+
+    /// As above, for the slot header, by its checksum, which covers every byte.
+    #[test]
+    fn golden_slot_header() {
+        let mut page = [0xffu8; PAGE];
+        slot_example().encode(&mut page);
+        assert_eq!(&page[..16], b"TERRSLT1\x01\x00\x07\x00\x28\x00\x00\x00");
+        assert_eq!(u64_at(&page, 88), GOLDEN_SLOT_CRC);
+        assert_eq!(SlotHeader::decode(&page), Ok(slot_example()));
+    }
+
+    /// An empty page is not damage: a scan meets millions of them.
+    #[test]
+    fn empty_and_short_pages_are_told_apart() {
+        assert_eq!(decode_header(&[0; PAGE]), Err(BadHeader::Empty));
+        assert_eq!(SlotHeader::decode(&[0; PAGE]), Err(BadHeader::Empty));
+        assert_eq!(decode_header(&[0; 100]), Err(BadHeader::Short));
+    }
+
+    /// A page of a version to come must be named as such, not as damage.
+    #[test]
+    fn a_newer_version_is_named() {
+        let mut page = [0u8; PAGE];
+        encode_header(&example(), &mut page);
+        page[8] = 2;
+        let sum = crc(&page[..FRAME_CRC_AT]);
+        page[FRAME_CRC_AT..FRAME_CRC_AT + 8].copy_from_slice(&sum.to_le_bytes());
+        assert_eq!(decode_header(&page), Err(BadHeader::Version { found: 2 }));
+    }
+
+    proptest! {
+        /// Every header must come back as it was written.
+        #[test]
+        fn headers_round_trip(
+            block: [u8; 16], parent: Option<[u8; 16]>, length in 1..=BLOCK_BYTES_MAX,
+            sum: u64, generation: u64, write_sequence: u64,
+        ) {
+            let header = BlockHeader {
+                block: BlockId::from_bytes(block),
+                parent: parent.map(BlockId::from_bytes),
+                length: ByteCount::new(length),
+                checksum: Checksum::new(sum),
+                generation,
+                write_sequence,
+                ..example()
+            };
+            let mut page = [0u8; PAGE];
+            encode_header(&header, &mut page);
+            prop_assert_eq!(decode_header(&page), Ok(header));
+        }
+
+        /// One flipped bit anywhere in the page must be noticed.
+        #[test]
+        fn a_flipped_bit_is_noticed(at in 0..PAGE * 8) {
+            let mut page = [0u8; PAGE];
+            encode_header(&example(), &mut page);
+            page[at / 8] ^= 1 << (at % 8);
+            prop_assert!(decode_header(&page).is_err());
+            slot_example().encode(&mut page);
+            page[at / 8] ^= 1 << (at % 8);
+            prop_assert!(SlotHeader::decode(&page).is_err());
+        }
+
+        /// Whatever a device returns, decoding must not panic, even where the checksums are right.
+        #[test]
+        fn random_bytes_never_panic(bytes in proptest::collection::vec(any::<u8>(), 0..200), forge: bool) {
+            let mut page = vec![0u8; PAGE];
+            page[..bytes.len()].copy_from_slice(&bytes);
+            if forge {
+                page[..8].copy_from_slice(SLOT_MAGIC);
+                page[8..10].copy_from_slice(&VERSION.to_le_bytes());
+                let sum = slot_crc(&page);
+                page[88..96].copy_from_slice(&sum.to_le_bytes());
+                let _ = SlotHeader::decode(&page);
+                page[..8].copy_from_slice(FRAME_MAGIC);
+                let sum = crc(&page[..FRAME_CRC_AT]);
+                page[FRAME_CRC_AT..FRAME_CRC_AT + 8].copy_from_slice(&sum.to_le_bytes());
+            }
+            let _ = decode_header(&page);
+            let _ = SlotHeader::decode(&page);
+            let _ = decode_header(&bytes);
+        }
+    }
+}

@@ -12,6 +12,7 @@ mod chunks;
 mod commit;
 mod device;
 mod facts;
+mod faults;
 mod header;
 mod media;
 mod memory;
@@ -28,6 +29,7 @@ pub use api::{
 pub use catalog::CatalogError;
 pub use device::{AlignedPages, BlockIo, Device, IoBuffer, IoDone, IoFacts, IoOp, IoRequest};
 pub use facts::{MemoryFacts, memory_available, memory_facts};
+pub use faults::{FaultyDevice, Injected, VolatileDevice};
 pub use header::{
     BadHeader, MANIFEST_BYTES_MAX, SlotHeader, TENANT_NAME_BYTES_MAX, decode_header, encode_header,
 };

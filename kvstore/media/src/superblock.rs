@@ -35,7 +35,8 @@ use crate::header::{crc, id_at, u32_at, u64_at};
 use crate::side::SideIo;
 
 /// Where slot 0 begins.
-pub const DATA_START: u64 = 1 << 20;
+pub const DATA_START: u64 = terrace_core::DATA_START;
+const _: () = assert!(DATA_START == 1 << 20);
 const COPY_BYTES: u64 = 512 << 10;
 const MAGIC: &[u8; 8] = b"TERRSUP1";
 /// Format that this code writes.
@@ -185,4 +186,121 @@ fn decode(bytes: &[u8]) -> Copy {
         sequence: u64_at(page, 64),
         cleared: cleared.collect(),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::FileExt;
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::api::Backend;
+    use crate::device::DeviceFile;
+
+    fn example() -> Superblock {
+        Superblock {
+            uuid: [1; 16],
+            node: [2; 16],
+            chunk_bytes: ByteCount::new(64 << 20),
+            slots: 9,
+            incarnation: 4,
+            sequence: 0,
+            cleared: BTreeMap::from([((TenantId::from_bytes([5; 16]), SpaceId::from_bytes([6; 16])), 7)]),
+        }
+    }
+
+    fn side(folder: &tempfile::TempDir, backend: Backend) -> (SideIo, std::path::PathBuf) {
+        let path = folder.path().join("device");
+        let file = DeviceFile::open(&path, 1 << 21).unwrap();
+        file.preallocate(1 << 21).unwrap();
+        (SideIo::new(Arc::new(file), backend), path)
+    }
+
+    fn folder() -> tempfile::TempDir {
+        tempfile::tempdir_in(option_env!("CARGO_TARGET_DIR").unwrap_or(".")).unwrap()
+    }
+
+    /// A power cut while a superblock is written must leave the one before: the
+    /// newer copy is damaged page by page, and the older one must be read.
+    #[test]
+    fn a_torn_copy_leaves_the_older_one() {
+        for backend in [Backend::IoUring, Backend::Pread] {
+            let folder = folder();
+            let (side, path) = side(&folder, backend);
+            assert_eq!(Superblock::read(&side, &path).unwrap(), None);
+            let mut superblock = example();
+            superblock.write(&side, &path).unwrap();
+            superblock.incarnation = 5;
+            superblock.write(&side, &path).unwrap();
+            assert_eq!(Superblock::read(&side, &path).unwrap().unwrap(), superblock);
+            // Sequence 2 lies at 0.
+            let raw = std::fs::File::options().write(true).open(&path).unwrap();
+            for at in [4096 + 33, 60] {
+                raw.write_all_at(&[0xff], at).unwrap();
+                let older = Superblock::read(&side, &path).unwrap().unwrap();
+                assert_eq!((older.incarnation, older.sequence), (4, 1), "damage at {at}");
+            }
+            raw.write_all_at(&[0xff], COPY_BYTES + 60).unwrap();
+            assert!(matches!(Superblock::read(&side, &path), Err(MediaError::SuperblockDamaged { .. })));
+        }
+    }
+
+    /// An older Terrace must not touch what a newer one wrote, even if it
+    /// cannot read anything but the version.
+    #[test]
+    fn a_newer_major_is_refused_and_untouched() {
+        let folder = folder();
+        let (side, path) = side(&folder, Backend::Auto);
+        let mut superblock = example();
+        superblock.write(&side, &path).unwrap();
+        let raw = std::fs::File::options().read(true).write(true).open(&path).unwrap();
+        raw.write_all_at(MAGIC, 0).unwrap();
+        raw.write_all_at(&(MAJOR + 1).to_le_bytes(), 8).unwrap();
+        let before = std::fs::read(&path).unwrap();
+        let error = Superblock::read(&side, &path).unwrap_err();
+        assert!(matches!(error, MediaError::NewerFormat { found: 2, known: 1, .. }), "{error}");
+        assert_eq!(std::fs::read(&path).unwrap(), before);
+    }
+
+    /// A minor version says that old readers may go on: they must.
+    #[test]
+    fn a_newer_minor_is_read() {
+        let mut pages = example().encode();
+        let page = pages.as_mut_slice();
+        page[12..16].copy_from_slice(&9u32.to_le_bytes());
+        let sum = crc(&page[..96]);
+        page[96..104].copy_from_slice(&sum.to_le_bytes());
+        assert_eq!(decode(pages.as_slice()), Copy::Valid(example()));
+    }
+
+    /// The table must not grow past its copy: one entry too many is refused, and nothing is written.
+    #[test]
+    fn a_full_table_is_refused() {
+        let folder = folder();
+        let (side, path) = side(&folder, Backend::Pread);
+        let mut superblock = example();
+        let many = (0..CLEARED_MAX as u128 + 1)
+            .map(|n| ((TenantId::from_bytes([0; 16]), SpaceId::from_bytes(n.to_le_bytes())), 1));
+        superblock.cleared = many.collect();
+        assert!(matches!(superblock.write(&side, &path), Err(MediaError::TableFull { .. })));
+        superblock.cleared.pop_first();
+        superblock.write(&side, &path).unwrap();
+        assert_eq!(Superblock::read(&side, &path).unwrap().unwrap(), superblock);
+    }
+
+    proptest::proptest! {
+        /// Any bytes may lie where a superblock should be; decoding must survive them.
+        #[test]
+        fn decoding_survives_any_change(at in 0usize..8192, value: u8, cut in 0usize..8192) {
+            let mut bytes = example().encode().as_slice().to_vec();
+            let changed = at < bytes.len() && bytes[at] != value;
+            if changed {
+                bytes[at] = value;
+            }
+            let decoded = decode(&bytes);
+            let covered = at < 104 || (4096..4136).contains(&at);
+            proptest::prop_assert_eq!(decoded == Copy::Valid(example()), !(changed && covered));
+            decode(&bytes[..cut.min(bytes.len())]);
+        }
+    }
 }

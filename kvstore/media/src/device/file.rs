@@ -46,6 +46,13 @@ impl DeviceFile {
         Ok(Self { file, path: path.to_owned(), direct, fresh, missing_bytes })
     }
 
+    /// Whatever lies at this path, without checks.
+    #[cfg(test)]
+    pub(super) fn unchecked(path: &Path) -> io::Result<Self> {
+        let (file, direct) = open_direct(path)?;
+        Ok(Self { file, path: path.to_owned(), direct, fresh: false, missing_bytes: 0 })
+    }
+
     /// Reserves the room on the file system, so that a later write cannot run out of it.
     pub(crate) fn preallocate(&self, bytes: u64) -> Result<(), MediaError> {
         let facts = self.file.metadata();

@@ -83,7 +83,7 @@ pub enum IoBuffer {
 
 impl IoBuffer {
     /// Address and room, or `None` if the frame does not exist.
-    fn range(&self) -> Option<(*mut u8, u64)> {
+    pub(crate) fn range(&self) -> Option<(*mut u8, u64)> {
         match self {
             Self::Nothing => Some((std::ptr::null_mut(), 0)),
             Self::Frame(memory, index) => Some((memory.frame(*index).ok()?, memory.frame_bytes().get())),
@@ -217,5 +217,96 @@ fn fault_of(error: &std::io::Error) -> Fault {
     match error.raw_os_error() {
         Some(libc::ENOSPC | libc::EDQUOT | libc::EFBIG) => Fault::NoSpace,
         _ => Fault::Device,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+    use std::time::Duration;
+
+    use super::*;
+
+    fn device(path: &str, backend: Backend) -> Device {
+        let file = Arc::new(DeviceFile::unchecked(Path::new(path)).unwrap());
+        Device::start(file, backend, 1 << 20).unwrap()
+    }
+
+    fn run(device: &Device, op: IoOp, class: IoClass) -> mpsc::Receiver<Result<(), Fault>> {
+        let (sender, receiver) = mpsc::channel();
+        let (bytes, buffer) = match op {
+            IoOp::Read | IoOp::Write => (PAGE_BYTES, IoBuffer::Pages(AlignedPages::new(PAGE_BYTES))),
+            IoOp::Sync | IoOp::Forget(_) => (0, IoBuffer::Nothing),
+        };
+        let done = Box::new(move |_: IoBuffer, outcome| sender.send(outcome).unwrap());
+        device.submit(IoRequest { op, offset: 0, bytes, buffer, class, done });
+        receiver
+    }
+
+    fn outcome(device: &Device, op: IoOp) -> Result<(), Fault> {
+        run(device, op, IoClass::Fetch).recv_timeout(Duration::from_secs(30)).unwrap()
+    }
+
+    /// A full device must say so, and one whose sync failed must take no more
+    /// writes and never sync well again. /dev/full is both: every write is
+    /// ENOSPC, fdatasync is EINVAL, and reads are zeros.
+    #[test]
+    fn a_full_device_and_a_failed_sync() {
+        for backend in [Backend::IoUring, Backend::Pread] {
+            let device = device("/dev/full", backend);
+            assert_eq!(outcome(&device, IoOp::Read), Ok(()));
+            assert_eq!(outcome(&device, IoOp::Write), Err(Fault::NoSpace), "{backend:?}");
+            assert!(device.facts().writable);
+            assert_eq!(outcome(&device, IoOp::Sync), Err(Fault::Device));
+            assert!(!device.facts().writable);
+            assert_eq!(outcome(&device, IoOp::Write), Err(Fault::Device));
+            assert_eq!(outcome(&device, IoOp::Sync), Err(Fault::Device));
+            assert_eq!(outcome(&device, IoOp::Read), Ok(()), "reads go on");
+            assert!(device.facts().errors >= 4);
+            assert_eq!(device.facts().queued, 0);
+        }
+    }
+
+    /// A device thread that spins would cost a core for nothing: after some I/O
+    /// it is left alone, and the CPU time of its threads must stand still.
+    #[test]
+    fn idle_devices_use_no_cpu() {
+        for backend in [Backend::IoUring, Backend::Pread] {
+            let device = device("/dev/zero", backend);
+            assert_eq!(outcome(&device, IoOp::Read), Ok(()));
+            let name = match backend {
+                Backend::Pread => "media-pread",
+                Backend::Auto | Backend::IoUring => "media-uring",
+            };
+            let before = cpu_ticks(name);
+            std::thread::sleep(Duration::from_millis(300));
+            // 30 ticks would be a spin. Other tests use devices beside us for a tick or two.
+            assert!(cpu_ticks(name) - before < 15, "{name} uses the CPU while idle");
+        }
+    }
+
+    /// User and system ticks (10 ms) of all threads with this name.
+    fn cpu_ticks(name: &str) -> u64 {
+        let tasks = std::fs::read_dir("/proc/self/task").unwrap();
+        let stats = tasks.filter_map(|task| std::fs::read_to_string(task.ok()?.path().join("stat")).ok());
+        let of_name = stats.filter(|stat| stat.contains(&format!("({name})")));
+        let ticks = of_name.map(|stat| {
+            let fields: Vec<&str> = stat.rsplit(')').next().unwrap().split_whitespace().collect();
+            fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap()
+        });
+        ticks.sum()
+    }
+
+    /// Closing must answer what is queued: a request that is never answered stalls the core.
+    #[test]
+    fn closing_answers_what_is_queued() {
+        for backend in [Backend::IoUring, Backend::Pread] {
+            let device = device("/dev/zero", backend);
+            let classes = [IoClass::Scrub, IoClass::Persistence, IoClass::Prefetch, IoClass::Demotion];
+            let answers: Vec<_> =
+                (0..400).map(|number| run(&device, IoOp::Read, classes[number % 4])).collect();
+            drop(device);
+            assert!(answers.iter().all(|answer| answer.try_recv() == Ok(Ok(()))), "{backend:?}");
+        }
     }
 }

@@ -242,3 +242,56 @@ impl EventfdBytes for u64 {
         self.to_ne_bytes()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::device::AlignedPages;
+
+    fn request(op: IoOp, class: IoClass, bytes: u64) -> IoRequest {
+        let buffer = IoBuffer::Pages(AlignedPages::new(bytes));
+        IoRequest { op, offset: 0, bytes, buffer, class, done: Box::new(|_, _| {}) }
+    }
+
+    fn next(shared: &Shared) -> Option<IoRequest> {
+        match shared.next() {
+            Next::Request(request) => Some(request),
+            Next::Nothing | Next::Closed => None,
+        }
+    }
+
+    /// A decode that waits must not queue behind write-behind, and write-behind must not starve.
+    #[test]
+    fn urgent_classes_go_first_and_none_starves() {
+        let shared = Shared::new(1 << 30).unwrap();
+        shared.push(request(IoOp::Write, IoClass::Persistence, 4096));
+        for _ in 0..40 {
+            shared.push(request(IoOp::Read, IoClass::Fetch, 4096));
+        }
+        let order: Vec<IoClass> = std::iter::from_fn(|| next(&shared)).map(|request| request.class).collect();
+        assert_eq!(order.len(), 41);
+        assert_eq!(order[0], IoClass::Fetch);
+        let position = order.iter().position(|class| *class == IoClass::Persistence).unwrap();
+        assert_eq!(position, FAIRNESS as usize - 1);
+    }
+
+    /// Deep queues only add latency: no request may start over the cap of bytes,
+    /// a single larger one may, and syncs always do.
+    #[test]
+    fn bytes_in_flight_are_capped() {
+        let shared = Shared::new(8192).unwrap();
+        for _ in 0..3 {
+            shared.push(request(IoOp::Read, IoClass::Fetch, 4096));
+        }
+        let (first, second) = (next(&shared).unwrap(), next(&shared).unwrap());
+        assert!(next(&shared).is_none(), "over the cap");
+        shared.push(request(IoOp::Sync, IoClass::Fetch, 0));
+        assert_eq!(next(&shared).unwrap().op, IoOp::Sync);
+        shared.finish(first, Ok(()));
+        let third = next(&shared).unwrap();
+        shared.finish(second, Ok(()));
+        shared.finish(third, Ok(()));
+        shared.push(request(IoOp::Read, IoClass::Fetch, 65_536));
+        assert!(next(&shared).is_some(), "a large one alone");
+    }
+}

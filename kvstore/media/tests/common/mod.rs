@@ -1,6 +1,11 @@
 //! A store in a temporary directory, driven one operation at a time.
 
-#![allow(dead_code, unreachable_pub, reason = "shared by test programs that each use another part")]
+#![allow(
+    dead_code,
+    unreachable_pub,
+    clippy::unwrap_used,
+    reason = "shared by test programs that each use another part"
+)]
 
 use std::path::PathBuf;
 use std::sync::mpsc::{Receiver, channel};
