@@ -60,17 +60,15 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
 /// Serves on a listener until `stop` ends; see [`run`].
 ///
 /// # Errors
-/// When the model file or the daemon's address cannot be used.
+/// When the model file cannot be used.
 pub async fn serve(
     config: Config,
     listener: tokio::net::TcpListener,
     stop: impl Future<Output = ()> + Send + 'static,
 ) -> anyhow::Result<()> {
-    let daemon =
-        signals::channel(&config.grpc).with_context(|| format!("--grpc {} is no address", config.grpc))?;
     let router = Arc::new(Router::new(config)?);
-    let observer = tokio::spawn(signals::observe(Arc::clone(&router), daemon.clone()));
-    let reporter = tokio::spawn(signals::report(Arc::clone(&router), daemon));
+    let observer = tokio::spawn(signals::follow(Arc::clone(&router)));
+    let reporter = tokio::spawn(signals::report(Arc::clone(&router)));
     let (stopping, stopped) = tokio::sync::oneshot::channel::<()>();
     let server = axum::serve(listener, http::routes(router)).with_graceful_shutdown(async move {
         stop.await;

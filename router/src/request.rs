@@ -249,53 +249,13 @@ impl Fields {
     }
 
     fn refuse_unsupported(&self, endpoint: Endpoint) -> Result<(), ApiError> {
-        let one = |value: &Value| value.as_u64() == Some(1);
-        let zero = |value: &Value| value.as_f64() == Some(0.0);
-        let off = |value: &Value| value.as_bool() == Some(false) || zero(value);
-        let empty = |value: &Value| match value {
-            Value::Array(list) => list.is_empty(),
-            Value::Object(map) => map.is_empty(),
-            Value::String(text) => text.is_empty(),
-            _ => false,
-        };
-        let text_only = |value: &Value| match value {
-            Value::Object(format) => format.get("type").and_then(Value::as_str) == Some("text"),
-            Value::Array(list) => list.iter().all(|word| word.as_str() == Some("text")),
-            _ => false,
-        };
-        let none = |value: &Value| matches!(value.as_str(), Some("none" | "auto"));
-        let all = |value: &Value| matches!(value.as_i64(), Some(-1 | 0));
-        // What each field may say without changing the answer.
-        let rules: [(&str, &dyn Fn(&Value) -> bool, &str); 23] = [
-            ("n", &one, "one answer a request; leave it out or send 1"),
-            ("best_of", &one, "one answer a request; leave it out or send 1"),
-            ("tools", &empty, "no tools; leave it out"),
-            ("tool_choice", &none, "no tools; leave it out"),
-            ("functions", &empty, "no functions; leave it out"),
-            ("function_call", &none, "no functions; leave it out"),
-            ("top_logprobs", &zero, "no log probabilities; leave it out"),
-            ("response_format", &text_only, "plain text only; leave it out"),
-            ("modalities", &text_only, "text only; leave it out"),
-            ("audio", &empty, "text only; leave it out"),
-            ("logit_bias", &empty, "no bias; leave it out"),
-            ("frequency_penalty", &zero, "no penalties; leave it out or send 0"),
-            ("presence_penalty", &zero, "no penalties; leave it out or send 0"),
-            ("repetition_penalty", &one_or(1.0), "no penalties; leave it out or send 1"),
-            ("top_k", &all, "no top_k; use top_p"),
-            ("min_p", &zero, "no min_p; use top_p"),
-            ("echo", &off, "no echo; put the prompt in front yourself"),
-            ("suffix", &empty, "no insertion; leave it out"),
-            ("ignore_eos", &off, "answers end at the model's end token; leave it out"),
-            ("min_tokens", &zero, "no minimum length; leave it out"),
-            ("use_beam_search", &off, "no beam search; leave it out"),
-            ("guided_json", &empty, "no guided decoding; leave it out"),
-            ("prompt_logprobs", &zero, "no log probabilities; leave it out"),
-        ];
         // A chat's `logprobs` is a flag; a completion's 0 asks for the chosen token's.
-        let no_logprobs = |value: &Value| endpoint == Endpoint::Chat && value.as_bool() == Some(false);
-        let logprobs: (&str, &dyn Fn(&Value) -> bool, &str) =
-            ("logprobs", &no_logprobs, "no log probabilities; leave it out");
-        for (name, harmless, advice) in rules.into_iter().chain([logprobs]) {
+        let no_logprobs = match endpoint {
+            Endpoint::Chat => is_false,
+            Endpoint::Completions => never,
+        };
+        let logprobs: Rule = ("logprobs", no_logprobs, "no log probabilities; leave it out");
+        for (name, harmless, advice) in RULES.into_iter().chain([logprobs]) {
             if self.field(name).is_some_and(|value| !harmless(value)) {
                 return Err(ApiError::unsupported(name, format!("`{name}` is not supported: {advice}")));
             }
@@ -304,8 +264,76 @@ impl Fields {
     }
 }
 
-fn one_or(neutral: f64) -> impl Fn(&Value) -> bool {
-    move |value| value.as_f64() == Some(neutral)
+/// A field, whether what it says leaves the answer as it is, and what to do
+/// otherwise.
+type Rule = (&'static str, fn(&Value) -> bool, &'static str);
+
+/// Fields that would change the meaning of an answer and are not implemented.
+const RULES: [Rule; 23] = [
+    ("n", is_one, "one answer a request; leave it out or send 1"),
+    ("best_of", is_one, "one answer a request; leave it out or send 1"),
+    ("tools", is_empty, "no tools; leave it out"),
+    ("tool_choice", is_none_or_auto, "no tools; leave it out"),
+    ("functions", is_empty, "no functions; leave it out"),
+    ("function_call", is_none_or_auto, "no functions; leave it out"),
+    ("top_logprobs", is_zero, "no log probabilities; leave it out"),
+    ("response_format", is_text_only, "plain text only; leave it out"),
+    ("modalities", is_text_only, "text only; leave it out"),
+    ("audio", is_empty, "text only; leave it out"),
+    ("logit_bias", is_empty, "no bias; leave it out"),
+    ("frequency_penalty", is_zero, "no penalties; leave it out or send 0"),
+    ("presence_penalty", is_zero, "no penalties; leave it out or send 0"),
+    ("repetition_penalty", is_one, "no penalties; leave it out or send 1"),
+    ("top_k", is_unlimited, "no top_k; use top_p"),
+    ("min_p", is_zero, "no min_p; use top_p"),
+    ("echo", is_false, "no echo; put the prompt in front yourself"),
+    ("suffix", is_empty, "no insertion; leave it out"),
+    ("ignore_eos", is_false, "answers end at the model's end token; leave it out"),
+    ("min_tokens", is_zero, "no minimum length; leave it out"),
+    ("use_beam_search", is_false, "no beam search; leave it out"),
+    ("guided_json", is_empty, "no guided decoding; leave it out"),
+    ("prompt_logprobs", is_zero, "no log probabilities; leave it out"),
+];
+
+fn never(_: &Value) -> bool {
+    false
+}
+
+fn is_one(value: &Value) -> bool {
+    value.as_f64() == Some(1.0)
+}
+
+fn is_zero(value: &Value) -> bool {
+    value.as_f64() == Some(0.0)
+}
+
+fn is_false(value: &Value) -> bool {
+    value.as_bool() == Some(false)
+}
+
+fn is_unlimited(value: &Value) -> bool {
+    matches!(value.as_i64(), Some(-1 | 0))
+}
+
+fn is_none_or_auto(value: &Value) -> bool {
+    matches!(value.as_str(), Some("none" | "auto"))
+}
+
+fn is_empty(value: &Value) -> bool {
+    match value {
+        Value::Array(list) => list.is_empty(),
+        Value::Object(map) => map.is_empty(),
+        Value::String(text) => text.is_empty(),
+        Value::Null | Value::Bool(_) | Value::Number(_) => false,
+    }
+}
+
+fn is_text_only(value: &Value) -> bool {
+    match value {
+        Value::Object(format) => format.get("type").and_then(Value::as_str) == Some("text"),
+        Value::Array(list) => list.iter().all(|word| word.as_str() == Some("text")),
+        Value::Null | Value::Bool(_) | Value::Number(_) | Value::String(_) => false,
+    }
 }
 
 fn token_ids(list: &[Value]) -> Option<Prompt> {

@@ -44,6 +44,9 @@ impl Drop for Place {
 }
 
 impl Router {
+    /// Starts a session with the daemon in the background. Call it inside a tokio
+    /// runtime.
+    ///
     /// # Errors
     /// If the model file that was given cannot be used.
     pub fn new(config: Config) -> anyhow::Result<Self> {
@@ -51,7 +54,7 @@ impl Router {
         Ok(Self {
             models,
             fleet: Fleet::default(),
-            index: Index::new(&config),
+            index: Index::start(&config),
             pressure: Pressure::default(),
             metrics: Metrics::new()?,
             places: Arc::new(Semaphore::new(config.requests_max.min(Semaphore::MAX_PERMITS))),
