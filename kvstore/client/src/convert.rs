@@ -144,3 +144,58 @@ pub(crate) fn id_from_wire(bytes: &[u8], detail: &'static str) -> Result<[u8; 16
 pub(crate) fn block_from_wire(bytes: &[u8]) -> Result<BlockId, ClientError> {
     Ok(BlockId::from_bytes(id_from_wire(bytes, "a block id that is not 16 bytes long")?))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn manifest() -> SpaceManifest {
+        SpaceManifest {
+            model: "model".to_owned(),
+            model_fingerprint: vec![1, 2, 3],
+            weights_generation: 4,
+            dtype: "f16".to_owned(),
+            layout: "layer,kv".to_owned(),
+            tokens_per_block: TokenCount::new(16),
+            block_bytes: ByteCount::new(4096),
+            kind: SpaceKind::State,
+            group: 5,
+            topology: "tp4".to_owned(),
+            rank: 3,
+            engine: "terrace".to_owned(),
+        }
+    }
+
+    // A field that is lost on the wire would make two spaces one: convert a
+    // manifest whose fields all differ from their defaults there and back.
+    #[test]
+    fn a_manifest_survives_the_wire() {
+        assert_eq!(from_wire(&to_wire(&manifest())).unwrap(), manifest());
+    }
+
+    // A manifest of a foreign client may say nothing or nonsense.
+    #[test]
+    fn bad_manifests_are_refused() {
+        let mut wire = to_wire(&manifest());
+        wire.kind = 0;
+        assert!(matches!(from_wire(&wire), Err(BadWire::Kind { found: 0 })));
+        wire.kind = 1;
+        wire.block_bytes = u64::MAX;
+        assert!(matches!(from_wire(&wire), Err(BadWire::Manifest(_))));
+    }
+
+    // Keys at the edges of what is allowed, and too many of them.
+    #[test]
+    fn keys_are_checked_before_they_are_sent() {
+        let found = keys_to_wire(&[vec![1u8; 1], vec![2; 64]], 2).unwrap();
+        assert_eq!(found.iter().map(Bytes::len).collect::<Vec<_>>(), [1, 64]);
+        assert!(matches!(keys_to_wire(&[b""], 2), Err(ClientError::BadKey { found: 0, .. })));
+        assert!(matches!(keys_to_wire(&[[0u8; 65]], 2), Err(ClientError::BadKey { found: 65, .. })));
+        assert!(matches!(
+            keys_to_wire(&[b"k"; 3], 2),
+            Err(ClientError::TooManyBlocks { found: 3, limit: 2 })
+        ));
+        assert!(parent_to_wire(None).unwrap().is_empty());
+        assert!(parent_to_wire(Some(b"")).is_err(), "an empty parent would mean none");
+    }
+}

@@ -19,7 +19,7 @@ use crate::lease::LeaseState;
 // Idle mappings are looked for this often.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(1);
 // Renewals that are under way at once; the rest follows in the next round.
-const RENEWALS_AT_ONCE: usize = 64;
+const RENEWALS_AT_ONCE: usize = 32;
 // Most leases in one Release.
 const RELEASES_AT_ONCE: usize = 1024;
 

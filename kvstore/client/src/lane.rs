@@ -28,8 +28,9 @@ use crate::keeper::{Keeper, LeaseToken};
 use crate::session::Target;
 use crate::status::Status;
 
-// Requests of one session that wait for their answers.
-const REQUESTS_IN_FLIGHT_MAX: usize = 1024;
+// Requests of one session that wait for their answers. Less than the 256 that
+// the daemon reads ahead by default, so that chores get through.
+const REQUESTS_IN_FLIGHT_MAX: usize = 192;
 // A daemon that answers nothing for this long, beyond what it was allowed to wait, is given up.
 const ANSWER_DEADLINE: Duration = Duration::from_secs(60);
 const HELLO_DEADLINE: Duration = Duration::from_secs(10);

@@ -1,0 +1,76 @@
+//! What outlives a daemon, and what comes back after it.
+
+use std::time::Duration;
+
+use terrace_client::{ClientError, Connector, Durability, ReadOptions, Session, Stale, Target};
+
+use crate::daemon::{BLOCK_BYTES, Daemon, keys, manifest, payload, payloads, until};
+
+// Touching a block after the daemon was killed could kill the reader (SIGBUS),
+// or old bytes could pass for valid ones: kill it under a reader's hands.
+#[tokio::test(flavor = "multi_thread")]
+async fn guards_outlive_the_daemon_and_are_stale() {
+    let mut daemon = Daemon::start("");
+    let (session, space) = daemon.open().await;
+    let keys = keys(0, 8);
+    session.write(&space, &keys, None, &payloads(0, 8), Durability::Durable).await.unwrap();
+    let options = ReadOptions { ttl: None, wait: Duration::from_secs(5) };
+    let lease = session.lease_read(&space, &keys, options).await.unwrap();
+    let block = lease.grants[7].granted().unwrap().clone();
+    block.verify().unwrap();
+    let connector = Connector::new(daemon.target());
+    let before = connector.session().await.unwrap();
+    daemon.kill();
+    tokio::time::timeout(Duration::from_secs(5), session.closed()).await.unwrap();
+    let mut bytes = vec![0; BLOCK_BYTES];
+    assert_eq!(block.read_into(&mut bytes), Err(Stale));
+    assert_eq!(bytes, payload(7, BLOCK_BYTES), "the memory is still there");
+    let error = session.lease_read(&space, &keys, options).await.unwrap_err();
+    assert!(matches!(error, ClientError::Disconnected));
+    assert!(connector.session().await.unwrap_err().is_transient());
+
+    daemon.restart();
+    let after = connector.wait().await.unwrap();
+    assert!(after.incarnation() > before.incarnation());
+    assert!(before.is_closed());
+    let space = after.open_space(&manifest("client", BLOCK_BYTES)).await.unwrap();
+    let found = after.read(&space, &keys).await.unwrap();
+    assert_eq!(found, payloads(0, 8).into_iter().map(Some).collect::<Vec<_>>(), "durable is durable");
+    assert!(!block.is_valid(), "a new daemon does not revive old guards");
+}
+
+// A session could keep its leases after its process gave it up.
+#[tokio::test(flavor = "multi_thread")]
+async fn closing_ends_everything() {
+    let daemon = Daemon::start("");
+    let (session, space) = daemon.open().await;
+    session.write(&space, &keys(0, 2), None, &payloads(0, 2), Durability::Readable).await.unwrap();
+    let lease = session.lease_read(&space, &keys(0, 2), ReadOptions::default()).await.unwrap();
+    assert!(lease.is_valid());
+    session.close();
+    assert!(!lease.is_valid());
+    daemon.wait_quiet().await;
+    drop(lease);
+    // The last clone ends it too.
+    let (session, space) = daemon.open().await;
+    let lease = session.lease_read(&space, &keys(0, 2), ReadOptions::default()).await.unwrap();
+    drop(session);
+    assert!(lease.is_valid(), "guards keep their session");
+    drop(lease);
+    until("the session is gone", async || daemon.info().await.sessions == 0).await;
+}
+
+// A client must say clearly that there is no daemon, and where it looked.
+#[tokio::test(flavor = "multi_thread")]
+async fn nobody_there_is_said_clearly() {
+    let dir = tempfile::tempdir().unwrap();
+    let target = Target { socket: Some(dir.path().join("none.sock")), ..Target::default() };
+    let error = Session::connect(&target).await.unwrap_err();
+    assert!(error.to_string().contains("none.sock"), "{error}");
+    assert!(error.to_string().contains("is terraced running?"), "{error}");
+    let error = Session::connect(&Target::default()).await.unwrap_err();
+    assert!(matches!(error, ClientError::NoTarget));
+    let target = Target { grpc: Some("127.0.0.1:1".to_owned()), ..Target::default() };
+    let error = Session::connect(&target).await.unwrap_err();
+    assert!(error.to_string().contains("127.0.0.1:1"), "{error}");
+}

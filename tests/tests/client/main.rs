@@ -1,0 +1,6 @@
+//! The client library against the real daemon, over both transports.
+
+mod daemon;
+mod grpc;
+mod lane;
+mod life;
