@@ -190,7 +190,9 @@ impl Committer {
             Job::Clear { op, space, tenant, generation } => {
                 (self.complete)(op, self.clear(space, tenant, generation));
             }
-            Job::PutSpace { record, answer } => {
+            Job::PutSpace { mut record, answer } => {
+                // A clear may have been asked for while the caller made the record.
+                record.generation = record.generation.max(self.slots.lowest(record.tenant, record.space));
                 let mut batch = Batch::default();
                 batch.put_space(&record);
                 respond(&answer, self.write(batch));

@@ -1,6 +1,8 @@
 //! Devices that misbehave: whatever they do, a read gives the block or a fault,
 //! and what was acknowledged as durable survives a power cut.
 
+#![allow(clippy::unwrap_used, reason = "helpers of tests may panic")]
+
 mod common;
 
 use std::sync::{Arc, Mutex, mpsc};

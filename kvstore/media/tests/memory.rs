@@ -1,6 +1,8 @@
 //! Chunk memory: what leaves the daemon cannot be written, and a drop is
 //! answered when no other process holds the memory.
 
+#![allow(clippy::unwrap_used, reason = "helpers of tests may panic")]
+
 mod common;
 
 use std::io;

@@ -2,6 +2,8 @@
 //! chunks cannot be registered with the ring, and everything works all the same.
 //! Alone in its program, because the limit is the process's.
 
+#![allow(clippy::unwrap_used, reason = "helpers of tests may panic")]
+
 mod common;
 
 use common::*;
