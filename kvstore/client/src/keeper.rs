@@ -65,7 +65,10 @@ impl Keeper {
     pub(crate) fn keep(&self, id: u64, state: Arc<LeaseState>, ttl: Duration, wanted_ms: u64) {
         let renew_at = Instant::now() + ttl / 3;
         self.chores().leases.insert(id, Kept { state, ttl, wanted_ms, renew_at });
-        self.wake.notify_one();
+        // The task looks at the deadlines again within this time anyway.
+        if ttl / 3 < SWEEP_INTERVAL {
+            self.wake.notify_one();
+        }
     }
 
     /// The daemon ended a lease: its guards are stale.

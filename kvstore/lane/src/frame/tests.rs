@@ -113,6 +113,7 @@ async fn received_descriptors_are_close_on_exec() {
 async fn oversized_frames_are_refused_by_their_length() {
     let ((mut reader, _w), mut raw) = daemon_and_raw();
     raw.write_all(&u32::MAX.to_le_bytes()).unwrap();
+    drop(raw);
     let error = reader.next().await.unwrap_err();
     assert!(matches!(error, LaneError::FrameTooLong { found, .. } if found == u32::MAX as usize));
     assert!(reader.buffer.capacity() < 1 << 20);
