@@ -19,6 +19,8 @@ use crate::slots::Slots;
 
 /// How long a drop waits for other processes to let go.
 const PATIENCE: Duration = Duration::from_secs(2);
+/// Where the kernel cannot tell who holds memory, it is taken for free after this long.
+const UNPROVABLE: Duration = Duration::from_secs(60);
 /// How often a held chunk is looked at, before and after patience has run out.
 const LOOK_SOON: Duration = Duration::from_millis(2);
 const LOOK_LATE: Duration = Duration::from_millis(250);
@@ -228,8 +230,9 @@ impl ChunkMaker {
             });
         }
         drop(sender);
-        // Ends when the last sender is gone; nobody sends.
-        let _: Result<(), _> = receiver.recv();
+        // Ends when the last sender is gone; nobody sends. A device that hangs must not stop the making of chunks:
+        // it keeps the pages pinned until it comes to this.
+        let _: Result<(), _> = receiver.recv_timeout(PATIENCE);
     }
 
     /// Takes the next step of a chunk's way out. `None` when it is gone.
@@ -243,7 +246,8 @@ impl ChunkMaker {
         };
         let gone = match &chunk.memory {
             Memory::Used(_) => false,
-            Memory::Unmapped(retired) => retired.gone(),
+            Memory::Unmapped(retired) if retired.provable() => retired.gone(),
+            Memory::Unmapped(_) => Instant::now() >= chunk.patience_ends + UNPROVABLE,
         };
         if gone {
             // Closed before the answer: the last descriptor keeps the pages.

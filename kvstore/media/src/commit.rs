@@ -31,6 +31,12 @@ pub(crate) enum Job {
         put: Vec<(DiskFrame, BlockHeader)>,
         delete: Vec<BlockId>,
     },
+    /// A slot is about to be carved again: the catalog forgets how it was, then `then` is called.
+    Uncarve {
+        device: DeviceId,
+        slot: u32,
+        then: Box<dyn FnOnce(Result<(), CatalogError>) + Send>,
+    },
     /// The slot's header page was written.
     Carve {
         op: OpId,
@@ -166,6 +172,7 @@ impl Committer {
                     }
                 }
                 Job::Clear { .. }
+                | Job::Uncarve { .. }
                 | Job::PutSpace { .. }
                 | Job::Restore { .. }
                 | Job::Scanned { .. }
@@ -189,6 +196,11 @@ impl Committer {
         match job {
             Job::Clear { op, space, tenant, generation } => {
                 (self.complete)(op, self.clear(space, tenant, generation));
+            }
+            Job::Uncarve { device, slot, then } => {
+                let mut batch = Batch::default();
+                batch.delete_carve(device, slot);
+                then(self.write(batch));
             }
             Job::PutSpace { mut record, answer } => {
                 // A clear may have been asked for while the caller made the record.
@@ -312,6 +324,7 @@ fn take_group(jobs: &mut VecDeque<Job>) -> Vec<Job> {
             Job::Commit { put, delete, .. } => put.len() + delete.len(),
             Job::Carve { .. } => 1,
             Job::Clear { .. }
+            | Job::Uncarve { .. }
             | Job::PutSpace { .. }
             | Job::Restore { .. }
             | Job::Scanned { .. }
@@ -334,6 +347,7 @@ fn devices_of(jobs: &[Job]) -> BTreeSet<DeviceId> {
             Job::Commit { put, .. } => devices.extend(put.iter().map(|(frame, _)| frame.device)),
             Job::Carve { carve, .. } => drop(devices.insert(carve.device)),
             Job::Clear { .. }
+            | Job::Uncarve { .. }
             | Job::PutSpace { .. }
             | Job::Restore { .. }
             | Job::Scanned { .. }

@@ -1,5 +1,6 @@
 //! [`Media`]: starts operations, never waits, and answers by a callback.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -40,8 +41,10 @@ pub struct Media {
     workers: Workers,
     bounces: Arc<PagePool>,
     complete: Arc<Complete>,
-    spaces: Mutex<std::collections::BTreeMap<SpaceId, SpaceRecord>>,
+    spaces: Mutex<BTreeMap<SpaceId, SpaceRecord>>,
     carve_sequence: AtomicU64,
+    /// Slots that the catalog may say to be carved.
+    carved: Mutex<BTreeSet<(DeviceId, u32)>>,
     threads: Vec<JoinHandle<()>>,
     notes: Vec<String>,
     _lock: File,
@@ -110,6 +113,7 @@ impl Media {
             complete,
             spaces: Mutex::new(spaces),
             carve_sequence: AtomicU64::new(carve_sequence),
+            carved: Mutex::new(report.carves.iter().map(|carve| (carve.device, carve.slot)).collect()),
             threads,
             notes,
             _lock: lock,
@@ -129,8 +133,8 @@ impl Media {
                 self.read(op, source, source_offset, target, expect, class);
             }
             MediaOp::Write { op, source, target, target_offset, header, via, class } => match via {
-                Via::Direct => self.write_direct(op, source, target.device, target_offset, &header, class),
-                Via::Bounce => self.write_bounced(op, source, target.device, target_offset, header, class),
+                Via::Direct => self.write_direct(op, source, target, target_offset, &header, class),
+                Via::Bounce => self.write_bounced(op, source, target, target_offset, header, class),
             },
             MediaOp::CarveSlot { op, device, slot, space, frame_bytes } => {
                 self.carve(op, Carve { device, slot, space, frame_bytes });
@@ -280,6 +284,9 @@ impl Media {
     fn restore(&self, scanned: scan::Scanned) -> Result<ScanPiece, CatalogError> {
         let scan::Scanned { mut piece, carve_sequence, .. } = scanned;
         self.carve_sequence.fetch_max(carve_sequence, Ordering::Relaxed);
+        if piece.carve.is_some() {
+            self.note_carved(piece.device, piece.slot);
+        }
         if let Some(record) = &mut piece.space {
             record.generation = record.generation.max(self.slots.lowest(record.tenant, record.space));
             let mut spaces = self.spaces.lock().unwrap_or_else(PoisonError::into_inner);
@@ -294,6 +301,11 @@ impl Media {
             answer,
         })?;
         Ok(piece)
+    }
+
+    /// True if the slot was known to be carved.
+    fn note_carved(&self, device: DeviceId, slot: u32) -> bool {
+        !self.carved.lock().unwrap_or_else(PoisonError::into_inner).insert((device, slot))
     }
 
     fn note_generation(&self, space: SpaceId, generation: u64) {
@@ -360,13 +372,17 @@ impl Media {
         &self,
         op: OpId,
         source: FrameRef,
-        device: DeviceId,
+        target: DiskFrame,
         offset: u64,
         header: &BlockHeader,
         class: IoClass,
     ) {
         let Some(memory) = self.find(op, source.chunk) else { return };
         let Some(bytes) = io_bytes(&memory, header.length) else { return self.refuse(op, Fault::Checksum) };
+        if !self.slots.inside_slot(target.device, target.slot, offset, bytes) {
+            tracing::error!(%op, ?target, offset, bytes, "a write outside of its slot is refused");
+            return self.refuse(op, Fault::Device);
+        }
         let mut page = [0u8; 4096];
         encode_header(header, &mut page);
         if memory.fill_header(source.index, &page, header.length).is_err() {
@@ -380,7 +396,7 @@ impl Media {
         let buffer = IoBuffer::Frame(memory, source.index);
         self.submit(
             op,
-            device,
+            target.device,
             IoRequest { op: IoOp::Write, offset, bytes, buffer, class, done: Box::new(done) },
         );
     }
@@ -390,14 +406,18 @@ impl Media {
         &self,
         op: OpId,
         source: FrameRef,
-        device: DeviceId,
+        target: DiskFrame,
         offset: u64,
         header: BlockHeader,
         class: IoClass,
     ) {
         let Some(memory) = self.find(op, source.chunk) else { return };
         let Some(bytes) = io_bytes(&memory, header.length) else { return self.refuse(op, Fault::Checksum) };
-        let Some(io) = self.slots.io(device).cloned() else { return self.refuse(op, Fault::Device) };
+        if !self.slots.inside_slot(target.device, target.slot, offset, bytes) {
+            tracing::error!(%op, ?target, offset, bytes, "a write outside of its slot is refused");
+            return self.refuse(op, Fault::Device);
+        }
+        let Some(io) = self.slots.io(target.device).cloned() else { return self.refuse(op, Fault::Device) };
         let (complete, bounces) = (Arc::clone(&self.complete), Arc::clone(&self.bounces));
         self.workers.push(Box::new(move || {
             let mut pages = bounces.take(bytes);
@@ -466,7 +486,18 @@ impl Media {
             class: IoClass::Demotion,
             done: Box::new(done),
         };
-        self.submit(op, carve.device, request);
+        let Some(io) = self.slots.io(carve.device).cloned() else { return self.refuse(op, Fault::Device) };
+        if !self.note_carved(carve.device, carve.slot) {
+            return io.submit(request);
+        }
+        // The catalog must never know a carving that the slot header contradicts: a crash between the two would
+        // have later blocks written where no scan looks for them.
+        let complete = Arc::clone(&self.complete);
+        let then = move |forgotten: Result<(), CatalogError>| match forgotten {
+            Ok(()) => io.submit(request),
+            Err(_) => complete(op, Err(Fault::Catalog)),
+        };
+        self.commits.push(Job::Uncarve { device: carve.device, slot: carve.slot, then: Box::new(then) });
     }
 }
 

@@ -111,7 +111,7 @@ pub struct ChunkMemory {
     sealed: AtomicBool,
     /// A client could write at some time: its bytes may change under us.
     ever_writable: AtomicBool,
-    /// Our own open file was handed out: leases can no longer tell.
+    /// A descriptor was handed out that leases cannot tell from ours.
     shared_blindly: AtomicBool,
 }
 
@@ -136,12 +136,7 @@ impl ChunkMemory {
             .and_then(|bytes| bytes.checked_next_multiple_of(HUGE_PAGE_BYTES))
             .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, "the chunk's size overflows"))?;
         let (data, mapping, pages) = allocate(bytes)?;
-        let probe = reopen(data.as_fd(), libc::O_RDONLY).ok();
-        if let Some(probe) = &probe {
-            // A lease that a foreign `open` breaks while we hold it raises a signal: one that is ignored by default.
-            // SAFETY: plain fcntl on a descriptor that we own.
-            unsafe { libc::fcntl(probe.as_raw_fd(), F_SETSIG, libc::SIGURG) };
-        }
+        let probe = probe(&data);
         let fence_bytes = (u64::from(frames) * 8).next_multiple_of(PAGE_BYTES);
         let fence_data = memfd("terrace-fences", 0)?;
         truncate(fence_data.as_fd(), fence_bytes)?;
@@ -212,6 +207,9 @@ impl ChunkMemory {
     }
 
     fn share(&self, flags: libc::c_int) -> io::Result<OwnedFd> {
+        if self.probe.is_none() {
+            self.shared_blindly.store(true, Ordering::Release);
+        }
         match reopen(self.data.as_fd(), flags) {
             Ok(fd) => Ok(fd),
             // The seals protect a chunk of the pool all the same, but leases can no longer tell who holds it.
@@ -440,6 +438,11 @@ impl Retired {
         }
     }
 
+    /// False if the kernel cannot tell whether other processes hold the memory.
+    pub fn provable(&self) -> bool {
+        !self.blind
+    }
+
     /// Memory concerned.
     pub fn bytes(&self) -> ByteCount {
         self.bytes
@@ -462,6 +465,16 @@ fn holders(probe: Option<&OwnedFd>, blind: bool) -> Holders {
     } else {
         Holders::Writers
     }
+}
+
+/// A read-only opening of a fresh memfd for leases; `None` where /proc is not
+/// there or the kernel grants no leases on memory.
+fn probe(data: &OwnedFd) -> Option<OwnedFd> {
+    let probe = reopen(data.as_fd(), libc::O_RDONLY).ok()?;
+    // A lease that a foreign `open` breaks while we hold it raises a signal: one that is ignored by default.
+    // SAFETY: plain fcntl on a descriptor that we own.
+    unsafe { libc::fcntl(probe.as_raw_fd(), F_SETSIG, libc::SIGURG) };
+    lease(&probe, libc::F_WRLCK).then_some(probe)
 }
 
 fn lease(probe: &OwnedFd, kind: libc::c_int) -> bool {

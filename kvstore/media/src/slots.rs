@@ -120,6 +120,13 @@ impl Slots {
         (slot < entry.slots).then(|| DATA_START + u64::from(slot) * self.chunk_bytes)
     }
 
+    /// May frames of this slot be written here? Keeps a wrong offset away from superblocks and slot headers.
+    pub(crate) fn inside_slot(&self, device: DeviceId, slot: u32, offset: u64, bytes: u64) -> bool {
+        let Some(start) = self.slot_start(device, slot) else { return false };
+        let end = offset.checked_add(bytes);
+        offset >= start + crate::memory::PAGE_BYTES && end.is_some_and(|end| end <= start + self.chunk_bytes)
+    }
+
     /// May this header be served?
     pub(crate) fn allows(&self, device: DeviceId, header: &BlockHeader) -> bool {
         let Some(entry) = self.entry(device) else { return false };

@@ -154,10 +154,73 @@ fn a_scan_never_resurrects_a_cleared_generation() {
     drop(store);
     std::fs::remove_dir_all(folder.path().join("data/catalog")).unwrap();
     let store = Store::open(&folder, Backend::Auto);
-    let mut spaces = Vec::new();
-    store.media.scan(&mut |piece| spaces.extend(piece.space)).unwrap();
+    let (mut spaces, mut told) = (Vec::new(), Vec::new());
+    let report = store
+        .media
+        .scan(&mut |piece| {
+            spaces.extend(piece.space);
+            told.extend(piece.blocks.iter().map(|found| found.header.block));
+        })
+        .unwrap();
+    assert_eq!((told, report.blocks), (vec![block(2)], 1));
     assert_eq!(store.known(), vec![block(2)]);
     assert_eq!(spaces[0].generation, 2, "the space must not start from an old generation");
+}
+
+/// A slot that is carved for another size must be found as it is now, by the
+/// catalog and by a scan, and blocks of the earlier carving must not come back.
+#[test]
+fn a_slot_carved_again_is_found_as_it_is_now() {
+    let folder = folder();
+    let mut store = Store::open(&folder, Backend::Auto);
+    store.chunk(1, Access::Pool);
+    store.carve(0);
+    store.persist(1, disk(0, 0));
+    assert_eq!(store.commit(vec![], vec![block(1)]), Ok(Done::Plain));
+    let other = terrace_core::SpaceId::from_bytes([9; 16]);
+    let frame_bytes = terrace_core::ByteCount::new(8192);
+    let device = terrace_core::DeviceId::new(0);
+    let carved = store.run(|op| MediaOp::CarveSlot { op, device, slot: 0, space: other, frame_bytes });
+    assert_eq!(carved, Ok(Done::Plain));
+    drop(store);
+    let store = Store::open(&folder, Backend::Auto);
+    assert_eq!(store.report.carves.len(), 1);
+    assert_eq!((store.report.carves[0].space, store.report.carves[0].frame_bytes), (other, frame_bytes));
+    drop(store);
+    std::fs::remove_dir_all(folder.path().join("data/catalog")).unwrap();
+    let store = Store::open(&folder, Backend::Auto);
+    let mut pieces = Vec::new();
+    store.media.scan(&mut |piece| pieces.push(piece)).unwrap();
+    assert_eq!(pieces[0].carve.map(|carve| carve.space), Some(other));
+    assert!(pieces.iter().all(|piece| piece.blocks.is_empty()));
+}
+
+/// A wrong offset must never reach a superblock, a slot header or a neighbour's slot.
+#[test]
+fn writes_stay_inside_their_slot() {
+    let folder = folder();
+    let mut store = Store::open(&folder, Backend::Auto);
+    store.chunk(1, Access::Pool);
+    let bytes = payload(1);
+    store.fill(frame(1, 0), &bytes);
+    let header = header(1, &bytes);
+    let before = std::fs::read(device_path(&folder)).unwrap();
+    let slot = terrace_media::DATA_START + CHUNK_BYTES;
+    for target_offset in [0, 4096, slot, slot - 4096, slot + CHUNK_BYTES - 4096, u64::MAX - 4095] {
+        for via in [Via::Direct, Via::Bounce] {
+            let wrote = store.run(|op| MediaOp::Write {
+                op,
+                source: frame(1, 0),
+                target: disk(1, 0),
+                target_offset,
+                header,
+                via,
+                class: terrace_core::IoClass::Persistence,
+            });
+            assert_eq!(wrote, Err(Fault::Device), "offset {target_offset}");
+        }
+    }
+    assert!(std::fs::read(device_path(&folder)).unwrap() == before);
 }
 
 /// Damage on the device must be a fault, never other bytes: one bit is flipped
@@ -181,6 +244,9 @@ fn damage_is_a_checksum_fault() {
             device.write_all_at(&byte, at).unwrap();
             assert_eq!(store.read(disk(0, 0), frame(1, 3), header), Ok(Done::Plain), "byte {at}");
         }
+        // The right payload under a header that is not the one that was written last: a lost write.
+        let newer = terrace_core::BlockHeader { write_sequence: header.write_sequence + 1, ..header };
+        assert_eq!(store.read(disk(0, 0), frame(1, 3), newer), Err(Fault::Checksum));
         let mut other = vec![0; usize::try_from(FRAME_BYTES).unwrap()];
         device.read_exact_at(&mut other, second).unwrap();
         device.write_all_at(&other, first).unwrap();
@@ -201,7 +267,8 @@ fn a_truncated_device_loses_only_its_end() {
         let kept = store.persist(1, disk(0, 0));
         let lost = store.persist(2, disk(3, 5));
         let device = std::fs::File::options().write(true).open(device_path(&folder)).unwrap();
-        device.set_len(store.offset(disk(3, 0))).unwrap();
+        // In the middle of the second block: its read is cut short, then empty.
+        device.set_len(store.offset(disk(3, 5)) + 8192).unwrap();
         assert_eq!(store.read(disk(0, 0), frame(1, 3), kept), Ok(Done::Plain));
         assert_eq!(store.read(disk(3, 5), frame(1, 3), lost), Err(Fault::Device));
         drop(store);

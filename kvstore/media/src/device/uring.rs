@@ -83,7 +83,11 @@ struct Ring {
 
 impl Ring {
     fn new(shared: Arc<Shared>, file: Arc<DeviceFile>) -> io::Result<Self> {
-        let ring = IoUring::builder().setup_single_issuer().setup_defer_taskrun().build(DEPTH * 2)?;
+        let ring = match IoUring::builder().setup_single_issuer().setup_defer_taskrun().build(DEPTH * 2) {
+            // A kernel before 6.1 does not know these two.
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => IoUring::new(DEPTH * 2)?,
+            other => other?,
+        };
         ring.submitter().register_files(&[file.as_raw_fd()])?;
         let mut buffers_vacant = Vec::new();
         match ring.submitter().register_buffers_sparse(REGISTERED_MAX) {
