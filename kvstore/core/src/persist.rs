@@ -147,7 +147,7 @@ impl Core {
                 self.commit_puts.push(Put { block: index, frame: target, header });
             }
             Err(Fault::Checksum) => {
-                self.blocks.at_mut(index).nvme = Nvme::None;
+                self.transition(index, |block| block.nvme = Nvme::None);
                 self.disks.slot_mut(target.device, target.slot).set(target.index, DiskState::Evicting);
                 self.settle_cell(target);
                 if same {
@@ -166,9 +166,9 @@ impl Core {
         if fault == Fault::NoSpace {
             self.pause_persisting();
         }
+        self.transition(index, |block| block.nvme = Nvme::None);
         let block = self.blocks.at_mut(index);
-        block.nvme = Nvme::None;
-        block.write_faults += 1;
+        block.write_faults = block.write_faults.saturating_add(1);
         let again = block.write_faults < WRITE_FAULTS_MAX;
         self.durable(index, false);
         if again && self.blocks.at(index).pinned.is_some() {
@@ -260,12 +260,13 @@ impl Core {
         let block = self.blocks.try_at(delete.block).filter(|block| block.id == delete.id);
         let Some(block) = block.filter(|block| block.nvme == Nvme::Deleting) else { return };
         let pinned = block.pinned.is_some();
-        self.blocks.at_mut(delete.block).nvme = Nvme::None;
-        if pinned {
+        let damaged = self.disks.cell(delete.frame).is_some_and(|cell| cell.state == DiskState::Quarantined);
+        self.transition(delete.block, |block| block.nvme = Nvme::None);
+        // What was evicted as the coldest is not written again at once: it would push out the next.
+        if pinned && self.durables.contains_key(&delete.block) {
+            self.persist_now(delete.block);
+        } else if pinned && damaged {
             self.persist_later(delete.block, Micros::new(0));
-            if self.durables.contains_key(&delete.block) {
-                self.persist_now(delete.block);
-            }
         }
         self.blocks.remove_if_gone(delete.block);
     }
@@ -288,7 +289,7 @@ impl Core {
         match self.blocks.at(index).nvme {
             Nvme::Writing { .. } => {
                 self.disks.slot_mut(frame.device, frame.slot).set(frame.index, DiskState::Evicting);
-                self.blocks.at_mut(index).nvme = Nvme::None;
+                self.transition(index, |block| block.nvme = Nvme::None);
             }
             Nvme::Committing { .. } => self.delete_copy(index, frame, DiskState::Evicting),
             Nvme::None | Nvme::Sealed { .. } | Nvme::Deleting => {}

@@ -45,8 +45,12 @@ impl Core {
         }
         if after == Residence::default() {
             self.unretain(index);
-            self.blocks.at_mut(index).seal = None;
-            self.durable(index, false);
+            // A copy that is on its way to a device may outlive the one it was made from.
+            let block = self.blocks.at_mut(index);
+            if !block.nvme.is_coming() {
+                block.seal = None;
+                self.durable(index, false);
+            }
         }
         self.relist(index, Relist::Keep);
         debug_assert!(self.blocks.at(index).id == id, "a transition does not change identities");

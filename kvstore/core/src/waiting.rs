@@ -1,8 +1,9 @@
 //! Requests that wait, and how each gets its one answer.
 
-use crate::api::{Effect, Grant, Limit, Reply, SealOutcome};
+use crate::api::{Effect, Grant, Limit, MissReason, Reply, SealOutcome};
 use crate::core::{Core, Deadline};
 use crate::ids::{BlockId, LeaseId, RequestId, SessionId};
+use crate::leases::LeaseEnd;
 use crate::state::block::BlockIndex;
 use crate::state::session::WaitId;
 use crate::units::Now;
@@ -86,9 +87,11 @@ impl Core {
     pub(crate) fn finish(&mut self, id: WaitId) {
         let Some(wait) = self.take_wait(id) else { return };
         let reply = match wait.kind {
-            WaitKind::Read { lease, grants } | WaitKind::Write { lease, grants, .. } => {
+            WaitKind::Read { lease, grants } => {
+                let grants = self.refresh(lease, grants);
                 self.leased(lease, grants)
             }
+            WaitKind::Write { lease, grants, .. } => self.leased(lease, grants),
             WaitKind::Seal { outcomes } => Reply::Sealed { outcomes },
             WaitKind::Flush { blocks, failed } => Reply::Flushed { blocks, failed },
             WaitKind::Clear { generation, blocks } => Reply::Cleared { generation, blocks },
@@ -114,6 +117,20 @@ impl Core {
             grants.resize(blocks.len(), Grant::Throttled);
         }
         self.finish(id);
+    }
+
+    /// What was granted early may have moved while the rest was waited for.
+    fn refresh(&mut self, lease: LeaseId, mut grants: Vec<Grant>) -> Vec<Grant> {
+        for (position, grant) in grants.iter_mut().enumerate() {
+            let Grant::Granted { block, frame, fence, .. } = *grant else { continue };
+            if self.chunks.frame(frame).is_some_and(|cell| cell.fence == fence) {
+                continue;
+            }
+            self.drop_item(lease, position, LeaseEnd::Released);
+            let again = self.blocks.find(block).and_then(|index| self.grant_resident(lease, position, index));
+            *grant = again.unwrap_or(Grant::Missing(MissReason::Unknown));
+        }
+        grants
     }
 
     /// Starts the life of a lease, or ends it if it covers nothing.

@@ -54,6 +54,16 @@ pub(crate) enum Nvme {
     Deleting,
 }
 
+impl Nvme {
+    /// A copy is being made.
+    pub(crate) fn is_coming(self) -> bool {
+        match self {
+            Nvme::Writing { .. } | Nvme::Committing { .. } => true,
+            Nvme::None | Nvme::Sealed { .. } | Nvme::Deleting => false,
+        }
+    }
+}
+
 /// How a Pinned copy that may be served is on its way.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Arriving {
@@ -85,7 +95,7 @@ pub(crate) struct Block {
     pub(crate) children_pinned: u32,
     /// Of these, sealed in Nvme.
     pub(crate) children_nvme: u32,
-    /// Present while a tier holds a sealed copy.
+    /// Present while a tier holds a sealed copy, or Nvme is about to.
     pub(crate) seal: Option<SealFacts>,
     /// The sealed copy in Pinned.
     pub(crate) pinned: Option<FrameRef>,

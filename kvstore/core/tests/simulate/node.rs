@@ -1,0 +1,786 @@
+//! The model of everything outside the core: memory, devices, catalog, time.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::hash::{DefaultHasher, Hash, Hasher};
+
+use terrace_core::*;
+
+use crate::client::Client;
+use crate::random::Random;
+
+pub(crate) const BLOCK_BYTES: u64 = 4096;
+const CHUNK_BYTES: u64 = 64 * KIB;
+const DEVICES: u16 = 2;
+const SLOTS: u32 = 4;
+/// Bytes that no block has.
+pub(crate) const GARBAGE: u64 = 0xdead;
+
+pub(crate) fn config(incarnation: u32) -> Config {
+    Config {
+        incarnation,
+        pinned_bytes: ByteCount::new(7 * CHUNK_BYTES),
+        chunk_bytes: ByteCount::new(CHUNK_BYTES),
+        device_slots: vec![SLOTS; usize::from(DEVICES)],
+        persist_delay: Micros::from_millis(50),
+        window_idle: Micros::from_millis(200),
+        window_recall_max: Micros::from_millis(200),
+        chunks_ready_min: 1,
+        limits: Limits {
+            blocks: 110,
+            spaces: 8,
+            sessions: 6,
+            leases_per_session: 8,
+            blocks_per_request: 8,
+            leased_bytes_per_tenant: ByteCount::new(6 * CHUNK_BYTES),
+            lease_ttl_max: Micros::from_millis(1000),
+            lease_ttl_default: Micros::from_millis(300),
+            requests_waiting: 12,
+            reads_in_flight: 6,
+            writes_in_flight: 4,
+            replies_remembered: 8,
+            retained_percent: 20,
+        },
+    }
+}
+
+/// The checksum of a block's bytes, which the model keeps as one number.
+pub(crate) fn checksum_of(block: BlockId, payload: u64) -> Checksum {
+    let mut hasher = DefaultHasher::new();
+    (block, payload).hash(&mut hasher);
+    Checksum::new(hasher.finish())
+}
+
+pub(crate) struct MemoryFrame {
+    pub(crate) fence: u64,
+    pub(crate) payload: u64,
+}
+
+pub(crate) struct Chunk {
+    pub(crate) owner: Option<SessionId>,
+    pub(crate) tenant: TenantId,
+    pub(crate) frames: Vec<MemoryFrame>,
+    ready: bool,
+}
+
+/// What a device holds in a frame, and what a power cut could bring back.
+#[derive(Clone)]
+struct Cell {
+    header: BlockHeader,
+    payload: u64,
+    synced: bool,
+    before: Option<(BlockHeader, u64)>,
+}
+
+struct Pending {
+    op: OpId,
+    effect: Effect,
+    /// Bytes that were sampled when it started.
+    sample: Option<u64>,
+    not_before: u32,
+}
+
+/// Which rare things happened, so that the simulation cannot become blind unnoticed.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Seen {
+    pub(crate) reads: u64,
+    pub(crate) moved: u64,
+    pub(crate) durable: u64,
+    pub(crate) restarts: u64,
+    pub(crate) power_cuts: u64,
+    pub(crate) rebuilt: u64,
+    pub(crate) conflicts: u64,
+    pub(crate) rejected: u64,
+    pub(crate) promotions: u64,
+    pub(crate) evictions_nvme: u64,
+    pub(crate) retired: u64,
+    pub(crate) replaced: u64,
+    pub(crate) adopted: u64,
+    pub(crate) copies: u64,
+    pub(crate) expired: u64,
+    pub(crate) clears: u64,
+    pub(crate) throttled: u64,
+    pub(crate) repeats: u64,
+}
+
+impl Seen {
+    fn fields(&self) -> [u64; 18] {
+        [
+            self.reads,
+            self.moved,
+            self.durable,
+            self.restarts,
+            self.power_cuts,
+            self.rebuilt,
+            self.conflicts,
+            self.rejected,
+            self.promotions,
+            self.evictions_nvme,
+            self.retired,
+            self.replaced,
+            self.adopted,
+            self.copies,
+            self.expired,
+            self.clears,
+            self.throttled,
+            self.repeats,
+        ]
+    }
+
+    pub(crate) fn add(&mut self, other: &Seen) {
+        self.reads += other.reads;
+        self.moved += other.moved;
+        self.durable += other.durable;
+        self.restarts += other.restarts;
+        self.power_cuts += other.power_cuts;
+        self.rebuilt += other.rebuilt;
+        self.conflicts += other.conflicts;
+        self.rejected += other.rejected;
+        self.promotions += other.promotions;
+        self.evictions_nvme += other.evictions_nvme;
+        self.retired += other.retired;
+        self.replaced += other.replaced;
+        self.adopted += other.adopted;
+        self.copies += other.copies;
+        self.expired += other.expired;
+        self.clears += other.clears;
+        self.throttled += other.throttled;
+        self.repeats += other.repeats;
+    }
+
+    pub(crate) fn assert_all(&self) {
+        assert!(self.fields().iter().all(|&times| times > 0), "something never happened: {self:?}");
+    }
+
+    fn count(&mut self, counters: &Counters) {
+        self.promotions += counters.promotions;
+        self.evictions_nvme += counters.evictions_nvme;
+        self.retired += counters.chunks_retired;
+        self.replaced += counters.windows_replaced;
+        self.adopted += counters.windows_adopted;
+        self.copies += counters.copies;
+        self.expired += counters.leases_expired;
+        self.throttled += counters.throttled;
+    }
+}
+
+/// A space of the model.
+#[derive(Clone)]
+pub(crate) struct Space {
+    pub(crate) id: SpaceId,
+    pub(crate) tenant: TenantId,
+    /// As the core counts; the durable one follows.
+    pub(crate) generation: u64,
+    durable_generation: u64,
+    pub(crate) chains: Vec<Vec<BlockId>>,
+}
+
+pub(crate) struct World {
+    pub(crate) core: Core,
+    pub(crate) random: Random,
+    pub(crate) now: u64,
+    pub(crate) steps: u32,
+    pub(crate) history: u64,
+    pub(crate) seen: Seen,
+    incarnation: u32,
+    faults: bool,
+    pub(crate) chunks: BTreeMap<ChunkId, Chunk>,
+    cells: BTreeMap<DiskFrame, Cell>,
+    catalog: BTreeMap<BlockId, (DiskFrame, BlockHeader)>,
+    carved: BTreeMap<(DeviceId, u32), SpaceId>,
+    pending: Vec<Pending>,
+    pub(crate) spaces: Vec<Space>,
+    /// Checksums under which a block was ever sealed.
+    pub(crate) sealed: BTreeMap<BlockId, BTreeSet<u64>>,
+    /// Acknowledged as durable, and nothing was said of it since.
+    pub(crate) durable: BTreeMap<BlockId, ()>,
+    /// Tiers as the event stream tells them.
+    events: BTreeMap<BlockId, Residence>,
+    pub(crate) clients: BTreeMap<SessionId, Client>,
+    /// Frames that somebody who lost his lease may still write into.
+    pub(crate) ghosts: Vec<(FrameRef, SessionId, u32)>,
+    pub(crate) session_last: u64,
+    pub(crate) request_last: u64,
+    degraded: bool,
+}
+
+impl World {
+    pub(crate) fn new(seed: u64) -> Self {
+        let random = Random::new(seed);
+        let spaces = (0..3u8)
+            .map(|n| {
+                let chains = (0..3u8).map(|c| (0..8u8).map(|b| block_id(n, c, b)).collect()).collect();
+                let tenant = TenantId::from_bytes([n / 2 + 1; 16]);
+                let id = SpaceId::from_bytes([n + 1; 16]);
+                Space { id, tenant, generation: 0, durable_generation: 0, chains }
+            })
+            .collect();
+        let mut world = Self {
+            core: Core::new(config(1)),
+            random,
+            now: 1000,
+            steps: 0,
+            history: 0,
+            seen: Seen::default(),
+            incarnation: 1,
+            faults: true,
+            chunks: BTreeMap::new(),
+            cells: BTreeMap::new(),
+            catalog: BTreeMap::new(),
+            carved: BTreeMap::new(),
+            pending: Vec::new(),
+            spaces,
+            sealed: BTreeMap::new(),
+            durable: BTreeMap::new(),
+            events: BTreeMap::new(),
+            clients: BTreeMap::new(),
+            ghosts: Vec::new(),
+            session_last: 0,
+            request_last: 0,
+            degraded: false,
+        };
+        world.tell_spaces();
+        world
+    }
+
+    fn tell_spaces(&mut self) {
+        for space in self.spaces.clone() {
+            self.tell(Input::SpaceKnown {
+                space: space.id,
+                tenant: space.tenant,
+                block_bytes: ByteCount::new(BLOCK_BYTES),
+                generation: space.durable_generation,
+            });
+        }
+    }
+
+    pub(crate) fn tell(&mut self, input: Input) {
+        self.core.handle(Now::from_micros(self.now), input);
+        while let Some(effect) = self.core.poll_effect() {
+            let mut hasher = DefaultHasher::new();
+            (self.history, format!("{effect:?}")).hash(&mut hasher);
+            self.history = hasher.finish();
+            self.perform(effect);
+        }
+    }
+
+    /// One random thing happens.
+    pub(crate) fn step(&mut self) {
+        self.steps += 1;
+        match self.random.below(1000) {
+            0..=449 => self.complete_one(),
+            450..=539 => self.pass_time(),
+            540..=549 => self.world_changes(),
+            550..=551 => self.restart(),
+            552..=579 => self.ghost_writes(),
+            _ => self.client_acts(),
+        }
+        self.check_reads();
+        if self.steps.is_multiple_of(4) {
+            self.core.check();
+            self.check_events();
+        }
+    }
+
+    fn pass_time(&mut self) {
+        self.now += if self.random.percent(5) { 400_000 } else { self.random.below(20_000) };
+        self.tell(Input::Tick);
+        let overdue = self.core.next_deadline().is_some_and(|at| at <= Now::from_micros(self.now));
+        assert!(!overdue, "a deadline that has passed is not asked for again");
+    }
+
+    fn world_changes(&mut self) {
+        let device = DeviceId::new(if self.random.percent(50) { 0 } else { 1 });
+        match self.random.below(6) {
+            0 => self.tell(Input::DeviceState { device, usable: false }),
+            1 | 2 => self.tell(Input::DeviceState { device, usable: true }),
+            3 => self.set_degraded(!self.degraded),
+            4 => {
+                let chunks = 4 + self.random.below(4);
+                self.tell(Input::MemoryLimit { bytes: ByteCount::new(chunks * CHUNK_BYTES) });
+            }
+            _ => self.set_degraded(false),
+        }
+    }
+
+    fn set_degraded(&mut self, degraded: bool) {
+        self.degraded = degraded;
+        self.tell(Input::Degraded { degraded });
+    }
+
+    /// Starts an effect. What is fast happens now.
+    fn perform(&mut self, effect: Effect) {
+        let (op, sample) = match &effect {
+            Effect::Reply { session, request, reply } => {
+                return self.replied(*session, *request, reply.clone());
+            }
+            Effect::Notify { session, notice } => return self.notified(*session, notice.clone()),
+            Effect::SetFence { frame, fence } => {
+                let cell = self.frame(*frame);
+                assert_eq!(cell.fence + 1, fence.get(), "{frame:?}: a fence moves by one");
+                cell.fence = fence.get();
+                return;
+            }
+            Effect::AdoptWindow { chunk } => {
+                let held = self.chunks.get_mut(chunk).expect("an adopted window is alive");
+                assert!(held.owner.take().is_some(), "only a window is adopted");
+                return;
+            }
+            Effect::Publish { event, .. } => return self.published(event.clone()),
+            Effect::CreateChunk { op, chunk, tenant, owner, frames, .. } => {
+                let frames = (0..*frames).map(|_| MemoryFrame { fence: 1, payload: GARBAGE }).collect();
+                let made = Chunk { owner: *owner, tenant: *tenant, frames, ready: false };
+                assert!(self.chunks.insert(*chunk, made).is_none(), "chunk ids are never used again");
+                assert!(self.chunks.len() <= 7, "memory is limited");
+                (*op, None)
+            }
+            Effect::DropChunk { op, chunk } => {
+                self.assert_unread(*chunk);
+                (*op, None)
+            }
+            Effect::Read { op, source, source_offset, target, .. } => {
+                assert_eq!(
+                    *source_offset,
+                    DATA_START + u64::from(source.slot) * CHUNK_BYTES + 4096 + u64::from(source.index) * 8192
+                );
+                self.frame(*target).payload = GARBAGE;
+                (*op, None)
+            }
+            Effect::Write { op, source, target, .. } => {
+                let generations: BTreeMap<SpaceId, u64> =
+                    self.spaces.iter().map(|space| (space.id, space.durable_generation)).collect();
+                let claims = self.catalog.values().find(|(frame, header)| {
+                    frame == target && header.generation >= generations[&header.space]
+                });
+                assert!(
+                    claims.is_none(),
+                    "{target:?} is overwritten while the catalog says that it holds {claims:?}"
+                );
+                let sample = self.frame(*source).payload;
+                let early = self.random.percent(50).then_some(sample);
+                (*op, early)
+            }
+            Effect::CarveSlot { op, .. } | Effect::Commit { op, .. } | Effect::ClearSpace { op, .. } => {
+                (*op, None)
+            }
+            Effect::Verify { op, frame, .. } => {
+                self.frame(*frame);
+                (*op, None)
+            }
+            Effect::Copy { op, target, .. } => {
+                self.frame(*target).payload = GARBAGE;
+                (*op, None)
+            }
+        };
+        let delay = if self.random.percent(4) { 150 } else { 0 };
+        self.pending.push(Pending { op, effect, sample, not_before: self.steps + delay });
+    }
+
+    /// The memory of a frame in use. Its chunk is alive and ready, or the core touches what is not there.
+    pub(crate) fn frame(&mut self, frame: FrameRef) -> &mut MemoryFrame {
+        let chunk = self.chunks.get_mut(&frame.chunk).expect("a frame is used while its chunk is alive");
+        assert!(chunk.ready, "{frame:?} is used before its chunk is ready");
+        &mut chunk.frames[frame.index as usize]
+    }
+
+    /// A chunk goes only after every reader could see that its frames are no longer theirs.
+    fn assert_unread(&mut self, id: ChunkId) {
+        let reads: Vec<_> =
+            self.clients.values().flat_map(Client::reads).filter(|read| read.frame.chunk == id).collect();
+        for read in reads {
+            let fence = self.frame(read.frame).fence;
+            assert!(fence > read.fence, "{:?} is dropped under a reader", read.frame);
+        }
+    }
+
+    fn complete_one(&mut self) {
+        let steps = self.steps;
+        let ready: Vec<usize> =
+            (0..self.pending.len()).filter(|&i| self.pending[i].not_before <= steps).collect();
+        if ready.is_empty() {
+            return self.pass_time();
+        }
+        let place = ready[self.random.index(ready.len())];
+        let pending = self.pending.remove(place);
+        let outcome = self.finish(&pending);
+        self.tell(Input::OpDone { op: pending.op, outcome });
+        if outcome_is(&pending.effect, "Commit") && !self.degraded && self.faults && self.random.percent(1) {
+            self.set_degraded(true);
+        }
+    }
+
+    /// Ends an operation: its bytes arrive, whatever became of those who waited for them.
+    fn finish(&mut self, pending: &Pending) -> Result<Done, Fault> {
+        let fails = self.faults && self.random.percent(6);
+        match &pending.effect {
+            Effect::CreateChunk { chunk, .. } => {
+                if fails {
+                    self.chunks.remove(chunk);
+                    return Err(Fault::NoMemory);
+                }
+                self.chunks.get_mut(chunk).expect("it was made").ready = true;
+                Ok(Done::ChunkCreated)
+            }
+            Effect::DropChunk { chunk, .. } => {
+                self.chunks.remove(chunk);
+                self.ghosts.retain(|(frame, _, _)| frame.chunk != *chunk);
+                if fails { Err(Fault::StillMapped) } else { Ok(Done::Plain) }
+            }
+            Effect::Read { source, target, expect, .. } => {
+                let found = self.cells.get(source).map(|cell| (cell.header, cell.payload));
+                let (header, payload) = found.unwrap_or((*expect, GARBAGE));
+                self.frame(*target).payload = payload;
+                let sound = header == *expect && checksum_of(expect.block, payload) == expect.checksum;
+                match (fails, self.random.percent(50)) {
+                    (true, true) => Err(Fault::Device),
+                    (true, false) => Err(Fault::Checksum),
+                    (false, _) if sound => Ok(Done::Plain),
+                    (false, _) => Err(Fault::Checksum),
+                }
+            }
+            Effect::Write { source, target, header, via, .. } => {
+                let now = self.frame(*source).payload;
+                let payload = pending.sample.unwrap_or(now);
+                let sound = checksum_of(header.block, payload) == header.checksum;
+                if *via == Via::Bounce && !sound {
+                    return Err(Fault::Checksum);
+                }
+                let payload = if fails { GARBAGE } else { payload };
+                self.write_cell(*target, *header, payload);
+                match (fails, self.random.percent(30)) {
+                    (true, true) => Err(Fault::NoSpace),
+                    (true, false) => Err(Fault::Device),
+                    (false, _) => Ok(Done::Plain),
+                }
+            }
+            Effect::CarveSlot { device, slot, space, .. } => {
+                if fails {
+                    return Err(Fault::Device);
+                }
+                self.carved.insert((*device, *slot), *space);
+                Ok(Done::Plain)
+            }
+            Effect::Commit { put, delete, .. } => {
+                let applied = !fails || self.random.percent(50);
+                self.commit(put, delete, applied);
+                if fails { Err(Fault::Catalog) } else { Ok(Done::Plain) }
+            }
+            Effect::ClearSpace { space, generation, .. } => {
+                if fails {
+                    return Err(Fault::Catalog);
+                }
+                self.clear_durably(*space, *generation);
+                Ok(Done::Plain)
+            }
+            Effect::Verify { frame, expect, .. } => {
+                let payload = self.frame(*frame).payload;
+                let sound = checksum_of(expect.block, payload) == expect.checksum;
+                if sound && !fails { Ok(Done::Plain) } else { Err(Fault::Checksum) }
+            }
+            Effect::Copy { source, target, expect, .. } => {
+                let payload = self.frame(*source).payload;
+                self.frame(*target).payload = payload;
+                let sound = checksum_of(expect.block, payload) == expect.checksum;
+                if sound && !fails { Ok(Done::Plain) } else { Err(Fault::Checksum) }
+            }
+            other => panic!("{other:?} is no slow effect"),
+        }
+    }
+
+    fn write_cell(&mut self, target: DiskFrame, header: BlockHeader, payload: u64) {
+        let before = self
+            .cells
+            .get(&target)
+            .and_then(|cell| if cell.synced { Some((cell.header, cell.payload)) } else { cell.before });
+        self.cells.insert(target, Cell { header, payload, synced: false, before });
+    }
+
+    fn commit(&mut self, put: &[(DiskFrame, BlockHeader)], delete: &[BlockId], applied: bool) {
+        for (frame, header) in put {
+            let cell = self.cells.get_mut(frame).expect("what is committed was written");
+            assert!(cell.header == *header, "{frame:?}: the catalog is told of what was written");
+            cell.synced = true;
+            cell.before = None;
+        }
+        if applied {
+            for (frame, header) in put {
+                self.catalog.insert(header.block, (*frame, *header));
+            }
+            for block in delete {
+                self.catalog.remove(block);
+            }
+        }
+    }
+
+    fn clear_durably(&mut self, id: SpaceId, generation: u64) {
+        for space in self.spaces.iter_mut().filter(|space| space.id == id) {
+            space.durable_generation = space.durable_generation.max(generation);
+        }
+        self.catalog.retain(|_, (_, header)| header.space != id || header.generation >= generation);
+    }
+
+    fn published(&mut self, event: Event) {
+        let durable = |tiers: &Residence| tiers.nvme;
+        match event {
+            Event::Sealed { block, tiers, .. } => {
+                assert!(self.events.insert(block, tiers).is_none(), "{block} is sealed once");
+            }
+            Event::Moved { block, tiers, .. } => {
+                assert!(self.events.insert(block, tiers).is_some(), "{block} moves after it was sealed");
+                if !durable(&tiers) {
+                    self.durable.remove(&block);
+                }
+            }
+            Event::Evicted { block, .. } => {
+                assert!(self.events.remove(&block).is_some(), "{block} is evicted after it was sealed");
+                self.durable.remove(&block);
+            }
+            Event::Cleared { space } => {
+                let cleared = self.spaces.iter().find(|known| known.id == space).expect("it is known");
+                assert!(
+                    cleared.chains.iter().flatten().all(|block| !self.events.contains_key(block)),
+                    "a cleared space is empty"
+                );
+                self.seen.clears += 1;
+            }
+        }
+    }
+
+    fn check_events(&self) {
+        for block in self.spaces.iter().flat_map(|space| space.chains.iter().flatten()) {
+            let told = self.events.get(block).copied().unwrap_or_default();
+            let is = self.core.stat(*block).map(|view| view.tiers).unwrap_or_default();
+            assert_eq!(told, is, "{block}: the event stream tells where it is");
+        }
+    }
+
+    /// Everybody who was granted a read and whose fence has not moved sees the sealed bytes.
+    fn check_reads(&mut self) {
+        let reads: Vec<_> = self.clients.values().flat_map(Client::reads).collect();
+        for read in reads {
+            let Some(chunk) = self.chunks.get(&read.frame.chunk) else { continue };
+            let cell = &chunk.frames[read.frame.index as usize];
+            if cell.fence != read.fence {
+                self.seen.moved += 1;
+                continue;
+            }
+            self.seen.reads += 1;
+            assert_eq!(
+                checksum_of(read.block, cell.payload),
+                read.checksum,
+                "a read of {} in {:?} sees other bytes than were sealed",
+                read.block,
+                read.frame
+            );
+        }
+    }
+
+    /// Somebody who lost his lease, or a child of a dead process, still writes.
+    fn ghost_writes(&mut self) {
+        let steps = self.steps;
+        self.ghosts.retain(|(_, _, until)| *until >= steps);
+        for place in 0..self.ghosts.len() {
+            if self.random.percent(50) {
+                let (frame, _, _) = self.ghosts[place];
+                if self.chunks.contains_key(&frame.chunk) {
+                    self.frame(frame).payload = GARBAGE;
+                }
+            }
+        }
+    }
+
+    /// The daemon dies: by kill -9, or with the power. What the kernel or the
+    /// device had not finished may or may not have happened.
+    fn restart(&mut self) {
+        let power = self.random.percent(50);
+        self.seen.count(self.core.counters());
+        self.seen.restarts += 1;
+        self.seen.power_cuts += u64::from(power);
+        for pending in std::mem::take(&mut self.pending) {
+            self.cut_short(&pending);
+        }
+        if power {
+            self.cut_power();
+        }
+        self.incarnation += 1;
+        self.chunks.clear();
+        self.clients.clear();
+        self.ghosts.clear();
+        self.events.clear();
+        self.degraded = false;
+        for space in &mut self.spaces {
+            space.generation = space.durable_generation;
+        }
+        let expected = std::mem::take(&mut self.durable);
+        self.core = Core::new(config(self.incarnation));
+        self.tell_spaces();
+        if self.random.percent(30) {
+            self.rebuild();
+        } else {
+            self.restore();
+        }
+        for block in expected.keys() {
+            let there = self.core.stat(*block).is_some_and(|view| view.tiers.nvme);
+            assert!(there, "{block} was acknowledged as durable and is gone after a restart");
+        }
+        self.durable = expected;
+        self.core.check();
+    }
+
+    fn cut_short(&mut self, pending: &Pending) {
+        let happened = self.random.below(3);
+        match &pending.effect {
+            Effect::Write { source, target, header, .. } if happened > 0 => {
+                let now = self.frame(*source).payload;
+                let payload = if happened == 1 { GARBAGE } else { pending.sample.unwrap_or(now) };
+                self.write_cell(*target, *header, payload);
+            }
+            Effect::Commit { put, delete, .. } if happened > 0 => self.commit(put, delete, happened == 1),
+            Effect::CarveSlot { device, slot, space, .. } if happened > 0 => {
+                self.carved.insert((*device, *slot), *space);
+            }
+            Effect::ClearSpace { space, generation, .. } if happened > 0 => {
+                self.clear_durably(*space, *generation)
+            }
+            _ => {}
+        }
+    }
+
+    fn cut_power(&mut self) {
+        let frames: Vec<DiskFrame> = self.cells.keys().copied().collect();
+        for frame in frames {
+            let Some(cell) = self.cells.get_mut(&frame).filter(|cell| !cell.synced) else { continue };
+            match (self.random.below(3), cell.before) {
+                (0, _) => {}
+                (1, Some((header, payload))) => {
+                    *cell = Cell { header, payload, synced: true, before: None };
+                }
+                _ => {
+                    self.cells.remove(&frame);
+                }
+            }
+        }
+    }
+
+    fn generation_of(&self, space: SpaceId) -> u64 {
+        self.spaces.iter().find(|known| known.id == space).map_or(0, |known| known.durable_generation)
+    }
+
+    fn found(&self, frame: DiskFrame, header: &BlockHeader) -> FoundBlock {
+        FoundBlock {
+            block: header.block,
+            space: header.space,
+            parent: header.parent,
+            length: header.length,
+            checksum: header.checksum,
+            frame,
+            write_sequence: header.write_sequence,
+        }
+    }
+
+    /// From the catalog.
+    fn restore(&mut self) {
+        for ((device, slot), space) in self.carved.clone() {
+            self.tell(Input::SlotCarved { device, slot, space, frame_bytes: ByteCount::new(8192) });
+        }
+        let valid =
+            self.catalog.values().filter(|(_, header)| header.generation >= self.generation_of(header.space));
+        let blocks = valid.map(|(frame, header)| self.found(*frame, header)).collect();
+        self.tell(Input::BlocksFound { blocks });
+    }
+
+    /// The catalog is lost: from the headers, slot by slot, in any order.
+    fn rebuild(&mut self) {
+        self.seen.rebuilt += 1;
+        for device in (0..DEVICES).map(DeviceId::new) {
+            self.tell(Input::SlotsUnscanned { device, slots: (0..SLOTS).collect() });
+        }
+        let mut slots: Vec<(DeviceId, u32)> = (0..DEVICES)
+            .flat_map(|device| (0..SLOTS).map(move |slot| (DeviceId::new(device), slot)))
+            .collect();
+        let mut newest = BTreeMap::<BlockId, (DiskFrame, BlockHeader)>::new();
+        while !slots.is_empty() {
+            let (device, slot) = slots.swap_remove(self.random.index(slots.len()));
+            let Some(space) = self.carved.get(&(device, slot)).copied() else {
+                self.tell(Input::SlotsScanned { device, slots: vec![slot] });
+                continue;
+            };
+            self.tell(Input::SlotCarved { device, slot, space, frame_bytes: ByteCount::new(8192) });
+            let mut blocks = Vec::new();
+            for (frame, cell) in &self.cells {
+                let here = frame.device == device && frame.slot == slot && cell.header.space == space;
+                if here && cell.header.generation >= self.generation_of(space) {
+                    blocks.push(self.found(*frame, &cell.header));
+                    let best = newest.entry(cell.header.block).or_insert((*frame, cell.header));
+                    if best.1.write_sequence < cell.header.write_sequence {
+                        *best = (*frame, cell.header);
+                    }
+                }
+            }
+            self.tell(Input::BlocksFound { blocks });
+            self.tell(Input::SlotsScanned { device, slots: vec![slot] });
+        }
+        self.catalog = newest;
+    }
+
+    /// Everything ends well: then nothing may be held and nobody may be waiting.
+    pub(crate) fn quiesce(&mut self) {
+        self.faults = false;
+        self.set_degraded(false);
+        for device in (0..DEVICES).map(DeviceId::new) {
+            self.tell(Input::DeviceState { device, usable: true });
+        }
+        self.drain();
+        for client in self.clients.values() {
+            assert!(client.sent.is_empty(), "requests without an answer: {:?}", client.sent);
+        }
+        let sessions: Vec<SessionId> = self.clients.keys().copied().collect();
+        for session in sessions {
+            self.close(session);
+        }
+        self.drain();
+        self.core.check();
+        self.check_events();
+        let tiers = self.core.tier_views();
+        assert_eq!(tiers.pinned.frames.pinned, 0, "nothing is pinned when nobody is there");
+        assert_eq!(tiers.pinned.frames.filling, 0, "nothing is being filled when nobody is there");
+        assert_eq!(tiers.pinned.frames.quarantined, 0, "replaced windows are gone");
+        assert_eq!(tiers.pinned.windows, 0, "windows end with their sessions");
+        assert_eq!(self.core.lease_count(), 0, "leases end with their sessions");
+        assert_eq!(self.core.waiting_count(), 0, "nobody waits");
+        self.seen.count(self.core.counters());
+    }
+
+    fn drain(&mut self) {
+        let mut left = 20_000;
+        for _ in 0..100 {
+            while let Some(pending) = self.pending.pop() {
+                let outcome = self.finish(&pending);
+                self.tell(Input::OpDone { op: pending.op, outcome });
+                self.check_reads();
+                left -= 1;
+                assert!(left > 0, "operations feed on each other: {:?}", pending.effect);
+            }
+            self.now += 100_000;
+            self.tell(Input::Tick);
+        }
+        while let Some(pending) = self.pending.pop() {
+            let outcome = self.finish(&pending);
+            self.tell(Input::OpDone { op: pending.op, outcome });
+        }
+    }
+}
+
+fn block_id(space: u8, chain: u8, place: u8) -> BlockId {
+    let mut hasher = DefaultHasher::new();
+    (space, chain, place).hash(&mut hasher);
+    let mut bytes = [0; 16];
+    bytes[..8].copy_from_slice(&hasher.finish().to_le_bytes());
+    bytes[8] = space;
+    bytes[9] = chain;
+    bytes[10] = place;
+    BlockId::from_bytes(bytes)
+}
+
+fn outcome_is(effect: &Effect, name: &str) -> bool {
+    format!("{effect:?}").starts_with(name)
+}
