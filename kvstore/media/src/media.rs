@@ -2,7 +2,6 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
-use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::thread::JoinHandle;
@@ -13,16 +12,17 @@ use terrace_core::{
 };
 
 use crate::api::{
-    Carve, CatalogState, Complete, FoundHeader, MediaConfig, MediaError, MediaFacts, MediaOp, OpenReport,
-    ScanPiece, ScanReport, SpaceRecord,
+    Carve, Complete, FoundHeader, MediaConfig, MediaError, MediaFacts, MediaOp, OpenReport, ScanPiece,
+    ScanReport, SpaceRecord,
 };
-use crate::catalog::{self, Batch, Catalog, CatalogError};
+use crate::catalog::{self, Catalog, CatalogError};
 use crate::chunks::{ChunkMaker, ChunkTable, Wish, Wishes};
 use crate::commit::{Answer, Commits, Committer, Job};
-use crate::device::{AlignedPages, IoBuffer, IoOp, IoRequest, PagePool, lock_exclusively};
+use crate::device::{AlignedPages, IoBuffer, IoOp, IoRequest, PagePool};
 use crate::facts;
 use crate::header::{SlotHeader, decode_header, encode_header};
 use crate::memory::{ChunkMemory, PAGE_BYTES};
+use crate::open::{OpenedCatalog, check_config, lock_directory, open_catalog};
 use crate::scan;
 use crate::slots::Slots;
 use crate::work::Workers;
@@ -562,136 +562,5 @@ fn bounce(
     }
     rest.fill(0);
     encode_header(header, page);
-    Ok(())
-}
-
-fn check_config(config: &MediaConfig) -> Result<(), MediaError> {
-    let chunk = config.chunk_bytes.get();
-    if chunk == 0 || !chunk.is_multiple_of(2 << 20) {
-        return Err(MediaError::BadConfig("chunk_bytes must be a multiple of 2 MiB"));
-    }
-    Ok(())
-}
-
-fn lock_directory(path: &Path) -> Result<File, MediaError> {
-    let failed =
-        |action: &'static str| move |source| MediaError::File { path: path.to_owned(), action, source };
-    std::fs::create_dir_all(path).map_err(failed("make the data directory"))?;
-    let mut options = File::options();
-    options.read(true).write(true).create(true).truncate(false);
-    let lock = options.open(path.join("lock")).map_err(failed("open its lock file"))?;
-    lock_exclusively(&lock, path)?;
-    Ok(lock)
-}
-
-struct OpenedCatalog {
-    catalog: Catalog,
-    report: OpenReport,
-    carve_sequence: u64,
-}
-
-fn open_catalog(
-    config: &MediaConfig,
-    slots: &Slots,
-    notes: &mut Vec<String>,
-) -> Result<OpenedCatalog, MediaError> {
-    let path = config.data_dir.join("catalog");
-    let open = || Catalog::open(&path, Arc::clone(&config.hooks.catalog_fails));
-    let attempt = open().and_then(|(catalog, new)| {
-        let loaded = load(&catalog)?;
-        Ok((catalog, new, loaded))
-    });
-    let (catalog, state, loaded) = match attempt {
-        Ok((catalog, true, loaded)) => (catalog, CatalogState::New, loaded),
-        Ok((catalog, false, loaded)) => (catalog, CatalogState::Opened, loaded),
-        Err(error @ CatalogError::NewerFormat { .. }) => return Err(error.into()),
-        Err(error) => {
-            let moved_to = catalog::move_aside(&path).map_err(|source| MediaError::File {
-                path: path.clone(),
-                action: "move the damaged catalog aside",
-                source,
-            })?;
-            tracing::error!(%error, moved_to = %moved_to.display(), "catalog damaged: rebuilding it from the devices");
-            let (catalog, _) = open()?;
-            let loaded = load(&catalog)?;
-            (catalog, CatalogState::Damaged { reason: error.to_string(), moved_to }, loaded)
-        }
-    };
-    let rebuild = state != CatalogState::Opened && slots.ids().any(|device| !slots.fresh(device));
-    let mut batch = Batch::default();
-    if rebuild {
-        batch.put_meta("rebuild", &[1]);
-    }
-    let mut carves = loaded.carves;
-    for device in slots.ids() {
-        replaced_device(&catalog, slots, device, &mut carves, &mut batch, notes)?;
-    }
-    carves.retain(|(carve, _)| carve.slot < slots.slots(carve.device));
-    let incarnation = loaded.incarnation.max(slots.incarnation()).saturating_add(1);
-    batch.put_meta("incarnation", &incarnation.to_le_bytes());
-    batch.delete_meta("clean");
-    catalog.write(batch)?;
-    let carve_sequence = carves.iter().map(|(_, sequence)| *sequence).max().unwrap_or(0);
-    let report = OpenReport {
-        incarnation,
-        spaces: loaded.spaces,
-        carves: carves.into_iter().map(|(carve, _)| carve).collect(),
-        scan_needed: rebuild || loaded.rebuild,
-        clean: loaded.clean,
-        catalog: state,
-        notes: Vec::new(),
-    };
-    Ok(OpenedCatalog { catalog, report, carve_sequence })
-}
-
-struct Loaded {
-    spaces: Vec<SpaceRecord>,
-    carves: Vec<(Carve, u64)>,
-    incarnation: u32,
-    rebuild: bool,
-    clean: bool,
-}
-
-fn load(catalog: &Catalog) -> Result<Loaded, CatalogError> {
-    let incarnation = catalog.meta("incarnation")?.and_then(|value| value.try_into().ok());
-    Ok(Loaded {
-        spaces: catalog.spaces()?.into_values().collect(),
-        carves: catalog.carves()?,
-        incarnation: incarnation.map_or(0, u32::from_le_bytes),
-        rebuild: catalog.meta("rebuild")?.is_some(),
-        clean: catalog.meta("clean")?.is_some(),
-    })
-}
-
-/// Forgets what the catalog says of a device that another one has replaced.
-fn replaced_device(
-    catalog: &Catalog,
-    slots: &Slots,
-    device: DeviceId,
-    carves: &mut Vec<(Carve, u64)>,
-    batch: &mut Batch,
-    notes: &mut Vec<String>,
-) -> Result<(), CatalogError> {
-    let name = format!("device/{device}");
-    let Some(uuid) = slots.uuid(device) else { return Ok(()) };
-    match catalog.meta(&name)? {
-        Some(known) if known == uuid => return Ok(()),
-        None => {}
-        Some(_) => {
-            notes.push(format!("device {device} was replaced; the blocks of the old one are forgotten"));
-            catalog.blocks(4096, &mut |found| {
-                let of_device = |found: &&FoundHeader| found.frame.device == device;
-                found.iter().filter(of_device).for_each(|found| batch.delete_block(found.header.block));
-            })?;
-            for (carve, _) in carves.iter().filter(|(carve, _)| carve.device == device) {
-                batch.delete_carve(device, carve.slot);
-            }
-            carves.retain(|(carve, _)| carve.device != device);
-            if !slots.fresh(device) {
-                batch.put_meta("rebuild", &[1]);
-            }
-        }
-    }
-    batch.put_meta(&name, &uuid);
     Ok(())
 }

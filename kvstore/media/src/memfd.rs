@@ -1,0 +1,191 @@
+//! System calls under chunk memory: memfds and their seals, leases that tell
+//! who else has one open, and mappings on the best pages that are to be had.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::ptr::NonNull;
+
+use crate::facts;
+use crate::memory::{HUGE_PAGE_BYTES, Holders, PageKind};
+
+/// The machine keeps this much for everything else when a chunk is made.
+const HEADROOM_BYTES: u64 = 256 << 20;
+/// From `fcntl.h`: which signal says that a lease is broken.
+const F_SETSIG: libc::c_int = 10;
+
+/// A file lease is granted only if nobody else has the file open: `F_WRLCK` on
+/// our read-only opening if there is no other opening at all, `F_RDLCK` if there
+/// is none for writing. A mapping keeps its opening alive. Our own first opening
+/// comes from `memfd_create`, which the kernel does not count.
+pub(crate) fn holders(probe: Option<&OwnedFd>, blind: bool) -> Holders {
+    let Some(probe) = probe else { return Holders::Unknown };
+    if blind {
+        return Holders::Unknown;
+    }
+    if lease(probe, libc::F_WRLCK) {
+        Holders::Nobody
+    } else if lease(probe, libc::F_RDLCK) {
+        Holders::Readers
+    } else {
+        Holders::Writers
+    }
+}
+
+/// A read-only opening of a fresh memfd for leases; `None` where /proc is not
+/// there or the kernel grants no leases on memory.
+pub(crate) fn probe(data: &OwnedFd) -> Option<OwnedFd> {
+    let probe = reopen(data.as_fd(), libc::O_RDONLY).ok()?;
+    // A lease that a foreign `open` breaks while we hold it raises a signal: one that is ignored by default.
+    // SAFETY: plain fcntl on a descriptor that we own.
+    unsafe { libc::fcntl(probe.as_raw_fd(), F_SETSIG, libc::SIGURG) };
+    lease(&probe, libc::F_WRLCK).then_some(probe)
+}
+
+fn lease(probe: &OwnedFd, kind: libc::c_int) -> bool {
+    // SAFETY: plain fcntl calls on a descriptor that we own.
+    unsafe {
+        let granted = libc::fcntl(probe.as_raw_fd(), libc::F_SETLEASE, kind) == 0;
+        if granted {
+            libc::fcntl(probe.as_raw_fd(), libc::F_SETLEASE, libc::F_UNLCK);
+        }
+        granted
+    }
+}
+
+/// A shared read-write mapping of a whole memfd.
+#[derive(Debug)]
+pub(crate) struct Mapping {
+    pub(crate) base: NonNull<u8>,
+    pub(crate) bytes: u64,
+    length: usize,
+}
+
+// SAFETY: a mapping is an address range; every access goes through raw pointers under the frame ownership rules of
+// the core, or through atomics.
+unsafe impl Send for Mapping {}
+// SAFETY: as above.
+unsafe impl Sync for Mapping {}
+
+impl Mapping {
+    pub(crate) fn new(fd: BorrowedFd<'_>, bytes: u64) -> io::Result<Self> {
+        let length = usize::try_from(bytes).map_err(|_| io::Error::from(io::ErrorKind::OutOfMemory))?;
+        let protection = libc::PROT_READ | libc::PROT_WRITE;
+        // SAFETY: a new mapping at an address of the kernel's choice.
+        let address = unsafe {
+            libc::mmap(std::ptr::null_mut(), length, protection, libc::MAP_SHARED, fd.as_raw_fd(), 0)
+        };
+        if address == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        let base =
+            NonNull::new(address.cast::<u8>()).ok_or_else(|| io::Error::other("mapped at address zero"))?;
+        let mapping = Self { base, bytes, length };
+        mapping.advise(libc::MADV_DONTFORK)?;
+        // Prompts do not belong into core dumps; a kernel that cannot leave them out is no reason to stop.
+        if let Err(error) = mapping.advise(libc::MADV_DONTDUMP) {
+            tracing::debug!(%error, "chunk memory will be in core dumps");
+        }
+        Ok(mapping)
+    }
+
+    fn advise(&self, advice: libc::c_int) -> io::Result<()> {
+        // SAFETY: the range is our own mapping.
+        match unsafe { libc::madvise(self.base.as_ptr().cast(), self.length, advice) } {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        }
+    }
+
+    fn populate(&self) -> io::Result<()> {
+        match self.advise(libc::MADV_POPULATE_WRITE) {
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
+                // A kernel before 5.14: touch each page. Running out of memory then is the kernel's business.
+                for page in (0..self.length).step_by(4096) {
+                    // SAFETY: inside our own fresh mapping, which nobody else knows yet.
+                    unsafe { self.base.as_ptr().add(page).write_volatile(0) };
+                }
+                Ok(())
+            }
+            other => other,
+        }
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: our own mapping, unmapped once. Operations in flight hold the chunk, so none is under way.
+        unsafe { libc::munmap(self.base.as_ptr().cast(), self.length) };
+    }
+}
+
+/// The best pages that are to be had, populated.
+pub(crate) fn allocate(bytes: u64) -> io::Result<(OwnedFd, Mapping, PageKind)> {
+    if facts::huge_pages_free() >= bytes / HUGE_PAGE_BYTES {
+        match populated(bytes, libc::MFD_HUGETLB | libc::MFD_HUGE_2MB, PageKind::Reserved) {
+            Ok(made) => return Ok(made),
+            Err(error) => tracing::info!(%error, "no reserved huge pages for a chunk; trying others"),
+        }
+    }
+    if facts::memory_available().get() < bytes.saturating_add(HEADROOM_BYTES) {
+        return Err(io::Error::new(
+            io::ErrorKind::OutOfMemory,
+            "not enough memory available for a chunk; lower `pinned_bytes` or stop other programs",
+        ));
+    }
+    let kind = match facts::shmem_huge() {
+        facts::ShmemHuge::Never => PageKind::Small,
+        facts::ShmemHuge::Possible => PageKind::Transparent,
+    };
+    populated(bytes, 0, kind)
+}
+
+fn populated(bytes: u64, flags: libc::c_uint, pages: PageKind) -> io::Result<(OwnedFd, Mapping, PageKind)> {
+    let fd = memfd("terrace-chunk", flags)?;
+    truncate(fd.as_fd(), bytes)?;
+    let mapping = Mapping::new(fd.as_fd(), bytes)?;
+    if pages == PageKind::Transparent
+        && let Err(error) = mapping.advise(libc::MADV_HUGEPAGE)
+    {
+        tracing::debug!(%error, "MADV_HUGEPAGE refused");
+    }
+    mapping.populate()?;
+    Ok((fd, mapping, pages))
+}
+
+pub(crate) fn memfd(name: &str, flags: libc::c_uint) -> io::Result<OwnedFd> {
+    let name = std::ffi::CString::new(name).map_err(io::Error::other)?;
+    // SAFETY: the name is a C string that outlives the call.
+    let raw =
+        unsafe { libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING | flags) };
+    if raw < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: a descriptor that the kernel just gave us and nobody else knows.
+    Ok(unsafe { OwnedFd::from_raw_fd(raw) })
+}
+
+pub(crate) fn truncate(fd: BorrowedFd<'_>, bytes: u64) -> io::Result<()> {
+    File::from(fd.try_clone_to_owned()?).set_len(bytes)
+}
+
+pub(crate) fn seal(fd: BorrowedFd<'_>, seals: libc::c_int) -> io::Result<()> {
+    // SAFETY: plain fcntl on a descriptor that lives through the call.
+    match unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_ADD_SEALS, seals) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// A second, independent opening of the same file.
+pub(crate) fn reopen(fd: BorrowedFd<'_>, flags: libc::c_int) -> io::Result<OwnedFd> {
+    let path =
+        std::ffi::CString::new(format!("/proc/self/fd/{}", fd.as_raw_fd())).map_err(io::Error::other)?;
+    // SAFETY: the path is a C string that outlives the call.
+    let raw = unsafe { libc::open(path.as_ptr(), flags | libc::O_CLOEXEC) };
+    if raw < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: a descriptor that the kernel just gave us and nobody else knows.
+    Ok(unsafe { OwnedFd::from_raw_fd(raw) })
+}
