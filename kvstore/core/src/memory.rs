@@ -4,6 +4,7 @@
 use crate::api::{Effect, Fault, Notice, Refusal, Reply};
 use crate::core::{Core, Deadline, Op, RETRY_AFTER};
 use crate::ids::{ChunkId, Fence, FrameRef, SessionId};
+use crate::persist::WRITE_FAULTS_MAX;
 use crate::policy::{Candidate, Choice, ChunkFacts, cheapest_chunk, victim};
 use crate::residence::{Relist, Vacate};
 use crate::state::block::{Arriving, BlockIndex, Nvme};
@@ -265,7 +266,7 @@ impl Core {
                 block: index,
                 leaf: block.children_pinned == 0,
                 busy: retiring || frame.is_none_or(|(_, busy)| busy > 0) || block.arriving != Arriving::No,
-                expendable: block.residence().nvme || !keep,
+                expendable: block.residence().nvme || !keep || block.write_faults >= WRITE_FAULTS_MAX,
             }
         });
         let choice = victim(candidates);
@@ -330,6 +331,7 @@ impl Core {
     fn move_out(&mut self, index: BlockIndex, source: FrameRef) {
         let block = self.blocks.at(index);
         let (space, nvme) = (block.space, block.nvme);
+        let writable = self.is_persisting() && block.write_faults < WRITE_FAULTS_MAX;
         if matches!(block.arriving, Arriving::Verifying(_)) || self.copies_running >= COPIES_MAX {
             return;
         }
@@ -345,7 +347,7 @@ impl Core {
         let replacing = self.chunks.at(source.chunk).kind == ChunkKind::Replacing;
         if replacing && self.may_create(Reserve::Kept) {
             self.create_chunk(space, None);
-        } else if self.is_persisting() {
+        } else if writable {
             self.demote(index);
         } else {
             self.evict_from_pinned(index);

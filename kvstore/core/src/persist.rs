@@ -18,8 +18,8 @@ use crate::units::Micros;
 const EVICT_BATCH: u32 = 16;
 /// Puts and deletes in one commit.
 const COMMIT_MAX: usize = 1024;
-/// Device errors after which a block is written no more until it is sealed anew.
-const WRITE_FAULTS_MAX: u8 = 3;
+/// Device errors after which memory no longer waits for a block to be written.
+pub(crate) const WRITE_FAULTS_MAX: u8 = 3;
 
 /// What became of the wish for a frame on a device.
 enum DiskAllocated {
@@ -81,7 +81,10 @@ impl Core {
             DiskAllocated::Wait => self.writes_stalled.push((index, id)),
             DiskAllocated::Never => {
                 self.counters.writes_without_room += 1;
+                self.blocks.at_mut(index).write_faults = WRITE_FAULTS_MAX;
                 self.durable(index, false);
+                self.memory_changed = true;
+                self.emptying_due = true;
                 self.persist_later(index, RETRY_AFTER);
             }
         }
@@ -170,6 +173,8 @@ impl Core {
         let block = self.blocks.at_mut(index);
         block.write_faults = block.write_faults.saturating_add(1);
         let again = block.write_faults < WRITE_FAULTS_MAX;
+        self.memory_changed = true;
+        self.emptying_due = true;
         self.durable(index, false);
         if again && self.blocks.at(index).pinned.is_some() {
             self.persist_later(index, RETRY_AFTER);

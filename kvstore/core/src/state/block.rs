@@ -105,7 +105,7 @@ pub(crate) struct Block {
     pub(crate) arriving: Arriving,
     pub(crate) touched: Now,
     pub(crate) retained: Option<Retained>,
-    /// Device errors while writing it, since the last success.
+    /// Device errors while writing it, since the last success; the most when no device has room for it.
     pub(crate) write_faults: u8,
     /// It waits in the queue of urgent writes.
     pub(crate) urgent: bool,

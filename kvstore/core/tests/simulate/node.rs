@@ -691,6 +691,11 @@ impl World {
     /// The catalog is lost: from the headers, slot by slot, in any order.
     fn rebuild(&mut self) {
         self.seen.rebuilt += 1;
+        // What a scan finds may still be in a device's cache only: it is synced before it is told.
+        for cell in self.cells.values_mut() {
+            cell.synced = true;
+            cell.before = None;
+        }
         for device in (0..DEVICES).map(DeviceId::new) {
             self.tell(Input::SlotsUnscanned { device, slots: (0..SLOTS).collect() });
         }
