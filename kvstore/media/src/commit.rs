@@ -302,10 +302,17 @@ impl Committer {
                 batch.put_space(&record);
             }
         }
+        // The catalog does not show what waits in the batch.
+        let mut newest: BTreeMap<BlockId, u64> = BTreeMap::new();
         for found in blocks {
-            let known = self.catalog.block(found.header.block)?;
-            if known.is_none_or(|known| known.header.write_sequence < found.header.write_sequence) {
+            let (block, sequence) = (found.header.block, found.header.write_sequence);
+            let known = match newest.get(&block) {
+                Some(newest) => Some(*newest),
+                None => self.catalog.block(block)?.map(|known| known.header.write_sequence),
+            };
+            if known.is_none_or(|known| known < sequence) {
                 batch.put_block(found.frame, &found.header);
+                newest.insert(block, sequence);
             }
             if batch.len() >= BATCH_CHANGES_MAX {
                 self.write(std::mem::take(&mut batch))?;

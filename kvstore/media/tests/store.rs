@@ -167,6 +167,31 @@ fn a_scan_never_resurrects_a_cleared_generation() {
     assert_eq!(spaces[0].generation, 2, "the space must not start from an old generation");
 }
 
+/// A device may hold two copies of a block: the one that was written later
+/// counts, in whatever order a scan meets them.
+#[test]
+fn a_scan_keeps_the_later_copy() {
+    let folder = folder();
+    let mut store = Store::open(&folder, Backend::Auto);
+    store.chunk(1, Access::Pool);
+    store.carve(0);
+    let bytes = payload(1);
+    store.fill(frame(1, 0), &bytes);
+    for (index, write_sequence) in [(2, 5), (0, 4), (4, 3)] {
+        let header = terrace_core::BlockHeader { write_sequence, ..header(1, &bytes) };
+        assert_eq!(store.write(frame(1, 0), disk(0, index), header, Via::Direct), Ok(Done::Plain));
+        assert_eq!(store.commit(vec![], vec![]), Ok(Done::Plain));
+    }
+    drop(store);
+    std::fs::remove_dir_all(folder.path().join("data/catalog")).unwrap();
+    let store = Store::open(&folder, Backend::Auto);
+    assert_eq!(store.media.scan(&mut |_| {}).unwrap().blocks, 3);
+    let mut found = Vec::new();
+    store.media.blocks(10, &mut |batch| found.extend(batch)).unwrap();
+    assert_eq!(found.len(), 1);
+    assert_eq!((found[0].frame, found[0].header.write_sequence), (disk(0, 2), 5));
+}
+
 /// A slot that is carved for another size must be found as it is now, by the
 /// catalog and by a scan, and blocks of the earlier carving must not come back.
 #[test]

@@ -6,8 +6,12 @@ use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use crate::api::MediaError;
+
+/// How long the locks of a process that is gone may take to go as well.
+const DEAD_OWNER_PATIENCE: Duration = Duration::from_secs(10);
 
 /// An open, locked, preallocated device.
 #[derive(Debug)]
@@ -124,29 +128,48 @@ fn open_direct(path: &Path) -> io::Result<(File, bool)> {
 }
 
 /// Takes the lock that keeps a second daemon away, or says who has it.
+///
+/// The kernel closes a killed process's ring some time after the process is
+/// gone, and until then its writes may still be under way and its locks are
+/// held: a lock of a dead process is waited for.
 pub(crate) fn lock_exclusively(file: &File, path: &Path) -> Result<(), MediaError> {
-    match file.try_lock() {
-        Ok(()) => Ok(()),
-        Err(std::fs::TryLockError::WouldBlock) => {
-            Err(MediaError::InUse { path: path.to_owned(), pid: lock_owner(file) })
+    let patience_ends = Instant::now() + DEAD_OWNER_PATIENCE;
+    loop {
+        match file.try_lock() {
+            Ok(()) => return Ok(()),
+            Err(std::fs::TryLockError::WouldBlock) => {}
+            Err(std::fs::TryLockError::Error(source)) => {
+                return Err(MediaError::File { path: path.to_owned(), action: "lock it", source });
+            }
         }
-        Err(std::fs::TryLockError::Error(source)) => {
-            Err(MediaError::File { path: path.to_owned(), action: "lock it", source })
+        let owner = lock_owner(file);
+        let alive = owner.as_deref().is_some_and(is_alive);
+        if alive || Instant::now() >= patience_ends {
+            let pid = owner.unwrap_or_else(|| "unknown".to_owned());
+            return Err(MediaError::InUse { path: path.to_owned(), pid });
         }
+        std::thread::sleep(Duration::from_millis(10));
     }
 }
 
+/// Is there a process of this number that is more than a zombie?
+fn is_alive(pid: &str) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    // `1234 (name, with anything in it) S 1 ...`
+    let state = stat.rsplit(')').next().and_then(|rest| rest.split_whitespace().next());
+    state.is_some_and(|state| state != "Z" && state != "X")
+}
+
 /// The process that /proc/locks names for this inode.
-fn lock_owner(file: &File) -> String {
+fn lock_owner(file: &File) -> Option<String> {
     let inode = file.metadata().map_or(0, |facts| facts.ino()).to_string();
     let locks = std::fs::read_to_string("/proc/locks").unwrap_or_default();
-    let owner = locks.lines().find_map(|line| {
+    locks.lines().find_map(|line| {
         // `1: FLOCK  ADVISORY  WRITE 1234 fe:00:131 0 EOF`
         let mut words = line.split_whitespace().skip(1);
         let kind = words.next()?;
         let pid = words.nth(2)?;
         let found = words.next()?.rsplit(':').next()?;
         (kind == "FLOCK" && found == inode).then(|| pid.to_owned())
-    });
-    owner.unwrap_or_else(|| "unknown".to_owned())
+    })
 }

@@ -33,11 +33,15 @@ pub fn folder() -> tempfile::TempDir {
 }
 
 pub fn config(folder: &tempfile::TempDir, backend: Backend) -> MediaConfig {
+    config_at(folder.path(), backend)
+}
+
+pub fn config_at(folder: &std::path::Path, backend: Backend) -> MediaConfig {
     MediaConfig {
-        data_dir: folder.path().join("data"),
+        data_dir: folder.join("data"),
         node: [7; 16],
         chunk_bytes: ByteCount::new(CHUNK_BYTES),
-        devices: vec![DeviceConfig { path: device_path(folder), slots: 4 }],
+        devices: vec![DeviceConfig { path: folder.join("nvme0.dat"), slots: 4 }],
         backend,
         bytes_in_flight_max: ByteCount::new(8 << 20),
         checkers: 2,
