@@ -157,10 +157,10 @@ impl Core {
         if let Some(&lease) = foreign {
             return Reply::Refused(Refusal::NotYourLease { lease });
         }
-        if let [lease] = leases {
-            if let Err(refusal) = self.own_lease(session, *lease) {
-                return Reply::Refused(refusal);
-            }
+        if let [lease] = leases
+            && let Err(refusal) = self.own_lease(session, *lease)
+        {
+            return Reply::Refused(refusal);
         }
         let mut released = 0;
         for &lease in leases {

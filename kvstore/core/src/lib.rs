@@ -23,6 +23,7 @@ mod state;
 mod units;
 mod view;
 mod waiting;
+mod windows;
 mod writing;
 
 pub use crate::core::Core;

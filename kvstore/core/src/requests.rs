@@ -30,10 +30,10 @@ impl Core {
             let asker = Asker { repeat: None, ..asker };
             return self.answer(asker, Reply::Refused(Refusal::TooManyBlocks { found, limit }));
         }
-        if let Some(repeat) = repeat {
-            if self.answer_repeat(session, request, repeat, &op) {
-                return;
-            }
+        if let Some(repeat) = repeat
+            && self.answer_repeat(session, request, repeat, &op)
+        {
+            return;
         }
         if let Some(reply) = self.serve(asker, tenant, op) {
             self.answer(asker, reply);

@@ -237,11 +237,10 @@ impl Core {
         let (id, space) = (block.id, self.spaces.at(block.space).id);
         if let Some(FrameState::Sealed { sealer: Some(session), .. }) =
             block.pinned.and_then(|frame| self.chunks.frame(frame)).map(|frame| frame.state)
+            && self.sessions.contains_key(&session)
         {
-            if self.sessions.contains_key(&session) {
-                let notice = crate::api::Notice::SealRejected { space, block: id };
-                self.effects.push_back(Effect::Notify { session, notice });
-            }
+            let notice = crate::api::Notice::SealRejected { space, block: id };
+            self.effects.push_back(Effect::Notify { session, notice });
         }
         match self.blocks.at(index).nvme {
             Nvme::Writing { frame, .. } | Nvme::Committing { frame, .. } => self.forget_written(index, frame),

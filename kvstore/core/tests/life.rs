@@ -176,7 +176,7 @@ impl Node {
         let op = self.lease_write(blocks);
         let (lease, _) = leased(self.serve(session, op));
         let parts: Vec<(u32, u64)> =
-            blocks.iter().enumerate().map(|(i, &n)| (u32::try_from(i).unwrap(), u64::from(n))).collect();
+            (0u32..).zip(blocks).map(|(position, &n)| (position, u64::from(n))).collect();
         let op = self.seal(lease, &parts, Durability::Readable);
         let outcomes = vec![SealOutcome::Sealed; blocks.len()];
         assert_eq!(self.call(session, op), Reply::Sealed { outcomes });

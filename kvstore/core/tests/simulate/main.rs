@@ -7,6 +7,7 @@
 //! `TERRACE_SIM_SEED=n` runs one.
 
 mod client;
+mod crash;
 mod node;
 mod random;
 

@@ -10,8 +10,8 @@ use crate::random::Random;
 
 pub(crate) const BLOCK_BYTES: u64 = 4096;
 const CHUNK_BYTES: u64 = 64 * KIB;
-const DEVICES: u16 = 2;
-const SLOTS: u32 = 4;
+pub(crate) const DEVICES: u16 = 2;
+pub(crate) const SLOTS: u32 = 4;
 /// Bytes that no block has.
 pub(crate) const GARBAGE: u64 = 0xdead;
 
@@ -64,19 +64,19 @@ pub(crate) struct Chunk {
 
 /// What a device holds in a frame, and what a power cut could bring back.
 #[derive(Clone)]
-struct Cell {
-    header: BlockHeader,
-    payload: u64,
-    synced: bool,
-    before: Option<(BlockHeader, u64)>,
+pub(crate) struct Cell {
+    pub(crate) header: BlockHeader,
+    pub(crate) payload: u64,
+    pub(crate) synced: bool,
+    pub(crate) before: Option<(BlockHeader, u64)>,
 }
 
-struct Pending {
-    op: OpId,
-    effect: Effect,
+pub(crate) struct Pending {
+    pub(crate) op: OpId,
+    pub(crate) effect: Effect,
     /// Bytes that were sampled when it started.
-    sample: Option<u64>,
-    not_before: u32,
+    pub(crate) sample: Option<u64>,
+    pub(crate) not_before: u32,
 }
 
 /// Which rare things happened, so that the simulation cannot become blind unnoticed.
@@ -151,7 +151,7 @@ impl Seen {
         assert!(self.fields().iter().all(|&times| times > 0), "something never happened: {self:?}");
     }
 
-    fn count(&mut self, counters: &Counters) {
+    pub(crate) fn count(&mut self, counters: &Counters) {
         self.promotions += counters.promotions;
         self.evictions_nvme += counters.evictions_nvme;
         self.retired += counters.chunks_retired;
@@ -170,7 +170,7 @@ pub(crate) struct Space {
     pub(crate) tenant: TenantId,
     /// As the core counts; the durable one follows.
     pub(crate) generation: u64,
-    durable_generation: u64,
+    pub(crate) durable_generation: u64,
     pub(crate) chains: Vec<Vec<BlockId>>,
 }
 
@@ -181,26 +181,26 @@ pub(crate) struct World {
     pub(crate) steps: u32,
     pub(crate) history: u64,
     pub(crate) seen: Seen,
-    incarnation: u32,
-    faults: bool,
+    pub(crate) incarnation: u32,
+    pub(crate) faults: bool,
     pub(crate) chunks: BTreeMap<ChunkId, Chunk>,
-    cells: BTreeMap<DiskFrame, Cell>,
-    catalog: BTreeMap<BlockId, (DiskFrame, BlockHeader)>,
-    carved: BTreeMap<(DeviceId, u32), SpaceId>,
-    pending: Vec<Pending>,
+    pub(crate) cells: BTreeMap<DiskFrame, Cell>,
+    pub(crate) catalog: BTreeMap<BlockId, (DiskFrame, BlockHeader)>,
+    pub(crate) carved: BTreeMap<(DeviceId, u32), SpaceId>,
+    pub(crate) pending: Vec<Pending>,
     pub(crate) spaces: Vec<Space>,
     /// Checksums under which a block was ever sealed.
     pub(crate) sealed: BTreeMap<BlockId, BTreeSet<u64>>,
     /// Acknowledged as durable, and nothing was said of it since.
     pub(crate) durable: BTreeMap<BlockId, ()>,
     /// Tiers as the event stream tells them.
-    events: BTreeMap<BlockId, Residence>,
+    pub(crate) events: BTreeMap<BlockId, Residence>,
     pub(crate) clients: BTreeMap<SessionId, Client>,
     /// Frames that somebody who lost his lease may still write into.
     pub(crate) ghosts: Vec<(FrameRef, SessionId, u32)>,
     pub(crate) session_last: u64,
     pub(crate) request_last: u64,
-    degraded: bool,
+    pub(crate) degraded: bool,
 }
 
 impl World {
@@ -242,7 +242,7 @@ impl World {
         world
     }
 
-    fn tell_spaces(&mut self) {
+    pub(crate) fn tell_spaces(&mut self) {
         for space in self.spaces.clone() {
             self.tell(Input::SpaceKnown {
                 space: space.id,
@@ -438,19 +438,7 @@ impl World {
                 }
             }
             Effect::Write { source, target, header, via, .. } => {
-                let now = self.frame(*source).payload;
-                let payload = pending.sample.unwrap_or(now);
-                let sound = checksum_of(header.block, payload) == header.checksum;
-                if *via == Via::Bounce && !sound {
-                    return Err(Fault::Checksum);
-                }
-                let payload = if fails { GARBAGE } else { payload };
-                self.write_cell(*target, *header, payload);
-                match (fails, self.random.percent(30)) {
-                    (true, true) => Err(Fault::NoSpace),
-                    (true, false) => Err(Fault::Device),
-                    (false, _) => Ok(Done::Plain),
-                }
+                self.finish_write(*source, *target, header, *via, pending.sample, fails)
             }
             Effect::CarveSlot { device, slot, space, .. } => {
                 if fails {
@@ -486,7 +474,30 @@ impl World {
         }
     }
 
-    fn write_cell(&mut self, target: DiskFrame, header: BlockHeader, payload: u64) {
+    fn finish_write(
+        &mut self,
+        source: FrameRef,
+        target: DiskFrame,
+        header: &BlockHeader,
+        via: Via,
+        sample: Option<u64>,
+        fails: bool,
+    ) -> Result<Done, Fault> {
+        let now = self.frame(source).payload;
+        let payload = sample.unwrap_or(now);
+        let sound = checksum_of(header.block, payload) == header.checksum;
+        if via == Via::Bounce && !sound {
+            return Err(Fault::Checksum);
+        }
+        self.write_cell(target, *header, if fails { GARBAGE } else { payload });
+        match (fails, self.random.percent(30)) {
+            (true, true) => Err(Fault::NoSpace),
+            (true, false) => Err(Fault::Device),
+            (false, _) => Ok(Done::Plain),
+        }
+    }
+
+    pub(crate) fn write_cell(&mut self, target: DiskFrame, header: BlockHeader, payload: u64) {
         let before = self
             .cells
             .get(&target)
@@ -494,7 +505,7 @@ impl World {
         self.cells.insert(target, Cell { header, payload, synced: false, before });
     }
 
-    fn commit(&mut self, put: &[(DiskFrame, BlockHeader)], delete: &[BlockId], applied: bool) {
+    pub(crate) fn commit(&mut self, put: &[(DiskFrame, BlockHeader)], delete: &[BlockId], applied: bool) {
         for (frame, header) in put {
             let cell = self.cells.get_mut(frame).expect("what is committed was written");
             assert!(cell.header == *header, "{frame:?}: the catalog is told of what was written");
@@ -511,7 +522,7 @@ impl World {
         }
     }
 
-    fn clear_durably(&mut self, id: SpaceId, generation: u64) {
+    pub(crate) fn clear_durably(&mut self, id: SpaceId, generation: u64) {
         for space in self.spaces.iter_mut().filter(|space| space.id == id) {
             space.durable_generation = space.durable_generation.max(generation);
         }
@@ -586,145 +597,6 @@ impl World {
                 }
             }
         }
-    }
-
-    /// The daemon dies: by kill -9, or with the power. What the kernel or the
-    /// device had not finished may or may not have happened.
-    fn restart(&mut self) {
-        let power = self.random.percent(50);
-        self.seen.count(self.core.counters());
-        self.seen.restarts += 1;
-        self.seen.power_cuts += u64::from(power);
-        for pending in std::mem::take(&mut self.pending) {
-            self.cut_short(&pending);
-        }
-        if power {
-            self.cut_power();
-        }
-        self.incarnation += 1;
-        self.chunks.clear();
-        self.clients.clear();
-        self.ghosts.clear();
-        self.events.clear();
-        self.degraded = false;
-        for space in &mut self.spaces {
-            space.generation = space.durable_generation;
-        }
-        let expected = std::mem::take(&mut self.durable);
-        self.core = Core::new(config(self.incarnation));
-        self.tell_spaces();
-        if self.random.percent(30) {
-            self.rebuild();
-        } else {
-            self.restore();
-        }
-        for block in expected.keys() {
-            let there = self.core.stat(*block).is_some_and(|view| view.tiers.nvme);
-            assert!(there, "{block} was acknowledged as durable and is gone after a restart");
-        }
-        self.durable = expected;
-        self.core.check();
-    }
-
-    fn cut_short(&mut self, pending: &Pending) {
-        let happened = self.random.below(3);
-        match &pending.effect {
-            Effect::Write { source, target, header, .. } if happened > 0 => {
-                let now = self.frame(*source).payload;
-                let payload = if happened == 1 { GARBAGE } else { pending.sample.unwrap_or(now) };
-                self.write_cell(*target, *header, payload);
-            }
-            Effect::Commit { put, delete, .. } if happened > 0 => self.commit(put, delete, happened == 1),
-            Effect::CarveSlot { device, slot, space, .. } if happened > 0 => {
-                self.carved.insert((*device, *slot), *space);
-            }
-            Effect::ClearSpace { space, generation, .. } if happened > 0 => {
-                self.clear_durably(*space, *generation)
-            }
-            _ => {}
-        }
-    }
-
-    fn cut_power(&mut self) {
-        let frames: Vec<DiskFrame> = self.cells.keys().copied().collect();
-        for frame in frames {
-            let Some(cell) = self.cells.get_mut(&frame).filter(|cell| !cell.synced) else { continue };
-            match (self.random.below(3), cell.before) {
-                (0, _) => {}
-                (1, Some((header, payload))) => {
-                    *cell = Cell { header, payload, synced: true, before: None };
-                }
-                _ => {
-                    self.cells.remove(&frame);
-                }
-            }
-        }
-    }
-
-    fn generation_of(&self, space: SpaceId) -> u64 {
-        self.spaces.iter().find(|known| known.id == space).map_or(0, |known| known.durable_generation)
-    }
-
-    fn found(&self, frame: DiskFrame, header: &BlockHeader) -> FoundBlock {
-        FoundBlock {
-            block: header.block,
-            space: header.space,
-            parent: header.parent,
-            length: header.length,
-            checksum: header.checksum,
-            frame,
-            write_sequence: header.write_sequence,
-        }
-    }
-
-    /// From the catalog.
-    fn restore(&mut self) {
-        for ((device, slot), space) in self.carved.clone() {
-            self.tell(Input::SlotCarved { device, slot, space, frame_bytes: ByteCount::new(8192) });
-        }
-        let valid =
-            self.catalog.values().filter(|(_, header)| header.generation >= self.generation_of(header.space));
-        let blocks = valid.map(|(frame, header)| self.found(*frame, header)).collect();
-        self.tell(Input::BlocksFound { blocks });
-    }
-
-    /// The catalog is lost: from the headers, slot by slot, in any order.
-    fn rebuild(&mut self) {
-        self.seen.rebuilt += 1;
-        // What a scan finds may still be in a device's cache only: it is synced before it is told.
-        for cell in self.cells.values_mut() {
-            cell.synced = true;
-            cell.before = None;
-        }
-        for device in (0..DEVICES).map(DeviceId::new) {
-            self.tell(Input::SlotsUnscanned { device, slots: (0..SLOTS).collect() });
-        }
-        let mut slots: Vec<(DeviceId, u32)> = (0..DEVICES)
-            .flat_map(|device| (0..SLOTS).map(move |slot| (DeviceId::new(device), slot)))
-            .collect();
-        let mut newest = BTreeMap::<BlockId, (DiskFrame, BlockHeader)>::new();
-        while !slots.is_empty() {
-            let (device, slot) = slots.swap_remove(self.random.index(slots.len()));
-            let Some(space) = self.carved.get(&(device, slot)).copied() else {
-                self.tell(Input::SlotsScanned { device, slots: vec![slot] });
-                continue;
-            };
-            self.tell(Input::SlotCarved { device, slot, space, frame_bytes: ByteCount::new(8192) });
-            let mut blocks = Vec::new();
-            for (frame, cell) in &self.cells {
-                let here = frame.device == device && frame.slot == slot && cell.header.space == space;
-                if here && cell.header.generation >= self.generation_of(space) {
-                    blocks.push(self.found(*frame, &cell.header));
-                    let best = newest.entry(cell.header.block).or_insert((*frame, cell.header));
-                    if best.1.write_sequence < cell.header.write_sequence {
-                        *best = (*frame, cell.header);
-                    }
-                }
-            }
-            self.tell(Input::BlocksFound { blocks });
-            self.tell(Input::SlotsScanned { device, slots: vec![slot] });
-        }
-        self.catalog = newest;
     }
 
     /// Everything ends well: then nothing may be held and nobody may be waiting.

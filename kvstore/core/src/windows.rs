@@ -1,0 +1,125 @@
+//! Windows: chunks that one session fills. Handed back, a window is adopted as
+//! an ordinary chunk; otherwise it is replaced, and its memory is never used again.
+
+use crate::api::{Effect, Notice, Refusal, Reply};
+use crate::core::{Core, Deadline};
+use crate::ids::{ChunkId, SessionId};
+use crate::residence::Relist;
+use crate::state::block::BlockIndex;
+use crate::state::chunk::{ChunkKind, FrameState};
+use crate::state::count;
+use crate::units::Micros;
+
+impl Core {
+    /// Something in a window was sealed or given back: it may be full, or idle later.
+    pub(crate) fn window_settled(&mut self, id: ChunkId) {
+        let now = self.now;
+        let Some(chunk) = self.chunks.find(id) else { return };
+        let ChunkKind::Window { recalled: false, .. } = chunk.kind else { return };
+        let full = chunk.free.is_empty() && chunk.counts.filling == 0;
+        self.chunks.at_mut(id).touched = now;
+        if full {
+            self.recall_window(id);
+        }
+    }
+
+    /// The time at which the window is idle, if nothing happened in it meanwhile.
+    pub(crate) fn window_idle(&mut self, id: ChunkId) {
+        let Some(chunk) = self.chunks.find(id) else { return };
+        let ChunkKind::Window { recalled: false, .. } = chunk.kind else { return };
+        let idle_at = chunk.touched.after(self.config.window_idle);
+        if chunk.counts.filling > 0 || idle_at > self.now {
+            let at = idle_at.max(self.now.after(Micros::new(1 + self.config.window_idle.get() / 2)));
+            return self.at(at, Deadline::WindowIdle(id));
+        }
+        self.recall_window(id);
+    }
+
+    fn recall_window(&mut self, id: ChunkId) {
+        let chunk = self.chunks.at_mut(id);
+        let ChunkKind::Window { owner, recalled: false } = chunk.kind else { return };
+        assert!(chunk.counts.filling == 0, "a window is recalled when nothing in it is being filled");
+        chunk.kind = ChunkKind::Window { owner, recalled: true };
+        self.counters.windows_recalled += 1;
+        self.at(self.now.after(self.config.window_recall_max), Deadline::WindowRecalled(id));
+        self.effects
+            .push_back(Effect::Notify { session: owner, notice: Notice::WindowRecalled { chunk: id } });
+    }
+
+    /// A recalled window was not handed back in time.
+    pub(crate) fn window_overdue(&mut self, id: ChunkId) {
+        let kind = self.chunks.find(id).map(|chunk| chunk.kind);
+        if let Some(ChunkKind::Window { recalled: true, .. }) = kind {
+            self.replace_window(id);
+        }
+    }
+
+    pub(crate) fn return_window(&mut self, session: SessionId, id: ChunkId) -> Reply {
+        let refused = Reply::Refused(Refusal::NotYourChunk { chunk: id });
+        let Some(chunk) = self.chunks.find(id) else { return refused };
+        let ChunkKind::Window { owner, .. } = chunk.kind else { return refused };
+        if owner != session {
+            return refused;
+        }
+        if chunk.counts.filling > 0 {
+            return Reply::Refused(Refusal::WindowBusy { chunk: id });
+        }
+        let blocks = u32::try_from(chunk.counts.sealed).unwrap_or(u32::MAX);
+        self.adopt_window(id, owner);
+        Reply::WindowReturned { blocks }
+    }
+
+    /// The window becomes an ordinary chunk: its owner can write no more.
+    fn adopt_window(&mut self, id: ChunkId, owner: SessionId) {
+        let chunk = self.chunks.at_mut(id);
+        chunk.kind = ChunkKind::Pool;
+        chunk.touched = self.now;
+        let (space, tenant, charged) = (chunk.space, chunk.tenant, std::mem::take(&mut chunk.charged));
+        for index in 0..count(chunk.frames.len()) {
+            if chunk.frames[index as usize].state == FrameState::Quarantined {
+                chunk.set(index, FrameState::Free);
+            }
+        }
+        let blocks: Vec<BlockIndex> =
+            chunk.frames.iter().filter_map(|frame| sealed_block(frame.state)).collect();
+        if !chunk.free.is_empty() {
+            self.spaces.at_mut(space).pool_open.insert(id);
+        }
+        if charged {
+            self.uncharge(tenant, self.config.chunk_bytes.get());
+        }
+        if let Some(session) = self.sessions.get_mut(&owner) {
+            session.windows.remove(&id);
+        }
+        for index in blocks.into_iter().rev() {
+            self.relist(index, Relist::Keep);
+        }
+        self.counters.windows_adopted += 1;
+        self.memory_changed = true;
+        self.effects.push_back(Effect::AdoptWindow { chunk: id });
+    }
+
+    /// Nobody can be sure that the window is not written to any more: its
+    /// blocks are moved out, and its memory is never used again.
+    pub(crate) fn replace_window(&mut self, id: ChunkId) {
+        let Some(chunk) = self.chunks.find(id) else { return };
+        let ChunkKind::Window { owner, .. } = chunk.kind else { return };
+        assert!(chunk.counts.filling == 0, "leases that fill a window end before it is replaced");
+        self.chunks.at_mut(id).kind = ChunkKind::Replacing;
+        if let Some(session) = self.sessions.get_mut(&owner) {
+            session.windows.remove(&id);
+        }
+        self.counters.windows_replaced += 1;
+        self.emptying.insert(id);
+        self.emptying_due = true;
+    }
+}
+
+fn sealed_block(state: FrameState) -> Option<BlockIndex> {
+    match state {
+        FrameState::Sealed { block, .. } => Some(block),
+        FrameState::Free | FrameState::Filling { .. } | FrameState::Evicting | FrameState::Quarantined => {
+            None
+        }
+    }
+}
