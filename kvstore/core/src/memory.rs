@@ -240,15 +240,13 @@ impl Core {
 
     /// Keeps memory ready for windows while the pool is full.
     pub(crate) fn pump_reserve(&mut self) {
-        let ready = self.chunks_max().saturating_sub(self.chunks.len());
-        let coming = self
-            .chunks
-            .iter()
-            .filter(|(_, chunk)| {
-                matches!(chunk.kind, ChunkKind::Retiring | ChunkKind::Replacing | ChunkKind::Dropping)
-            })
-            .count();
         let wanted = self.config.chunks_ready_min.min(self.chunks_max() / 2);
+        let ready = self.chunks_max().saturating_sub(self.chunks.len());
+        if ready >= wanted {
+            return;
+        }
+        let leaving = |kind| matches!(kind, ChunkKind::Retiring | ChunkKind::Replacing | ChunkKind::Dropping);
+        let coming = self.chunks.iter().filter(|(_, chunk)| leaving(chunk.kind)).count();
         if ready.saturating_add(count(coming)) < wanted && self.retire_chunk() {
             self.pump_emptying();
         }

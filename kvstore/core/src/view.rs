@@ -389,9 +389,10 @@ impl Core {
         &self.counters
     }
 
-    /// The tenant's resident blocks, parents before children, in pieces of at
-    /// most `limit`. Give the cursor back for the next piece; `None` is the
-    /// end. Blocks that change meanwhile are in the event stream.
+    /// The tenant's resident blocks, in pieces of at most `limit`. Give the
+    /// cursor back for the next piece; `None` is the end. Blocks that change
+    /// meanwhile are in the event stream. A parent comes before its children
+    /// but where entries were used again: link by the parent's id.
     pub fn snapshot(
         &self,
         tenant: TenantId,
@@ -404,14 +405,13 @@ impl Core {
         let end =
             self.blocks.end().min(next.saturating_add(crate::state::count(limit.clamp(1, 1 << 16)) * 4));
         while next < end && entries.len() < limit.max(1) {
-            self.snapshot_chain(tenant, BlockIndex(next), &mut entries);
+            self.snapshot_one(tenant, BlockIndex(next), &mut entries);
             next += 1;
         }
         (entries, (next < self.blocks.end()).then_some(next))
     }
 
-    /// The block after those of its ancestors that have a higher index, and so did not have their turn.
-    fn snapshot_chain(&self, tenant: TenantId, index: BlockIndex, entries: &mut Vec<SnapshotEntry>) {
+    fn snapshot_one(&self, tenant: TenantId, index: BlockIndex, entries: &mut Vec<SnapshotEntry>) {
         let Some(block) = self.blocks.try_at(index) else { return };
         let space = self.spaces.at(block.space);
         if space.tenant != tenant || block.residence() == Residence::default() {

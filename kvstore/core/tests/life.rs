@@ -242,3 +242,278 @@ fn a_block_is_written_read_persisted_and_restored() {
     );
     assert_eq!(node.core.counters().promotions, 3);
 }
+
+/// A client could name more than there is, or what is not its own.
+#[test]
+fn requests_that_can_never_be_granted_are_refused() {
+    let mut node = Node::new();
+    node.open(3, 2, Locality::Local);
+    let op = node.lease_write(&[1]);
+    let foreign_space = node.call(3, op);
+    assert_eq!(
+        foreign_space,
+        Reply::Refused(Refusal::UnknownSpace),
+        "a foreign space is like an unknown one"
+    );
+    let unknown =
+        Request::LeaseWrite { repeat: 900, space: space(9), blocks: vec![block(1)], parent: None, ttl: None };
+    assert_eq!(node.call(1, unknown), Reply::Refused(Refusal::UnknownSpace));
+    let many = Request::Touch { blocks: vec![block(1); 65] };
+    assert_eq!(node.call(1, many), Reply::Refused(Refusal::TooManyBlocks { found: 65, limit: 64 }));
+    assert_eq!(node.call(99, Request::Flush), Reply::Refused(Refusal::UnknownSession));
+    let early = LeaseId::new(6 << 32 | 1);
+    assert_eq!(
+        node.call(1, Request::Renew { lease: early, ttl: None }),
+        Reply::Refused(Refusal::EarlierIncarnation { lease: early })
+    );
+    let never = LeaseId::new(7 << 32 | 77);
+    assert_eq!(
+        node.call(1, Request::Release { leases: vec![never] }),
+        Reply::Refused(Refusal::NotYourLease { lease: never })
+    );
+}
+
+/// A seal could be of the wrong lease, place or length: then nothing may change.
+#[test]
+fn bad_seals_change_nothing() {
+    let mut node = Node::new();
+    let op = node.lease_write(&[1, 2]);
+    let (lease, _) = leased(node.serve(1, op));
+    let foreign = node.seal(lease, &[(0, 1)], Durability::Readable);
+    assert_eq!(node.call(2, foreign), Reply::Refused(Refusal::NotYourLease { lease }));
+    let outside = node.seal(lease, &[(0, 1), (2, 1)], Durability::Readable);
+    assert_eq!(node.call(1, outside), Reply::Refused(Refusal::BadIndex { index: 2, blocks: 2 }));
+    let short = Request::Seal {
+        repeat: 901,
+        lease,
+        blocks: vec![(0, ByteCount::new(BLOCK_BYTES - 1), Checksum::new(1))],
+        durability: Durability::Readable,
+    };
+    let wrong = Refusal::WrongLength { index: 0, found: BLOCK_BYTES - 1, expected: BLOCK_BYTES };
+    assert_eq!(node.call(1, short), Reply::Refused(wrong));
+    assert_eq!(node.core.tier_views().pinned.frames.sealed, 0);
+    let read = node.lease_read(&[1]);
+    let filling = Reply::Leased {
+        lease: None,
+        ttl: Micros::from_millis(10_000),
+        blocks: vec![Grant::Missing(MissReason::Filling)],
+    };
+    assert_eq!(node.call(2, read), filling);
+}
+
+/// Two writers of one block: the first seal wins, the same bytes are a
+/// repetition, other bytes a counted conflict; no frame may leak.
+#[test]
+fn the_first_seal_of_a_block_wins() {
+    let mut node = Node::new();
+    let mut writers = Vec::new();
+    for session in [1, 2, 2] {
+        let op = node.lease_write(&[1]);
+        writers.push((session, leased(node.serve(session, op)).0));
+    }
+    let expected = [(5, SealOutcome::Sealed), (5, SealOutcome::Already), (6, SealOutcome::Conflict)];
+    for ((session, lease), (sum, outcome)) in writers.iter().zip(expected) {
+        let op = node.seal(*lease, &[(0, sum)], Durability::Readable);
+        assert_eq!(node.call(*session, op), Reply::Sealed { outcomes: vec![outcome] });
+    }
+    assert_eq!(node.core.counters().seal_conflicts, 1);
+    let frames = node.core.tier_views().pinned.frames;
+    assert_eq!((frames.filling, frames.sealed), (0, 1));
+    let op = node.lease_write(&[1]);
+    assert!(
+        matches!(node.call(1, op), Reply::Leased { lease: None, blocks, .. } if blocks == [Grant::Exists])
+    );
+}
+
+/// A process killed in the middle of a write may leave a child that goes on
+/// writing: its window must be replaced, what it sealed must be moved out.
+#[test]
+fn a_dead_writers_window_is_replaced_and_its_blocks_survive() {
+    let mut node = Node::new();
+    let op = node.lease_write(&[1, 2]);
+    let (lease, _) = leased(node.serve(1, op));
+    let op = node.seal(lease, &[(0, 1)], Durability::Readable);
+    node.call(1, op);
+    let window = node.core.stat(block(1)).and_then(|view| view.frame).expect("sealed").chunk;
+    node.tell(Input::SessionClosed { session: SessionId::new(1) });
+    assert_eq!(node.core.lease_count(), 0);
+    node.run();
+    let view = node.core.stat(block(1)).expect("it was sealed");
+    assert!(view.verified, "it was compared when it was moved");
+    assert_ne!(view.frame.expect("it is resident").chunk, window);
+    assert!(node.core.chunk_tenant(window).is_none(), "its window is gone");
+    assert!(node.core.stat(block(2)).is_none(), "what was half written is forgotten");
+    assert_eq!(node.core.tier_views().pinned.frames.quarantined, 0);
+}
+
+/// Bytes that do not match what their writer sealed must not reach anybody else.
+#[test]
+fn a_seal_with_a_wrong_checksum_is_rejected_at_first_foreign_use() {
+    let mut node = Node::new();
+    node.write(1, &[1]);
+    let op = node.lease_read(&[1]);
+    let request = node.ask(2, op);
+    node.run_with(|effect| match effect {
+        Effect::Verify { .. } => Err(Fault::Checksum),
+        _ => Ok(Done::Plain),
+    });
+    let reply = node.reply(request).expect("answered");
+    assert!(
+        matches!(reply, Reply::Leased { lease: None, blocks, .. } if blocks == [Grant::Missing(MissReason::Checksum)])
+    );
+    let told = |effect: &Effect| {
+        matches!(effect, Effect::Notify { session, notice: Notice::SealRejected { block: of, .. } }
+            if *session == SessionId::new(1) && *of == block(1))
+    };
+    assert!(node.effects.iter().any(told), "its writer is told");
+    assert_eq!(node.core.counters().checksum_failures, 1);
+}
+
+/// A full device: a durable seal must say so, and the block stays readable.
+#[test]
+fn a_full_disk_makes_a_seal_not_durable() {
+    let mut node = Node::new();
+    let op = node.lease_write(&[1]);
+    let (lease, _) = leased(node.serve(1, op));
+    let op = node.seal(lease, &[(0, 1)], Durability::Durable);
+    let request = node.ask(1, op);
+    node.run_with(|effect| match effect {
+        Effect::Write { .. } => Err(Fault::NoSpace),
+        _ => Ok(Done::Plain),
+    });
+    assert_eq!(node.reply(request), Some(Reply::Sealed { outcomes: vec![SealOutcome::NotDurable] }));
+    assert!(node.core.stat(block(1)).is_some_and(|view| view.tiers.pinned && !view.tiers.nvme));
+    node.after(2000);
+    node.run();
+    assert!(node.core.stat(block(1)).is_some_and(|view| view.tiers.nvme), "it is tried again");
+}
+
+/// A damaged data file: the lease must answer a miss, the frame must never be used again.
+#[test]
+fn a_damaged_disk_copy_is_a_miss_and_its_frame_is_quarantined() {
+    let mut node = Node::new();
+    let frame = DiskFrame { device: DeviceId::new(0), slot: 0, index: 3 };
+    let found = FoundBlock {
+        block: block(1),
+        space: space(1),
+        parent: None,
+        length: ByteCount::new(BLOCK_BYTES),
+        checksum: Checksum::new(1),
+        frame,
+        write_sequence: 9,
+    };
+    node.tell(Input::BlocksFound { blocks: vec![found] });
+    let op = node.lease_read(&[1]);
+    let request = node.ask(1, op);
+    node.run_with(|effect| match effect {
+        Effect::Read { .. } => Err(Fault::Checksum),
+        _ => Ok(Done::Plain),
+    });
+    let reply = node.reply(request).expect("answered");
+    assert!(
+        matches!(reply, Reply::Leased { lease: None, blocks, .. } if blocks == [Grant::Missing(MissReason::Checksum)])
+    );
+    let tiers = node.core.tier_views();
+    assert_eq!((tiers.devices[0].frames.quarantined, tiers.pinned.frames.filling), (1, 0));
+}
+
+/// A deadline ends the wait, not the read: the frame must stay Filling until the device is done.
+#[test]
+fn a_late_read_keeps_its_frame() {
+    let mut node = Node::new();
+    node.write(1, &[1]);
+    node.after(1001);
+    node.run();
+    let view = node.core.stat(block(1)).expect("it is there");
+    let (header, frame) = (view.header.expect("sealed"), view.disk.expect("durable").0);
+    let found = FoundBlock {
+        block: block(1),
+        space: space(1),
+        parent: None,
+        length: header.length,
+        checksum: header.checksum,
+        frame,
+        write_sequence: header.write_sequence,
+    };
+    let mut node = Node::new();
+    node.tell(Input::BlocksFound { blocks: vec![found] });
+    let op = node.lease_read(&[1]);
+    let request = node.ask(1, op);
+    let place = node
+        .effects
+        .iter()
+        .position(|effect| matches!(effect, Effect::CreateChunk { .. }))
+        .expect("asked for");
+    let effect = node.effects.remove(place);
+    node.tell(Input::OpDone {
+        op: Node::op_of(&effect).expect("it has one"),
+        outcome: Ok(Done::ChunkCreated),
+    });
+    node.after(1001);
+    assert!(
+        matches!(node.reply(request), Some(Reply::Leased { blocks, .. }) if blocks == [Grant::Promoting])
+    );
+    assert_eq!(node.core.tier_views().pinned.frames.filling, 1);
+    node.run();
+    assert_eq!(node.core.tier_views().pinned.frames.filling, 0);
+    assert!(node.core.stat(block(1)).is_some_and(|view| view.tiers.pinned), "it arrived for the next one");
+}
+
+/// A space whose frames exceed a chunk could divide by zero or wait for ever.
+#[test]
+fn a_block_larger_than_a_chunk_is_refused() {
+    let mut node = Node::new();
+    let block_bytes = ByteCount::new(CHUNK_BYTES);
+    node.tell(Input::SpaceKnown { space: space(5), tenant: tenant(1), block_bytes, generation: 0 });
+    let op =
+        Request::LeaseWrite { repeat: 902, space: space(5), blocks: vec![block(1)], parent: None, ttl: None };
+    assert!(matches!(node.call(1, op), Reply::Refused(Refusal::BlockTooLarge { .. })));
+}
+
+/// Clear while a writer fills: its seal must be refused, and nothing of before may be served.
+#[test]
+fn a_cleared_space_is_empty_and_takes_no_old_seals() {
+    let mut node = Node::new();
+    node.write(1, &[1]);
+    let op = node.lease_write(&[2]);
+    let (lease, _) = leased(node.serve(1, op));
+    let cleared = node.serve(2, Request::Clear { repeat: 903, space: space(1) });
+    assert_eq!(cleared, Reply::Cleared { generation: 1, blocks: 1 });
+    let op = node.seal(lease, &[(0, 2)], Durability::Readable);
+    assert_eq!(node.call(1, op), Reply::Refused(Refusal::Cleared));
+    assert_eq!(node.call(1, Request::Release { leases: vec![lease] }), Reply::Released { count: 1 });
+    let matched = node.call(1, Request::Match { blocks: vec![block(1)], mode: MatchMode::Set });
+    assert_eq!(matched, Reply::Matched { blocks: vec![None] });
+    assert_eq!(node.core.tier_views().pinned.frames.filling, 0);
+}
+
+/// A window is adopted whole; before that nothing in it may be being filled.
+#[test]
+fn a_window_is_adopted_when_it_is_handed_back() {
+    let mut node = Node::new();
+    let op = node.lease_write(&[1, 2]);
+    let (lease, grants) = leased(node.serve(1, op));
+    let Grant::Granted { frame, .. } = grants[0] else { panic!("granted") };
+    let chunk = frame.chunk;
+    assert_eq!(node.call(1, Request::MapChunk { chunk }), Reply::MayMap { chunk, access: MapAccess::Write });
+    assert_eq!(node.call(2, Request::MapChunk { chunk }), Reply::MayMap { chunk, access: MapAccess::Read });
+    assert_eq!(node.call(1, Request::ReturnWindow { chunk }), Reply::Refused(Refusal::WindowBusy { chunk }));
+    assert_eq!(
+        node.call(2, Request::ReturnWindow { chunk }),
+        Reply::Refused(Refusal::NotYourChunk { chunk })
+    );
+    let op = node.seal(lease, &[(0, 1), (1, 2)], Durability::Readable);
+    node.call(1, op);
+    node.after(5001);
+    let recalled = Notice::WindowRecalled { chunk };
+    assert!(
+        node.effects
+            .iter()
+            .any(|effect| matches!(effect, Effect::Notify { notice, .. } if *notice == recalled))
+    );
+    assert_eq!(node.call(1, Request::ReturnWindow { chunk }), Reply::WindowReturned { blocks: 2 });
+    assert!(
+        node.effects.iter().any(|effect| matches!(effect, Effect::AdoptWindow { chunk: of } if *of == chunk))
+    );
+    assert_eq!(node.call(1, Request::MapChunk { chunk }), Reply::MayMap { chunk, access: MapAccess::Read });
+}
