@@ -1,0 +1,425 @@
+//! Between the wire and the core: the one place where outside values are
+//! checked, and where outcomes get their wire form.
+//!
+//! Promises: a value that passes here satisfies every limit that the core does
+//! not check itself; nothing here panics or allocates by an outside number.
+
+use bytes::Bytes;
+
+use terrace_core::{
+    BadManifest, BlockId, ByteCount, Checksum, Durability, Event, Grant, LeaseId, Limit, MatchMode, Micros,
+    MissReason, Notice, Refusal, Residence, SealOutcome, SpaceId, SpaceKind, SpaceManifest, TenantKey,
+    TokenCount,
+};
+use terrace_proto::{KEY_BYTES_MAX, v1};
+use tonic::{Code, Status};
+
+/// A request that is not answered as asked. `code` is a gRPC status code on both transports.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{message}")]
+pub struct CallError {
+    /// What kind.
+    pub code: Code,
+    /// What was wrong, and what to do.
+    pub message: String,
+}
+
+impl CallError {
+    pub(crate) fn new(code: Code, message: impl Into<String>) -> Self {
+        Self { code, message: message.into() }
+    }
+
+    pub(crate) fn invalid(message: impl Into<String>) -> Self {
+        Self::new(Code::InvalidArgument, message)
+    }
+
+    pub(crate) fn gone() -> Self {
+        Self::new(Code::Unavailable, "the session has ended; connect again")
+    }
+
+    /// The daemon's parts disagree about a protocol: our fault, never the caller's.
+    pub(crate) fn internal(what: &str) -> Self {
+        tracing::error!(what, "internal disagreement");
+        Self::new(Code::Internal, format!("internal error: {what}"))
+    }
+}
+
+impl From<CallError> for Status {
+    fn from(error: CallError) -> Self {
+        Self::new(error.code, error.message)
+    }
+}
+
+impl From<&CallError> for v1::LaneError {
+    fn from(error: &CallError) -> Self {
+        Self { code: u32::try_from(i32::from(error.code)).unwrap_or(2), message: error.message.clone() }
+    }
+}
+
+impl From<Refusal> for CallError {
+    fn from(refusal: Refusal) -> Self {
+        let code = match refusal {
+            Refusal::UnknownSession => Code::Unauthenticated,
+            Refusal::UnknownSpace => Code::NotFound,
+            Refusal::TooManyBlocks { .. }
+            | Refusal::WrongKind { .. }
+            | Refusal::BadIndex { .. }
+            | Refusal::WrongLength { .. }
+            | Refusal::RepeatDiffers { .. }
+            | Refusal::BlockTooLarge { .. } => Code::InvalidArgument,
+            Refusal::EarlierIncarnation { .. }
+            | Refusal::NotYourLease { .. }
+            | Refusal::Cleared
+            | Refusal::WindowBusy { .. } => Code::FailedPrecondition,
+            Refusal::NotYourChunk { .. } => Code::PermissionDenied,
+            Refusal::Degraded => Code::Unavailable,
+        };
+        Self::new(code, refusal.to_string())
+    }
+}
+
+impl From<Limit> for CallError {
+    fn from(limit: Limit) -> Self {
+        let what = match limit {
+            Limit::Blocks => "`limits.blocks`: the table of blocks is full",
+            Limit::Spaces => "`limits.spaces`: too many spaces are known",
+            Limit::Sessions => "`limits.sessions`: too many sessions are open",
+            Limit::Leases => "`limits.leases_per_session`: release leases first",
+            Limit::LeasedBytes => {
+                "`limits.leased_bytes_per_tenant`: release leases or hand windows back first"
+            }
+            Limit::RequestsWaiting => "`limits.requests_waiting`: too many requests wait",
+        };
+        Self::new(Code::ResourceExhausted, format!("throttled by {what}; back off and ask again"))
+    }
+}
+
+impl From<BadManifest> for CallError {
+    fn from(bad: BadManifest) -> Self {
+        Self::invalid(bad.to_string())
+    }
+}
+
+/// A manifest from the wire, validated.
+pub(crate) fn manifest(wire: v1::SpaceManifest) -> Result<SpaceManifest, CallError> {
+    let kind = match wire.kind() {
+        v1::SpaceKind::Chain => SpaceKind::Chain,
+        v1::SpaceKind::Window => SpaceKind::Window,
+        v1::SpaceKind::State => SpaceKind::State,
+        v1::SpaceKind::Unspecified => {
+            return Err(CallError::invalid("manifest field `kind` is not set; say CHAIN, WINDOW or STATE"));
+        }
+    };
+    let manifest = SpaceManifest {
+        model: wire.model,
+        model_fingerprint: wire.model_fingerprint.to_vec(),
+        weights_generation: wire.weights_generation,
+        dtype: wire.dtype,
+        layout: wire.layout,
+        tokens_per_block: TokenCount::new(wire.tokens_per_block),
+        block_bytes: ByteCount::new(wire.block_bytes),
+        kind,
+        group: wire.group,
+        topology: wire.topology,
+        rank: wire.rank,
+        engine: wire.engine,
+    };
+    manifest.validate()?;
+    Ok(manifest)
+}
+
+/// A manifest for the wire.
+pub(crate) fn manifest_to_wire(manifest: &SpaceManifest) -> v1::SpaceManifest {
+    let kind = match manifest.kind {
+        SpaceKind::Chain => v1::SpaceKind::Chain,
+        SpaceKind::Window => v1::SpaceKind::Window,
+        SpaceKind::State => v1::SpaceKind::State,
+    };
+    v1::SpaceManifest {
+        model: manifest.model.clone(),
+        model_fingerprint: manifest.model_fingerprint.clone().into(),
+        weights_generation: manifest.weights_generation,
+        dtype: manifest.dtype.clone(),
+        layout: manifest.layout.clone(),
+        tokens_per_block: manifest.tokens_per_block.get(),
+        block_bytes: manifest.block_bytes.get(),
+        kind: kind.into(),
+        group: manifest.group,
+        topology: manifest.topology.clone(),
+        rank: manifest.rank,
+        engine: manifest.engine.clone(),
+    }
+}
+
+/// Block ids of `keys` in `space`.
+pub(crate) fn blocks(
+    key: &TenantKey,
+    space: SpaceId,
+    keys: &[Bytes],
+    limit: u32,
+) -> Result<Vec<BlockId>, CallError> {
+    if keys.len() > limit as usize {
+        return Err(CallError::invalid(format!(
+            "{} keys in one request; the limit is {limit}; split the request",
+            keys.len()
+        )));
+    }
+    keys.iter().enumerate().map(|(index, bytes)| block(key, space, bytes, index)).collect()
+}
+
+fn block(key: &TenantKey, space: SpaceId, bytes: &[u8], index: usize) -> Result<BlockId, CallError> {
+    if bytes.is_empty() || bytes.len() > KEY_BYTES_MAX {
+        return Err(CallError::invalid(format!(
+            "key {index} has {} bytes; a key has 1 to {KEY_BYTES_MAX}",
+            bytes.len()
+        )));
+    }
+    Ok(key.block_id(space, bytes))
+}
+
+/// The block before the first one, if it is named.
+pub(crate) fn parent(key: &TenantKey, space: SpaceId, bytes: &[u8]) -> Result<Option<BlockId>, CallError> {
+    if bytes.len() > KEY_BYTES_MAX {
+        return Err(CallError::invalid(format!(
+            "parent_key has {} bytes; a key has 1 to {KEY_BYTES_MAX}",
+            bytes.len()
+        )));
+    }
+    Ok((!bytes.is_empty()).then(|| key.block_id(space, bytes)))
+}
+
+pub(crate) fn block_id(bytes: &[u8]) -> Result<BlockId, CallError> {
+    sixteen("block_id", bytes).map(BlockId::from_bytes)
+}
+
+pub(crate) fn space_id(bytes: &[u8]) -> Result<SpaceId, CallError> {
+    sixteen("space_id", bytes).map(SpaceId::from_bytes)
+}
+
+fn sixteen(field: &str, bytes: &[u8]) -> Result<[u8; 16], CallError> {
+    bytes.try_into().map_err(|_| CallError::invalid(format!("{field} has {} bytes; it has 16", bytes.len())))
+}
+
+/// Time to live; 0 leaves it to the daemon.
+pub(crate) fn ttl(ms: u64) -> Option<Micros> {
+    (ms > 0).then(|| Micros::from_millis(ms))
+}
+
+pub(crate) fn match_mode(mode: v1::MatchMode) -> MatchMode {
+    match mode {
+        v1::MatchMode::Unspecified | v1::MatchMode::Prefix => MatchMode::Prefix,
+        v1::MatchMode::Set => MatchMode::Set,
+    }
+}
+
+pub(crate) fn durability(durability: v1::Durability) -> Durability {
+    match durability {
+        v1::Durability::Unspecified => Durability::Readable,
+        v1::Durability::Durable => Durability::Durable,
+    }
+}
+
+/// Tiers that a lease may ask for.
+pub(crate) fn want_tier(tier: v1::Tier) -> Result<(), CallError> {
+    match tier {
+        v1::Tier::Unspecified | v1::Tier::Pinned => Ok(()),
+        v1::Tier::Hbm | v1::Tier::Nvme | v1::Tier::Remote => Err(CallError::new(
+            Code::Unimplemented,
+            format!(
+                "blocks are leased in TIER_PINNED; {} cannot be leased by this daemon",
+                tier.as_str_name()
+            ),
+        )),
+    }
+}
+
+pub(crate) fn seal_blocks(blocks: &[v1::SealBlock]) -> Vec<(u32, ByteCount, Checksum)> {
+    blocks
+        .iter()
+        .map(|block| (block.index, ByteCount::new(block.length), Checksum::new(block.checksum)))
+        .collect()
+}
+
+pub(crate) fn seal_outcome(outcome: SealOutcome) -> v1::SealOutcome {
+    match outcome {
+        SealOutcome::Sealed => v1::SealOutcome::Sealed,
+        SealOutcome::Already => v1::SealOutcome::Already,
+        SealOutcome::Conflict => v1::SealOutcome::Conflict,
+        SealOutcome::Lost => v1::SealOutcome::Lost,
+        SealOutcome::NotDurable => v1::SealOutcome::NotDurable,
+    }
+}
+
+pub(crate) fn miss_reason(reason: MissReason) -> v1::MissReason {
+    match reason {
+        MissReason::Unknown => v1::MissReason::Unknown,
+        MissReason::Filling => v1::MissReason::Filling,
+        MissReason::Checksum => v1::MissReason::Checksum,
+        MissReason::Device => v1::MissReason::Device,
+        MissReason::CheaperToRecompute => v1::MissReason::CheaperToRecompute,
+    }
+}
+
+/// The outcome of a grant, and the reason of a miss.
+pub(crate) fn outcome(grant: &Grant) -> (v1::GrantOutcome, v1::MissReason) {
+    let reason = v1::MissReason::Unspecified;
+    match grant {
+        Grant::Granted { .. } => (v1::GrantOutcome::Granted, reason),
+        Grant::Promoting => (v1::GrantOutcome::Promoting, reason),
+        Grant::Missing(missing) => (v1::GrantOutcome::Missing, miss_reason(*missing)),
+        Grant::Throttled => (v1::GrantOutcome::Throttled, reason),
+        Grant::Exists => (v1::GrantOutcome::Exists, reason),
+    }
+}
+
+pub(crate) fn grant(grant: &Grant) -> v1::BlockGrant {
+    let (outcome, reason) = outcome(grant);
+    let bare = v1::BlockGrant { outcome: outcome.into(), reason: reason.into(), ..Default::default() };
+    match grant {
+        Grant::Granted { block, frame, fence, offset, length, checksum } => v1::BlockGrant {
+            chunk: frame.chunk.get(),
+            frame: frame.index,
+            offset: *offset,
+            fence: fence.get(),
+            length: length.get(),
+            checksum: checksum.map_or(0, Checksum::get),
+            block_id: block_bytes(*block),
+            ..bare
+        },
+        Grant::Promoting | Grant::Missing(_) | Grant::Throttled | Grant::Exists => bare,
+    }
+}
+
+pub(crate) fn block_bytes(block: BlockId) -> Bytes {
+    Bytes::copy_from_slice(&block.to_bytes())
+}
+
+pub(crate) fn space_bytes(space: SpaceId) -> Bytes {
+    Bytes::copy_from_slice(&space.to_bytes())
+}
+
+/// Tiers of a residence, fastest first.
+pub(crate) fn tiers(residence: Residence) -> Vec<i32> {
+    let mut tiers = Vec::with_capacity(2);
+    if residence.pinned {
+        tiers.push(v1::Tier::Pinned.into());
+    }
+    if residence.nvme {
+        tiers.push(v1::Tier::Nvme.into());
+    }
+    tiers
+}
+
+pub(crate) fn event(event: &Event) -> v1::BlockEvent {
+    let (kind, space) = match event {
+        Event::Sealed { space, .. } => (v1::BlockEventKind::Sealed, space),
+        Event::Moved { space, .. } => (v1::BlockEventKind::Moved, space),
+        Event::Evicted { space, .. } => (v1::BlockEventKind::Evicted, space),
+        Event::Cleared { space } => (v1::BlockEventKind::Cleared, space),
+    };
+    let mut wire = v1::BlockEvent { kind: kind.into(), space_id: space_bytes(*space), ..Default::default() };
+    match event {
+        Event::Sealed { block, parent, length, tiers: residence, .. } => {
+            wire.block_id = block_bytes(*block);
+            wire.parent_id = parent.map(block_bytes).unwrap_or_default();
+            wire.length = length.get();
+            wire.tiers = tiers(*residence);
+        }
+        Event::Moved { block, tiers: residence, .. } => {
+            wire.block_id = block_bytes(*block);
+            wire.tiers = tiers(*residence);
+        }
+        Event::Evicted { block, .. } => wire.block_id = block_bytes(*block),
+        Event::Cleared { .. } => {}
+    }
+    wire
+}
+
+/// A notice for the wire. `handle` finds the session's handle of a space.
+pub(crate) fn notice(notice: &Notice, handle: impl Fn(SpaceId) -> u32) -> v1::SessionResponse {
+    use v1::session_response::Notice as Wire;
+    let wire = match notice {
+        Notice::LeaseRevoked { lease, reason } => {
+            Wire::Revoked(v1::LeaseRevoked { lease: lease.get(), reason: (*reason).to_owned() })
+        }
+        Notice::WindowRecalled { chunk } => Wire::Recalled(v1::WindowRecalled { chunk: chunk.get() }),
+        Notice::SealRejected { space, block } => Wire::Rejected(v1::SealRejected {
+            space: handle(*space),
+            block_id: block_bytes(*block),
+            reason: "the bytes in the frame do not match the checksum that was sealed; write the block again"
+                .to_owned(),
+        }),
+    };
+    v1::SessionResponse { notice: Some(wire) }
+}
+
+pub(crate) fn leases(raw: &[u64]) -> Vec<LeaseId> {
+    raw.iter().map(|lease| LeaseId::new(*lease)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn wire() -> v1::SpaceManifest {
+        v1::SpaceManifest {
+            model: "m".into(),
+            dtype: "f16".into(),
+            layout: "l".into(),
+            tokens_per_block: 16,
+            block_bytes: 4096,
+            kind: v1::SpaceKind::Chain.into(),
+            topology: "canonical".into(),
+            engine: "terrace".into(),
+            ..Default::default()
+        }
+    }
+
+    /// A field could be lost or swapped on the way, and two spaces would become one: it must come back as it was.
+    #[test]
+    fn manifests_survive_the_round_trip() {
+        let sent = v1::SpaceManifest {
+            model_fingerprint: vec![1, 2].into(),
+            weights_generation: 3,
+            group: 4,
+            rank: 5,
+            ..wire()
+        };
+        assert_eq!(manifest_to_wire(&manifest(sent.clone()).unwrap()), sent);
+    }
+
+    /// A manifest that says too little must be refused by the name of the field.
+    #[test]
+    fn bad_manifests_are_refused() {
+        for (bad, field) in [
+            (v1::SpaceManifest { kind: 0, ..wire() }, "kind"),
+            (v1::SpaceManifest { kind: 77, ..wire() }, "kind"),
+            (v1::SpaceManifest { block_bytes: 0, ..wire() }, "block_bytes"),
+            (v1::SpaceManifest { block_bytes: u64::MAX, ..wire() }, "block_bytes"),
+            (v1::SpaceManifest { tokens_per_block: 0, ..wire() }, "tokens_per_block"),
+            (v1::SpaceManifest { model: String::new(), ..wire() }, "model"),
+            (v1::SpaceManifest { layout: "x".repeat(257), ..wire() }, "layout"),
+        ] {
+            let refused = manifest(bad).unwrap_err();
+            assert_eq!(refused.code, Code::InvalidArgument);
+            assert!(refused.message.contains(field), "{}", refused.message);
+        }
+    }
+
+    /// A key of no bytes or of 65 must not become a block id; nor may one request name too many.
+    #[test]
+    fn keys_have_limits() {
+        let key = TenantKey::from_bytes([7; 32]);
+        let space = SpaceId::from_bytes([1; 16]);
+        let ids = |keys: &[Bytes]| blocks(&key, space, keys, 2);
+        assert_eq!(ids(&[Bytes::from(vec![0; 64])]).unwrap().len(), 1);
+        for bad in [vec![], vec![0; 65]] {
+            let refused = ids(&[Bytes::from(bad)]).unwrap_err();
+            assert!(refused.message.contains("1 to 64"), "{}", refused.message);
+        }
+        let refused = ids(&vec![Bytes::from_static(b"k"); 3]).unwrap_err();
+        assert!(refused.message.contains("the limit is 2"), "{}", refused.message);
+        assert!(parent(&key, space, &[0; 65]).is_err());
+        assert_eq!(parent(&key, space, &[]).unwrap(), None);
+    }
+}

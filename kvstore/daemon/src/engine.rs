@@ -1,0 +1,396 @@
+//! The shell around the core: one lock, inputs in, effects out.
+//!
+//! Promises: every effect is performed or started, in order, before the next
+//! input; nothing under the lock waits; a request is answered once, or its
+//! receiver learns that the session is gone. Decides nothing.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::time::{Duration, Instant};
+
+use tokio::sync::{Notify, mpsc, oneshot};
+
+use terrace_core::{
+    ChunkId, Config, Core, Done, Effect, Fault, Input, Limit, Locality, Notice, Now, OpId, Reply, Request,
+    RequestId, SessionId, TenantId,
+};
+use terrace_media::{Access, ChunkMemory, Complete, Media, MediaOp};
+
+use crate::events::EventLogs;
+use crate::rates::{OpKind, Rates};
+use crate::spaces::Spaces;
+
+/// Notices that a session may leave unread before it is cut off.
+const NOTICES_MAX: usize = 1024;
+
+/// Drives one core. Shared by every listener.
+pub struct Engine {
+    state: Mutex<State>,
+    media: Arc<Media>,
+    events: EventLogs,
+    spaces: Arc<Spaces>,
+    rates: Rates,
+    began: Instant,
+    sooner: Notify,
+    degraded: AtomicBool,
+    trouble: Notify,
+    sessions_max: usize,
+}
+
+struct State {
+    core: Core,
+    mailboxes: HashMap<SessionId, Mailbox>,
+    session_last: u64,
+    request_last: u64,
+    /// When the ticker means to wake up.
+    deadline: Option<Now>,
+    /// Slow effects in flight, for their durations.
+    running: HashMap<OpId, (OpKind, Now, u64)>,
+}
+
+struct Mailbox {
+    pending: HashMap<RequestId, oneshot::Sender<Reply>>,
+    notices: mpsc::Sender<Notice>,
+}
+
+/// A session is gone, and with it the answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the session has ended")]
+pub struct Gone;
+
+/// The way from media's threads back to an engine that is made after them.
+#[derive(Clone, Default)]
+pub struct Completions(Arc<OnceLock<Weak<Engine>>>);
+
+impl Completions {
+    /// The callback for media.
+    pub fn callback(&self) -> Complete {
+        let slot = self.0.clone();
+        Box::new(move |op, outcome| {
+            // Media completes nothing before the engine has started something.
+            if let Some(engine) = slot.get().and_then(Weak::upgrade) {
+                engine.completed(op, outcome);
+            }
+        })
+    }
+}
+
+impl Engine {
+    /// An engine around a new core. `completions` is the one whose callback `media` has.
+    pub fn new(
+        config: Config,
+        media: Arc<Media>,
+        events: EventLogs,
+        spaces: Arc<Spaces>,
+        completions: &Completions,
+    ) -> Arc<Self> {
+        let sessions_max = config.limits.sessions as usize;
+        let engine = Arc::new(Self {
+            state: Mutex::new(State {
+                core: Core::new(config),
+                mailboxes: HashMap::new(),
+                session_last: 0,
+                request_last: 0,
+                deadline: None,
+                running: HashMap::new(),
+            }),
+            media,
+            events,
+            spaces,
+            rates: Rates::default(),
+            began: Instant::now(),
+            sooner: Notify::new(),
+            degraded: AtomicBool::new(false),
+            trouble: Notify::new(),
+            sessions_max,
+        });
+        // A second engine on the same completions would be a mistake in our start order.
+        assert!(completions.0.set(Arc::downgrade(&engine)).is_ok(), "completions belong to one engine");
+        engine
+    }
+
+    /// Microseconds since the engine began. Never goes back.
+    pub fn now(&self) -> Now {
+        Now::from_micros(u64::try_from(self.began.elapsed().as_micros()).unwrap_or(u64::MAX))
+    }
+
+    /// Tells the core, and does what it asks.
+    pub fn submit(&self, input: Input) {
+        let mut state = self.state();
+        self.handle(&mut state, input);
+    }
+
+    /// Opens a session. The notices end when the session is closed, or when
+    /// its reader leaves too many unread: then close it.
+    ///
+    /// # Errors
+    /// [`Limit::Sessions`].
+    pub fn open_session(
+        &self,
+        tenant: TenantId,
+        locality: Locality,
+    ) -> Result<(SessionId, mpsc::Receiver<Notice>), Limit> {
+        let (sender, notices) = mpsc::channel(NOTICES_MAX);
+        let mut state = self.state();
+        if state.mailboxes.len() >= self.sessions_max {
+            return Err(Limit::Sessions);
+        }
+        state.session_last += 1;
+        let session = SessionId::new(state.session_last);
+        state.mailboxes.insert(session, Mailbox { pending: HashMap::new(), notices: sender });
+        self.handle(&mut state, Input::SessionOpened { session, tenant, locality });
+        Ok((session, notices))
+    }
+
+    /// Ends a session: its leases end, whoever waits for an answer learns that it is gone.
+    pub fn close_session(&self, session: SessionId) {
+        let mut state = self.state();
+        if state.mailboxes.remove(&session).is_some() {
+            self.handle(&mut state, Input::SessionClosed { session });
+        }
+    }
+
+    /// Asks the core. Dropping the future forgets the answer, not the request.
+    ///
+    /// # Errors
+    /// [`Gone`].
+    pub async fn ask(&self, session: SessionId, op: Request) -> Result<Reply, Gone> {
+        let answer = {
+            let mut state = self.state();
+            state.request_last += 1;
+            let request = RequestId::new(state.request_last);
+            let (sender, answer) = oneshot::channel();
+            state.mailboxes.get_mut(&session).ok_or(Gone)?.pending.insert(request, sender);
+            self.handle(&mut state, Input::Request { session, request, op });
+            answer
+        };
+        answer.await.map_err(|_| Gone)
+    }
+
+    /// Asks the core, and lets the answer go.
+    pub fn tell(&self, session: SessionId, op: Request) {
+        let mut state = self.state();
+        state.request_last += 1;
+        let request = RequestId::new(state.request_last);
+        self.handle(&mut state, Input::Request { session, request, op });
+    }
+
+    /// Persists everything sealed so far. Answers blocks written and blocks that could not be.
+    ///
+    /// # Errors
+    /// A limit that keeps the daemon from asking.
+    pub async fn flush(&self, tenant: TenantId) -> Result<(u64, u64), Limit> {
+        let (session, _notices) = self.open_session(tenant, Locality::Streamed)?;
+        let reply = self.ask(session, Request::Flush).await;
+        self.close_session(session);
+        match reply {
+            Ok(Reply::Flushed { blocks, failed }) => Ok((blocks, failed)),
+            Ok(Reply::Throttled(limit)) => Err(limit),
+            Ok(other) => {
+                tracing::error!(?other, "a flush was answered by something else");
+                Ok((0, 0))
+            }
+            Err(Gone) => Ok((0, 0)),
+        }
+    }
+
+    /// The catalog failed a write: nothing is persisted until it is repaired.
+    pub fn catalog_failed(&self) {
+        let mut state = self.state();
+        self.degrade(&mut state);
+    }
+
+    /// The catalog works again.
+    pub fn catalog_repaired(&self) {
+        let mut state = self.state();
+        self.degraded.store(false, Ordering::Release);
+        self.handle(&mut state, Input::Degraded { degraded: false });
+    }
+
+    /// Whether nothing can be persisted now.
+    pub fn is_degraded(&self) -> bool {
+        self.degraded.load(Ordering::Acquire)
+    }
+
+    /// Returns when the catalog has failed. Cancel-safe.
+    pub async fn in_trouble(&self) {
+        while !self.is_degraded() {
+            self.trouble.notified().await;
+        }
+    }
+
+    /// Looks at the core. `look` must be quick: every request waits for it.
+    pub fn view<T>(&self, look: impl FnOnce(&Core) -> T) -> T {
+        look(&self.state().core)
+    }
+
+    /// A chunk's memory; `None` when it has been dropped.
+    pub fn chunk(&self, chunk: ChunkId) -> Option<Arc<ChunkMemory>> {
+        self.media.chunk(chunk)
+    }
+
+    /// The media below.
+    pub fn media(&self) -> &Arc<Media> {
+        &self.media
+    }
+
+    /// The media below, when nobody else uses it.
+    pub fn into_media(self) -> Option<Media> {
+        Arc::into_inner(self.media)
+    }
+
+    /// The event logs.
+    pub fn events(&self) -> &EventLogs {
+        &self.events
+    }
+
+    /// The spaces that are known.
+    pub fn spaces(&self) -> &Arc<Spaces> {
+        &self.spaces
+    }
+
+    /// Durations and rates of slow effects.
+    pub fn rates(&self) -> &Rates {
+        &self.rates
+    }
+
+    /// Gives the core its ticks until it is dropped. Cancel-safe.
+    pub async fn tick(&self) {
+        loop {
+            let sooner = self.sooner.notified();
+            let deadline = self.state().deadline;
+            match deadline {
+                None => sooner.await,
+                Some(deadline) => {
+                    let wait = Duration::from_micros(deadline.since(self.now()).get());
+                    tokio::select! {
+                        () = tokio::time::sleep(wait) => {
+                            if self.now() >= deadline {
+                                self.submit(Input::Tick);
+                            }
+                        }
+                        () = sooner => {}
+                    }
+                }
+            }
+        }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        // A panic while the core was changing leaves it in an unknown state. To
+        // serve from it could serve wrong bytes, so nothing is served any more.
+        self.state.lock().unwrap_or_else(|poisoned: PoisonError<_>| {
+            drop(poisoned);
+            tracing::error!("the core panicked; ending the process, blocks on disk survive");
+            std::process::abort()
+        })
+    }
+
+    fn completed(&self, op: OpId, outcome: Result<Done, Fault>) {
+        let mut state = self.state();
+        if let Some((kind, started, bytes)) = state.running.remove(&op) {
+            let took = Duration::from_micros(self.now().since(started).get());
+            self.rates.observe(kind, took, bytes, outcome.as_ref().err().copied());
+        }
+        let catalog_failed = matches!(outcome, Err(Fault::Catalog));
+        self.handle(&mut state, Input::OpDone { op, outcome });
+        if catalog_failed {
+            self.degrade(&mut state);
+        }
+    }
+
+    fn degrade(&self, state: &mut State) {
+        if !self.degraded.swap(true, Ordering::AcqRel) {
+            tracing::error!("the catalog failed: blocks are served, none is persisted until it works again");
+            self.handle(state, Input::Degraded { degraded: true });
+            self.trouble.notify_one();
+        }
+    }
+
+    fn handle(&self, state: &mut State, input: Input) {
+        state.core.handle(self.now(), input);
+        while let Some(effect) = state.core.poll_effect() {
+            self.perform(state, effect);
+        }
+        let deadline = state.core.next_deadline();
+        let sooner = match (deadline, state.deadline) {
+            (Some(new), Some(old)) => new < old || old <= self.now(),
+            (Some(_), None) => true,
+            (None, _) => false,
+        };
+        state.deadline = deadline;
+        if sooner {
+            self.sooner.notify_one();
+        }
+    }
+
+    fn perform(&self, state: &mut State, effect: Effect) {
+        match effect {
+            Effect::Reply { session, request, reply } => {
+                if let Some(mailbox) = state.mailboxes.get_mut(&session)
+                    && let Some(waiting) = mailbox.pending.remove(&request)
+                {
+                    // Nobody waits any more: the answer is dropped, the lease ends with its session.
+                    let _ = waiting.send(reply);
+                }
+            }
+            Effect::Notify { session, notice } => {
+                if let Some(mailbox) = state.mailboxes.get_mut(&session)
+                    && mailbox.notices.try_send(notice).is_err()
+                {
+                    tracing::warn!(%session, "a session leaves its notices unread; it is cut off");
+                    // A channel without a sender ends at its reader, which closes the session.
+                    mailbox.notices = mpsc::channel(1).0;
+                }
+            }
+            Effect::SetFence { frame, fence } => self.media.set_fence(frame, fence),
+            Effect::AdoptWindow { chunk } => self.media.adopt_window(chunk),
+            Effect::Publish { tenant, event } => self.events.publish(tenant, event),
+            Effect::CreateChunk { op, chunk, tenant: _, owner, frame_bytes, frames } => {
+                let access = if owner.is_some() { Access::Window } else { Access::Pool };
+                let bytes = frame_bytes.get() * u64::from(frames);
+                let op = MediaOp::CreateChunk { op, chunk, access, frame_bytes, frames };
+                self.start(state, OpKind::CreateChunk, bytes, op);
+            }
+            Effect::DropChunk { op, chunk } => {
+                self.start(state, OpKind::DropChunk, 0, MediaOp::DropChunk { op, chunk });
+            }
+            Effect::Read { op, source, source_offset, target, expect, class } => {
+                let bytes = expect.length.get();
+                let op = MediaOp::Read { op, source, source_offset, target, expect, class };
+                self.start(state, OpKind::Read, bytes, op);
+            }
+            Effect::Write { op, source, target, target_offset, header, via, class } => {
+                let bytes = header.length.get();
+                let op = MediaOp::Write { op, source, target, target_offset, header, via, class };
+                self.start(state, OpKind::Write, bytes, op);
+            }
+            Effect::CarveSlot { op, device, slot, space, frame_bytes } => {
+                let op = MediaOp::CarveSlot { op, device, slot, space, frame_bytes };
+                self.start(state, OpKind::CarveSlot, 0, op);
+            }
+            Effect::Commit { op, put, delete } => {
+                self.start(state, OpKind::Commit, 0, MediaOp::Commit { op, put, delete });
+            }
+            Effect::ClearSpace { op, space, tenant, generation } => {
+                self.spaces.cleared(space, generation);
+                let op = MediaOp::ClearSpace { op, space, tenant, generation };
+                self.start(state, OpKind::ClearSpace, 0, op);
+            }
+            Effect::Verify { op, frame, expect } => {
+                let bytes = expect.length.get();
+                self.start(state, OpKind::Verify, bytes, MediaOp::Verify { op, frame, expect });
+            }
+            Effect::Copy { op, source, target, expect } => {
+                let bytes = expect.length.get();
+                self.start(state, OpKind::Copy, bytes, MediaOp::Copy { op, source, target, expect });
+            }
+        }
+    }
+
+    fn start(&self, state: &mut State, kind: OpKind, bytes: u64, op: MediaOp) {
+        state.running.insert(op.op(), (kind, self.now(), bytes));
+        self.media.start(op);
+    }
+}

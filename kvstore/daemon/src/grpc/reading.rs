@@ -1,0 +1,161 @@
+//! Read streams: sealed blocks, copied out of leased frames piece by piece.
+//!
+//! Promises: a piece leaves only if the frame's fence had not moved after its
+//! bytes were copied; the lease of a stream ends with it.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use tokio::sync::mpsc;
+use tonic::{Code, Status};
+
+use terrace_core::{BlockId, Fence, FrameRef, Grant, LeaseId, MissReason, Request};
+use terrace_proto::v1;
+
+use crate::convert::{self, CallError};
+use crate::service::Service;
+use crate::session::{Session, StreamGuard};
+
+/// Bytes of one message: large enough for few messages, small enough to send while copying.
+const PIECE_BYTES: u64 = 1 << 20;
+/// Blocks that one stream pins at a time.
+const BLOCKS_AT_ONCE: usize = 32;
+
+type Sender = mpsc::Sender<Result<v1::ReadResponse, Status>>;
+
+/// One stream.
+pub(super) struct Read {
+    service: Arc<Service>,
+    session: StreamGuard,
+    blocks: Vec<BlockId>,
+    wait_ms: u64,
+}
+
+/// Ends a lease when the stream lets go of it, whatever the reason.
+pub(super) struct HeldLease {
+    service: Arc<Service>,
+    session: Arc<Session>,
+    lease: LeaseId,
+    abort: bool,
+}
+
+impl HeldLease {
+    pub(super) fn read(service: &Arc<Service>, session: &Arc<Session>, lease: LeaseId) -> Self {
+        Self { service: service.clone(), session: session.clone(), lease, abort: false }
+    }
+
+    /// A write lease gives its unsealed frames back first.
+    pub(super) fn write(service: &Arc<Service>, session: &Arc<Session>, lease: LeaseId) -> Self {
+        Self { service: service.clone(), session: session.clone(), lease, abort: true }
+    }
+
+    pub(super) fn id(&self) -> LeaseId {
+        self.lease
+    }
+}
+
+impl Drop for HeldLease {
+    fn drop(&mut self) {
+        let engine = self.service.engine();
+        if self.abort {
+            engine.tell(self.session.id, Request::Abort { lease: self.lease, indexes: Vec::new() });
+        }
+        engine.tell(self.session.id, Request::Release { leases: vec![self.lease] });
+    }
+}
+
+impl Read {
+    pub(super) fn new(
+        service: Arc<Service>,
+        session: StreamGuard,
+        request: &v1::ReadRequest,
+    ) -> Result<Self, CallError> {
+        let open = session.space(request.space)?;
+        let limit = service.facts().blocks_max;
+        let blocks = convert::blocks(&session.tenant.key, open.space, &request.keys, limit)?;
+        Ok(Self { service, session, blocks, wait_ms: request.wait_ms })
+    }
+
+    pub(super) async fn run(self, sender: &Sender) -> Result<(), CallError> {
+        for (batch, blocks) in self.blocks.chunks(BLOCKS_AT_ONCE).enumerate() {
+            let repeat = self.service.own_repeat();
+            let op = self.service.lease_read_op(repeat, blocks.to_vec(), None, self.wait_ms);
+            let leased = self.service.leased(&self.session, op).await?;
+            let _held = leased.lease.map(|lease| HeldLease::read(&self.service, &self.session, lease));
+            for (position, grant) in leased.grants.iter().enumerate() {
+                let index = u32::try_from(batch * BLOCKS_AT_ONCE + position)
+                    .map_err(|_| CallError::internal("more blocks than a request may have"))?;
+                let sent = tokio::select! {
+                    () = self.session.closed() => return Err(CallError::gone()),
+                    sent = self.send(sender, index, grant) => sent?,
+                };
+                if !sent {
+                    return Ok(());
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Sends one block, or what became of it. False when nobody reads any more.
+    async fn send(&self, sender: &Sender, index: u32, grant: &Grant) -> Result<bool, CallError> {
+        let (outcome, reason) = convert::outcome(grant);
+        let bare =
+            v1::ReadResponse { index, outcome: outcome.into(), reason: reason.into(), ..Default::default() };
+        let Grant::Granted { block, frame, fence, length, checksum, .. } = *grant else {
+            return Ok(sender.send(Ok(bare)).await.is_ok());
+        };
+        let checksum = checksum.ok_or_else(|| CallError::internal("a read lease without a checksum"))?;
+        let mut offset = 0;
+        while offset < length.get() {
+            let bytes = (length.get() - offset).min(PIECE_BYTES);
+            let Some(data) = self.piece(frame, fence, offset, bytes)? else {
+                if offset > 0 {
+                    return Err(CallError::new(
+                        Code::Aborted,
+                        format!("block {index} was dropped while it was read; read it again"),
+                    ));
+                }
+                let missing = v1::ReadResponse {
+                    outcome: v1::GrantOutcome::Missing.into(),
+                    reason: convert::miss_reason(MissReason::Unknown).into(),
+                    ..bare
+                };
+                return Ok(sender.send(Ok(missing)).await.is_ok());
+            };
+            self.service.metrics().streamed_out(data.len());
+            let piece = v1::ReadResponse {
+                offset,
+                length: length.get(),
+                checksum: checksum.get(),
+                data,
+                block_id: convert::block_bytes(block),
+                ..bare.clone()
+            };
+            if sender.send(Ok(piece)).await.is_err() {
+                return Ok(false);
+            }
+            offset += bytes;
+        }
+        Ok(true)
+    }
+
+    /// Copies a piece; `None` if the frame does not hold the block any more.
+    fn piece(
+        &self,
+        frame: FrameRef,
+        fence: Fence,
+        offset: u64,
+        bytes: u64,
+    ) -> Result<Option<Bytes>, CallError> {
+        let Some(memory) = self.service.engine().chunk(frame.chunk) else { return Ok(None) };
+        let length = usize::try_from(bytes).map_err(|_| CallError::internal("piece length"))?;
+        let mut data = vec![0; length];
+        memory
+            .copy_out(frame.index, offset, &mut data)
+            .map_err(|outside| CallError::internal(&outside.to_string()))?;
+        // The copy must be complete before the fence is looked at again.
+        std::sync::atomic::fence(std::sync::atomic::Ordering::Acquire);
+        Ok((memory.fence(frame.index) == fence).then(|| data.into()))
+    }
+}

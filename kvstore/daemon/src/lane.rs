@@ -1,0 +1,284 @@
+//! The listener for processes of this machine: shared memory over a Unix socket.
+//!
+//! Promises: one task a connection; requests are answered as they finish, and
+//! not in order; a session ends when its socket or its process does, whichever
+//! is first; whatever arrives, the daemon stays up.
+
+use std::future::Future;
+use std::os::fd::OwnedFd;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::FutureExt;
+use futures_util::stream::{FuturesUnordered, StreamExt};
+use tokio::sync::{Semaphore, mpsc, watch};
+use tonic::Code;
+
+use terrace_core::{Locality, MapAccess, Notice};
+use terrace_lane::{LaneConnection, LaneError, LaneReader, LaneServer, LaneWriter, ProcessEnd};
+use terrace_proto::v1::{self, LaneRequest, LaneResponse, lane_request::Op, lane_response};
+use terrace_proto::{LANE_VERSION, MESSAGE_BYTES_MAX};
+
+use crate::convert::{self, CallError};
+use crate::service::Service;
+use crate::session::Session;
+
+/// A connection must say hello within this time.
+const HELLO_WITHIN: Duration = Duration::from_secs(10);
+/// No request is read while more than this waits to be sent.
+const UNSENT_BYTES_MAX: usize = 2 * MESSAGE_BYTES_MAX;
+/// Pause after the kernel refused to accept, for example without descriptors.
+const ACCEPT_AGAIN: Duration = Duration::from_millis(100);
+
+/// Stop signal of the daemon: true when it ends.
+pub type Stop = watch::Receiver<bool>;
+
+/// Returns when the daemon stops. Cancel-safe.
+pub(crate) async fn stopped(stop: &mut Stop) {
+    // An error means that nobody can stop us any more: the daemon is gone.
+    let _ = stop.wait_for(|stop| *stop).await;
+}
+
+type Answer = Pin<Box<dyn Future<Output = (LaneResponse, Vec<OwnedFd>)> + Send>>;
+
+/// Accepts connections until `stop`. Connections end with it.
+pub async fn serve(server: LaneServer, service: Arc<Service>, mut stop: Stop) {
+    let room = Arc::new(Semaphore::new(service.facts().edges.lane_connections));
+    loop {
+        let accepted = tokio::select! {
+            () = stopped(&mut stop) => return,
+            accepted = server.accept() => accepted,
+        };
+        match accepted {
+            Err(error) => {
+                tracing::warn!(%error, "cannot accept on the lane socket");
+                tokio::time::sleep(ACCEPT_AGAIN).await;
+            }
+            Ok(connection) => {
+                let Ok(permit) = room.clone().try_acquire_owned() else {
+                    tracing::warn!("lane connection refused: `limits.lane_connections` are open");
+                    continue;
+                };
+                let (service, stop) = (service.clone(), stop.clone());
+                tokio::spawn(async move {
+                    converse(connection, service, stop).await;
+                    drop(permit);
+                });
+            }
+        }
+    }
+}
+
+/// One connection from hello to end.
+async fn converse(
+    connection: LaneConnection<LaneRequest, LaneResponse>,
+    service: Arc<Service>,
+    mut stop: Stop,
+) {
+    let pid = connection.peer().pid;
+    let (peer, mut reader, mut writer) = connection.split();
+    let process = peer.pidfd.and_then(ProcessEnd::watch);
+    let greeted = tokio::time::timeout(HELLO_WITHIN, greet(&mut reader, &mut writer, &service));
+    let greeted = tokio::select! {
+        () = stopped(&mut stop) => return,
+        greeted = greeted => greeted,
+    };
+    let (session, mut notices) = match greeted {
+        Ok(Ok(Some(opened))) => opened,
+        Ok(Ok(None)) => return,
+        Ok(Err(error)) => return tracing::info!(pid, %error, "lane connection ended at hello"),
+        Err(_) => return tracing::info!(pid, "lane connection said no hello"),
+    };
+    tracing::debug!(pid, session = %session.id, client = session.client, "lane session");
+    let mut talk = Talk { service, session, reader, writer, answers: FuturesUnordered::new() };
+    let ended = tokio::select! {
+        () = stopped(&mut stop) => Ok(()),
+        () = process_end(process.as_ref()) => Ok(()),
+        ended = talk.run(&mut notices) => ended,
+    };
+    talk.session.close();
+    if let Err(error) = ended {
+        tracing::info!(pid, session = %talk.session.id, %error, "lane connection ended");
+    }
+}
+
+/// Returns when the peer's process has ended; never, if that cannot be seen.
+async fn process_end(process: Option<&ProcessEnd>) {
+    match process {
+        Some(process) => process.ended().await,
+        None => std::future::pending().await,
+    }
+}
+
+type Opened = (Arc<Session>, mpsc::Receiver<Notice>);
+
+/// Answers the first request, which must be hello.
+async fn greet(
+    reader: &mut LaneReader<LaneRequest>,
+    writer: &mut LaneWriter<LaneResponse>,
+    service: &Service,
+) -> Result<Option<Opened>, LaneError> {
+    let Some(first) = reader.next().await? else { return Ok(None) };
+    let id = first.message.id;
+    let opened = open(first.message, service);
+    let (result, opened) = match opened {
+        Ok(opened) => {
+            // The lane's session is its connection: nobody else may speak for it.
+            (lane_response::Result::Session(service.opened([0; 16])), Some(opened))
+        }
+        Err(error) => (lane_response::Result::Error((&error).into()), None),
+    };
+    writer.queue(&LaneResponse { id, result: Some(result) }, Vec::new())?;
+    writer.flush().await?;
+    Ok(opened)
+}
+
+fn open(first: LaneRequest, service: &Service) -> Result<Opened, CallError> {
+    let Some(Op::Hello(hello)) = first.op else {
+        return Err(CallError::new(Code::FailedPrecondition, "the first request on a lane is LaneHello"));
+    };
+    check_id(first.id)?;
+    if hello.version != LANE_VERSION {
+        return Err(CallError::new(
+            Code::FailedPrecondition,
+            format!("lane version {} is not spoken here; this daemon speaks {LANE_VERSION}", hello.version),
+        ));
+    }
+    service.open(&hello.tenant, &hello.token, &hello.client, Locality::Local)
+}
+
+fn check_id(id: u64) -> Result<(), CallError> {
+    if id == 0 { Err(CallError::invalid("request id 0 is kept for notices; choose another")) } else { Ok(()) }
+}
+
+struct Talk {
+    service: Arc<Service>,
+    session: Arc<Session>,
+    reader: LaneReader<LaneRequest>,
+    writer: LaneWriter<LaneResponse>,
+    answers: FuturesUnordered<Answer>,
+}
+
+impl Talk {
+    /// Until the peer closes, or the session is cut off.
+    async fn run(&mut self, notices: &mut mpsc::Receiver<Notice>) -> Result<(), LaneError> {
+        let in_flight_max = self.service.facts().edges.requests_in_flight;
+        loop {
+            let writable = self.writer.writable();
+            let unsent = self.writer.queued_bytes();
+            let may_read = self.answers.len() < in_flight_max && unsent < UNSENT_BYTES_MAX;
+            tokio::select! {
+                ready = writable.ready(), if unsent > 0 => ready?,
+                Some((answer, descriptors)) = self.answers.next(), if !self.answers.is_empty() => {
+                    self.queue(&answer, descriptors)?;
+                }
+                notice = notices.recv(), if unsent < UNSENT_BYTES_MAX => {
+                    let Some(notice) = notice else { return Ok(()) };
+                    let wire = convert::notice(&notice, |space| self.session.handle(space));
+                    let response = LaneResponse { id: 0, result: Some(lane_response::Result::Session(wire)) };
+                    self.queue(&response, Vec::new())?;
+                }
+                received = self.reader.next(), if may_read => {
+                    let Some(received) = received? else { return Ok(()) };
+                    self.begin(received.message);
+                    // The rest of what came with it, so that a batch costs one wake-up.
+                    while self.answers.len() < in_flight_max
+                        && let Some(received) = self.reader.next_ready()?
+                    {
+                        self.begin(received.message);
+                    }
+                }
+            }
+            // What the core answered at once goes out in one piece.
+            while let Some(Some((answer, descriptors))) = self.answers.next().now_or_never() {
+                self.queue(&answer, descriptors)?;
+            }
+            self.writer.try_flush()?;
+        }
+    }
+
+    fn queue(&mut self, answer: &LaneResponse, descriptors: Vec<OwnedFd>) -> Result<(), LaneError> {
+        match self.writer.queue(answer, descriptors) {
+            Err(error @ LaneError::MessageTooLong { .. }) => {
+                let refused = CallError::new(Code::OutOfRange, error.to_string());
+                let result = Some(lane_response::Result::Error((&refused).into()));
+                self.writer.queue(&LaneResponse { id: answer.id, result }, Vec::new())
+            }
+            other => other,
+        }
+    }
+
+    fn begin(&mut self, request: LaneRequest) {
+        let (service, session) = (self.service.clone(), self.session.clone());
+        self.answers.push(Box::pin(async move {
+            let id = request.id;
+            let answered = match check_id(id) {
+                Ok(()) => answer(&service, &session, request.op).await,
+                Err(error) => Err(error),
+            };
+            let (result, descriptors) = answered.unwrap_or_else(|error| {
+                service.metrics().refused(error.code);
+                (lane_response::Result::Error((&error).into()), Vec::new())
+            });
+            (LaneResponse { id, result: Some(result) }, descriptors)
+        }));
+    }
+}
+
+type Answered = Result<(lane_response::Result, Vec<OwnedFd>), CallError>;
+
+async fn answer(service: &Service, session: &Session, op: Option<Op>) -> Answered {
+    use lane_response::Result as Wire;
+    let result = match op {
+        None => {
+            return Err(CallError::new(
+                Code::Unimplemented,
+                "this daemon does not know the request; is the client newer?",
+            ));
+        }
+        Some(Op::Hello(_)) => {
+            return Err(CallError::new(
+                Code::FailedPrecondition,
+                "the session is open already; open a second one by a second connection",
+            ));
+        }
+        Some(Op::OpenSpace(request)) => Wire::OpenSpace(service.open_space(session, request).await?),
+        Some(Op::Exists(request)) => Wire::Exists(service.exists(session, request).await?),
+        Some(Op::Match(request)) => Wire::Match(service.matched(session, request).await?),
+        Some(Op::Lease(request)) => Wire::Lease(service.lease(session, request).await?),
+        Some(Op::Seal(request)) => Wire::Seal(service.seal(session, request).await?),
+        Some(Op::Renew(request)) => Wire::Renew(service.renew(session, request).await?),
+        Some(Op::Release(request)) => Wire::Release(service.release(session, request).await?),
+        Some(Op::Abort(request)) => Wire::Abort(service.abort(session, request).await?),
+        Some(Op::Touch(request)) => Wire::Touch(service.touch(session, request).await?),
+        Some(Op::Prefetch(request)) => Wire::Prefetch(service.prefetch(session, request).await?),
+        Some(Op::Retain(request)) => Wire::Retain(service.retain(session, request).await?),
+        Some(Op::Clear(request)) => Wire::Clear(service.clear(session, request).await?),
+        Some(Op::MapChunk(request)) => return map_chunk(service, session, request).await,
+        Some(Op::ReturnWindow(request)) => {
+            Wire::WindowReturned(service.return_window(session, request).await?)
+        }
+    };
+    Ok((result, Vec::new()))
+}
+
+async fn map_chunk(service: &Service, session: &Session, request: v1::MapChunk) -> Answered {
+    let chunk = request.chunk;
+    let (memory, access) = service.map_chunk(session, request).await?;
+    let shared = match access {
+        MapAccess::Read => memory.share_data(),
+        MapAccess::Write => memory.share_writable(),
+    };
+    let shared = shared.and_then(|data| Ok(vec![data, memory.share_fences()?]));
+    let descriptors = shared.map_err(|error| {
+        CallError::new(Code::Unavailable, format!("chunk {chunk} cannot be shared now: {error}; try again"))
+    })?;
+    let mapped = v1::MappedChunk {
+        chunk,
+        bytes: memory.bytes().get(),
+        fence_bytes: (u64::from(memory.frames()) * 8).next_multiple_of(terrace_media::PAGE_BYTES),
+        writable: access == MapAccess::Write,
+    };
+    Ok((lane_response::Result::MappedChunk(mapped), descriptors))
+}

@@ -1,0 +1,89 @@
+//! The program: arguments, logs, signals.
+
+use std::io::Write;
+use std::path::PathBuf;
+
+use anyhow::Context;
+use clap::{Parser, Subcommand};
+use tokio::signal::unix::{SignalKind, signal};
+use tracing_subscriber::EnvFilter;
+
+use terraced::{Config, Daemon};
+
+/// The Terrace daemon: owns the memory that holds KV blocks on this node.
+#[derive(Parser)]
+#[command(name = "terraced", version, args_conflicts_with_subcommands = true)]
+struct Arguments {
+    /// Configuration file (TOML); keys are in docs/user-guide.md
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    #[command(subcommand)]
+    command: Option<Command>,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Looks at the configuration
+    Config {
+        #[command(subcommand)]
+        action: ConfigAction,
+    },
+}
+
+#[derive(Subcommand)]
+enum ConfigAction {
+    /// Checks a file and shows what would be used
+    Check {
+        /// Configuration file (TOML)
+        #[arg(long, value_name = "FILE")]
+        config: PathBuf,
+    },
+}
+
+fn main() -> anyhow::Result<()> {
+    let arguments = Arguments::parse();
+    if let Some(Command::Config { action: ConfigAction::Check { config } }) = arguments.command {
+        let config = Config::read(&config)?;
+        writeln!(std::io::stdout(), "{}\nok", config.summary())?;
+        return Ok(());
+    }
+    let path = arguments
+        .config
+        .context("--config FILE is missing; the shortest file is one line: data_dir = \"...\"")?;
+    let config = Config::read(&path)?;
+    let filter = match std::env::var("RUST_LOG") {
+        Ok(filter) => EnvFilter::try_new(filter).context("environment variable RUST_LOG")?,
+        Err(_) => EnvFilter::try_new(&config.log).context("configuration key `log`")?,
+    };
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .thread_name("terraced")
+        .build()
+        .context("cannot start threads")?;
+    runtime.block_on(run(config))?;
+    // What still runs on blocking threads must not delay the end: all is persisted.
+    runtime.shutdown_background();
+    Ok(())
+}
+
+async fn run(config: Config) -> anyhow::Result<()> {
+    let mut terminate = signal(SignalKind::terminate()).context("cannot wait for SIGTERM")?;
+    let mut interrupt = signal(SignalKind::interrupt()).context("cannot wait for SIGINT")?;
+    let daemon = tokio::select! {
+        started = Daemon::start(config, terrace_media::Hooks::default()) => started?,
+        _ = terminate.recv() => return Ok(()),
+        _ = interrupt.recv() => return Ok(()),
+    };
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    tracing::info!("stopping; a second signal ends at once");
+    tokio::select! {
+        () = daemon.stop() => {}
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    Ok(())
+}

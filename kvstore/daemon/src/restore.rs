@@ -1,0 +1,137 @@
+//! What survived the last life is told to the core: spaces, carved slots, blocks.
+//!
+//! From the catalog at once; from header pages in the background when the
+//! catalog was lost, while blocks are served.
+
+use std::sync::Arc;
+
+use terrace_core::{DeviceId, FoundBlock, Input, SpaceId};
+use terrace_media::{CatalogError, FoundHeader, OpenReport, ScanPiece, SpaceRecord};
+
+use crate::engine::Engine;
+use crate::status::Status;
+
+/// Blocks told to the core at once: the lock is held for some hundred microseconds.
+const BATCH: usize = 1024;
+
+/// Tells what the catalog knows, before the first client. Blocks. True when a
+/// scan must follow, because the catalog does not know everything.
+pub(crate) fn from_catalog(engine: &Engine, report: &OpenReport, device_slots: &[u32]) -> bool {
+    for record in &report.spaces {
+        space_found(engine, record);
+    }
+    if report.scan_needed {
+        unscanned(engine, device_slots);
+    }
+    for carve in &report.carves {
+        let (device, slot, space, frame_bytes) = (carve.device, carve.slot, carve.space, carve.frame_bytes);
+        engine.submit(Input::SlotCarved { device, slot, space, frame_bytes });
+    }
+    let told = engine.media().blocks(BATCH, &mut |found| blocks_found(engine, &found));
+    match told {
+        Ok(blocks) => {
+            tracing::info!(blocks, spaces = report.spaces.len(), "catalog read");
+            report.scan_needed
+        }
+        Err(error) => {
+            tracing::error!(%error, "the catalog cannot be read through; its blocks are looked for on the devices");
+            if !report.scan_needed {
+                unscanned(engine, device_slots);
+            }
+            true
+        }
+    }
+}
+
+/// Until they are scanned, blocks may lie in any slot.
+fn unscanned(engine: &Engine, device_slots: &[u32]) {
+    for (device, slots) in device_slots.iter().enumerate() {
+        let device = DeviceId::new(u16::try_from(device).expect("the configuration allows 64 devices"));
+        engine.submit(Input::SlotsUnscanned { device, slots: (0..*slots).collect() });
+    }
+}
+
+/// Scans every device. Blocks until it is done; clients are served meanwhile.
+///
+/// # Errors
+/// The catalog failed. What was found before is known.
+pub(crate) fn from_headers(
+    engine: &Arc<Engine>,
+    status: &Status,
+    device_slots: &[u32],
+) -> Result<(), CatalogError> {
+    status.scan_begins(device_slots.iter().map(|slots| u64::from(*slots)).sum());
+    let scanned = engine.media().scan(&mut |piece| {
+        slot_scanned(engine, &piece);
+        status.slot_scanned();
+    });
+    status.scan_ends();
+    let report = scanned?;
+    tracing::info!(
+        slots = report.slots,
+        blocks = report.blocks,
+        damaged = report.damaged,
+        unreadable = report.unreadable,
+        "catalog rebuilt from the header pages"
+    );
+    status.note(format!(
+        "the catalog was rebuilt from the header pages of {} slots: {} blocks, {} damaged pages, {} unreadable slots",
+        report.slots, report.blocks, report.damaged, report.unreadable
+    ));
+    Ok(())
+}
+
+fn slot_scanned(engine: &Engine, piece: &ScanPiece) {
+    if let Some(record) = &piece.space {
+        space_found(engine, record);
+    }
+    if let Some(carve) = &piece.carve {
+        let (device, slot, space, frame_bytes) = (carve.device, carve.slot, carve.space, carve.frame_bytes);
+        engine.submit(Input::SlotCarved { device, slot, space, frame_bytes });
+    }
+    for batch in piece.blocks.chunks(BATCH) {
+        blocks_found(engine, batch);
+    }
+    engine.submit(Input::SlotsScanned { device: piece.device, slots: vec![piece.slot] });
+}
+
+fn space_found(engine: &Engine, record: &SpaceRecord) {
+    match engine.spaces().found(record) {
+        Some(known) => engine.submit(Input::SpaceKnown {
+            space: record.space,
+            tenant: record.tenant,
+            block_bytes: known.manifest.block_bytes,
+            generation: known.generation,
+        }),
+        None => {
+            tracing::warn!(space = %record.space, "a space's manifest cannot be read; its blocks are left alone");
+        }
+    }
+}
+
+fn blocks_found(engine: &Engine, found: &[FoundHeader]) {
+    // Blocks of one space come together, so the last look-up mostly serves.
+    let mut last: Option<(SpaceId, Option<(terrace_core::TenantId, u64)>)> = None;
+    let mut blocks = Vec::with_capacity(found.len());
+    for FoundHeader { frame, header } in found {
+        let facts = match last {
+            Some((space, facts)) if space == header.space => facts,
+            Some(_) | None => engine.spaces().one(header.space).map(|known| (known.tenant, known.generation)),
+        };
+        last = Some((header.space, facts));
+        let serves = facts
+            .is_some_and(|(tenant, generation)| header.tenant == tenant && header.generation >= generation);
+        if serves {
+            blocks.push(FoundBlock {
+                block: header.block,
+                space: header.space,
+                parent: header.parent,
+                length: header.length,
+                checksum: header.checksum,
+                frame: *frame,
+                write_sequence: header.write_sequence,
+            });
+        }
+    }
+    engine.submit(Input::BlocksFound { blocks });
+}

@@ -1,0 +1,531 @@
+//! What a session may ask, the same for every transport: wire messages in, wire
+//! messages out, the core in between.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
+
+use bytes::Bytes;
+use tokio::sync::mpsc;
+use tonic::Code;
+
+use terrace_core::{
+    BlockId, ByteCount, ChunkId, Grant, Input, LeaseId, Limit, Locality, MapAccess, Micros, Notice, Reply,
+    Request, Residence, SpaceId, SpaceManifest,
+};
+use terrace_media::ChunkMemory;
+use terrace_proto::v1;
+
+use crate::config::Edges;
+use crate::convert::{self, CallError};
+use crate::engine::{Engine, Gone};
+use crate::metrics::CallMetrics;
+use crate::session::{OpenSpace, Register, Session};
+use crate::spaces::{Full, Learned, frame_bytes};
+use crate::tenant::Tenants;
+
+/// Most spaces of a bundle.
+const BUNDLE_MAX: usize = 64;
+/// Request ids from here on are the daemon's own, for requests that it makes for a client's stream.
+const OWN_REPEATS: u64 = 1 << 63;
+
+/// Answers requests of sessions.
+pub struct Service {
+    engine: Arc<Engine>,
+    tenants: Tenants,
+    register: Arc<Register>,
+    facts: Facts,
+    metrics: CallMetrics,
+    own_repeats: AtomicU64,
+}
+
+/// What sessions are told, and what bounds them.
+#[derive(Clone, Debug)]
+pub struct Facts {
+    /// Life of the daemon.
+    pub incarnation: u32,
+    /// Most blocks in one request.
+    pub blocks_max: u32,
+    /// Longest time to live of a lease.
+    pub ttl_max: Micros,
+    /// Path of the lane socket.
+    pub lane_socket: String,
+    /// Limits of the shell.
+    pub edges: Edges,
+}
+
+/// A lease as the core granted it.
+pub(crate) struct Leased {
+    pub(crate) lease: Option<LeaseId>,
+    pub(crate) ttl: Micros,
+    pub(crate) grants: Vec<Grant>,
+}
+
+impl From<Gone> for CallError {
+    fn from(_: Gone) -> Self {
+        Self::gone()
+    }
+}
+
+/// Turns a reply into its expected variant, or into the error that it is.
+macro_rules! expect {
+    ($reply:expr, $pattern:pat => $value:expr) => {
+        match $reply {
+            $pattern => Ok($value),
+            Reply::Throttled(limit) => Err(CallError::from(limit)),
+            Reply::Refused(refusal) => Err(CallError::from(refusal)),
+            other => Err(CallError::internal(&format!("reply {other:?} to {}", stringify!($pattern)))),
+        }
+    };
+}
+
+impl Service {
+    /// A service on an engine.
+    pub fn new(engine: Arc<Engine>, tenants: Tenants, facts: Facts) -> Arc<Self> {
+        Arc::new(Self {
+            engine,
+            tenants,
+            register: Arc::default(),
+            facts,
+            metrics: CallMetrics::default(),
+            own_repeats: AtomicU64::new(OWN_REPEATS),
+        })
+    }
+
+    /// The engine below.
+    pub fn engine(&self) -> &Arc<Engine> {
+        &self.engine
+    }
+
+    /// Who may open sessions.
+    pub fn tenants(&self) -> &Tenants {
+        &self.tenants
+    }
+
+    /// Names of open sessions.
+    pub fn register(&self) -> &Register {
+        &self.register
+    }
+
+    /// What sessions are told.
+    pub fn facts(&self) -> &Facts {
+        &self.facts
+    }
+
+    /// Counts and durations of calls.
+    pub fn metrics(&self) -> &CallMetrics {
+        &self.metrics
+    }
+
+    /// Opens a session.
+    ///
+    /// # Errors
+    /// Unknown tenant, wrong token, or too many sessions.
+    pub fn open(
+        &self,
+        tenant: &str,
+        token: &str,
+        client: &str,
+        locality: Locality,
+    ) -> Result<(Arc<Session>, mpsc::Receiver<Notice>), CallError> {
+        let tenant = self
+            .tenants
+            .admit(tenant, token)
+            .map_err(|denied| CallError::new(Code::Unauthenticated, denied.to_string()))?;
+        let (id, notices) = self.engine.open_session(tenant.id, locality)?;
+        let spaces_max = self.facts.edges.spaces_per_session;
+        let (engine, register) = (self.engine.clone(), self.register.clone());
+        Ok((Session::new(id, tenant.clone(), client, locality, spaces_max, engine, register), notices))
+    }
+
+    /// The first message of a session.
+    pub fn opened(&self, token: [u8; 16]) -> v1::SessionResponse {
+        let opened = v1::SessionOpened {
+            session: Bytes::copy_from_slice(&token),
+            incarnation: self.facts.incarnation.into(),
+            blocks_max: self.facts.blocks_max,
+            ttl_ms_max: self.facts.ttl_max.millis(),
+            lane_socket: self.facts.lane_socket.clone(),
+        };
+        v1::SessionResponse { notice: Some(v1::session_response::Notice::Opened(opened)) }
+    }
+
+    async fn ask(&self, session: &Session, op: Request) -> Result<Reply, CallError> {
+        Ok(self.engine.ask(session.id, op).await?)
+    }
+
+    fn blocks(
+        &self,
+        session: &Session,
+        space: u32,
+        keys: &[Bytes],
+    ) -> Result<(OpenSpace, Vec<BlockId>), CallError> {
+        let open = session.space(space)?;
+        let blocks = convert::blocks(&session.tenant.key, open.space, keys, self.facts.blocks_max)?;
+        Ok((open, blocks))
+    }
+
+    pub(crate) async fn open_space(
+        &self,
+        session: &Session,
+        request: v1::OpenSpaceRequest,
+    ) -> Result<v1::OpenSpaceResponse, CallError> {
+        let wire = request.manifest.ok_or_else(|| CallError::invalid("manifest is missing"))?;
+        let manifest = convert::manifest(wire)?;
+        let tenant = &session.tenant;
+        let space = manifest.space_id(tenant.id);
+        let generation = match self.engine.spaces().one(space) {
+            Some(known) => known.generation,
+            None => self.first_opened(session, space, &manifest).await?,
+        };
+        let block_bytes = manifest.block_bytes;
+        self.engine.submit(Input::SpaceKnown { space, tenant: tenant.id, block_bytes, generation });
+        let handle = session.open_space(OpenSpace { space, block_bytes })?;
+        Ok(v1::OpenSpaceResponse {
+            space: handle,
+            space_id: convert::space_bytes(space),
+            frame_bytes: frame_bytes(block_bytes).get(),
+            generation,
+            tenant_id: Bytes::copy_from_slice(&tenant.id.to_bytes()),
+            tenant_key: Bytes::copy_from_slice(&tenant.key.to_bytes()),
+        })
+    }
+
+    /// A space that this node did not know. It goes into the catalog before its
+    /// first block can go to a device. If that fails the space still works: the
+    /// degraded state tells of the catalog, and the record is written when it is repaired.
+    async fn first_opened(
+        &self,
+        session: &Session,
+        space: SpaceId,
+        manifest: &SpaceManifest,
+    ) -> Result<u64, CallError> {
+        let tenant = session.tenant.clone();
+        let (engine, manifest) = (self.engine.clone(), manifest.clone());
+        let opened = tokio::task::spawn_blocking(move || {
+            let floor = engine.media().lowest_generation(tenant.id, space).max(1);
+            let learned = engine.spaces().open(space, tenant.id, &tenant.name, &manifest, floor)?;
+            if let (Learned::Now(_), Some(record)) = (learned, engine.spaces().record(space))
+                && let Err(error) = engine.media().put_space(record)
+            {
+                tracing::warn!(%space, %error, "the space is not in the catalog yet");
+                engine.catalog_failed();
+            }
+            Ok(match learned {
+                Learned::Before(generation) | Learned::Now(generation) => generation,
+            })
+        });
+        match opened.await {
+            Ok(opened) => opened.map_err(|Full| CallError::from(Limit::Spaces)),
+            Err(error) => Err(CallError::internal(&format!("opening a space: {error}"))),
+        }
+    }
+
+    pub(crate) async fn exists(
+        &self,
+        session: &Session,
+        request: v1::ExistsRequest,
+    ) -> Result<v1::ExistsResponse, CallError> {
+        let mode = request.mode();
+        let found = self.residences(session, &request.spaces, &request.keys, mode).await?;
+        let mut present = vec![0u8; found.len().div_ceil(8)];
+        for (index, _) in found.iter().enumerate().filter(|(_, place)| place.is_some()) {
+            present[index / 8] |= 1 << (index % 8);
+        }
+        Ok(v1::ExistsResponse { prefix_blocks: prefix(&found), present: present.into() })
+    }
+
+    pub(crate) async fn matched(
+        &self,
+        session: &Session,
+        request: v1::MatchRequest,
+    ) -> Result<v1::MatchResponse, CallError> {
+        let mode = request.mode();
+        let mut found = self.residences(session, &request.spaces, &request.keys, mode).await?;
+        let prefix_blocks = prefix(&found);
+        if convert::match_mode(mode) == terrace_core::MatchMode::Prefix {
+            found.truncate(prefix_blocks as usize);
+        }
+        let mut bytes = 0;
+        for space in &request.spaces {
+            bytes += session.space(*space)?.block_bytes.get();
+        }
+        let fetch = self.engine.rates().read_estimate(ByteCount::new(bytes)).get();
+        // Blocks are fetched one after the other, so each waits for those before it.
+        let mut queued = 0u64;
+        let blocks = found.into_iter().map(|place| {
+            let (tier, fetch_us) = match place {
+                None => (v1::Tier::Unspecified, 0),
+                Some(Residence { pinned: true, .. }) => (v1::Tier::Pinned, 0),
+                Some(Residence { .. }) => {
+                    queued = queued.saturating_add(fetch);
+                    (v1::Tier::Nvme, queued)
+                }
+            };
+            v1::BlockMatch { present: place.is_some(), tier: tier.into(), holder: String::new(), fetch_us }
+        });
+        Ok(v1::MatchResponse { prefix_blocks, blocks: blocks.collect() })
+    }
+
+    /// For each position, the slowest residence over all spaces of the bundle.
+    async fn residences(
+        &self,
+        session: &Session,
+        spaces: &[u32],
+        keys: &[Bytes],
+        mode: v1::MatchMode,
+    ) -> Result<Vec<Option<Residence>>, CallError> {
+        if spaces.is_empty() || spaces.len() > BUNDLE_MAX {
+            return Err(CallError::invalid(format!(
+                "{} spaces; a bundle has 1 to {BUNDLE_MAX}",
+                spaces.len()
+            )));
+        }
+        if keys.len().saturating_mul(spaces.len()) > self.facts.blocks_max as usize {
+            return Err(CallError::invalid(format!(
+                "{} keys in {} spaces; the limit is {} blocks; split the request",
+                keys.len(),
+                spaces.len(),
+                self.facts.blocks_max
+            )));
+        }
+        let mode = convert::match_mode(mode);
+        let mut all: Option<Vec<Option<Residence>>> = None;
+        for space in spaces {
+            let limit = all.as_ref().map_or(keys.len(), Vec::len);
+            let (_, blocks) = self.blocks(session, *space, &keys[..limit])?;
+            let reply = self.ask(session, Request::Match { blocks, mode }).await?;
+            let found = expect!(reply, Reply::Matched { blocks } => blocks)?;
+            all = Some(match all {
+                None => found,
+                Some(before) => before.into_iter().zip(found).map(|(one, other)| both(one, other)).collect(),
+            });
+        }
+        Ok(all.unwrap_or_default())
+    }
+
+    pub(crate) async fn lease(
+        &self,
+        session: &Session,
+        request: v1::LeaseRequest,
+    ) -> Result<v1::LeaseResponse, CallError> {
+        let began = Instant::now();
+        check_request_id(request.request_id)?;
+        convert::want_tier(request.want_tier())?;
+        let (open, blocks) = self.blocks(session, request.space, &request.keys)?;
+        let ttl = convert::ttl(request.ttl_ms);
+        let (op, kind) = match request.kind() {
+            v1::LeaseKind::Read => {
+                let op = self.lease_read_op(request.request_id, blocks, ttl, request.wait_ms);
+                (op, "read")
+            }
+            v1::LeaseKind::Write => {
+                let parent = convert::parent(&session.tenant.key, open.space, &request.parent_key)?;
+                let repeat = request.request_id;
+                (Request::LeaseWrite { repeat, space: open.space, blocks, parent, ttl }, "write")
+            }
+            v1::LeaseKind::Unspecified => {
+                return Err(CallError::invalid("lease kind is not set; say READ or WRITE"));
+            }
+        };
+        let leased = self.leased(session, op).await?;
+        self.metrics.leased(kind, began.elapsed());
+        Ok(v1::LeaseResponse {
+            lease: leased.lease.map_or(0, LeaseId::get),
+            ttl_ms: leased.ttl.millis(),
+            blocks: leased.grants.iter().map(convert::grant).collect(),
+        })
+    }
+
+    /// A request id that no client may use.
+    pub(crate) fn own_repeat(&self) -> u64 {
+        self.own_repeats.fetch_add(1, Ordering::Relaxed)
+    }
+
+    /// A read lease, asked for now.
+    pub(crate) fn lease_read_op(
+        &self,
+        repeat: u64,
+        blocks: Vec<BlockId>,
+        ttl: Option<Micros>,
+        wait_ms: u64,
+    ) -> Request {
+        let wait = Micros::from_millis(wait_ms).min(self.facts.edges.wait_max);
+        Request::LeaseRead { repeat, blocks, ttl, answer_by: self.engine.now().after(wait) }
+    }
+
+    pub(crate) async fn leased(&self, session: &Session, op: Request) -> Result<Leased, CallError> {
+        let reply = self.ask(session, op).await?;
+        expect!(reply, Reply::Leased { lease, ttl, blocks } => Leased { lease, ttl, grants: blocks })
+    }
+
+    pub(crate) async fn seal(
+        &self,
+        session: &Session,
+        request: v1::SealRequest,
+    ) -> Result<v1::SealResponse, CallError> {
+        let began = Instant::now();
+        check_request_id(request.request_id)?;
+        if request.blocks.len() > self.facts.blocks_max as usize {
+            let limit = self.facts.blocks_max;
+            return Err(CallError::invalid(format!(
+                "{} blocks in one request; the limit is {limit}; split the request",
+                request.blocks.len()
+            )));
+        }
+        let durability = convert::durability(request.durability());
+        let op = Request::Seal {
+            repeat: request.request_id,
+            lease: LeaseId::new(request.lease),
+            blocks: convert::seal_blocks(&request.blocks),
+            durability,
+        };
+        let outcomes = self.sealed(session, op).await?;
+        self.metrics.sealed(began.elapsed());
+        Ok(v1::SealResponse { outcomes })
+    }
+
+    pub(crate) async fn sealed(&self, session: &Session, op: Request) -> Result<Vec<i32>, CallError> {
+        let reply = self.ask(session, op).await?;
+        let outcomes = expect!(reply, Reply::Sealed { outcomes } => outcomes)?;
+        Ok(outcomes.into_iter().map(|outcome| convert::seal_outcome(outcome).into()).collect())
+    }
+
+    pub(crate) async fn renew(
+        &self,
+        session: &Session,
+        request: v1::RenewRequest,
+    ) -> Result<v1::RenewResponse, CallError> {
+        let op = Request::Renew { lease: LeaseId::new(request.lease), ttl: convert::ttl(request.ttl_ms) };
+        let reply = self.ask(session, op).await?;
+        expect!(reply, Reply::Renewed { ttl } => v1::RenewResponse { ttl_ms: ttl.millis() })
+    }
+
+    pub(crate) async fn release(
+        &self,
+        session: &Session,
+        request: v1::ReleaseRequest,
+    ) -> Result<v1::ReleaseResponse, CallError> {
+        let op = Request::Release { leases: convert::leases(&request.leases) };
+        let reply = self.ask(session, op).await?;
+        expect!(reply, Reply::Released { count } => v1::ReleaseResponse { released: count })
+    }
+
+    pub(crate) async fn abort(
+        &self,
+        session: &Session,
+        request: v1::AbortRequest,
+    ) -> Result<v1::AbortResponse, CallError> {
+        let op = Request::Abort { lease: LeaseId::new(request.lease), indexes: request.indexes };
+        let reply = self.ask(session, op).await?;
+        expect!(reply, Reply::Aborted { count } => v1::AbortResponse { aborted: count })
+    }
+
+    pub(crate) async fn touch(
+        &self,
+        session: &Session,
+        request: v1::TouchRequest,
+    ) -> Result<v1::TouchResponse, CallError> {
+        let (_, blocks) = self.blocks(session, request.space, &request.keys)?;
+        let reply = self.ask(session, Request::Touch { blocks }).await?;
+        expect!(reply, Reply::Touched { count } => v1::TouchResponse { touched: count })
+    }
+
+    pub(crate) async fn prefetch(
+        &self,
+        session: &Session,
+        request: v1::PrefetchRequest,
+    ) -> Result<v1::PrefetchResponse, CallError> {
+        convert::want_tier(request.want_tier())?;
+        let (_, blocks) = self.blocks(session, request.space, &request.keys)?;
+        let reply = self.ask(session, Request::Prefetch { blocks }).await?;
+        expect!(reply, Reply::Prefetched { started, resident } => v1::PrefetchResponse { started, resident })
+    }
+
+    pub(crate) async fn retain(
+        &self,
+        session: &Session,
+        request: v1::RetainRequest,
+    ) -> Result<v1::RetainResponse, CallError> {
+        let priority =
+            u8::try_from(request.priority).ok().filter(|priority| *priority <= 100).ok_or_else(|| {
+                CallError::invalid(format!("priority {} is outside 0 to 100", request.priority))
+            })?;
+        let (_, blocks) = self.blocks(session, request.space, &request.keys)?;
+        let op = Request::Retain { blocks, ttl: Micros::from_millis(request.ttl_ms), priority };
+        let reply = self.ask(session, op).await?;
+        expect!(reply, Reply::Retained { count } => v1::RetainResponse { retained: count })
+    }
+
+    pub(crate) async fn clear(
+        &self,
+        session: &Session,
+        request: v1::ClearRequest,
+    ) -> Result<v1::ClearResponse, CallError> {
+        check_request_id(request.request_id)?;
+        let open = session.space(request.space)?;
+        let op = Request::Clear { repeat: request.request_id, space: open.space };
+        let reply = self.ask(session, op).await?;
+        expect!(reply, Reply::Cleared { generation, blocks } => v1::ClearResponse { generation, blocks })
+    }
+
+    pub(crate) async fn return_window(
+        &self,
+        session: &Session,
+        request: v1::ReturnWindow,
+    ) -> Result<v1::WindowReturned, CallError> {
+        let reply = self.ask(session, Request::ReturnWindow { chunk: ChunkId::new(request.chunk) }).await?;
+        expect!(reply, Reply::WindowReturned { blocks } => v1::WindowReturned { blocks })
+    }
+
+    /// A chunk that the session may map, and how.
+    pub(crate) async fn map_chunk(
+        &self,
+        session: &Session,
+        request: v1::MapChunk,
+    ) -> Result<(Arc<ChunkMemory>, MapAccess), CallError> {
+        let chunk = ChunkId::new(request.chunk);
+        let reply = self.ask(session, Request::MapChunk { chunk }).await?;
+        let access = expect!(reply, Reply::MayMap { access, .. } => access)?;
+        // It may have been dropped since: its leases then ended before.
+        let memory = self
+            .engine
+            .chunk(chunk)
+            .ok_or_else(|| CallError::new(Code::NotFound, format!("chunk {chunk} is gone; lease again")))?;
+        Ok((memory, access))
+    }
+}
+
+fn check_request_id(id: u64) -> Result<(), CallError> {
+    if id < OWN_REPEATS {
+        return Ok(());
+    }
+    Err(CallError::invalid(format!("request_id {id} is 2^63 or more; those are the daemon's own")))
+}
+
+/// Present in both, and in the slower of the two places.
+fn both(one: Option<Residence>, other: Option<Residence>) -> Option<Residence> {
+    let (one, other) = (one?, other?);
+    Some(Residence { pinned: one.pinned && other.pinned, nvme: one.nvme || other.nvme })
+}
+
+fn prefix(found: &[Option<Residence>]) -> u32 {
+    let count = found.iter().take_while(|place| place.is_some()).count();
+    u32::try_from(count).unwrap_or(u32::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A bundle whose one half is on disk and whose other half is missing must not count as a hit in memory.
+    #[test]
+    fn a_bundle_is_as_slow_as_its_slowest_space() {
+        let memory = Some(Residence { pinned: true, nvme: false });
+        let disk = Some(Residence { pinned: false, nvme: true });
+        assert_eq!(both(memory, memory), memory);
+        assert_eq!(both(memory, disk), disk);
+        assert_eq!(both(memory, None), None);
+        assert_eq!(prefix(&[memory, disk, None, memory]), 2);
+    }
+}

@@ -1,0 +1,121 @@
+//! Facts about this life of the daemon, for operators: what was found, what was
+//! chosen because of it, and how far the start has come.
+
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
+
+use terrace_core::ByteCount;
+use terrace_gpudirect::HbmStatus;
+
+/// Most notes that are kept.
+const NOTES_MAX: usize = 256;
+
+/// What `info` shows beside the core's views.
+pub struct Status {
+    /// When the process began.
+    pub began: Instant,
+    /// Folder of everything that survives.
+    pub data_dir: PathBuf,
+    /// Life of the daemon.
+    pub incarnation: u32,
+    /// Configured size of the pool.
+    pub pinned_bytes: ByteCount,
+    /// Size of a chunk and of a slot.
+    pub chunk_bytes: ByteCount,
+    ready: OnceLock<Duration>,
+    hbm: OnceLock<HbmStatus>,
+    notes: Mutex<Vec<String>>,
+    slots_to_scan: AtomicU64,
+    slots_scanned: AtomicU64,
+}
+
+impl Status {
+    /// A start that has just begun.
+    pub fn new(
+        began: Instant,
+        data_dir: PathBuf,
+        incarnation: u32,
+        pinned_bytes: ByteCount,
+        chunk_bytes: ByteCount,
+        notes: Vec<String>,
+    ) -> Self {
+        Self {
+            began,
+            data_dir,
+            incarnation,
+            pinned_bytes,
+            chunk_bytes,
+            ready: OnceLock::new(),
+            hbm: OnceLock::new(),
+            notes: Mutex::new(notes),
+            slots_to_scan: AtomicU64::new(0),
+            slots_scanned: AtomicU64::new(0),
+        }
+    }
+
+    /// Adds a sentence. Past the limit the first ones stay.
+    pub fn note(&self, note: String) {
+        let mut notes = self.notes.lock().unwrap_or_else(PoisonError::into_inner);
+        if notes.len() < NOTES_MAX {
+            notes.push(note);
+        }
+    }
+
+    /// All sentences.
+    pub fn notes(&self) -> Vec<String> {
+        self.notes.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Blocks are served from now on.
+    pub fn ready_now(&self) -> Duration {
+        *self.ready.get_or_init(|| self.began.elapsed())
+    }
+
+    /// Time from start until blocks were served; zero before that.
+    pub fn ready(&self) -> Duration {
+        self.ready.get().copied().unwrap_or_default()
+    }
+
+    /// What the probe of the Hbm tier found.
+    pub fn hbm_found(&self, status: HbmStatus) {
+        // There is one probe in a life.
+        let _ = self.hbm.set(status);
+    }
+
+    /// The Hbm tier in a sentence.
+    pub fn hbm(&self) -> String {
+        match self.hbm.get() {
+            None => "still looking for a CUDA driver: Hbm tier off".to_owned(),
+            Some(HbmStatus::Off { reason }) => reason.clone(),
+            Some(found @ HbmStatus::Present { .. }) => {
+                format!("{found}: Hbm tier off, because this version does not use device memory yet")
+            }
+        }
+    }
+
+    /// A scan of this many slots begins.
+    pub fn scan_begins(&self, slots: u64) {
+        self.slots_scanned.store(0, Ordering::Relaxed);
+        self.slots_to_scan.store(slots, Ordering::Relaxed);
+    }
+
+    /// One more slot is scanned.
+    pub fn slot_scanned(&self) {
+        self.slots_scanned.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// The scan has ended, whether it got to the end or not.
+    pub fn scan_ends(&self) {
+        self.slots_to_scan.store(0, Ordering::Relaxed);
+    }
+
+    /// Share of the scan that is done; 1 when none is running.
+    pub fn scan_done(&self) -> f64 {
+        let all = self.slots_to_scan.load(Ordering::Relaxed);
+        let done = self.slots_scanned.load(Ordering::Relaxed).min(all);
+        let float = |count: u64| u32::try_from(count).map_or(f64::from(u32::MAX), f64::from);
+        if all == 0 { 1.0 } else { float(done) / float(all) }
+    }
+}
