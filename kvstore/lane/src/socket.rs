@@ -10,6 +10,8 @@ use std::os::unix::net::UnixStream as StdStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
 use tokio::net::{UnixListener, UnixStream};
 
 use terrace_proto::v1::{LaneRequest, LaneResponse};
@@ -33,6 +35,28 @@ pub struct PeerCredentials {
     pub uid: u32,
     /// Becomes readable when the peer's process ends. `None` on kernels before 6.5.
     pub pidfd: Option<OwnedFd>,
+}
+
+/// Tells when a process has ended.
+#[derive(Debug)]
+pub struct ProcessEnd(AsyncFd<OwnedFd>);
+
+impl ProcessEnd {
+    /// Watches [`PeerCredentials::pidfd`]. Call it inside a tokio runtime.
+    /// `None` if the runtime cannot watch it; the socket still tells.
+    pub fn watch(pidfd: OwnedFd) -> Option<Self> {
+        // SAFETY: an owned descriptor stays the same open file for its whole life,
+        // and AsyncFd deregisters it before it is closed.
+        unsafe { AsyncFd::register_with_interest(pidfd, Interest::READABLE) }.ok().map(Self)
+    }
+
+    /// Returns when the process has ended. Cancel-safe.
+    pub async fn ended(&self) {
+        if self.0.readable().await.is_err() {
+            // The runtime is shutting down, and with it whoever waits here.
+            std::future::pending::<()>().await;
+        }
+    }
 }
 
 /// The daemon's listening socket. Its file is removed when it is dropped.
