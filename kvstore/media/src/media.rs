@@ -191,7 +191,7 @@ impl Media {
     }
 
     /// Lowest generation of a space that was not cleared, by the superblocks; 0
-    /// if it was never cleared. May wait for a superblock: not for async threads.
+    /// if it was never cleared.
     pub fn lowest_generation(&self, tenant: terrace_core::TenantId, space: SpaceId) -> u64 {
         self.slots.lowest(tenant, space)
     }

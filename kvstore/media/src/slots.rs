@@ -147,13 +147,13 @@ impl Slots {
         generation: u64,
     ) -> Result<(), Fault> {
         for entry in &self.devices {
-            let mut superblock = lock(entry);
-            let lowest = superblock.cleared.get(&(tenant, space)).copied().unwrap_or(0);
-            if lowest >= generation {
+            // Not locked during the write: only the commit thread writes superblocks once they are open.
+            let mut next = lock(entry).clone();
+            let lowest = next.cleared.entry((tenant, space)).or_insert(0);
+            if *lowest >= generation {
                 continue;
             }
-            let mut next = superblock.clone();
-            next.cleared.insert((tenant, space), generation);
+            *lowest = generation;
             if let Err(error) = next.write(&entry.side, &entry.path) {
                 tracing::error!(%error, "a cleared space could not be recorded");
                 return Err(match error {
@@ -161,7 +161,7 @@ impl Slots {
                     _ => Fault::Device,
                 });
             }
-            *superblock = next;
+            *lock(entry) = next;
         }
         Ok(())
     }
