@@ -4,6 +4,7 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::time::Duration;
 
 use terrace_core::{
     BlockHeader, BlockId, ByteCount, ChunkId, DeviceId, DiskFrame, Done, Fault, FrameRef, IoClass, OpId,
@@ -57,6 +58,8 @@ pub struct Hooks {
     pub wrap_device: Option<WrapDevice>,
     /// While true, the catalog fails every write.
     pub catalog_fails: Arc<AtomicBool>,
+    /// How long a device may take to sync; `None` is 30 seconds.
+    pub sync_patience: Option<Duration>,
 }
 
 /// Which system calls carry device I/O.

@@ -9,6 +9,7 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc};
+use std::time::{Duration, Instant};
 
 use terrace_core::{
     BlockHeader, BlockId, DeviceId, DiskFrame, Done, Fault, IoClass, OpId, SpaceId, TenantId,
@@ -131,6 +132,8 @@ pub(crate) struct Committer {
     pub(crate) catalog: Arc<Catalog>,
     pub(crate) slots: Arc<Slots>,
     pub(crate) complete: Arc<Complete>,
+    /// How long a device may take to sync before it counts as failed.
+    pub(crate) sync_patience: Duration,
 }
 
 impl Committer {
@@ -254,7 +257,26 @@ impl Committer {
             });
         }
         drop(sender);
-        failed.extend(receiver.into_iter().filter_map(|(device, outcome)| Some((device, outcome.err()?))));
+        // A device that hangs must not hold up the others for ever. What it was to make durable is answered as
+        // failed; if its sync fails later, the device takes no more writes.
+        let mut waiting: BTreeSet<DeviceId> =
+            devices.iter().filter(|device| !failed.contains_key(*device)).copied().collect();
+        let patience_ends = Instant::now() + self.sync_patience;
+        while !waiting.is_empty() {
+            let Ok((device, outcome)) =
+                receiver.recv_timeout(patience_ends.saturating_duration_since(Instant::now()))
+            else {
+                break;
+            };
+            waiting.remove(&device);
+            if let Err(fault) = outcome {
+                failed.insert(device, fault);
+            }
+        }
+        for device in waiting {
+            tracing::error!(%device, "no answer to a sync: what it covers is not durable");
+            failed.insert(device, Fault::Device);
+        }
         failed
     }
 

@@ -5,6 +5,7 @@ use std::fs::File;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use terrace_core::{
     BlockHeader, ByteCount, ChunkId, DeviceId, DiskFrame, Done, Fault, Fence, FrameRef, IoClass, OpId,
@@ -29,6 +30,8 @@ use crate::work::Workers;
 
 /// Bounce buffers that are kept for reuse.
 const BOUNCE_KEPT: usize = 8;
+/// How long a device may take to sync before its commits count as failed.
+const SYNC_PATIENCE: Duration = Duration::from_secs(30);
 
 /// Everything that holds block bytes on this node. Dropped: operations that run
 /// are finished and answered; a commit that was not begun is not made.
@@ -92,6 +95,7 @@ impl Media {
             catalog: Arc::clone(&catalog),
             slots: Arc::clone(&slots),
             complete: Arc::clone(&complete),
+            sync_patience: config.hooks.sync_patience.unwrap_or(SYNC_PATIENCE),
         };
         threads.push(
             std::thread::Builder::new()

@@ -166,6 +166,24 @@ fn the_batch_waits_for_the_sync() {
     assert_eq!(store.known(), vec![block.block]);
 }
 
+/// A device that hangs must not hold up commits for ever: its sync is held back
+/// past the patience, and the commit must fail without an entry in the catalog.
+#[test]
+fn a_hanging_device_fails_its_commits() {
+    let folder = folder();
+    let (mut configuration, found) = wrapped(&folder, Backend::Auto, FaultyDevice::new);
+    configuration.hooks.sync_patience = Some(Duration::from_millis(500));
+    let mut store = Store::with(configuration).unwrap();
+    let device = found.lock().unwrap().take().unwrap();
+    device.hold();
+    let header = header(1, &payload(1));
+    assert_eq!(store.commit(vec![(disk(0, 1), header)], vec![]), Err(Fault::Device));
+    assert_eq!(store.commit(vec![], vec![block(9)]), Ok(Done::Plain), "other commits go on");
+    assert!(store.known().is_empty());
+    device.release();
+    assert_eq!(store.commit(vec![(disk(0, 1), header)], vec![]), Ok(Done::Plain), "it is back");
+}
+
 /// A chunk must not be unmapped under an I/O that a device still performs: it
 /// is dropped while a read is held back, and the drop must come after the read.
 #[test]
