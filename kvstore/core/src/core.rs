@@ -297,6 +297,7 @@ impl Core {
                 Deadline::Retry => {
                     self.memory_changed = true;
                     self.disk_changed = true;
+                    self.emptying_due = true;
                     self.clear_again();
                 }
             }

@@ -253,6 +253,7 @@ impl Core {
                 if pins == 0 {
                     self.relist(block, Relist::Touch);
                     self.memory_changed = true;
+                    self.emptying_due = true;
                 }
             }
             FrameState::Filling { .. } => {

@@ -300,7 +300,9 @@ impl Core {
         for index in 0..count(chunk.frames.len()) {
             let frame = FrameRef { chunk: id, index };
             let Some(cell) = self.chunks.frame(frame) else { return };
-            if let (FrameState::Sealed { block, .. }, 0) = (cell.state, cell.busy) {
+            let FrameState::Sealed { block, pins, .. } = cell.state else { continue };
+            let stays = pins > 0 && self.now < self.chunks.at(id).leave_by;
+            if cell.busy == 0 && !stays {
                 self.move_out(block, frame);
             }
         }
@@ -378,7 +380,8 @@ impl Core {
             let cell = self.chunks.frame(source).map(|cell| cell.state);
             let pinned = matches!(cell, Some(FrameState::Sealed { pins, .. }) if pins > 0);
             let kind = self.chunks.at(source.chunk).kind;
-            let moves = !pinned || kind == ChunkKind::Replacing;
+            let overdue = self.now >= self.chunks.at(source.chunk).leave_by;
+            let moves = !pinned || (kind == ChunkKind::Replacing && overdue);
             match outcome {
                 Ok(()) if moves => self.move_copy(index, target),
                 Ok(()) => {}

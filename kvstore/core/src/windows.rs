@@ -105,7 +105,12 @@ impl Core {
         let Some(chunk) = self.chunks.find(id) else { return };
         let ChunkKind::Window { owner, .. } = chunk.kind else { return };
         assert!(chunk.counts.filling == 0, "leases that fill a window end before it is replaced");
-        self.chunks.at_mut(id).kind = ChunkKind::Replacing;
+        // Readers of what was sealed in it get the time of a recall to be done.
+        let leave_by = self.now.after(self.config.window_recall_max);
+        self.at(leave_by, Deadline::Retry);
+        let chunk = self.chunks.at_mut(id);
+        chunk.kind = ChunkKind::Replacing;
+        chunk.leave_by = leave_by;
         if let Some(session) = self.sessions.get_mut(&owner) {
             session.windows.remove(&id);
         }

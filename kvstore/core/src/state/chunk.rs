@@ -95,6 +95,8 @@ pub(crate) struct Chunk {
     pub(crate) busy: u32,
     /// Last seal or lease in it.
     pub(crate) touched: Now,
+    /// While it is replaced: leased blocks stay in place until then.
+    pub(crate) leave_by: Now,
     /// Counted as a window of its tenant until its memory is back.
     pub(crate) charged: bool,
 }
@@ -111,6 +113,7 @@ impl Chunk {
             counts: FrameCounts { free: u64::from(frames), ..FrameCounts::default() },
             busy: 0,
             touched: now,
+            leave_by: now,
             charged: false,
         }
     }

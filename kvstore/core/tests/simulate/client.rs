@@ -192,6 +192,10 @@ impl World {
             let damaged = !streamed && self.random.percent(2);
             let bytes = if damaged { GARBAGE } else { payload };
             self.store(write.frame, write.fence, bytes);
+            self.damaged.remove(&write.frame);
+            if damaged {
+                self.damaged.insert(write.frame, session);
+            }
             self.sealed.entry(write.block).or_default().insert(checksum.get());
             parts.push((write.position, ByteCount::new(BLOCK_BYTES), checksum));
             stored.push((write.position, bytes, checksum));
@@ -378,8 +382,8 @@ impl World {
 
     fn is_own_damage(&mut self, session: SessionId, read: &ReadGrant) -> bool {
         let sound = checksum_of(read.block, self.frame(read.frame).payload) == read.checksum;
-        let verified = self.core.frame_of(read.block).is_some_and(|(_, _, _, verified)| verified);
-        assert!(sound || !verified, "{} of session {session} is said to be verified and is not", read.block);
+        let own = self.damaged.get(&read.frame) == Some(&session);
+        assert!(sound || own, "{} is served to session {session} damaged, and not by itself", read.block);
         !sound
     }
 
@@ -421,8 +425,15 @@ impl World {
                 let (block, frame, fence, checksum) = (write.block, write.frame, write.fence, *checksum);
                 lease.reads.push(ReadGrant { block, frame, fence, checksum });
             }
-            // It may have been evicted between the write and this answer.
-            let there = self.core.stat(write.block).is_some_and(|view| view.tiers.nvme);
+            if durability == Durability::Durable && published && *outcome != SealOutcome::NotDurable {
+                assert!(
+                    self.committed.contains(&write.block),
+                    "{} is said to be durable and never was",
+                    write.block
+                );
+            }
+            // It may have been evicted while the rest of the request was waited for.
+            let there = self.events.get(&write.block).is_some_and(|tiers| tiers.nvme);
             if durability == Durability::Durable && published && *outcome != SealOutcome::NotDurable && there
             {
                 self.durable.insert(write.block, ());

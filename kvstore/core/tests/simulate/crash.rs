@@ -25,6 +25,8 @@ impl World {
         self.clients.clear();
         self.ghosts.clear();
         self.events.clear();
+        self.damaged.clear();
+        self.committed.clear();
         self.degraded = false;
         for space in &mut self.spaces {
             space.generation = space.durable_generation;
@@ -41,6 +43,7 @@ impl World {
             let there = self.core.stat(*block).is_some_and(|view| view.tiers.nvme);
             assert!(there, "{block} was acknowledged as durable and is gone after a restart");
         }
+        self.committed = self.catalog.keys().copied().collect();
         self.durable = expected;
         self.core.check();
     }

@@ -193,6 +193,10 @@ pub(crate) struct World {
     pub(crate) sealed: BTreeMap<BlockId, BTreeSet<u64>>,
     /// Acknowledged as durable, and nothing was said of it since.
     pub(crate) durable: BTreeMap<BlockId, ()>,
+    /// Blocks that the catalog knew at some time of this life.
+    pub(crate) committed: BTreeSet<BlockId>,
+    /// Frames whose writer stored other bytes than it sealed.
+    pub(crate) damaged: BTreeMap<FrameRef, SessionId>,
     /// Tiers as the event stream tells them.
     pub(crate) events: BTreeMap<BlockId, Residence>,
     pub(crate) clients: BTreeMap<SessionId, Client>,
@@ -231,6 +235,8 @@ impl World {
             spaces,
             sealed: BTreeMap::new(),
             durable: BTreeMap::new(),
+            committed: BTreeSet::new(),
+            damaged: BTreeMap::new(),
             events: BTreeMap::new(),
             clients: BTreeMap::new(),
             ghosts: Vec::new(),
@@ -514,6 +520,7 @@ impl World {
         }
         if applied {
             for (frame, header) in put {
+                self.committed.insert(header.block);
                 self.catalog.insert(header.block, (*frame, *header));
             }
             for block in delete {
