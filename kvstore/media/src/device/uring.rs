@@ -69,6 +69,8 @@ struct InFlight {
 }
 
 struct Ring {
+    /// First, because fields are dropped in order, and the others free what the kernel may still write.
+    _guard: AbortOnUnwind,
     ring: IoUring,
     shared: Arc<Shared>,
     file: Arc<DeviceFile>,
@@ -78,7 +80,6 @@ struct Ring {
     registered: HashMap<u64, u16>,
     buffers_vacant: Vec<u16>,
     wake_buffer: Box<[u8; 8]>,
-    _guard: AbortOnUnwind,
 }
 
 impl Ring {
@@ -95,6 +96,7 @@ impl Ring {
             Err(error) => shared.set_note(format!("buffers are not registered: {error}")),
         }
         Ok(Self {
+            _guard: AbortOnUnwind,
             ring,
             shared,
             file,
@@ -103,7 +105,6 @@ impl Ring {
             registered: HashMap::new(),
             buffers_vacant,
             wake_buffer: Box::new([0; 8]),
-            _guard: AbortOnUnwind,
         })
     }
 
