@@ -78,6 +78,9 @@ impl Completions {
 
 impl Engine {
     /// An engine around a new core. `completions` is the one whose callback `media` has.
+    ///
+    /// # Panics
+    /// If another engine has these completions.
     pub fn new(
         config: Config,
         media: Arc<Media>,

@@ -43,7 +43,7 @@ const KEEPALIVE: Duration = Duration::from_secs(10);
 ///
 /// # Errors
 /// What tonic says; the listener is closed then.
-pub async fn serve(
+pub(crate) async fn serve(
     listener: TcpListener,
     service: Arc<Service>,
     status: Arc<Status>,
@@ -88,7 +88,7 @@ pub async fn serve(
 ///
 /// # Errors
 /// The address, the configuration key, and what the system said.
-pub async fn bind(address: SocketAddr, key: &'static str) -> Result<TcpListener, BindError> {
+pub(crate) async fn bind(address: SocketAddr, key: &'static str) -> Result<TcpListener, BindError> {
     TcpListener::bind(address).await.map_err(|source| BindError { address, key, source })
 }
 

@@ -17,7 +17,11 @@ use crate::service::Service;
 ///
 /// # Errors
 /// The listener failed.
-pub async fn serve(listener: TcpListener, service: Arc<Service>, mut stop: Stop) -> std::io::Result<()> {
+pub(crate) async fn serve(
+    listener: TcpListener,
+    service: Arc<Service>,
+    mut stop: Stop,
+) -> std::io::Result<()> {
     let router = Router::new()
         .route("/metrics", get(page))
         .route("/healthz", get(|| async { "ok\n" }))

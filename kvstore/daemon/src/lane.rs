@@ -32,7 +32,7 @@ const UNSENT_BYTES_MAX: usize = 2 * MESSAGE_BYTES_MAX;
 const ACCEPT_AGAIN: Duration = Duration::from_millis(100);
 
 /// Stop signal of the daemon: true when it ends.
-pub type Stop = watch::Receiver<bool>;
+pub(crate) type Stop = watch::Receiver<bool>;
 
 /// Returns when the daemon stops. Cancel-safe.
 pub(crate) async fn stopped(stop: &mut Stop) {
@@ -43,7 +43,7 @@ pub(crate) async fn stopped(stop: &mut Stop) {
 type Answer = Pin<Box<dyn Future<Output = (LaneResponse, Vec<OwnedFd>)> + Send>>;
 
 /// Accepts connections until `stop`. Connections end with it.
-pub async fn serve(server: LaneServer, service: Arc<Service>, mut stop: Stop) {
+pub(crate) async fn serve(server: LaneServer, service: Arc<Service>, mut stop: Stop) {
     let room = Arc::new(Semaphore::new(service.facts().edges.lane_connections));
     loop {
         let accepted = tokio::select! {

@@ -1,9 +1,10 @@
 //! The program: arguments, logs, signals.
 
-use std::io::Write;
+use std::io::{IsTerminal, Write};
 use std::path::PathBuf;
+use std::process::ExitCode;
 
-use anyhow::Context;
+use anyhow::{Context, anyhow};
 use clap::{Parser, Subcommand};
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
@@ -40,7 +41,18 @@ enum ConfigAction {
     },
 }
 
-fn main() -> anyhow::Result<()> {
+fn main() -> ExitCode {
+    match start() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            // The first message says it all: what is wrong, where, and what to do.
+            let _ = writeln!(std::io::stderr(), "terraced: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn start() -> anyhow::Result<()> {
     let arguments = Arguments::parse();
     if let Some(Command::Config { action: ConfigAction::Check { config } }) = arguments.command {
         let config = Config::read(&config)?;
@@ -51,11 +63,15 @@ fn main() -> anyhow::Result<()> {
         .config
         .context("--config FILE is missing; the shortest file is one line: data_dir = \"...\"")?;
     let config = Config::read(&path)?;
-    let filter = match std::env::var("RUST_LOG") {
-        Ok(filter) => EnvFilter::try_new(filter).context("environment variable RUST_LOG")?,
-        Err(_) => EnvFilter::try_new(&config.log).context("configuration key `log`")?,
-    };
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    let filter =
+        match std::env::var("RUST_LOG") {
+            Ok(filter) => EnvFilter::try_new(filter)
+                .map_err(|error| anyhow!("environment variable RUST_LOG: {error}"))?,
+            Err(_) => EnvFilter::try_new(&config.log)
+                .map_err(|error| anyhow!("configuration key `log`: {error}"))?,
+        };
+    let colours = std::io::stderr().is_terminal();
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(colours).init();
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .thread_name("terraced")

@@ -92,7 +92,7 @@ impl CallMetrics {
 ///
 /// # Errors
 /// Two metrics of one name, which a test rules out.
-pub fn page(engine: &Engine, calls: &CallMetrics) -> Result<String, prometheus::Error> {
+pub(crate) fn page(engine: &Engine, calls: &CallMetrics) -> Result<String, prometheus::Error> {
     let registry = Registry::new();
     for collector in calls.collectors() {
         registry.register(collector)?;

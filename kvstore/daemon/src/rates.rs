@@ -9,7 +9,7 @@ use terrace_core::{ByteCount, Fault, Micros};
 
 /// A slow effect, for labels.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum OpKind {
+pub(crate) enum OpKind {
     /// Memory for a chunk.
     CreateChunk,
     /// Memory given back.

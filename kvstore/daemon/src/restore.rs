@@ -60,6 +60,17 @@ pub(crate) fn from_headers(
     status: &Status,
     device_slots: &[u32],
 ) -> Result<(), CatalogError> {
+    // After a kill, a header page may be read back that only the drive's cache
+    // holds. The core takes found blocks for durable, so make them that first.
+    for device in engine.media().facts().devices {
+        let synced = std::fs::File::open(&device.path).and_then(|file| file.sync_data());
+        if let Err(error) = synced {
+            tracing::error!(device = %device.path.display(), %error, "a device cannot be synced; its blocks are not looked for");
+            status
+                .note(format!("{} could not be synced, and was not scanned: {error}", device.path.display()));
+            return Ok(());
+        }
+    }
     status.scan_begins(device_slots.iter().map(|slots| u64::from(*slots)).sum());
     let scanned = engine.media().scan(&mut |piece| {
         slot_scanned(engine, &piece);

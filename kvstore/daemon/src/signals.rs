@@ -28,7 +28,7 @@ const OBSERVE_PERIOD: Duration = Duration::from_millis(100);
 
 /// The reports.
 #[derive(Clone)]
-pub struct Signals {
+pub(crate) struct Signals {
     incarnation: u64,
     state: Arc<State>,
 }
@@ -49,7 +49,7 @@ struct Reports {
 
 impl Signals {
     /// No reports yet.
-    pub fn new(incarnation: u64) -> Self {
+    pub(crate) fn new(incarnation: u64) -> Self {
         let state = State { reports: Mutex::default(), changed: watch::Sender::new(0) };
         Self { incarnation, state: Arc::new(state) }
     }

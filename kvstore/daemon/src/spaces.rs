@@ -140,7 +140,7 @@ impl KnownSpace {
 }
 
 /// Header page and payload of one frame.
-pub fn frame_bytes(block_bytes: ByteCount) -> ByteCount {
+pub(crate) fn frame_bytes(block_bytes: ByteCount) -> ByteCount {
     // A validated block length is at most 64 MiB.
     ByteCount::new(terrace_media::PAGE_BYTES + block_bytes.get().next_multiple_of(terrace_media::PAGE_BYTES))
 }

@@ -13,7 +13,7 @@ use terrace_gpudirect::HbmStatus;
 const NOTES_MAX: usize = 256;
 
 /// What `info` shows beside the core's views.
-pub struct Status {
+pub(crate) struct Status {
     /// When the process began.
     pub began: Instant,
     /// Folder of everything that survives.
@@ -33,7 +33,7 @@ pub struct Status {
 
 impl Status {
     /// A start that has just begun.
-    pub fn new(
+    pub(crate) fn new(
         began: Instant,
         data_dir: PathBuf,
         incarnation: u32,
@@ -56,7 +56,7 @@ impl Status {
     }
 
     /// Adds a sentence. Past the limit the first ones stay.
-    pub fn note(&self, note: String) {
+    pub(crate) fn note(&self, note: String) {
         let mut notes = self.notes.lock().unwrap_or_else(PoisonError::into_inner);
         if notes.len() < NOTES_MAX {
             notes.push(note);
@@ -64,28 +64,28 @@ impl Status {
     }
 
     /// All sentences.
-    pub fn notes(&self) -> Vec<String> {
+    pub(crate) fn notes(&self) -> Vec<String> {
         self.notes.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Blocks are served from now on.
-    pub fn ready_now(&self) -> Duration {
+    pub(crate) fn ready_now(&self) -> Duration {
         *self.ready.get_or_init(|| self.began.elapsed())
     }
 
     /// Time from start until blocks were served; zero before that.
-    pub fn ready(&self) -> Duration {
+    pub(crate) fn ready(&self) -> Duration {
         self.ready.get().copied().unwrap_or_default()
     }
 
     /// What the probe of the Hbm tier found.
-    pub fn hbm_found(&self, status: HbmStatus) {
+    pub(crate) fn hbm_found(&self, status: HbmStatus) {
         // There is one probe in a life.
         let _ = self.hbm.set(status);
     }
 
     /// The Hbm tier in a sentence.
-    pub fn hbm(&self) -> String {
+    pub(crate) fn hbm(&self) -> String {
         match self.hbm.get() {
             None => "still looking for a CUDA driver: Hbm tier off".to_owned(),
             Some(HbmStatus::Off { reason }) => reason.clone(),
@@ -96,23 +96,23 @@ impl Status {
     }
 
     /// A scan of this many slots begins.
-    pub fn scan_begins(&self, slots: u64) {
+    pub(crate) fn scan_begins(&self, slots: u64) {
         self.slots_scanned.store(0, Ordering::Relaxed);
         self.slots_to_scan.store(slots, Ordering::Relaxed);
     }
 
     /// One more slot is scanned.
-    pub fn slot_scanned(&self) {
+    pub(crate) fn slot_scanned(&self) {
         self.slots_scanned.fetch_add(1, Ordering::Relaxed);
     }
 
     /// The scan has ended, whether it got to the end or not.
-    pub fn scan_ends(&self) {
+    pub(crate) fn scan_ends(&self) {
         self.slots_to_scan.store(0, Ordering::Relaxed);
     }
 
     /// Share of the scan that is done; 1 when none is running.
-    pub fn scan_done(&self) -> f64 {
+    pub(crate) fn scan_done(&self) -> f64 {
         let all = self.slots_to_scan.load(Ordering::Relaxed);
         let done = self.slots_scanned.load(Ordering::Relaxed).min(all);
         let float = |count: u64| u32::try_from(count).map_or(f64::from(u32::MAX), f64::from);

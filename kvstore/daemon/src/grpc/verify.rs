@@ -80,11 +80,11 @@ pub(super) fn verify(engine: &Engine, block: BlockId) -> Vec<v1::VerifiedCopy> {
         };
         // An evicted block's frame may hold another one by now, which is no damage.
         let still = engine.view(|core| core.stat(block)).and_then(|view| view.disk);
-        let found = found.or_else(|detail| {
+        let found = found.map_err(|detail| {
             if still == Some((frame, offset)) {
-                Err(detail)
+                detail
             } else {
-                Err("it moved while it was read; ask again".to_owned())
+                "it moved while it was read; ask again".to_owned()
             }
         });
         copies.push(verified(v1::Tier::Nvme, &header, found));

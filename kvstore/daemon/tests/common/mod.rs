@@ -1,0 +1,200 @@
+//! A real `terraced` in a folder of its own, and what every test asks of it.
+
+#![allow(dead_code, reason = "each test file uses its part")]
+#![allow(clippy::unwrap_used, reason = "a test ends there, and says where")]
+
+use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use terrace_client::wire::{self, InfoRequest, InfoResponse};
+use terrace_client::{Session, SpaceKind, SpaceManifest, Target};
+use terrace_core::{ByteCount, TokenCount};
+
+pub(crate) const BLOCK_BYTES: usize = 256 << 10;
+/// Longest wait for anything; the machine may be busy with other tests.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
+
+pub(crate) struct Running {
+    child: Child,
+    pub(crate) grpc: String,
+    pub(crate) folder: PathBuf,
+    pub(crate) incarnation: u64,
+}
+
+pub(crate) fn folder() -> tempfile::TempDir {
+    // Not in /tmp, which may be a tmpfs without O_DIRECT; short, for the socket's path.
+    tempfile::Builder::new().prefix("td").tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap()
+}
+
+pub(crate) fn config(folder: &Path, extra: &str) -> PathBuf {
+    let path = folder.join("terraced.toml");
+    // Everything before the first table is a key of the file itself.
+    let (keys, tables) = extra.find('[').map_or((extra, ""), |at| extra.split_at(at));
+    let data = folder.join("data");
+    let device = if tables.contains("[[device]]") {
+        String::new()
+    } else {
+        format!("[[device]]\npath = \"{}\"\nbytes = \"64MiB\"\n", data.join("nvme0.dat").display())
+    };
+    let mut text = format!(
+        "data_dir = \"{}\"\nlane_socket = \"{}\"\ngrpc_listen = \"127.0.0.1:0\"\nmetrics_listen = \"127.0.0.1:0\"\n",
+        data.display(),
+        socket(folder).display(),
+    );
+    for (key, value) in [
+        ("pinned_bytes", "\"32MiB\""),
+        ("chunk_bytes", "\"4MiB\""),
+        ("persist_delay_ms", "50"),
+        ("window_idle_ms", "300"),
+    ] {
+        if !keys.contains(key) {
+            text.push_str(&format!("{key} = {value}\n"));
+        }
+    }
+    text.push_str(&format!("{keys}\n{device}{tables}\n"));
+    std::fs::write(&path, text).unwrap();
+    path
+}
+
+/// Socket paths are short; the folder's may not be.
+pub(crate) fn socket(folder: &Path) -> PathBuf {
+    std::env::temp_dir().join(format!("{}.sock", folder.file_name().unwrap().to_str().unwrap()))
+}
+
+impl Running {
+    pub(crate) fn start(folder: &Path, extra: &str) -> Self {
+        Self::try_start(folder, extra).unwrap_or_else(|printed| panic!("terraced does not start:\n{printed}"))
+    }
+
+    /// The daemon when it is ready, or what it printed before it ended.
+    pub(crate) fn try_start(folder: &Path, extra: &str) -> Result<Self, String> {
+        let mut child = Command::new(env!("CARGO_BIN_EXE_terraced"))
+            .arg("--config")
+            .arg(config(folder, extra))
+            .env("RUST_LOG", "info")
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
+        let mut printed = String::new();
+        for line in lines.by_ref().map_while(Result::ok) {
+            eprintln!("{line}");
+            if let Some((_, facts)) = line.split_once("terraced ready: grpc ") {
+                let mut words = facts.split([',', ' ']);
+                let grpc = format!("http://{}", words.next().unwrap());
+                let after = facts.split_once("incarnation ").unwrap().1;
+                let incarnation = after.split(' ').next().unwrap().parse().unwrap();
+                std::thread::spawn(move || lines.map_while(Result::ok).for_each(|line| eprintln!("{line}")));
+                return Ok(Self { child, grpc, folder: folder.to_owned(), incarnation });
+            }
+            printed.push_str(&line);
+            printed.push('\n');
+        }
+        child.wait().unwrap();
+        Err(printed)
+    }
+
+    pub(crate) fn target(&self, lane: bool) -> Target {
+        Target {
+            socket: lane.then(|| socket(&self.folder)),
+            grpc: Some(self.grpc.clone()),
+            client_name: "test".to_owned(),
+            ..Target::default()
+        }
+    }
+
+    pub(crate) async fn session(&self, lane: bool) -> Session {
+        Session::connect(&self.target(lane)).await.unwrap()
+    }
+
+    pub(crate) async fn info(&self) -> InfoResponse {
+        let mut admin = terrace_client::admin(&self.grpc).await.unwrap();
+        admin.info(InfoRequest {}).await.unwrap().into_inner()
+    }
+
+    /// Nothing may leak: when all sessions are gone, no frame is being filled or
+    /// pinned, and every frame is in exactly one state.
+    pub(crate) async fn assert_quiet(&self) {
+        let began = Instant::now();
+        loop {
+            let info = self.info().await;
+            let tiers: Vec<_> = info.tiers.iter().filter_map(|tier| tier.frames.as_ref()).collect();
+            for frames in &tiers {
+                let sum = frames.free + frames.filling + frames.sealed + frames.evicting + frames.quarantined;
+                assert_eq!(sum, frames.capacity, "frames are lost: {frames:?}");
+            }
+            let busy = tiers.iter().any(|frames| frames.filling + frames.pinned > 0);
+            if !busy && info.sessions == 0 && info.leases == 0 {
+                return;
+            }
+            assert!(began.elapsed() < PATIENCE, "frames leak: {info:?}");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    /// Waits until a crash would lose nothing.
+    pub(crate) async fn persisted(&self) {
+        let mut admin = terrace_client::admin(&self.grpc).await.unwrap();
+        let flushed = admin.flush(wire::FlushRequest {}).await.unwrap().into_inner();
+        assert_eq!(flushed.failed, 0, "{flushed:?}");
+        assert_eq!(self.info().await.unpersisted_bytes, 0);
+    }
+
+    pub(crate) fn kill(mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+
+    pub(crate) fn terminate(mut self) {
+        let pid = self.child.id().to_string();
+        assert!(Command::new("kill").args(["-TERM", &pid]).status().unwrap().success());
+        let status = self.child.wait().unwrap();
+        assert!(status.success(), "{status}");
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        let _ = std::fs::remove_file(socket(&self.folder));
+    }
+}
+
+pub(crate) fn manifest(rank: u32) -> SpaceManifest {
+    SpaceManifest {
+        model: "test".into(),
+        model_fingerprint: vec![1],
+        weights_generation: 1,
+        dtype: "f16".into(),
+        layout: "bytes".into(),
+        tokens_per_block: TokenCount::new(16),
+        block_bytes: ByteCount::new(BLOCK_BYTES as u64),
+        kind: SpaceKind::Chain,
+        group: 0,
+        topology: "canonical".into(),
+        rank,
+        engine: "test".into(),
+    }
+}
+
+pub(crate) fn keys(count: u32) -> Vec<[u8; 4]> {
+    (0..count).map(u32::to_le_bytes).collect()
+}
+
+/// Bytes that no other block has.
+pub(crate) fn payload(key: [u8; 4], life: u8) -> Vec<u8> {
+    let mut state = u32::from_le_bytes(key).wrapping_mul(2_654_435_761).wrapping_add(u32::from(life) + 1);
+    let mut bytes = Vec::with_capacity(BLOCK_BYTES);
+    while bytes.len() < BLOCK_BYTES {
+        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        bytes.extend_from_slice(&state.to_le_bytes());
+    }
+    bytes
+}
+
+pub(crate) fn payloads(keys: &[[u8; 4]], life: u8) -> Vec<Vec<u8>> {
+    keys.iter().map(|key| payload(*key, life)).collect()
+}
