@@ -73,7 +73,8 @@ pub struct Ask {
     pub stops: Vec<String>,
     /// Most tokens to generate; `None` is as many as fit.
     pub tokens_max: Option<u32>,
-    /// 0 is greedy.
+    /// 0 is greedy, and the default: the same prompt then has the same answer, from
+    /// the cache or not. A client that wants variety says so.
     pub temperature: f32,
     /// Nucleus, in (0, 1].
     pub top_p: f32,
@@ -107,7 +108,7 @@ impl Ask {
             delivery: fields.delivery()?,
             stops: fields.stops()?,
             tokens_max: fields.tokens_max(endpoint)?,
-            temperature: fields.number("temperature", 0.0..=2.0)?.unwrap_or(1.0),
+            temperature: fields.number("temperature", 0.0..=2.0)?.unwrap_or(0.0),
             top_p: fields.top_p()?,
             seed: fields.seed()?,
         })

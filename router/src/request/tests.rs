@@ -20,7 +20,7 @@ fn completion(body: &Value) -> Result<Ask, ApiError> {
 #[test]
 fn defaults_are_openais() {
     let ask = chat(&json!({})).unwrap();
-    assert_eq!((ask.temperature, ask.top_p, ask.seed, ask.tokens_max), (1.0, 1.0, None, None));
+    assert_eq!((ask.temperature, ask.top_p, ask.seed, ask.tokens_max), (0.0, 1.0, None, None));
     assert_eq!(ask.delivery, Delivery::Whole);
     let ask = completion(&json!({"prompt": "x"})).unwrap();
     assert_eq!((ask.tokens_max, ask.model), (Some(16), None));
