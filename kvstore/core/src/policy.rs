@@ -67,3 +67,54 @@ pub(crate) fn cheapest_chunk(chunks: impl Iterator<Item = ChunkFacts>) -> Option
         .min_by_key(|facts| (facts.sealed > 0, facts.touched, facts.sealed, facts.chunk))
         .map(|facts| facts.chunk)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn candidate(block: u32, leaf: bool, busy: bool, expendable: bool) -> Candidate {
+        Candidate { block: BlockIndex(block), leaf, busy, expendable }
+    }
+
+    /// Evicting a parent before its children would waste them, and waiting for a
+    /// write when another leaf can go at once would waste time.
+    #[test]
+    fn the_coldest_leaf_that_can_go_at_once_goes_first() {
+        let coldest_first = [
+            candidate(1, false, false, true),
+            candidate(2, true, true, true),
+            candidate(3, true, false, false),
+            candidate(4, true, false, true),
+        ];
+        assert_eq!(victim(coldest_first.into_iter()), Choice::Evict(BlockIndex(4)));
+        assert_eq!(victim(coldest_first.into_iter().take(3)), Choice::Demote(BlockIndex(3)));
+        assert_eq!(victim(coldest_first.into_iter().take(2)), Choice::Evict(BlockIndex(1)));
+        assert_eq!(victim(coldest_first.into_iter().skip(1).take(1)), Choice::Nothing);
+    }
+
+    /// A choice could walk a whole tier while everybody waits.
+    #[test]
+    fn a_choice_looks_at_a_bounded_number_of_blocks() {
+        let mut seen = 0;
+        let busy = (0..10_000).map(|block| candidate(block, true, true, true)).inspect(|_| seen += 1);
+        assert_eq!(victim(busy), Choice::Nothing);
+        assert_eq!(seen, SCAN_MAX);
+    }
+
+    /// Emptying a warm chunk while an empty or a cold one is there would cost copies.
+    #[test]
+    fn the_cheapest_chunk_is_empty_or_cold() {
+        let facts = |chunk, sealed, touched| ChunkFacts {
+            chunk: ChunkId::new(chunk),
+            sealed,
+            touched: Now::from_micros(touched),
+        };
+        let chunks = [facts(1, 5, 10), facts(2, 0, 99), facts(3, 1, 50)];
+        assert_eq!(cheapest_chunk(chunks.into_iter()), Some(ChunkId::new(2)));
+        assert_eq!(
+            cheapest_chunk(chunks.into_iter().filter(|facts| facts.sealed > 0)),
+            Some(ChunkId::new(1))
+        );
+        assert_eq!(cheapest_chunk(std::iter::empty()), None);
+    }
+}

@@ -270,3 +270,51 @@ impl BlockTable {
 fn entry(entries: &[Option<Block>], slot: u32) -> &Block {
     entries[slot as usize].as_ref().expect("a block index is used only while its entry lives")
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn id(n: u8) -> BlockId {
+        BlockId::from_bytes([n; 16])
+    }
+
+    fn add(table: &mut BlockTable, n: u8) -> BlockIndex {
+        let index = table.insert(id(n), SpaceIndex(0), Now::default());
+        table.at_mut(index).filling = 1;
+        index
+    }
+
+    /// A client may name parents in a circle: walks up the forest would never end.
+    #[test]
+    fn a_circle_of_parents_is_refused() {
+        let mut table = BlockTable::default();
+        let (a, b, c) = (add(&mut table, 1), add(&mut table, 2), add(&mut table, 3));
+        table.attach(b, a);
+        table.attach(c, b);
+        table.attach(a, c);
+        table.attach(a, a);
+        assert_eq!((table.at(a).parent, table.at(c).parent), (None, Some(b)));
+        assert_eq!((table.at(a).children, table.at(b).children, table.at(c).children), (1, 1, 0));
+    }
+
+    /// Entries without a copy could pile up: they go with the last child that names them.
+    #[test]
+    fn ghosts_go_with_their_last_child() {
+        let mut table = BlockTable::default();
+        let (a, b, c) = (add(&mut table, 1), add(&mut table, 2), add(&mut table, 3));
+        table.attach(b, a);
+        table.attach(c, b);
+        for index in [a, b] {
+            table.at_mut(index).filling = 0;
+            table.remove_if_gone(index);
+        }
+        assert_eq!(table.len(), 3, "their descendant is still there");
+        table.at_mut(c).filling = 0;
+        table.remove_if_gone(c);
+        assert_eq!(table.len(), 0);
+        assert_eq!(table.find(id(2)), None);
+        let again = add(&mut table, 2);
+        assert_eq!(table.find(id(2)), Some(again));
+    }
+}

@@ -114,3 +114,31 @@ impl Lists {
 fn walk(list: List, blocks: &BlockTable, tier: Tier) -> impl Iterator<Item = BlockIndex> + '_ {
     std::iter::successors(list.coldest, move |&index| links_of(blocks.at(index), tier).hotter)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ids::BlockId;
+    use crate::state::space::SpaceIndex;
+    use crate::units::Now;
+
+    /// Links could be lost when a block leaves the middle or an end of its list.
+    #[test]
+    fn the_order_is_that_of_use_with_retained_blocks_last() {
+        let mut blocks = BlockTable::default();
+        let mut lists = Lists::default();
+        let all: Vec<BlockIndex> = (0..6)
+            .map(|n| blocks.insert(BlockId::from_bytes([n; 16]), SpaceIndex(0), Now::default()))
+            .collect();
+        for (n, &index) in all.iter().enumerate() {
+            let rank = if n == 0 { Rank::Retained } else { Rank::Ordinary };
+            lists.push(&mut blocks, Tier::Pinned, index, rank);
+        }
+        for gone in [1, 3, 5] {
+            lists.remove(&mut blocks, Tier::Pinned, all[gone]);
+        }
+        lists.push(&mut blocks, Tier::Pinned, all[1], Rank::Ordinary);
+        let order: Vec<BlockIndex> = lists.coldest_first(&blocks, Tier::Pinned).collect();
+        assert_eq!(order, [all[2], all[4], all[1], all[0]]);
+    }
+}
