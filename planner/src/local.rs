@@ -131,6 +131,7 @@ impl Connector for LocalProcesses {
         assert!(self.children.iter().all(|(running, _)| running != name), "{name} runs already");
         let mut command = self.command(role, name);
         if let Some(path) = self.log_path(name) {
+            command.env("NO_COLOR", "1");
             let file = OpenOptions::new().create(true).append(true).open(&path);
             command.stderr(file.map_err(|source| StartError::Log { path, source })?);
         }

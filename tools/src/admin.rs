@@ -85,23 +85,14 @@ fn print_tiers(tiers: &[TierInfo]) {
             .map(String::as_str)
             .filter(|part| !part.is_empty())
             .collect();
-        let state = if tier.on { "" } else { "off: " };
+        let state = if tier.on || tier.note.contains("off") { "" } else { "off: " };
         println!("{name}: {state}{}", parts.join("; "));
     }
 }
 
 fn print_frames(tiers: &[TierInfo]) {
     let mut table = output::table(&[
-        "FRAMES",
-        ">ALL",
-        ">FREE",
-        ">FILLING",
-        ">SEALED",
-        ">PINNED",
-        ">EVICTING",
-        ">QUARANT.",
-        ">CHUNKS",
-        ">WINDOWS",
+        "FRAMES", ">ALL", ">FREE", ">FILLING", ">SEALED", ">PINNED", ">EVICT", ">QUAR", ">CHUNKS", ">WINDOWS",
     ]);
     for tier in tiers.iter().filter(|tier| tier.on) {
         let frames = tier.frames.unwrap_or_default();

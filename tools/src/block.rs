@@ -25,10 +25,9 @@ use crate::output::{self, Format};
 
 /// Which prompt to look for.
 #[derive(Debug, Args)]
-#[group(id = "prompt", required = true, multiple = false, args = ["prompt_file", "tokens"])]
 pub(crate) struct PrefixArgs {
     /// Text of the prompt, exactly as the model sees it; - reads standard input
-    #[arg(long)]
+    #[arg(long, required_unless_present = "tokens", conflicts_with = "tokens")]
     pub(crate) prompt_file: Option<PathBuf>,
     /// The prompt file is one user message of a chat
     #[arg(long, conflicts_with = "tokens")]

@@ -35,6 +35,9 @@ pub(crate) fn table(headings: &[&str]) -> Table {
         table.set_width(COLUMNS);
     }
     table.set_header(headings.iter().map(|heading| heading.trim_start_matches('>')));
+    for column in table.column_iter_mut() {
+        column.set_padding((0, 2));
+    }
     for (index, heading) in headings.iter().enumerate() {
         if heading.starts_with('>')
             && let Some(column) = table.column_mut(index)

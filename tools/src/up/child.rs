@@ -48,6 +48,8 @@ impl Child {
     /// Not started yet. `command` must be guarded.
     pub(super) fn new(name: &'static str, mut command: Command, log: (PathBuf, File), relay: bool) -> Self {
         let (log, file) = log;
+        // Logs are files.
+        command.env("NO_COLOR", "1");
         command.stdin(Stdio::null()).stdout(if relay { Stdio::piped() } else { Stdio::null() }).stderr(file);
         Self { name, command, log, relay, running: None, start_at: Instant::now(), deaths: 0 }
     }
