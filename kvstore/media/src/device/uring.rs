@@ -79,7 +79,8 @@ struct Ring {
     /// Slot of a chunk's memory in the table of buffers; looked up only.
     registered: HashMap<u64, u16>,
     buffers_vacant: Vec<u16>,
-    wake_buffer: Box<[u8; 8]>,
+    /// Leaked: the kernel cancels the last read into it at a time that we do not see.
+    wake_buffer: &'static mut [u8; 8],
 }
 
 impl Ring {
@@ -104,7 +105,7 @@ impl Ring {
             vacant: (0..DEPTH as usize).collect(),
             registered: HashMap::new(),
             buffers_vacant,
-            wake_buffer: Box::new([0; 8]),
+            wake_buffer: Box::leak(Box::new([0; 8])),
         })
     }
 
