@@ -38,18 +38,17 @@ pub(crate) fn config(folder: &Path, extra: &str) -> PathBuf {
     } else {
         format!("[[device]]\npath = \"{}\"\nbytes = \"64MiB\"\n", data.join("nvme0.dat").display())
     };
-    let mut text = format!(
-        "data_dir = \"{}\"\nlane_socket = \"{}\"\ngrpc_listen = \"127.0.0.1:0\"\nmetrics_listen = \"127.0.0.1:0\"\n",
-        data.display(),
-        socket(folder).display(),
-    );
+    let mut text =
+        format!("data_dir = \"{}\"\nlane_socket = \"{}\"\n", data.display(), socket(folder).display(),);
     for (key, value) in [
+        ("grpc_listen", "\"127.0.0.1:0\""),
+        ("metrics_listen", "\"127.0.0.1:0\""),
         ("pinned_bytes", "\"32MiB\""),
         ("chunk_bytes", "\"4MiB\""),
         ("persist_delay_ms", "50"),
         ("window_idle_ms", "300"),
     ] {
-        if !keys.contains(key) {
+        if !keys.contains(&format!("{key} =")) {
             text.push_str(&format!("{key} = {value}\n"));
         }
     }

@@ -1,0 +1,291 @@
+//! Bad input: each is refused with a sentence that says what to do, the daemon
+//! stays up, and no frame leaks.
+
+#![allow(clippy::unwrap_used, reason = "a test ends there, and says where")]
+
+mod common;
+
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
+
+use common::{BLOCK_BYTES, Running, folder, keys, manifest, payload, payloads, socket};
+use terrace_client::wire::block_service_client::BlockServiceClient;
+use terrace_client::wire::{self, LeaseKind, SealOutcome, write_request::Part};
+use terrace_client::{Durability, to_wire};
+use terrace_core::{Checksum, TenantKey, checksum};
+use tonic::transport::Channel;
+use tonic::{Code, Request, Status};
+
+/// A gRPC session by hand, so that it can say what the client library would not.
+struct Raw {
+    client: BlockServiceClient<Channel>,
+    token: String,
+    _requests: tokio::sync::mpsc::Sender<wire::SessionRequest>,
+    _responses: tonic::Streaming<wire::SessionResponse>,
+}
+
+impl Raw {
+    async fn open(daemon: &Running) -> Self {
+        let mut client = BlockServiceClient::new(terrace_client::channel(&daemon.grpc).await.unwrap());
+        let (requests, stream) = tokio::sync::mpsc::channel(1);
+        requests.send(wire::SessionRequest::default()).await.unwrap();
+        let stream = tokio_stream::wrappers::ReceiverStream::new(stream);
+        let mut responses = client.session(stream).await.unwrap().into_inner();
+        let first = responses.message().await.unwrap().unwrap();
+        let Some(wire::session_response::Notice::Opened(opened)) = first.notice else { panic!("{first:?}") };
+        let token = opened.session.iter().map(|byte| format!("{byte:02x}")).collect();
+        Self { client, token, _requests: requests, _responses: responses }
+    }
+
+    fn with<T>(&self, message: T) -> Request<T> {
+        let mut request = Request::new(message);
+        request.metadata_mut().insert("terrace-session", self.token.parse().unwrap());
+        request
+    }
+
+    async fn space(&mut self) -> wire::OpenSpaceResponse {
+        let request = wire::OpenSpaceRequest { manifest: Some(to_wire(&manifest(0))) };
+        let request = self.with(request);
+        self.client.open_space(request).await.unwrap().into_inner()
+    }
+
+    async fn lease(&mut self, request: wire::LeaseRequest) -> Result<wire::LeaseResponse, Status> {
+        let request = self.with(request);
+        self.client.lease(request).await.map(tonic::Response::into_inner)
+    }
+
+    async fn seal(&mut self, request: wire::SealRequest) -> Result<wire::SealResponse, Status> {
+        let request = self.with(request);
+        self.client.seal(request).await.map(tonic::Response::into_inner)
+    }
+}
+
+fn write_lease(id: u64, keys: &[&[u8]]) -> wire::LeaseRequest {
+    let keys = keys.iter().map(|key| key.to_vec().into()).collect();
+    wire::LeaseRequest { request_id: id, space: 1, kind: LeaseKind::Write.into(), keys, ..Default::default() }
+}
+
+fn assert_refused<T: std::fmt::Debug>(answer: Result<T, Status>, code: Code, says: &str) {
+    let refused = answer.unwrap_err();
+    assert_eq!(refused.code(), code, "{refused}");
+    assert!(refused.message().contains(says), "`{}` does not say `{says}`", refused.message());
+}
+
+/// A client names what is not there or not allowed: unknown session and space, long keys, too many blocks, bad manifests.
+#[tokio::test(flavor = "multi_thread")]
+async fn wrong_names_and_numbers() {
+    let folder = folder();
+    let daemon = Running::start(folder.path(), "[limits]\nblocks_per_request = 100");
+    let mut raw = Raw::open(&daemon).await;
+    assert_refused(raw.lease(write_lease(1, &[b"k"])).await, Code::NotFound, "OpenSpace");
+    raw.space().await;
+    let bare = Request::new(write_lease(1, &[b"k"]));
+    assert_refused(raw.client.lease(bare).await, Code::Unauthenticated, "terrace-session");
+    assert_refused(raw.lease(write_lease(2, &[&[7; 65]])).await, Code::InvalidArgument, "1 to 64");
+    assert_refused(raw.lease(write_lease(3, &[b""])).await, Code::InvalidArgument, "1 to 64");
+    let many = vec![b"k".as_slice(); 101];
+    assert_refused(raw.lease(write_lease(4, &many)).await, Code::InvalidArgument, "limit is 100");
+    let kindless = wire::LeaseRequest { kind: 0, ..write_lease(5, &[b"k"]) };
+    assert_refused(raw.lease(kindless).await, Code::InvalidArgument, "READ or WRITE");
+    let hbm = wire::LeaseRequest { want_tier: wire::Tier::Hbm.into(), ..write_lease(6, &[b"k"]) };
+    assert_refused(raw.lease(hbm).await, Code::Unimplemented, "TIER_PINNED");
+    for (block_bytes, says) in [(0, "block_bytes"), (1 << 40, "block_bytes")] {
+        let manifest = wire::SpaceManifest { block_bytes, ..to_wire(&manifest(0)) };
+        let request = raw.with(wire::OpenSpaceRequest { manifest: Some(manifest) });
+        assert_refused(raw.client.open_space(request).await, Code::InvalidArgument, says);
+    }
+    // A block that is allowed, and larger than a chunk of this daemon.
+    let large = wire::SpaceManifest { block_bytes: 8 << 20, ..to_wire(&manifest(0)) };
+    let request = raw.with(wire::OpenSpaceRequest { manifest: Some(large) });
+    let space = raw.client.open_space(request).await.unwrap().into_inner().space;
+    let lease = wire::LeaseRequest { space, ..write_lease(7, &[b"k"]) };
+    assert_refused(raw.lease(lease).await, Code::InvalidArgument, "chunk_bytes");
+    drop(raw);
+    daemon.assert_quiet().await;
+}
+
+/// A writer seals what it did not write, or twice, or with a lease that is not its own.
+#[tokio::test(flavor = "multi_thread")]
+async fn wrong_seals_and_leases() {
+    let folder = folder();
+    let daemon = Running::start(folder.path(), "");
+    let (mut raw, mut other) = (Raw::open(&daemon).await, Raw::open(&daemon).await);
+    raw.space().await;
+    other.space().await;
+    let leased = raw.lease(write_lease(1, &[b"a", b"b"])).await.unwrap();
+    let seal = |lease, index, length, checksum| wire::SealRequest {
+        request_id: 10 + u64::from(index) + length,
+        lease,
+        blocks: vec![wire::SealBlock { index, length, checksum }],
+        durability: 0,
+    };
+    let whole = BLOCK_BYTES as u64;
+    assert_refused(raw.seal(seal(leased.lease, 0, 1000, 1)).await, Code::InvalidArgument, "1000 bytes");
+    assert_refused(raw.seal(seal(leased.lease, 2, whole, 1)).await, Code::InvalidArgument, "index 2");
+    assert_refused(
+        other.seal(seal(leased.lease, 0, whole, 1)).await,
+        Code::FailedPrecondition,
+        "not a live lease",
+    );
+    assert_refused(raw.seal(seal(5, 0, whole, 1)).await, Code::FailedPrecondition, "earlier life");
+    let release = other.with(wire::ReleaseRequest { request_id: 1, leases: vec![leased.lease] });
+    let released = other.client.release(release).await.map(|answer| answer.into_inner().released);
+    assert!(!matches!(released, Ok(1)), "a foreign lease was released");
+    let changed = wire::LeaseRequest { keys: vec![b"z".as_slice().into()], ..write_lease(1, &[]) };
+    assert_refused(raw.lease(changed).await, Code::InvalidArgument, "request id 1");
+    let repeated = raw.lease(write_lease(1, &[b"a", b"b"])).await.unwrap();
+    assert_eq!(repeated.lease, leased.lease, "a repeat was answered as a new request");
+    drop((raw, other));
+    daemon.assert_quiet().await;
+}
+
+async fn write(raw: &mut Raw, key: &[u8], data: &[u8], sum: Option<Checksum>) -> Result<Vec<i32>, Status> {
+    let header = wire::WriteHeader { space: 1, keys: vec![key.to_vec().into()], ..Default::default() };
+    let mut messages = vec![wire::WriteRequest { part: Some(Part::Header(header)) }];
+    let mut offset = 0;
+    for piece in data.chunks(100_000) {
+        let last = offset + piece.len() == data.len();
+        let piece = wire::WritePiece {
+            index: 0,
+            offset: offset as u64,
+            data: piece.to_vec().into(),
+            checksum: sum.filter(|_| last).map(Checksum::get),
+        };
+        offset += piece.data.len();
+        messages.push(wire::WriteRequest { part: Some(Part::Piece(piece)) });
+    }
+    let request = raw.with(tokio_stream::iter(messages));
+    raw.client.write(request).await.map(|answer| answer.into_inner().outcomes)
+}
+
+/// Bytes change on the way, are cut off, too many, or differ from what is sealed: none of it may be served.
+#[tokio::test(flavor = "multi_thread")]
+async fn wrong_bytes_are_not_sealed() {
+    let folder = folder();
+    let daemon = Running::start(folder.path(), "");
+    let mut raw = Raw::open(&daemon).await;
+    let opened = raw.space().await;
+    let key = TenantKey::from_bytes(opened.tenant_key.as_ref().try_into().unwrap());
+    let block = key.block_id(manifest(0).space_id(terrace_core::tenant_id("default")), b"a");
+    let (good, bad) = (payload([1; 4], 0), payload([2; 4], 0));
+    let sum = checksum(block, opened.generation, &good);
+    assert_refused(write(&mut raw, b"a", &bad, Some(sum)).await, Code::InvalidArgument, "checksum");
+    assert_refused(write(&mut raw, b"a", &good[..1000], None).await, Code::InvalidArgument, "1000 of its");
+    let long = [good.clone(), vec![1]].concat();
+    assert_refused(write(&mut raw, b"a", &long, None).await, Code::InvalidArgument, "block 0");
+    assert_eq!(write(&mut raw, b"a", &good, Some(sum)).await.unwrap(), [i32::from(SealOutcome::Sealed)]);
+    assert_eq!(write(&mut raw, b"a", &good, Some(sum)).await.unwrap(), [i32::from(SealOutcome::Already)]);
+    assert_eq!(write(&mut raw, b"a", &bad, None).await.unwrap(), [i32::from(SealOutcome::Conflict)]);
+    drop(raw);
+    let session = daemon.session(true).await;
+    let space = session.open_space(&manifest(0)).await.unwrap();
+    assert!(session.read(&space, &[b"a"]).await.unwrap()[0].as_ref() == Some(&good));
+    drop((session, space));
+    daemon.assert_quiet().await;
+}
+
+/// Something that is no client speaks to the socket: it is cut off, and others are served.
+#[tokio::test(flavor = "multi_thread")]
+async fn garbage_on_the_lane() {
+    let folder = folder();
+    let daemon = Running::start(folder.path(), "");
+    for garbage in
+        [&b"GET / HTTP/1.1\r\n\r\n"[..], &[0xff; 64], &[4, 0, 0, 0, 0xff, 0xff, 0xff, 0xff], &[0; 8]]
+    {
+        let mut stream = UnixStream::connect(socket(folder.path())).unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
+        stream.write_all(garbage).unwrap();
+        stream.shutdown(std::net::Shutdown::Write).unwrap();
+        // It ends, with or without a sentence before that.
+        let mut answer = Vec::new();
+        let ended = stream.read_to_end(&mut answer);
+        assert!(ended.is_ok() || ended.unwrap_err().kind() == std::io::ErrorKind::ConnectionReset);
+    }
+    let session = daemon.session(true).await;
+    session.open_space(&manifest(0)).await.unwrap();
+    drop(session);
+    daemon.assert_quiet().await;
+}
+
+/// A token is wrong: no session, on either transport, and the tenant's name is not confirmed.
+#[tokio::test(flavor = "multi_thread")]
+async fn wrong_tokens() {
+    let folder = folder();
+    let daemon = Running::start(folder.path(), "[[tenant]]\nname = \"blue\"\ntoken = \"secret\"");
+    for lane in [true, false] {
+        for (tenant, token) in [("blue", "wrong"), ("green", "secret"), ("", "")] {
+            let target = terrace_client::Target {
+                socket: lane.then(|| socket(folder.path())),
+                grpc: (!lane).then(|| daemon.grpc.clone()),
+                tenant: tenant.to_owned(),
+                token: token.to_owned(),
+                ..Default::default()
+            };
+            let refused =
+                terrace_client::Session::connect(&target).await.map(|_| ()).unwrap_err().to_string();
+            assert!(refused.contains("unknown tenant, or wrong token"), "{refused}");
+        }
+    }
+    daemon.assert_quiet().await;
+}
+
+/// A second daemon starts on the same folder, on the same port, or with a file that cannot grow: each says what to do.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_taken_is_named() {
+    let one = folder();
+    let daemon = Running::start(one.path(), "");
+    let refused = Running::try_start(one.path(), "").err().unwrap();
+    let said = refused.lines().last().unwrap();
+    assert!(said.contains("already in use by pid") && said.contains("data_dir"), "{said}");
+    let two = folder();
+    let port = daemon.grpc.strip_prefix("http://").unwrap();
+    let refused = Running::try_start(two.path(), "grpc_lsiten = 1").err().unwrap();
+    assert!(refused.contains("grpc_lsiten"), "{refused}");
+    let metrics = format!("metrics_listen = \"{port}\"");
+    let refused = Running::try_start(two.path(), &metrics).err().unwrap();
+    let said = refused.lines().last().unwrap();
+    assert!(said.contains(port) && said.contains("`metrics_listen`"), "{said}");
+    let large = format!("[[device]]\npath = \"{}\"\nbytes = \"4TiB\"", two.path().join("big.dat").display());
+    let refused = Running::try_start(two.path(), &large).err().unwrap();
+    let said = refused.lines().last().unwrap();
+    assert!(said.contains("big.dat"), "{said}");
+    daemon.assert_quiet().await;
+}
+
+/// The device is too small for what is written: the newest blocks stay, the oldest go, and nothing fails.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_full_device_evicts() {
+    let folder = folder();
+    let device = folder.path().join("small.dat");
+    let tables = format!("[[device]]\npath = \"{}\"\nbytes = \"16MiB\"", device.display());
+    let daemon = Running::start(folder.path(), &tables);
+    let session = daemon.session(false).await;
+    let space = session.open_space(&manifest(0)).await.unwrap();
+    let keys = keys(200);
+    let written =
+        session.write(&space, &keys, None, &payloads(&keys, 0), Durability::Readable).await.unwrap();
+    assert!(written.iter().all(|outcome| *outcome == terrace_client::SealOutcome::Sealed), "{written:?}");
+    let found = session.read_within(&space, &keys, Duration::from_secs(5)).await.unwrap();
+    for (key, bytes) in keys.iter().zip(&found) {
+        assert!(bytes.as_ref().is_none_or(|bytes| *bytes == payload(*key, 0)), "wrong bytes");
+    }
+    let there = found.iter().flatten().count();
+    assert!((40..200).contains(&there), "{there} blocks are there");
+    drop((session, space));
+    daemon.assert_quiet().await;
+}
+
+/// The page of metrics must be one that Prometheus takes: every metric has help, no name twice.
+#[tokio::test(flavor = "multi_thread")]
+async fn info_and_metrics_agree() {
+    let folder = folder();
+    let daemon = Running::start(folder.path(), "");
+    let info = daemon.info().await;
+    assert_eq!(info.tiers.len(), 3, "{info:?}");
+    assert!(info.tiers[0].note.contains("Hbm tier off"), "{info:?}");
+    assert!(!info.tiers[2].backend.is_empty(), "{info:?}");
+    assert_eq!(info.incarnation, daemon.incarnation);
+    assert!(info.ready_ms < 30_000 && info.scan_done >= 1.0);
+    daemon.terminate();
+}
