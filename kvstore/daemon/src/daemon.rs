@@ -132,7 +132,7 @@ impl Daemon {
         daemon.keep_up(&config, scan.then_some(device_slots));
         daemon.listen(grpc_listener, metrics_listener, lane_server);
         let ready = daemon.status.ready_now();
-        tracing::info!(ready_ms = ready.as_millis(), "{daemon}");
+        tracing::info!(ready_ms = ready.as_millis(), metrics = %daemon.metrics, "{daemon}");
         Ok(daemon)
     }
 

@@ -276,6 +276,30 @@ async fn a_full_device_evicts() {
     daemon.assert_quiet().await;
 }
 
+fn http(address: &str, path: &str) -> String {
+    let mut stream = std::net::TcpStream::connect(address).unwrap();
+    // HTTP/1.0 so that the answer is not cut into pieces.
+    write!(stream, "GET {path} HTTP/1.0\r\nHost: {address}\r\n\r\n").unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    assert!(answer.contains(" 200 "), "{answer}");
+    answer
+}
+
+/// Prometheus' own opinion, where its tool is installed.
+fn promtool(page: &str) {
+    let started = std::process::Command::new("promtool")
+        .args(["check", "metrics"])
+        .stdin(std::process::Stdio::piped())
+        .stdout(std::process::Stdio::piped())
+        .stderr(std::process::Stdio::piped())
+        .spawn();
+    let Ok(mut child) = started else { return eprintln!("SKIPPED: promtool is not on PATH") };
+    child.stdin.take().unwrap().write_all(page.as_bytes()).unwrap();
+    let checked = child.wait_with_output().unwrap();
+    assert!(checked.status.success() && checked.stderr.is_empty(), "{checked:?}");
+}
+
 /// The page of metrics must be one that Prometheus takes: every metric has help, no name twice.
 #[tokio::test(flavor = "multi_thread")]
 async fn info_and_metrics_agree() {
@@ -287,5 +311,12 @@ async fn info_and_metrics_agree() {
     assert!(!info.tiers[2].backend.is_empty(), "{info:?}");
     assert_eq!(info.incarnation, daemon.incarnation);
     assert!(info.ready_ms < 30_000 && info.scan_done >= 1.0);
+    let page = http(&daemon.metrics, "/metrics");
+    for name in info.counters.keys() {
+        assert!(page.contains(&format!("# HELP {name} ")), "{name} is not on the page");
+    }
+    assert!(page.contains("terrace_frames{state=\"free\",tier=\"pinned\"}"), "{page}");
+    assert!(http(&daemon.metrics, "/healthz").contains("ok"));
+    promtool(page.split_once("\r\n\r\n").unwrap().1);
     daemon.terminate();
 }

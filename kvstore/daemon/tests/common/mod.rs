@@ -19,6 +19,8 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 pub(crate) struct Running {
     child: Child,
     pub(crate) grpc: String,
+    /// Address of `/metrics`.
+    pub(crate) metrics: String,
     pub(crate) folder: PathBuf,
     pub(crate) incarnation: u64,
 }
@@ -85,8 +87,9 @@ impl Running {
                 let grpc = format!("http://{}", words.next().unwrap());
                 let after = facts.split_once("incarnation ").unwrap().1;
                 let incarnation = after.split(' ').next().unwrap().parse().unwrap();
+                let metrics = facts.split_once("metrics=").unwrap().1.trim().to_owned();
                 std::thread::spawn(move || lines.map_while(Result::ok).for_each(|line| eprintln!("{line}")));
-                return Ok(Self { child, grpc, folder: folder.to_owned(), incarnation });
+                return Ok(Self { child, grpc, metrics, folder: folder.to_owned(), incarnation });
             }
             printed.push_str(&line);
             printed.push('\n');
