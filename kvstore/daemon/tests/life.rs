@@ -207,3 +207,29 @@ async fn holds_leases_until_killed() {
     assert_eq!(read.prefix(), 4);
     std::future::pending::<()>().await;
 }
+
+/// Ten thousand blocks could make a start slow, while workers wait: it must serve within two seconds, with all of them.
+#[tokio::test(flavor = "multi_thread")]
+async fn ten_thousand_blocks_start_quickly() {
+    const COUNT: u32 = 10_000;
+    let folder = folder();
+    let path = folder.path().join("large.dat");
+    let tables = format!("[[device]]\npath = \"{}\"\nbytes = \"128MiB\"", path.display());
+    let daemon = Running::start(folder.path(), &tables);
+    let session = daemon.session(false).await;
+    let mut small = manifest(0);
+    small.block_bytes = terrace_core::ByteCount::new(4096);
+    let space = session.open_space(&small).await.unwrap();
+    let keys = keys(COUNT);
+    for batch in keys.chunks(2000) {
+        let payloads: Vec<[u8; 4096]> = batch.iter().map(|key| [key[0]; 4096]).collect();
+        session.write(&space, batch, None, &payloads, Durability::Readable).await.unwrap();
+    }
+    daemon.persisted().await;
+    daemon.kill();
+    let daemon = Running::start(folder.path(), &tables);
+    let info = daemon.info().await;
+    eprintln!("ready after {} ms", info.ready_ms);
+    assert!(info.ready_ms < 2000, "ready after {} ms", info.ready_ms);
+    assert_eq!(info.counters["terrace_restored_total"], u64::from(COUNT));
+}
