@@ -312,7 +312,9 @@ async fn info_and_metrics_agree() {
     assert_eq!(info.incarnation, daemon.incarnation);
     assert!(info.ready_ms < 30_000 && info.scan_done >= 1.0);
     let page = http(&daemon.metrics, "/metrics");
-    for name in info.counters.keys() {
+    let mut names: Vec<_> = info.counters.keys().collect();
+    names.sort();
+    for name in names {
         assert!(page.contains(&format!("# HELP {name} ")), "{name} is not on the page");
     }
     assert!(page.contains("terrace_frames{state=\"free\",tier=\"pinned\"}"), "{page}");
