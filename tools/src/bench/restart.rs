@@ -4,9 +4,9 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
-use terrace_client::{Admin, admin};
+use terrace_client::{Admin, Session, admin};
 use terrace_planner::process::{Ask, signal};
-use terrace_proto::v1::FlushRequest;
+use terrace_proto::v1::{FlushRequest, InfoRequest, Tier};
 
 use super::{Line, Options, ask, blocks, median, prompt, stand};
 
@@ -28,6 +28,12 @@ const FULL_BLOCK_BYTES: u64 = 64 << 10;
 const FILL_BLOCKS: usize = 100;
 /// Longest time from the start of a full daemon to its first block served, in seconds.
 const SERVE_SECONDS_MAX: f64 = 2.0;
+/// Payload of the blocks that fill a pool.
+const POOL_BLOCK_BYTES: u64 = 4 << 20;
+/// Of those, in one write lease.
+const POOL_FILL_BLOCKS: usize = 16;
+/// Size of the store under a full pool, so that what is filled is mostly not written.
+const POOL_NVME_BYTES: &str = "512MiB";
 /// Longest wait for anything to answer again.
 const TIME_MAX: Duration = Duration::from_secs(120);
 
@@ -110,27 +116,56 @@ async fn full_daemon(options: &Options) -> anyhow::Result<Vec<Line>> {
     Ok(vec![Line::at_most("restart_serves_10000_blocks", served, SERVE_SECONDS_MAX, "s")])
 }
 
-/// kill -9 of the daemon alone with a pool of 80 % of memory: time until the
-/// next request is answered, and until one comes from the cache again.
+/// kill -9 of the daemon alone with a full pool of 80 % of the memory that was
+/// available, mapped by its workers and by a client: time until the next
+/// request is answered, and until one comes from the cache again.
 async fn daemon_alone(options: &Options) -> anyhow::Result<Vec<Line>> {
     let model = super::model_path(options)?;
     let home = stand::temp_dir(options)?;
     let client = ask::client()?;
     let pool = (memory_available()? / 10 * 8) >> 20;
-    let node = stand::Node::start(home.path(), &model, &["--pinned-bytes", &format!("{pool}MiB")])?;
+    let node = stand::Node::start(
+        home.path(),
+        &model,
+        &["--pinned-bytes", &format!("{pool}MiB"), "--nvme-bytes", POOL_NVME_BYTES],
+    )?;
     let url = node.running.url.clone();
     let tokens = prompt::tokens(&model, prompt::fresh_seed() + PROMPTS, PROMPT_TOKENS)?;
     let before = ask::ask(&client, &url, &tokens, ANSWER_TOKENS).await?;
+    let session = fill(&node.running.socket, pool << 20).await?;
+    let mut info: Admin = admin(&node.running.grpc).await?;
+    let tiers = info.info(InfoRequest {}).await?.into_inner().tiers;
+    let populated =
+        tiers.iter().find(|tier| tier.tier() == Tier::Pinned).map_or(0, |tier| tier.populated_bytes);
     tokio::time::sleep(PAUSE).await;
     signal(node.pid_of("terraced")?, Ask::Die);
     let killed = Instant::now();
+    drop(session);
     let answered = until_answered(&client, &url, &tokens, &before.text, 0).await?;
     let cached = until_answered(&client, &url, &tokens, &before.text, 900).await?;
     Ok(vec![
         Line::plain("restart_pool", f64::from(u32::try_from(pool)?) / 1024.0, "GiB"),
+        Line::plain("restart_pool_populated", f64::from(u32::try_from(populated >> 20)?) / 1024.0, "GiB"),
         Line::plain("restart_daemon_next_answer", (answered - killed).as_secs_f64(), "s"),
         Line::plain("restart_daemon_cached_again", (cached - killed).as_secs_f64(), "s"),
     ])
+}
+
+/// Fills a pool with blocks. The session keeps its mappings.
+async fn fill(socket: &Path, pool_bytes: u64) -> anyhow::Result<Session> {
+    let session = blocks::session(socket).await?;
+    let space = blocks::space(&session, POOL_BLOCK_BYTES).await?;
+    let payload = vec![7; usize::try_from(POOL_BLOCK_BYTES)?];
+    let leases = pool_bytes / (POOL_BLOCK_BYTES * u64::try_from(POOL_FILL_BLOCKS)?);
+    for chain in 0..u32::try_from(leases)? {
+        let keys = blocks::keys(chain, POOL_FILL_BLOCKS);
+        // A pool that is full for the moment is what we want.
+        if let Err(error) = blocks::put(&session, &space, &keys, &payload).await {
+            eprintln!("filling ended at {chain} of {leases} chunks: {error:#}");
+            break;
+        }
+    }
+    Ok(session)
 }
 
 /// When the same prompt is answered with the same text and at least this much from the cache.
