@@ -31,7 +31,8 @@ const CHUNK_TOKENS: usize = 128;
 // A sequence that loses its blocks again and again is computed without the store.
 const RESTARTS_MAX: u32 = 3;
 
-const PER_BLOCK: TokenCount = TokenCount::new(BLOCK_TOKENS as u32);
+const PER_BLOCK: TokenCount = TokenCount::new(16);
+const _: () = assert!(PER_BLOCK.get() as usize == BLOCK_TOKENS);
 
 /// What a sequence needs from its worker.
 pub(crate) struct Shared {
