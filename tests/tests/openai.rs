@@ -1,6 +1,9 @@
 //! The OpenAI API of a whole node: real daemon, workers, router and model.
 
-#![allow(clippy::unwrap_used, reason = "a test fails by panicking; the lint's exception covers test functions only")]
+#![allow(
+    clippy::unwrap_used,
+    reason = "a test fails by panicking; the lint's exception covers test functions only"
+)]
 
 use std::fmt::Write;
 use std::time::Duration;
@@ -106,7 +109,11 @@ fn cached(answer: &Value) -> u64 {
 /// Some 25 tokens a line, different for each `story`.
 fn story(story: &str, lines: usize) -> String {
     (0..lines).fold(String::new(), |mut text, line| {
-        write!(text, "In the {story} chapter, on page {line}, the captain of the old ship wrote down the weather. ").unwrap();
+        write!(
+            text,
+            "In the {story} chapter, on page {line}, the captain of the old ship wrote down the weather. "
+        )
+        .unwrap();
         text
     })
 }
@@ -151,8 +158,12 @@ async fn settings_are_obeyed(api: &Api) {
     let words = text(&plain);
     let stop: String = words.chars().skip(9).take(3).collect();
     let expected = words.split(&stop).next().unwrap();
-    let stopped = api.complete("The colours of the rainbow are", &json!({"max_tokens": 24, "stop": [stop]})).await;
-    assert_eq!((text(&stopped).as_str(), &stopped["choices"][0]["finish_reason"]), (expected, &json!("stop")));
+    let stopped =
+        api.complete("The colours of the rainbow are", &json!({"max_tokens": 24, "stop": [stop]})).await;
+    assert_eq!(
+        (text(&stopped).as_str(), &stopped["choices"][0]["finish_reason"]),
+        (expected, &json!("stop"))
+    );
     let short = api.complete("The colours of the rainbow are", &json!({"max_tokens": 3})).await;
     assert_eq!(short["usage"]["completion_tokens"], 3);
     assert_eq!(short["choices"][0]["finish_reason"], "length");
