@@ -1,3 +1,5 @@
+//! What the configuration refuses, and what it fills in.
+
 use super::*;
 
 fn refused(text: &str) -> String {
