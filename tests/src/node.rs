@@ -30,9 +30,9 @@ pub fn program(name: &str) -> PathBuf {
 
 /// The default model, if it was fetched; else says how and that the test is skipped.
 pub fn model() -> Option<PathBuf> {
-    let cache = std::env::var_os("TERRACE_CACHE").map(PathBuf::from).or_else(|| {
-        Some(PathBuf::from(std::env::var_os("HOME")?).join(".cache/terrace"))
-    })?;
+    let cache = std::env::var_os("TERRACE_CACHE")
+        .map(PathBuf::from)
+        .or_else(|| Some(PathBuf::from(std::env::var_os("HOME")?).join(".cache/terrace")))?;
     let path = cache.join("SmolLM2-135M-Instruct.Q4_1.gguf");
     if path.is_file() {
         return Some(path);
@@ -97,7 +97,8 @@ impl Node {
 
     /// Starts one in `home`, which stays.
     pub fn start_in(home: &Path, model: &Path, extra: &[&str]) -> Self {
-        let mut command = terrace(&["up", "--port", "0", "--pinned-bytes", "512MiB", "--nvme-bytes", "512MiB"]);
+        let mut command =
+            terrace(&["up", "--port", "0", "--pinned-bytes", "512MiB", "--nvme-bytes", "512MiB"]);
         command.arg("--home").arg(home).arg("--model").arg(model).args(extra);
         let mut up = command.stdout(Stdio::piped()).spawn().expect("terrace up starts");
         let mut lines = BufReader::new(up.stdout.take().unwrap()).lines().map_while(Result::ok);
@@ -122,7 +123,9 @@ impl Node {
     pub fn children(&self) -> Vec<(u32, String)> {
         let mut parents = Vec::new();
         for entry in std::fs::read_dir("/proc").unwrap().map_while(Result::ok) {
-            let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else { continue };
+            let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else {
+                continue;
+            };
             parents.extend(stat(pid).map(|(parent, _)| (pid, parent)));
         }
         let mut found = vec![self.pid()];
@@ -154,7 +157,8 @@ impl Node {
     /// The JSON of an admin command that must succeed.
     pub fn admin_json(&self, args: &[&str]) -> Value {
         let output = self.admin(&[args, &["-o", "json"]].concat());
-        let (text, errors) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+        let (text, errors) =
+            (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
         assert!(output.status.success(), "{args:?}: {errors}");
         serde_json::from_str(&text).unwrap_or_else(|error| panic!("{args:?}: {error} in {text}"))
     }
@@ -168,7 +172,10 @@ impl Node {
     pub fn wait(&mut self) -> Option<i32> {
         let mut code = None;
         let up = &mut self.up;
-        wait_until(|| up.try_wait().unwrap().map(|status| code = status.code()).is_some(), "the end of terrace up");
+        wait_until(
+            || up.try_wait().unwrap().map(|status| code = status.code()).is_some(),
+            "the end of terrace up",
+        );
         code
     }
 

@@ -1,6 +1,9 @@
 //! `terrace up` and the admin commands, with everything real.
 
-#![allow(clippy::unwrap_used, reason = "a test fails by panicking; the lint's exception covers test functions only")]
+#![allow(
+    clippy::unwrap_used,
+    reason = "a test fails by panicking; the lint's exception covers test functions only"
+)]
 
 use std::fmt::Write;
 use std::net::TcpListener;
@@ -25,7 +28,11 @@ async fn ask(url: &str, prompt: &str) -> Result<Value, String> {
     let answer = answer.map_err(|error| error.to_string())?;
     let status = answer.status();
     let text = answer.text().await.map_err(|error| error.to_string())?;
-    if status.is_success() { Ok(serde_json::from_str(&text).unwrap()) } else { Err(format!("{status}: {text}")) }
+    if status.is_success() {
+        Ok(serde_json::from_str(&text).unwrap())
+    } else {
+        Err(format!("{status}: {text}"))
+    }
 }
 
 async fn page(url: &str) -> String {
@@ -79,7 +86,8 @@ fn a_file_that_is_no_model_ends_the_start() {
     let file = dir.path().join("no.gguf");
     std::fs::write(&file, "this is no model").unwrap();
     let mut command = terrace(&["up", "--port", "0", "--pinned-bytes", "256MiB", "--nvme-bytes", "256MiB"]);
-    let output = command.arg("--home").arg(dir.path().join("home")).arg("--model").arg(&file).output().unwrap();
+    let output =
+        command.arg("--home").arg(dir.path().join("home")).arg("--model").arg(&file).output().unwrap();
     assert_eq!(output.status.code(), Some(1));
     let said = String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);
     assert!(said.contains("no.gguf") && said.contains("GGUF"), "{said}");
@@ -100,7 +108,9 @@ async fn a_node_answers_shows_itself_and_stops_cleanly() {
     assert!(cached >= 160, "{second}");
 
     let info = node.admin_json(&["info"]);
-    assert!(info["tiers"].as_array().unwrap().iter().any(|tier| tier["tier"] == "Pinned" && tier["on"] == true));
+    assert!(
+        info["tiers"].as_array().unwrap().iter().any(|tier| tier["tier"] == "Pinned" && tier["on"] == true)
+    );
     assert_eq!(node.admin_json(&["flush"])["failed"], 0);
     let file = node.home.join("prompt.txt");
     std::fs::write(&file, &prompt).unwrap();
@@ -112,7 +122,9 @@ async fn a_node_answers_shows_itself_and_stops_cleanly() {
     assert!(!node.admin_json(&["block", "locate", block]).as_array().unwrap().is_empty());
     wait_until(|| node.admin_json(&["lease", "ls"])["total"] == 0, "the end of all leases");
     assert_eq!(node.admin_json(&["space", "ls"]).as_array().unwrap().len(), 1);
-    for command in [&["info"][..], &["tier", "ls"], &["space", "ls"], &["lease", "ls"], &["block", "stat", block]] {
+    for command in
+        [&["info"][..], &["tier", "ls"], &["space", "ls"], &["lease", "ls"], &["block", "stat", block]]
+    {
         let output = node.admin(command);
         assert!(output.status.success());
         let text = String::from_utf8_lossy(&output.stdout).into_owned();
