@@ -1,3 +1,5 @@
+//! Frames and descriptors over a real socket pair; garbage, limits, short reads.
+
 use std::io::{Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream as StdStream;

@@ -1,3 +1,5 @@
+//! Mappings of real memfds: what a client may and may not do with them.
+
 use std::ffi::CStr;
 use std::fs::File;
 use std::os::fd::FromRawFd;

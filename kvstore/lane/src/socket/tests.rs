@@ -1,3 +1,5 @@
+//! Listening and connecting: stale files, foreign files, who is at the other end.
+
 use std::os::unix::fs::PermissionsExt;
 
 use super::*;
