@@ -8,9 +8,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let descriptors = protox::compile(&files, ["."])?;
     let out = PathBuf::from(std::env::var("OUT_DIR")?);
     std::fs::write(out.join("terrace.bin"), prost_encode(&descriptors))?;
-    tonic_prost_build::configure()
-        .bytes(".terrace.v1")
-        .compile_fds(descriptors)?;
+    tonic_prost_build::configure().bytes(".terrace.v1").compile_fds(descriptors)?;
     println!("cargo:rerun-if-changed=terrace");
     Ok(())
 }
