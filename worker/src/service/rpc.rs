@@ -111,6 +111,11 @@ impl WorkerService for Worker {
         let queue_us = micros(queued_at);
         let started = Instant::now();
         let mut sequence = Sequence::open(Arc::clone(&self.shared), tokens).await;
+        if !sequence.has_store() {
+            // Computed blocks could not be handed over; whoever generates computes them once.
+            tracing::debug!(request = request.request_id, "no store to prefill for");
+            return Ok(Response::new(PrefillResponse { queue_us, ..PrefillResponse::default() }));
+        }
         let cached = sequence.loaded_tokens();
         waiting.left(total - cached);
         // No scores: a prompt that is known in full needs no work here.

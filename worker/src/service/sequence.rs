@@ -125,6 +125,11 @@ impl Sequence {
         self.loaded_tokens
     }
 
+    /// Whether there is a store to seal blocks in.
+    pub(crate) fn has_store(&self) -> bool {
+        self.attached.is_some()
+    }
+
     /// Computes what is missing of the tokens and seals whole blocks. Returns the
     /// scores of the next token if they are wanted.
     pub(crate) async fn compute(
