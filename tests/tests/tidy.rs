@@ -46,7 +46,7 @@ fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("tests/ lies in the repository").to_owned()
 }
 
-/// Every text file that we wrote. Build products (they carry a CACHEDIR.TAG) and hidden state are left out.
+/// Every text file that we wrote. Build products (`target`, and what carries a CACHEDIR.TAG) and hidden state are left out.
 fn sources() -> Vec<Source> {
     let root = root();
     let mut found = Vec::new();
@@ -57,7 +57,7 @@ fn sources() -> Vec<Source> {
             let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
             if path.is_dir() {
                 let ours = !name.starts_with('.') || name == ".cargo" || name == ".ci";
-                if ours && name != "node_modules" && !path.join("CACHEDIR.TAG").exists() {
+                if ours && name != "node_modules" && name != "target" && !path.join("CACHEDIR.TAG").exists() {
                     folders.push(path);
                 }
             } else if name != "Cargo.lock" && name != "LICENSE" {

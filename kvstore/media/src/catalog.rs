@@ -15,6 +15,7 @@ use rocksdb::{DB, DBRecoveryMode, Direction, IteratorMode, Options, ReadOptions,
 use terrace_core::{BlockHeader, BlockId, ByteCount, Checksum, DeviceId, DiskFrame, SpaceId, TenantId};
 
 use crate::api::{Carve, FoundHeader, SpaceRecord};
+use crate::facts::room;
 use crate::header::{crc, id_at, u16_at, u32_at, u64_at};
 
 const FORMAT: u32 = 1;
@@ -27,6 +28,9 @@ const CARVE_BYTES: usize = 41;
 const MEMTABLE_BYTES: usize = 8 << 20;
 const CACHE_BYTES: usize = 16 << 20;
 const OPEN_FILES_MAX: i32 = 128;
+// Memtables, log and a compaction of them: with less room nothing is written at all, because RocksDB
+// does not survive a write that finds the disk full (Debian's build ends the process).
+const ROOM_BYTES_MIN: u64 = 64 << 20;
 
 /// The catalog failed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -60,6 +64,16 @@ pub enum CatalogError {
     Failed {
         /// Its folder.
         path: PathBuf,
+    },
+    /// The disk is as good as full.
+    #[error(
+        "catalog {path} has {available} bytes of room left and needs {ROOM_BYTES_MIN}: free space on its disk"
+    )]
+    NoRoom {
+        /// Its folder.
+        path: PathBuf,
+        /// Room left.
+        available: u64,
     },
     /// A record is longer than allowed.
     #[error("a space record holds a tenant name or a manifest that is too long or empty")]
@@ -156,10 +170,12 @@ impl Catalog {
         let outcome = if self.fails.load(Ordering::Acquire) {
             Err(CatalogError::Store { path: self.path.clone(), reason: "failure was asked for".to_owned() })
         } else {
-            self.with(|store| {
-                let mut options = WriteOptions::default();
-                options.set_sync(true);
-                store.write_opt(batch.0, &options).map_err(|error| self.said(&error))
+            check_room(&self.path).and_then(|()| {
+                self.with(|store| {
+                    let mut options = WriteOptions::default();
+                    options.set_sync(true);
+                    store.write_opt(batch.0, &options).map_err(|error| self.said(&error))
+                })
             })
         };
         if let Err(error) = &outcome {
@@ -311,7 +327,20 @@ pub(crate) fn check_record(record: &SpaceRecord) -> Result<(), CatalogError> {
     }
 }
 
+/// Refuses to touch the store when the disk is as good as full.
+fn check_room(path: &Path) -> Result<(), CatalogError> {
+    let existing = path.ancestors().find(|folder| folder.exists()).unwrap_or(path);
+    let failed =
+        |error: std::io::Error| CatalogError::Store { path: path.to_owned(), reason: error.to_string() };
+    let available = room(existing).map_err(failed)?;
+    if available < ROOM_BYTES_MIN {
+        return Err(CatalogError::NoRoom { path: path.to_owned(), available });
+    }
+    Ok(())
+}
+
 fn open_store(path: &Path) -> Result<DB, CatalogError> {
+    check_room(path)?;
     let mut tables = rocksdb::BlockBasedOptions::default();
     let said =
         |error: rocksdb::Error| CatalogError::Store { path: path.to_owned(), reason: error.to_string() };

@@ -1,7 +1,12 @@
 //! What the machine offers for chunks, read from /proc and /sys, and what an
 //! operator can do about it. Stale at once; nothing here decides.
 
+use std::ffi::CString;
 use std::fs;
+use std::io;
+use std::mem::MaybeUninit;
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
 
 use terrace_core::ByteCount;
 
@@ -27,6 +32,22 @@ pub struct MemoryFacts {
     pub memlock: Option<ByteCount>,
     /// What is not as good as it could be, and how to mend it.
     pub notes: Vec<String>,
+}
+
+/// Bytes that an ordinary user may still take on the file system of `path`.
+///
+/// # Errors
+/// What the kernel says.
+pub(crate) fn room(path: &Path) -> io::Result<u64> {
+    let text = CString::new(path.as_os_str().as_bytes()).map_err(io::Error::other)?;
+    let mut facts = MaybeUninit::<libc::statvfs64>::uninit();
+    // SAFETY: `text` ends with a zero; the kernel writes one such struct, for which there is room.
+    if unsafe { libc::statvfs64(text.as_ptr(), facts.as_mut_ptr()) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the call succeeded, so the struct is written.
+    let facts = unsafe { facts.assume_init() };
+    Ok(facts.f_bavail.saturating_mul(facts.f_frsize))
 }
 
 /// Reads the facts.
@@ -113,10 +134,10 @@ fn chosen_word(text: &str) -> String {
 }
 
 fn read(path: &str) -> String {
-    read_path(std::path::Path::new(path))
+    read_path(Path::new(path))
 }
 
-fn read_path(path: &std::path::Path) -> String {
+fn read_path(path: &Path) -> String {
     fs::read_to_string(path).unwrap_or_default()
 }
 

@@ -53,7 +53,9 @@ pub(crate) fn open_catalog(
     let (catalog, state, loaded) = match attempt {
         Ok((catalog, true, loaded)) => (catalog, CatalogState::New, loaded),
         Ok((catalog, false, loaded)) => (catalog, CatalogState::Opened, loaded),
-        Err(error @ CatalogError::NewerFormat { .. }) => return Err(error.into()),
+        Err(error @ (CatalogError::NewerFormat { .. } | CatalogError::NoRoom { .. })) => {
+            return Err(error.into());
+        }
         Err(error) => {
             let moved_to = catalog::move_aside(&path).map_err(|source| MediaError::File {
                 path: path.clone(),

@@ -9,6 +9,10 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use crate::api::MediaError;
+use crate::facts::room;
+
+/// Unit of `st_blocks`, whatever the file system.
+const STAT_BLOCK_BYTES: u64 = 512;
 
 /// How long the locks of a process that is gone may take to go as well.
 const DEAD_OWNER_PATIENCE: Duration = Duration::from_secs(10);
@@ -65,6 +69,13 @@ impl DeviceFile {
         }
         let length =
             i64::try_from(bytes).map_err(|_| MediaError::BadConfig("a device is larger than 2^63 bytes"))?;
+        let action = "reserve its room (lower its `bytes`, or free space)";
+        let failed = |source| MediaError::File { path: self.path.clone(), action, source };
+        // Asked first, because a request that cannot be met takes all the room there
+        // is before it fails, and with it the room of everybody else's next write.
+        if self.missing_room(bytes).map_err(failed)? {
+            return Err(failed(io::Error::from_raw_os_error(libc::ENOSPC)));
+        }
         // SAFETY: plain system call on a descriptor that we own.
         if unsafe { libc::fallocate64(self.file.as_raw_fd(), 0, 0, length) } == 0 {
             return Ok(());
@@ -74,11 +85,13 @@ impl DeviceFile {
             Some(libc::EOPNOTSUPP) => self.file.set_len(bytes.max(self.len())),
             _ => Err(error),
         };
-        outcome.map_err(|source| MediaError::File {
-            path: self.path.clone(),
-            action: "reserve its room (lower its `bytes`, or free space)",
-            source,
-        })
+        outcome.map_err(failed)
+    }
+
+    /// Whether the file system has less room than the file still needs.
+    fn missing_room(&self, bytes: u64) -> io::Result<bool> {
+        let taken = self.file.metadata()?.blocks().saturating_mul(STAT_BLOCK_BYTES);
+        Ok(bytes.saturating_sub(taken) > room(&self.path)?)
     }
 
     fn len(&self) -> u64 {
