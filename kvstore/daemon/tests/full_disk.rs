@@ -1,0 +1,74 @@
+//! A full disk, with a real file system that fills up under the daemon.
+
+#![allow(clippy::unwrap_used, reason = "a test ends there, and says where")]
+
+mod common;
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use common::{Running, folder, keys, manifest, payloads};
+use terrace_client::{Durability, SealOutcome};
+
+/// A file system of our own to fill; unmounted when dropped.
+struct SmallDisk(PathBuf);
+
+impl SmallDisk {
+    fn mount(at: &Path) -> Option<Self> {
+        std::fs::create_dir_all(at).unwrap();
+        let mut command = Command::new("mount");
+        command.args(["-t", "tmpfs", "-o", "size=256m", "terrace-test"]).arg(at).stderr(Stdio::null());
+        command.status().is_ok_and(|status| status.success()).then(|| Self(at.to_owned()))
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg("-l").arg(&self.0).status();
+    }
+}
+
+/// The disk fills up while the daemon runs: seals are answered as not durable, reads go on, nothing is lost, and
+/// when there is room again blocks are durable again, without a restart.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_full_disk_is_survived() {
+    let folder = folder();
+    let Some(disk) = SmallDisk::mount(&folder.path().join("data")) else {
+        eprintln!("SKIPPED a_full_disk_is_survived: mounting a file system needs root");
+        return;
+    };
+    let daemon = Running::start(folder.path(), "");
+    let session = daemon.session(false).await;
+    let space = session.open_space(&manifest(0)).await.unwrap();
+    let names = keys(3);
+    let bytes = payloads(&names, 0);
+    let seal = |at: usize| session.write(&space, &names[at..=at], None, &bytes[at..=at], Durability::Durable);
+    assert_eq!(seal(0).await.unwrap(), [SealOutcome::Sealed]);
+
+    // Taking all room but 16 MiB leaves less than the catalog asks for.
+    let ballast = disk.0.join("ballast");
+    let room = rustix::fs::statvfs(&disk.0).unwrap();
+    let fill = usize::try_from(room.f_bavail * room.f_frsize - (16 << 20)).unwrap();
+    std::fs::write(&ballast, vec![7; fill]).unwrap();
+    assert_eq!(seal(1).await.unwrap(), [SealOutcome::NotDurable]);
+    assert!(daemon.info().await.degraded, "the daemon says that nothing is persisted");
+    assert!(session.read(&space, &names[1..2]).await.unwrap()[0].is_some(), "reads go on");
+
+    std::fs::remove_file(&ballast).unwrap();
+    let until = Instant::now() + Duration::from_secs(30);
+    while daemon.info().await.degraded {
+        assert!(Instant::now() < until, "still degraded with room on the disk");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    assert_eq!(seal(2).await.unwrap(), [SealOutcome::Sealed]);
+    drop(session);
+    daemon.kill();
+    let daemon = Running::start(folder.path(), "");
+    let session = daemon.session(false).await;
+    let space = session.open_space(&manifest(0)).await.unwrap();
+    let found = session.read(&space, &names).await.unwrap();
+    assert!(found[0].is_some() && found[2].is_some(), "durable blocks survive");
+    drop(session);
+    daemon.kill();
+}
