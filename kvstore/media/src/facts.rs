@@ -28,7 +28,7 @@ pub struct MemoryFacts {
     pub huge_pages_free: u64,
     /// The chosen word of `shmem_enabled`.
     pub shmem_enabled: String,
-    /// Soft limit of locked memory; `None` is unlimited.
+    /// Soft limit of locked memory; `None` is unlimited, as with CAP_IPC_LOCK.
     pub memlock: Option<ByteCount>,
     /// What is not as good as it could be, and how to mend it.
     pub notes: Vec<String>,
@@ -65,7 +65,7 @@ pub fn memory_facts() -> MemoryFacts {
     }
     if let Some(limit) = memlock {
         notes.push(format!(
-            "locked memory is limited to {} bytes: without CAP_IPC_LOCK chunks are not registered with io_uring \
+            "locked memory is limited to {} bytes and CAP_IPC_LOCK is missing: chunks are not registered with io_uring \
              (more CPU per byte); raise it with `LimitMEMLOCK=infinity` or `ulimit -l unlimited`",
             limit.get()
         ));
@@ -96,7 +96,19 @@ pub(crate) fn shmem_huge() -> ShmemHuge {
     }
 }
 
+/// Whether the limit of locked memory does not apply to this process.
+fn may_lock_memory() -> bool {
+    const CAP_IPC_LOCK: u32 = 14;
+    let status = read("/proc/self/status");
+    let mask = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
+    let mask = mask.and_then(|text| u64::from_str_radix(text.trim(), 16).ok());
+    mask.is_some_and(|mask| mask & (1 << CAP_IPC_LOCK) != 0)
+}
+
 fn memlock() -> Option<ByteCount> {
+    if may_lock_memory() {
+        return None;
+    }
     let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
     // SAFETY: `limit` is a valid rlimit that the call fills.
     let answer = unsafe { libc::getrlimit(libc::RLIMIT_MEMLOCK, &raw mut limit) };
