@@ -33,8 +33,51 @@ pub struct Config {
     pub window_recall_max: Micros,
     /// Free memory (in whole chunks) that reclaiming keeps ready for windows.
     pub chunks_ready_min: u32,
+    /// What each tier evicts first.
+    pub policy: Policy,
+    /// Which sealed blocks are copied to Nvme.
+    pub admission: Admission,
     /// Limits.
     pub limits: Limits,
+}
+
+/// How a tier chooses what to evict. All but `Fifo` and `S3Fifo` take leaves only.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Policy {
+    /// Follows whichever of `Lru` and `Learned` lately saved more seconds, by shadows of both.
+    Duel,
+    /// Least expected seconds saved per byte and time, learned by class and age.
+    Learned,
+    /// Least recently used.
+    Lru,
+    /// Small and main queue, with a ghost queue.
+    S3Fifo,
+    /// Oldest first.
+    Fifo,
+}
+
+/// Which sealed blocks are copied to Nvme.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Admission {
+    /// Every one.
+    All,
+    /// Those that are likely enough to come back, within a budget of written bytes.
+    Learned {
+        /// Bytes that may be written in a day; `None` is as many as pay off.
+        bytes_per_day: Option<ByteCount>,
+    },
+}
+
+/// What a block's past says about its future. Kept in the catalog beside the
+/// block, so that a restart does not forget it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct UseStats {
+    /// Blocks before it in its prefix; saturates.
+    pub depth: u32,
+    /// Requests that had extended its prefix when it was sealed: turns of a conversation; saturates.
+    pub turn: u8,
+    /// Times that it was used since it was sealed; saturates.
+    pub uses: u8,
 }
 
 /// Past a limit the answer is `Throttled`, never growth.

@@ -28,9 +28,9 @@ mod writing;
 
 pub use crate::core::Core;
 pub use api::{
-    BlockHeader, Config, Done, Durability, Effect, Event, Fault, FoundBlock, Grant, Input, IoClass, Limit,
-    Limits, Locality, MapAccess, MatchMode, MissReason, Notice, Refusal, Reply, Request, Residence,
-    SealOutcome, Via,
+    Admission, BlockHeader, Config, Done, Durability, Effect, Event, Fault, FoundBlock, Grant, Input,
+    IoClass, Limit, Limits, Locality, MapAccess, MatchMode, MissReason, Notice, Policy, Refusal, Reply,
+    Request, Residence, SealOutcome, UseStats, Via,
 };
 pub use checksum::{Checksum, Checksummer, checksum};
 pub use identity::{

@@ -16,6 +16,8 @@ fn config() -> Config {
         window_idle: Micros::from_millis(5000),
         window_recall_max: Micros::from_millis(5000),
         chunks_ready_min: 1,
+        policy: Policy::Lru,
+        admission: Admission::All,
         limits: Limits {
             blocks: 10_000,
             spaces: 8,

@@ -25,6 +25,8 @@ pub(crate) fn config(incarnation: u32) -> Config {
         window_idle: Micros::from_millis(200),
         window_recall_max: Micros::from_millis(200),
         chunks_ready_min: 1,
+        policy: Policy::Lru,
+        admission: Admission::All,
         limits: Limits {
             blocks: 110,
             spaces: 8,
