@@ -184,19 +184,24 @@ impl Core {
         let mut children = BTreeMap::<BlockIndex, (u32, u32, u32)>::new();
         let mut resident = BTreeMap::<SpaceIndex, (u64, u64)>::new();
         let mut unpersisted = 0;
-        for index in (0..self.blocks.end()).map(BlockIndex) {
+        for index in (0..self.blocks.end()).map(BlockIndex::new) {
             let Some(block) = self.blocks.try_at(index) else { continue };
             assert!(!block.is_gone(), "{:?}: an entry nobody needs is removed", block.id);
             assert_eq!(self.blocks.find(block.id), Some(index), "an entry is found by its id");
-            assert_eq!(block.filling, filling.get(&index).copied().unwrap_or(0), "{:?}: filling", block.id);
+            assert_eq!(
+                u32::from(block.filling),
+                filling.get(&index).copied().unwrap_or(0),
+                "{:?}: filling",
+                block.id
+            );
             let tiers = block.residence();
             let copied = tiers.pinned || tiers.nvme || block.nvme.is_coming();
-            assert_eq!(block.seal.is_some(), copied, "{:?}: seal facts", block.id);
+            assert_eq!(block.seal().is_some(), copied, "{:?}: seal facts", block.id);
             let held = resident.entry(block.space).or_default();
             held.0 += u64::from(tiers.pinned);
             held.1 += u64::from(tiers.nvme);
             if tiers.pinned && !tiers.nvme {
-                unpersisted += block.seal.map_or(0, |seal| seal.length.get());
+                unpersisted += self.spaces.at(block.space).block_bytes.get();
             }
             if let Some(parent) = block.parent {
                 let below = children.entry(parent).or_default();
@@ -206,7 +211,7 @@ impl Core {
             }
             self.check_block(index);
         }
-        for index in (0..self.blocks.end()).map(BlockIndex) {
+        for index in (0..self.blocks.end()).map(BlockIndex::new) {
             let Some(block) = self.blocks.try_at(index) else { continue };
             let found = (block.children, block.children_pinned, block.children_nvme);
             assert_eq!(found, children.get(&index).copied().unwrap_or_default(), "{:?}: children", block.id);
@@ -237,8 +242,10 @@ impl Core {
         let cell = |frame| self.disks.cell(frame).map(|cell| cell.state);
         match block.nvme {
             Nvme::None | Nvme::Deleting => {}
-            Nvme::Writing { frame, op } => {
-                assert!(self.ops.contains_key(&op), "{:?}: its write is in flight", block.id);
+            Nvme::Writing { frame, sequence } => {
+                let writing =
+                    |op: &Op| matches!(op, Op::Write { header, .. } if header.write_sequence == sequence);
+                assert!(self.ops.values().any(writing), "{:?}: its write is in flight", block.id);
                 assert_eq!(cell(frame), Some(DiskState::Filling { block: index }), "{:?}: writing", block.id);
             }
             Nvme::Committing { frame, .. } => {
@@ -262,7 +269,11 @@ impl Core {
                 assert!(queued, "{:?}: it is in the queue", block.id);
             }
             Arriving::Reading(op) | Arriving::Verifying(op) => {
-                assert!(self.ops.contains_key(&op), "{:?}: its operation is in flight", block.id);
+                assert!(
+                    self.ops.keys().any(|&id| op == id.into()),
+                    "{:?}: its operation is in flight",
+                    block.id
+                );
             }
         }
     }
@@ -272,7 +283,7 @@ impl Core {
             for (tier, lists) in [(Tier::Pinned, held.lru_pinned), (Tier::Nvme, held.lru_nvme)] {
                 let listed: BTreeSet<BlockIndex> = lists.coldest_first(&self.blocks, tier).collect();
                 let should: BTreeSet<BlockIndex> = (0..self.blocks.end())
-                    .map(BlockIndex)
+                    .map(BlockIndex::new)
                     .filter(|&index| self.blocks.try_at(index).is_some_and(|block| block.space == space))
                     .filter(|&index| self.should_be_listed(index, tier))
                     .collect();
@@ -354,8 +365,8 @@ impl Core {
             *leased.entry(chunk.tenant).or_default() += self.config.chunk_bytes.get();
         }
         let mut retained = BTreeMap::<TenantId, u64>::new();
-        for index in (0..self.blocks.end()).map(BlockIndex) {
-            let Some(block) = self.blocks.try_at(index).filter(|block| block.retained.is_some()) else {
+        for index in (0..self.blocks.end()).map(BlockIndex::new) {
+            let Some(block) = self.blocks.try_at(index).filter(|block| block.retained) else {
                 continue;
             };
             let space = self.spaces.at(block.space);
@@ -419,7 +430,7 @@ impl Core {
         );
         for index in self.durables.keys() {
             let block = self.blocks.at(*index);
-            let open = block.seal.is_some() && !block.residence().nvme;
+            let open = block.seal().is_some() && !block.residence().nvme;
             assert!(open, "{:?}: who waits for durability waits for what can become durable", block.id);
         }
         for (id, wait) in &self.waits {

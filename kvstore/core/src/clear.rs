@@ -61,7 +61,7 @@ impl Core {
     fn drop_space(&mut self, space: SpaceIndex) -> (u64, Vec<DiskFrame>) {
         let mut dropped = 0;
         let mut cells = Vec::new();
-        for index in (0..self.blocks.end()).map(BlockIndex) {
+        for index in (0..self.blocks.end()).map(BlockIndex::new) {
             let Some(block) = self.blocks.try_at(index).filter(|block| block.space == space) else {
                 continue;
             };

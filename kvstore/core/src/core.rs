@@ -10,7 +10,7 @@ use crate::api::{BlockHeader, Config, Done, Effect, Fault, Input, Via};
 use crate::ids::{
     BlockId, ChunkId, DeviceId, DiskFrame, Fence, FrameRef, LeaseId, OpId, SessionId, TenantId,
 };
-use crate::state::block::{BlockIndex, BlockTable};
+use crate::state::block::{BlockIndex, BlockTable, Retained};
 use crate::state::chunk::ChunkTable;
 use crate::state::disk::Disks;
 use crate::state::session::{Lease, Session, WaitId};
@@ -165,6 +165,8 @@ pub struct Core {
     pub(crate) commit_running: bool,
     pub(crate) clears_again: Vec<ClearAgain>,
     pub(crate) write_sequence: u64,
+    /// Promises to evict a block last.
+    pub(crate) retained: BTreeMap<BlockIndex, Retained>,
 
     pub(crate) reads_running: u32,
     pub(crate) writes_running: u32,
@@ -220,6 +222,7 @@ impl Core {
             commit_running: false,
             clears_again: Vec::new(),
             write_sequence: 0,
+            retained: BTreeMap::new(),
             reads_running: 0,
             writes_running: 0,
             verifies_running: 0,
@@ -346,7 +349,7 @@ impl Core {
             Op::DropChunk { chunk } => self.chunk_dropped(chunk),
             Op::Read { block, source, target } => self.read_done(id, block, source, target, outcome),
             Op::Write { block, source, fence, target, header, via } => {
-                self.write_done(id, block, (source, fence), target, header, via, outcome);
+                self.write_done(block, (source, fence), target, header, via, outcome);
             }
             Op::CarveSlot { device, slot, space } => self.carve_done(device, slot, space, outcome),
             Op::Commit { puts, deletes } => self.commit_done(&puts, &deletes, outcome),
@@ -382,15 +385,15 @@ impl Core {
     pub(crate) fn header_of(&self, index: BlockIndex, write_sequence: u64) -> BlockHeader {
         let block = self.blocks.at(index);
         let space = self.spaces.at(block.space);
-        let seal = block.seal.expect("a block with a copy has been sealed");
+        let checksum = block.seal().expect("a block with a copy has been sealed");
         BlockHeader {
             block: block.id,
             space: space.id,
             tenant: space.tenant,
             parent: block.parent.map(|parent| self.blocks.at(parent).id),
-            length: seal.length,
-            checksum: seal.checksum,
-            generation: seal.generation,
+            length: space.block_bytes,
+            checksum,
+            generation: space.generation,
             write_sequence,
         }
     }

@@ -84,6 +84,40 @@ macro_rules! counter_id {
     };
 }
 
+/// Like [`counter_id`], for ids that tables hold by the million: counted from
+/// one, so that an absent one takes no room. Numbers that cannot be are all
+/// taken for the last one, which is never given out.
+macro_rules! dense_id {
+    ($(#[$doc:meta])* $name:ident, $raw:ty, $inner:ty) => {
+        $(#[$doc])*
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+        pub struct $name($inner);
+
+        impl $name {
+            /// Stands for every number that is never given out.
+            pub const NOBODY: Self = Self(<$inner>::MAX);
+
+            /// From a raw number of the wire or a counter.
+            pub fn new(raw: u64) -> Self {
+                <$raw>::try_from(raw).ok().and_then(<$inner>::new).map_or(Self::NOBODY, Self)
+            }
+
+            /// The raw number, for wire fields and metrics only.
+            #[expect(clippy::allow_attributes, reason = "the conversion is the identity for 64 bits")]
+            #[allow(clippy::useless_conversion, reason = "the conversion is the identity for 64 bits")]
+            pub fn get(self) -> u64 {
+                u64::from(self.0.get())
+            }
+        }
+
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                self.0.fmt(f)
+            }
+        }
+    };
+}
+
 /// Text that is no 128-bit id.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("`{found}` is no id: expected 32 hexadecimal digits")]
@@ -105,17 +139,17 @@ hash_id! {
     TenantId
 }
 
-counter_id! {
+dense_id! {
     /// One connection of one client process.
-    SessionId, u64
+    SessionId, u64, std::num::NonZeroU64
+}
+dense_id! {
+    /// A region of one tier, carved into equal frames.
+    ChunkId, u32, std::num::NonZeroU32
 }
 counter_id! {
     /// A session's right to read or fill blocks until a deadline.
     LeaseId, u64
-}
-counter_id! {
-    /// A region of one tier, carved into equal frames.
-    ChunkId, u64
 }
 counter_id! {
     /// A file or raw device of the Nvme tier, in the order of the configuration.

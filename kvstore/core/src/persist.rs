@@ -5,7 +5,7 @@
 
 use crate::api::{BlockHeader, Effect, Fault, IoClass, Via};
 use crate::core::{Core, Deadline, Delete, Op, Put, RETRY_AFTER};
-use crate::ids::{BlockId, DeviceId, DiskFrame, Fence, FrameRef, OpId};
+use crate::ids::{BlockId, DeviceId, DiskFrame, Fence, FrameRef};
 use crate::policy::{Candidate, Choice, victim};
 use crate::state::block::{Arriving, BlockIndex, Nvme};
 use crate::state::chunk::ChunkKind;
@@ -107,15 +107,13 @@ impl Core {
             .slot_mut(target.device, target.slot)
             .set(target.index, DiskState::Filling { block: index });
         self.disks.cell_mut(target).busy += 1;
-        self.blocks.at_mut(index).nvme = Nvme::Writing { frame: target, op };
+        self.blocks.at_mut(index).nvme = Nvme::Writing { frame: target, sequence: header.write_sequence };
         self.writes_running += 1;
         self.effects.push_back(Effect::Write { op, source, target, target_offset, header, via, class });
     }
 
-    #[expect(clippy::too_many_arguments, reason = "the fields of one operation, taken apart once")]
     pub(crate) fn write_done(
         &mut self,
-        op: OpId,
         index: BlockIndex,
         source: (FrameRef, Fence),
         target: DiskFrame,
@@ -127,7 +125,7 @@ impl Core {
         let (source, fence) = source;
         let same = self.let_frame_go(source, fence);
         self.disks.cell_mut(target).busy -= 1;
-        let writing = Nvme::Writing { frame: target, op };
+        let writing = Nvme::Writing { frame: target, sequence: header.write_sequence };
         let current = self.blocks.try_at(index).is_some_and(|block| block.nvme == writing);
         if !current {
             if matches!(

@@ -73,7 +73,7 @@ mod tests {
     use super::*;
 
     fn candidate(block: u32, leaf: bool, busy: bool, expendable: bool) -> Candidate {
-        Candidate { block: BlockIndex(block), leaf, busy, expendable }
+        Candidate { block: BlockIndex::new(block), leaf, busy, expendable }
     }
 
     /// Evicting a parent before its children would waste them, and waiting for a
@@ -86,9 +86,9 @@ mod tests {
             candidate(3, true, false, false),
             candidate(4, true, false, true),
         ];
-        assert_eq!(victim(coldest_first.into_iter()), Choice::Evict(BlockIndex(4)));
-        assert_eq!(victim(coldest_first.into_iter().take(3)), Choice::Demote(BlockIndex(3)));
-        assert_eq!(victim(coldest_first.into_iter().take(2)), Choice::Evict(BlockIndex(1)));
+        assert_eq!(victim(coldest_first.into_iter()), Choice::Evict(BlockIndex::new(4)));
+        assert_eq!(victim(coldest_first.into_iter().take(3)), Choice::Demote(BlockIndex::new(3)));
+        assert_eq!(victim(coldest_first.into_iter().take(2)), Choice::Evict(BlockIndex::new(1)));
         assert_eq!(victim(coldest_first.into_iter().skip(1).take(1)), Choice::Nothing);
     }
 

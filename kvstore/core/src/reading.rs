@@ -98,7 +98,9 @@ impl Core {
     ) -> Option<Grant> {
         let block = self.blocks.at(index);
         let frame = block.pinned?;
-        let (name, seal, space) = (block.id, block.seal?, self.spaces.at(block.space));
+        let (name, checksum) = (block.id, block.seal()?);
+        let space = self.spaces.at(block.space);
+        let length = space.block_bytes;
         let lease = self.leases.get(&id)?;
         let cell = self.chunks.frame(frame)?;
         let FrameState::Sealed { block: _, pins, verified, sealer } = cell.state else { return None };
@@ -119,8 +121,7 @@ impl Core {
             lease.items[position] = Some(Held { frame, fence, bytes });
         }
         self.relist(index, Relist::Keep);
-        let (length, checksum) = (seal.length, Some(seal.checksum));
-        Some(Grant::Granted { block: name, frame, fence, offset, length, checksum })
+        Some(Grant::Granted { block: name, frame, fence, offset, length, checksum: Some(checksum) })
     }
 
     /// Puts a block into the queue of wanted ones. False: the queue is full.
@@ -186,7 +187,7 @@ impl Core {
         chunk.set(target.index, FrameState::Filling { block, filler: Filler::Op(op) });
         let entry = self.blocks.at_mut(block);
         entry.filling += 1;
-        entry.arriving = Arriving::Reading(op);
+        entry.arriving = Arriving::Reading(op.into());
         self.disks.cell_mut(source).busy += 1;
         self.reads_running += 1;
         let class = if self.arrivals.contains_key(&block) { IoClass::Fetch } else { IoClass::Prefetch };
@@ -207,7 +208,7 @@ impl Core {
         self.disks.cell_mut(source).busy -= 1;
         self.settle_cell(source);
         let block = self.blocks.at(index);
-        let wanted = block.arriving == Arriving::Reading(op);
+        let wanted = block.arriving == Arriving::Reading(op.into());
         let current = matches!(block.nvme, Nvme::Sealed { frame, .. } if frame == source);
         let fits = wanted && current && block.pinned.is_none();
         let mut otherwise = MissReason::Unknown;
@@ -241,7 +242,7 @@ impl Core {
         let expect = self.header_of(index, 0);
         let fence = self.hold_frame(frame);
         let op = self.start(Op::Verify { block: index, frame, fence });
-        self.blocks.at_mut(index).arriving = Arriving::Verifying(op);
+        self.blocks.at_mut(index).arriving = Arriving::Verifying(op.into());
         self.verifies_running += 1;
         self.effects.push_back(Effect::Verify { op, frame, expect });
     }
@@ -255,7 +256,8 @@ impl Core {
         outcome: Result<(), crate::api::Fault>,
     ) {
         self.verifies_running -= 1;
-        let wanted = self.blocks.try_at(index).is_some_and(|block| block.arriving == Arriving::Verifying(op));
+        let wanted =
+            self.blocks.try_at(index).is_some_and(|block| block.arriving == Arriving::Verifying(op.into()));
         if self.let_frame_go(frame, fence) {
             match outcome {
                 Ok(()) => self.mark_verified(frame),

@@ -165,7 +165,8 @@ impl Core {
             let held = self.tenants.entry(tenant).or_default();
             if priority > 0 && held.retained_bytes + bytes <= limit {
                 held.retained_bytes += bytes;
-                self.blocks.at_mut(index).retained = Some(Retained { priority, until });
+                self.blocks.at_mut(index).retained = true;
+                self.retained.insert(index, Retained { priority, until });
                 self.at(until, Deadline::Retain(index, block));
                 retained += 1;
             }
@@ -200,7 +201,7 @@ impl Core {
     /// table: it is asked for at the end of a daemon's life, or by hand.
     fn flush(&mut self, asker: Asker) -> Option<Reply> {
         let mut open = Vec::new();
-        for index in (0..self.blocks.end()).map(BlockIndex) {
+        for index in (0..self.blocks.end()).map(BlockIndex::new) {
             let unsaved =
                 |block: &crate::state::block::Block| block.pinned.is_some() && !block.residence().nvme;
             if self.blocks.try_at(index).is_some_and(unsaved) {

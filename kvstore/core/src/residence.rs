@@ -26,7 +26,6 @@ impl Core {
         change(block);
         let after = block.residence();
         let (space, parent, id) = (block.space, block.parent, block.id);
-        let length = block.seal.map_or(0, |seal| seal.length.get());
         if before != after {
             if let Some(parent) = parent {
                 let parent = self.blocks.at_mut(parent);
@@ -34,6 +33,7 @@ impl Core {
                 adjust(&mut parent.children_nvme, before.nvme, after.nvme);
             }
             let held = self.spaces.at_mut(space);
+            let length = held.block_bytes.get();
             adjust(&mut held.blocks_pinned, before.pinned, after.pinned);
             adjust(&mut held.blocks_nvme, before.nvme, after.nvme);
             match (is_unpersisted(before), is_unpersisted(after)) {
@@ -48,7 +48,7 @@ impl Core {
             // A copy that is on its way to a device may outlive the one it was made from.
             let block = self.blocks.at_mut(index);
             if !block.nvme.is_coming() {
-                block.seal = None;
+                block.set_seal(None);
                 self.durable(index, false);
             }
         }
@@ -76,7 +76,7 @@ impl Core {
     /// copy is in a chunk of the pool and no lease pins it; in Nvme, when its copy is sealed.
     pub(crate) fn relist(&mut self, index: BlockIndex, how: Relist) {
         let block = self.blocks.at(index);
-        let rank = if block.retained.is_some() { Rank::Retained } else { Rank::Ordinary };
+        let rank = if block.retained { Rank::Retained } else { Rank::Ordinary };
         let evictable = block.pinned.is_some_and(|frame| self.is_evictable(frame));
         let in_pinned = evictable.then_some(rank);
         let in_nvme = block.residence().nvme.then_some(rank);
@@ -215,8 +215,11 @@ impl Core {
     /// A promise to keep the block ends.
     pub(crate) fn unretain(&mut self, index: BlockIndex) {
         let block = self.blocks.at_mut(index);
-        let Some(retained) = block.retained.take() else { return };
+        if !std::mem::take(&mut block.retained) {
+            return;
+        }
         let (space, id) = (block.space, block.id);
+        let Some(retained) = self.retained.remove(&index) else { return };
         self.deadlines.remove(&(retained.until, crate::core::Deadline::Retain(index, id)));
         let held = self.spaces.at(space);
         let (tenant, bytes) = (held.tenant, held.frame_bytes.get());

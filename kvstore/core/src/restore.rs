@@ -3,7 +3,7 @@
 use crate::api::FoundBlock;
 use crate::core::{Core, Deadline};
 use crate::ids::{DeviceId, SpaceId, TenantId};
-use crate::state::block::{BlockIndex, Nvme, SealFacts};
+use crate::state::block::{BlockIndex, Nvme};
 use crate::state::disk::{DiskState, SlotState};
 use crate::state::lru::Lists;
 use crate::state::space::{HEADER_PAGE_BYTES, Space, SpaceIndex, frame_bytes, frames_in};
@@ -177,8 +177,7 @@ impl Core {
                 }
                 Nvme::Writing { .. } | Nvme::Committing { .. } | Nvme::Deleting => false,
             };
-            let differs =
-                block.pinned.is_some() && block.seal.is_some_and(|seal| seal.checksum != found.checksum);
+            let differs = block.pinned.is_some() && block.seal().is_some_and(|seal| seal != found.checksum);
             if !replaceable || differs || block.space != space {
                 return false;
             }
@@ -214,10 +213,8 @@ impl Core {
         if slot.free.is_empty() {
             self.open_slots(space, frame.device).remove(&frame.slot);
         }
-        let generation = self.spaces.at(space).generation;
-        let seal = SealFacts { length: found.length, checksum: found.checksum, generation };
         let block = self.blocks.at_mut(index);
-        block.seal = block.seal.or(Some(seal));
+        block.set_seal(block.seal().or(Some(found.checksum)));
         let sequence = found.write_sequence;
         self.transition(index, |block| block.nvme = Nvme::Sealed { frame, sequence });
     }

@@ -235,19 +235,19 @@ impl Core {
             space: space.id,
             parent: entry.parent.map(|parent| self.blocks.at(parent).id),
             tiers: entry.residence(),
-            header: entry.seal.map(|_| self.header_of(index, sequence.unwrap_or(0))),
+            header: entry.seal().map(|_| self.header_of(index, sequence.unwrap_or(0))),
             frame: entry.pinned,
             fence: cell.map(|cell| cell.fence),
             verified,
             pins,
             busy: cell.map_or(0, |cell| cell.busy),
             disk: disk.map(|frame| (frame, self.disks.offset(frame, space.frame_bytes))),
-            filling: entry.filling,
+            filling: entry.filling.into(),
             children: entry.children,
             children_pinned: entry.children_pinned,
             children_nvme: entry.children_nvme,
             idle: self.now.since(entry.touched),
-            retained_until: entry.retained.map(|retained| retained.until),
+            retained_until: self.retained.get(&index).map(|retained| retained.until),
             leases: self.leases_of(entry),
             explanation: explain(entry, pins),
         })
@@ -405,7 +405,7 @@ impl Core {
         let end =
             self.blocks.end().min(next.saturating_add(crate::state::count(limit.clamp(1, 1 << 16)) * 4));
         while next < end && entries.len() < limit.max(1) {
-            self.snapshot_one(tenant, BlockIndex(next), &mut entries);
+            self.snapshot_one(tenant, BlockIndex::new(next), &mut entries);
             next += 1;
         }
         (entries, (next < self.blocks.end()).then_some(next))
@@ -446,7 +446,7 @@ fn explain(block: &Block, pins: u32) -> &'static str {
     let tiers = block.residence();
     if pins > 0 {
         "leased: it is not evicted before its leases end"
-    } else if block.retained.is_some() {
+    } else if block.retained {
         "retained: it is evicted after all blocks that are not"
     } else if tiers.pinned && block.children_pinned > 0 {
         "its children are in Pinned: they are evicted before it"

@@ -6,13 +6,16 @@ use crate::core::Core;
 use crate::ids::{BlockId, FrameRef, LeaseId, SpaceId, TenantId};
 use crate::memory::Allocated;
 use crate::residence::Vacate;
-use crate::state::block::{BlockIndex, Nvme, SealFacts};
+use crate::state::block::{BlockIndex, Nvme};
 use crate::state::chunk::{Filler, FrameState};
 use crate::state::count;
 use crate::state::session::{Held, LeaseKind, WaitId};
 use crate::state::space::{HEADER_PAGE_BYTES, SpaceIndex};
 use crate::units::{ByteCount, Micros};
 use crate::waiting::{Asker, WaitKind};
+
+/// Frames that may be filled for one block at a time: sessions that all compute it.
+const FILLING_MAX: u16 = 1 << 12;
 
 /// What became of one step of a write lease.
 #[derive(Clone, Copy, Debug)]
@@ -121,6 +124,9 @@ impl Core {
             let there = self.residence(index);
             if there.pinned || there.nvme {
                 return Step::Settled(Grant::Exists);
+            }
+            if self.blocks.at(index).filling >= FILLING_MAX {
+                return Step::Settled(Grant::Throttled);
             }
         }
         let bytes = self.spaces.at(space).frame_bytes.get();
@@ -246,7 +252,8 @@ impl Core {
 
     /// Publishes one block. The block is given back when it is sealed.
     fn seal_one(&mut self, id: LeaseId, part: SealedPart) -> (SealOutcome, Option<BlockIndex>) {
-        let (position, length, checksum) = part;
+        // The length was compared with the space's.
+        let (position, _, checksum) = part;
         let lost = (SealOutcome::Lost, None);
         let Some(lease) = self.leases.get(&id) else { return lost };
         let Some(held) = lease.items[position as usize] else { return lost };
@@ -256,9 +263,7 @@ impl Core {
         };
         match cell.state {
             FrameState::Filling { block: index, filler: Filler::Lease(filler) } if filler == id => {
-                let generation = self.spaces.at(self.blocks.at(index).space).generation;
-                let facts = SealFacts { length, checksum, generation };
-                let outcome = self.publish_frame(index, held.frame, facts, session);
+                let outcome = self.publish_frame(index, held.frame, checksum, session);
                 match outcome {
                     SealOutcome::Conflict | SealOutcome::Lost => (outcome, None),
                     SealOutcome::Sealed | SealOutcome::Already | SealOutcome::NotDurable => {
@@ -267,12 +272,7 @@ impl Core {
                 }
             }
             FrameState::Sealed { block: index, .. } => {
-                let same = self
-                    .blocks
-                    .at(index)
-                    .seal
-                    .is_some_and(|seal| (seal.length, seal.checksum) == (length, checksum));
-                if same {
+                if self.blocks.at(index).seal() == Some(checksum) {
                     return (SealOutcome::Already, Some(index));
                 }
                 self.counters.seal_conflicts += 1;
@@ -290,13 +290,13 @@ impl Core {
         &mut self,
         index: BlockIndex,
         frame: FrameRef,
-        facts: SealFacts,
+        checksum: Checksum,
         session: crate::ids::SessionId,
     ) -> SealOutcome {
         let block = self.blocks.at(index);
-        let before = block.seal;
+        let before = block.seal();
         let resident = block.pinned.is_some();
-        let same = before.is_none_or(|seal| (seal.length, seal.checksum) == (facts.length, facts.checksum));
+        let same = before.is_none_or(|seal| seal == checksum);
         if !same || resident {
             self.abandon_filling(frame, Vacate::Free);
             if same {
@@ -310,7 +310,7 @@ impl Core {
         let local = self.is_local(session);
         let sealer = local.then_some(session);
         if before.is_none() {
-            self.blocks.at_mut(index).seal = Some(facts);
+            self.blocks.at_mut(index).set_seal(Some(checksum));
         }
         self.seal_frame(index, frame, !local, sealer, 1);
         self.window_settled(frame.chunk);

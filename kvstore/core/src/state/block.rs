@@ -5,6 +5,8 @@
 //! parent, so that a parent link always leads somewhere and child counts are
 //! exact. Look-ups hash the id's own bits; nothing iterates the hash table.
 
+use std::num::NonZeroU32;
+
 use hashbrown::HashTable;
 
 use crate::api::Residence;
@@ -13,22 +15,31 @@ use crate::ids::{BlockId, DiskFrame, FrameRef, OpId};
 use crate::state::count;
 use crate::state::lru::Links;
 use crate::state::space::SpaceIndex;
-use crate::units::{ByteCount, Now};
+use crate::units::Now;
 
 /// Longest walk towards the root when a parent is attached to an entry that
 /// has children already. Beyond it the parent is not recorded.
 const ANCESTORS_MAX: u32 = 1 << 16;
 
-/// Index of an entry. Valid until the entry is removed.
+/// Index of an entry. Valid until the entry is removed. Kept as the number
+/// after it, so that an absent link takes no room.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub(crate) struct BlockIndex(pub(crate) u32);
+pub(crate) struct BlockIndex(NonZeroU32);
 
-/// What every copy of a sealed block agrees on.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct SealFacts {
-    pub(crate) length: ByteCount,
-    pub(crate) checksum: Checksum,
-    pub(crate) generation: u64,
+impl BlockIndex {
+    /// The entry at a place of the table, which is limited to fewer than 2^32 - 1 entries.
+    pub(crate) fn new(place: u32) -> Self {
+        Self(NonZeroU32::MIN.saturating_add(place))
+    }
+
+    /// Its place in the table.
+    pub(crate) fn get(self) -> u32 {
+        self.0.get() - 1
+    }
+
+    fn place(self) -> usize {
+        self.get() as usize
+    }
 }
 
 /// The copy on a device.
@@ -38,7 +49,7 @@ pub(crate) enum Nvme {
     /// The device is writing it.
     Writing {
         frame: DiskFrame,
-        op: OpId,
+        sequence: u64,
     },
     /// Written; waits for the commit that makes it durable.
     Committing {
@@ -64,16 +75,28 @@ impl Nvme {
     }
 }
 
-/// How a Pinned copy that may be served is on its way.
+/// How a Pinned copy that may be served is on its way. Operations are known by
+/// the low half of their number: no two with the same half are ever in flight.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Arriving {
     No,
     /// In the queue of wanted blocks.
     Queued,
     /// Being read from a device.
-    Reading(OpId),
+    Reading(ShortOp),
     /// Its Pinned copy is being compared with its checksum.
-    Verifying(OpId),
+    Verifying(ShortOp),
+}
+
+/// Low half of an operation's number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct ShortOp(u32);
+
+impl From<OpId> for ShortOp {
+    #[expect(clippy::cast_possible_truncation, reason = "the low half is what is kept")]
+    fn from(op: OpId) -> Self {
+        Self(op.get() as u32)
+    }
 }
 
 /// A promise to evict the block last.
@@ -83,57 +106,77 @@ pub(crate) struct Retained {
     pub(crate) until: Now,
 }
 
-/// One block.
+/// One block, in two cache lines: there are as many as blocks in all tiers.
 #[derive(Debug)]
 pub(crate) struct Block {
     pub(crate) id: BlockId,
+    /// Of the payload, while `sealed`.
+    checksum: Checksum,
+    pub(crate) touched: Now,
+    pub(crate) nvme: Nvme,
+    /// The sealed copy in Pinned.
+    pub(crate) pinned: Option<FrameRef>,
+    pub(crate) arriving: Arriving,
     pub(crate) space: SpaceIndex,
     pub(crate) parent: Option<BlockIndex>,
+    /// The entry that named this one as parent last: where a prefix mostly goes on.
+    child: Option<BlockIndex>,
     /// Entries that name this one as parent.
     pub(crate) children: u32,
     /// Of these, sealed in Pinned.
     pub(crate) children_pinned: u32,
     /// Of these, sealed in Nvme.
     pub(crate) children_nvme: u32,
-    /// Present while a tier holds a sealed copy, or Nvme is about to.
-    pub(crate) seal: Option<SealFacts>,
-    /// The sealed copy in Pinned.
-    pub(crate) pinned: Option<FrameRef>,
-    pub(crate) nvme: Nvme,
+    pub(crate) lru_pinned: Links,
+    pub(crate) lru_nvme: Links,
     /// Pinned frames that are being filled for it.
-    pub(crate) filling: u32,
-    pub(crate) arriving: Arriving,
-    pub(crate) touched: Now,
-    pub(crate) retained: Option<Retained>,
+    pub(crate) filling: u16,
     /// Device errors while writing it, since the last success; the most when no device has room for it.
     pub(crate) write_faults: u8,
     /// It waits in the queue of urgent writes.
     pub(crate) urgent: bool,
-    pub(crate) lru_pinned: Links,
-    pub(crate) lru_nvme: Links,
+    /// It is evicted last; until when is in the core's table.
+    pub(crate) retained: bool,
+    /// A tier holds a sealed copy, or Nvme is about to.
+    sealed: bool,
 }
+
+const _: () = assert!(size_of::<Option<Block>>() == 128);
 
 impl Block {
     fn new(id: BlockId, space: SpaceIndex, now: Now) -> Self {
         Self {
             id,
+            checksum: Checksum::new(0),
+            touched: now,
+            nvme: Nvme::None,
+            pinned: None,
+            arriving: Arriving::No,
             space,
             parent: None,
+            child: None,
             children: 0,
             children_pinned: 0,
             children_nvme: 0,
-            seal: None,
-            pinned: None,
-            nvme: Nvme::None,
-            filling: 0,
-            arriving: Arriving::No,
-            touched: now,
-            retained: None,
-            write_faults: 0,
-            urgent: false,
             lru_pinned: Links::default(),
             lru_nvme: Links::default(),
+            filling: 0,
+            write_faults: 0,
+            urgent: false,
+            retained: false,
+            sealed: false,
         }
+    }
+
+    /// Checksum of every sealed copy. Its length and generation are those of
+    /// its space: a cleared space's blocks are dropped at once.
+    pub(crate) fn seal(&self) -> Option<Checksum> {
+        self.sealed.then_some(self.checksum)
+    }
+
+    pub(crate) fn set_seal(&mut self, seal: Option<Checksum>) {
+        self.sealed = seal.is_some();
+        self.checksum = seal.unwrap_or(self.checksum);
     }
 
     /// Tiers with a sealed copy.
@@ -179,22 +222,32 @@ impl BlockTable {
     /// The entry of a block.
     pub(crate) fn find(&self, id: BlockId) -> Option<BlockIndex> {
         let entries = &self.entries;
-        self.index.find(hash(id), |&slot| entry(entries, slot).id == id).map(|&slot| BlockIndex(slot))
+        self.index.find(hash(id), |&slot| entry(entries, slot).id == id).map(|&slot| BlockIndex::new(slot))
+    }
+
+    /// The entry of the block that comes after `before` in a prefix: mostly its
+    /// last child, which is found without hashing.
+    pub(crate) fn find_after(&self, before: Option<BlockIndex>, id: BlockId) -> Option<BlockIndex> {
+        let child = before.and_then(|before| self.at(before).child);
+        match child {
+            Some(child) if self.at(child).id == id => Some(child),
+            Some(_) | None => self.find(id),
+        }
     }
 
     /// A live entry.
     pub(crate) fn at(&self, index: BlockIndex) -> &Block {
-        entry(&self.entries, index.0)
+        entry(&self.entries, index.get())
     }
 
     /// A live entry.
     pub(crate) fn at_mut(&mut self, index: BlockIndex) -> &mut Block {
-        self.entries[index.0 as usize].as_mut().expect("a block index is used only while its entry lives")
+        self.entries[index.place()].as_mut().expect("a block index is used only while its entry lives")
     }
 
     /// The entry at an index that may be stale.
     pub(crate) fn try_at(&self, index: BlockIndex) -> Option<&Block> {
-        self.entries.get(index.0 as usize)?.as_ref()
+        self.entries.get(index.place())?.as_ref()
     }
 
     /// Adds an entry for a block that has none.
@@ -202,11 +255,11 @@ impl BlockTable {
         assert!(self.find(id).is_none(), "a block has one entry");
         let index = self.free.pop().unwrap_or_else(|| {
             self.entries.push(None);
-            BlockIndex(count(self.entries.len() - 1))
+            BlockIndex::new(count(self.entries.len() - 1))
         });
-        self.entries[index.0 as usize] = Some(Block::new(id, space, now));
+        self.entries[index.place()] = Some(Block::new(id, space, now));
         let entries = &self.entries;
-        self.index.insert_unique(hash(id), index.0, |&slot| hash(entry(entries, slot).id));
+        self.index.insert_unique(hash(id), index.get(), |&slot| hash(entry(entries, slot).id));
         index
     }
 
@@ -222,15 +275,16 @@ impl BlockTable {
             assert!(!block.lru_nvme.is_listed(), "a block without an Nvme copy is in no Nvme list");
             next = block.parent;
             let id = block.id;
-            if let Ok(found) = self.index.find_entry(hash(id), |&slot| slot == index.0) {
+            if let Ok(found) = self.index.find_entry(hash(id), |&slot| slot == index.get()) {
                 found.remove();
             }
-            self.entries[index.0 as usize] = None;
+            self.entries[index.place()] = None;
             self.free.push(index);
             if let Some(parent) = next {
                 let parent = self.at_mut(parent);
                 assert!(parent.children > 0, "a child is counted once by its parent");
                 parent.children -= 1;
+                parent.child = parent.child.filter(|&child| child != index);
             }
         }
     }
@@ -248,6 +302,7 @@ impl BlockTable {
         let residence = entry.residence();
         self.at_mut(child).parent = Some(parent);
         let parent = self.at_mut(parent);
+        parent.child = Some(child);
         parent.children += 1;
         parent.children_pinned += u32::from(residence.pinned);
         parent.children_nvme += u32::from(residence.nvme);
