@@ -295,8 +295,11 @@ impl Core {
     fn should_be_listed(&self, index: BlockIndex, tier: Tier) -> bool {
         let block = self.blocks.at(index);
         match (tier, block.pinned) {
-            (Tier::Nvme, _) => block.residence().nvme,
+            (Tier::Nvme, _) => {
+                block.residence().nvme && block.children_pinned == 0 && block.children_nvme == 0
+            }
             (Tier::Pinned, None) => false,
+            (Tier::Pinned, Some(_)) if block.children_pinned > 0 => false,
             (Tier::Pinned, Some(frame)) => {
                 let chunk = self.chunks.at(frame.chunk);
                 let unpinned =

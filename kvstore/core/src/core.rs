@@ -400,8 +400,13 @@ impl Core {
 
     /// Enough room in one of the tenant's quotas?
     pub(crate) fn may_lease(&self, tenant: TenantId, bytes: u64) -> bool {
+        self.lease_allowance(tenant) >= bytes
+    }
+
+    /// Bytes that the tenant may yet lease.
+    pub(crate) fn lease_allowance(&self, tenant: TenantId) -> u64 {
         let used = self.tenants.get(&tenant).map_or(0, |held| held.leased_bytes);
-        used.saturating_add(bytes) <= self.config.limits.leased_bytes_per_tenant.get()
+        self.config.limits.leased_bytes_per_tenant.get().saturating_sub(used)
     }
 
     pub(crate) fn charge(&mut self, tenant: TenantId, bytes: u64) {

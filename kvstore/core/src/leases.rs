@@ -217,9 +217,11 @@ impl Core {
     /// Gives back all that a lease holds, from the last block to the first, so
     /// that parents end up newer than their children.
     pub(crate) fn end_lease(&mut self, id: LeaseId, how: LeaseEnd) {
-        let items = self.leases.get(&id).map_or(0, |lease| lease.items.len());
-        for position in (0..items).rev() {
-            self.drop_item(id, position, how);
+        let Some(lease) = self.leases.get_mut(&id) else { return };
+        let (tenant, items) = (lease.tenant, std::mem::take(&mut lease.items));
+        self.uncharge(tenant, items.iter().flatten().map(|held| held.bytes).sum());
+        for held in items.into_iter().rev().flatten() {
+            self.let_go(held, how);
         }
         self.forget_lease(id);
     }
@@ -242,6 +244,11 @@ impl Core {
         let Some(held) = lease.items[position].take() else { return };
         let tenant = lease.tenant;
         self.uncharge(tenant, held.bytes);
+        self.let_go(held, how);
+    }
+
+    /// Unpins what a lease held, or ends what it was filling. The caller uncharges the tenant.
+    fn let_go(&mut self, held: Held, how: LeaseEnd) {
         let frame = held.frame;
         let Some(cell) = self.chunks.frame(frame).filter(|cell| cell.fence == held.fence) else { return };
         match cell.state {
@@ -251,7 +258,11 @@ impl Core {
                 let chunk = self.chunks.at_mut(frame.chunk);
                 chunk.set(frame.index, FrameState::Sealed { block, pins, verified, sealer });
                 if pins == 0 {
-                    self.relist(block, Relist::Touch);
+                    let entry = self.blocks.at_mut(block);
+                    entry.touched = self.now;
+                    if entry.children_pinned == 0 {
+                        self.relist(block, Relist::Touch);
+                    }
                     self.memory_changed = true;
                     self.emptying_due = true;
                 }

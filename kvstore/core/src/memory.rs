@@ -48,7 +48,9 @@ impl Core {
             Reserve::Kept => self.config.chunks_ready_min,
             Reserve::Used => 0,
         };
-        self.now >= self.create_paused_until && self.chunks.len() < self.chunks_max().saturating_sub(kept)
+        self.chunks.may_insert()
+            && self.now >= self.create_paused_until
+            && self.chunks.len() < self.chunks_max().saturating_sub(kept)
     }
 
     fn create_chunk(&mut self, space: SpaceIndex, owner: Option<SessionId>) -> ChunkId {

@@ -2,7 +2,7 @@
 
 use crate::api::{Effect, Grant, IoClass, Limit, MissReason, Reply, Residence};
 use crate::core::{Core, Op};
-use crate::ids::{BlockId, DiskFrame, Fence, FrameRef, LeaseId, OpId, TenantId};
+use crate::ids::{BlockId, DiskFrame, Fence, FrameRef, LeaseId, OpId, SessionId, TenantId};
 use crate::memory::Allocated;
 use crate::residence::{Relist, Vacate};
 use crate::state::block::{Arriving, BlockIndex, Nvme};
@@ -24,6 +24,15 @@ pub(crate) struct Arrival {
     pub(crate) again: bool,
 }
 
+/// For whom blocks are pinned: read off a lease once for many of them.
+#[derive(Clone, Copy, Debug)]
+struct Holder {
+    session: SessionId,
+    tenant: TenantId,
+    /// Bytes that its tenant may yet lease.
+    allowance: u64,
+}
+
 impl Core {
     pub(crate) fn lease_read(
         &mut self,
@@ -33,95 +42,126 @@ impl Core {
         ttl: Option<Micros>,
         answer_by: Now,
     ) -> Option<Reply> {
-        let Some(lease) = self.add_lease(asker.session, tenant, LeaseKind::Read, ttl, blocks.len()) else {
+        let Some(lease) = self.add_lease(asker.session, tenant, LeaseKind::Read, ttl, 0) else {
             return Some(Reply::Throttled(Limit::Leases));
         };
         let waits = answer_by > self.now && self.may_wait();
+        let mut holder = Holder { session: asker.session, tenant, allowance: self.lease_allowance(tenant) };
+        let before = holder.allowance;
         let mut grants = Vec::with_capacity(blocks.len());
+        let mut items = Vec::with_capacity(blocks.len());
         let mut open = Vec::new();
+        let mut previous = None;
         for (position, &block) in blocks.iter().enumerate() {
-            let grant = match self.find(tenant, block) {
-                None => Grant::Missing(MissReason::Unknown),
-                Some(index) => self.grant_or_want(lease, position, index),
+            previous = self.find_after(tenant, previous, block);
+            let (grant, item) = match previous {
+                None => (Grant::Missing(MissReason::Unknown), None),
+                Some(index) => self.grant_or_want(&mut holder, index),
             };
-            if grant == Grant::Promoting {
-                open.push(position);
-            }
             match grant {
                 Grant::Granted { .. } => self.counters.hits += 1,
                 Grant::Promoting => self.counters.hits_nvme += 1,
                 Grant::Missing(_) | Grant::Throttled | Grant::Exists => self.counters.misses += 1,
             }
-            grants.push(grant);
-        }
-        for &block in blocks.iter().rev() {
-            if let Some(index) = self.find(tenant, block) {
+            if let Some(index) = previous {
                 self.touch(index);
+                if grant == Grant::Promoting {
+                    open.push((count(position), index));
+                }
             }
+            grants.push(grant);
+            items.push(item);
         }
-        let deadline = (!open.is_empty() && waits).then_some(answer_by);
-        let wait = self.wait(asker, deadline, WaitKind::Read { lease, grants });
+        self.charge(tenant, before - holder.allowance);
+        if let Some(lease) = self.leases.get_mut(&lease) {
+            lease.items = items;
+        }
         if open.is_empty() || !waits {
-            self.finish(wait);
-            return None;
+            return Some(self.leased(lease, grants));
         }
+        let wait = self.wait(asker, Some(answer_by), WaitKind::Read { lease, grants });
         if let Some(wait) = self.waits.get_mut(&wait) {
             wait.pending = count(open.len());
         }
-        for position in open {
-            if let Some(index) = self.find(tenant, blocks[position]) {
-                self.arrivals.entry(index).or_default().push((wait, count(position)));
-            }
+        for (position, index) in open {
+            self.arrivals.entry(index).or_default().push((wait, position));
         }
         None
     }
 
-    /// Grants a block that can be served, or starts to bring it in.
-    fn grant_or_want(&mut self, lease: LeaseId, position: usize, index: BlockIndex) -> Grant {
-        if let Some(grant) = self.grant_resident(lease, position, index) {
-            return grant;
-        }
-        if self.residence(index) != Residence::default() {
-            return if self.want(index) { Grant::Promoting } else { Grant::Throttled };
-        }
-        let filling = self.blocks.at(index).filling > 0;
-        Grant::Missing(if filling { MissReason::Filling } else { MissReason::Unknown })
+    /// The tenant's own block. `before` is the one before it in the request.
+    pub(crate) fn find_after(
+        &self,
+        tenant: TenantId,
+        before: Option<BlockIndex>,
+        block: BlockId,
+    ) -> Option<BlockIndex> {
+        let index = self.blocks.find_after(before, block)?;
+        (self.spaces.at(self.blocks.at(index).space).tenant == tenant).then_some(index)
     }
 
-    /// Pins the Pinned copy for a lease. `None`: there is none, or a foreign
-    /// session's bytes have to be verified first.
+    /// Grants a block that can be served, or starts to bring it in.
+    fn grant_or_want(&mut self, holder: &mut Holder, index: BlockIndex) -> (Grant, Option<Held>) {
+        if let Some((grant, item)) = self.pin_resident(holder, index) {
+            return (grant, item);
+        }
+        if self.residence(index) != Residence::default() {
+            return (if self.want(index) { Grant::Promoting } else { Grant::Throttled }, None);
+        }
+        let filling = self.blocks.at(index).filling > 0;
+        (Grant::Missing(if filling { MissReason::Filling } else { MissReason::Unknown }), None)
+    }
+
+    /// Pins the Pinned copy for a lease that exists. `None`: see [`Core::pin_resident`].
     pub(crate) fn grant_resident(
         &mut self,
         id: LeaseId,
         position: usize,
         index: BlockIndex,
     ) -> Option<Grant> {
+        let lease = self.leases.get(&id)?;
+        let (session, tenant) = (lease.session, lease.tenant);
+        let mut holder = Holder { session, tenant, allowance: self.lease_allowance(tenant) };
+        let (grant, item) = self.pin_resident(&mut holder, index)?;
+        if let Some(held) = item {
+            self.charge(tenant, held.bytes);
+            if let Some(lease) = self.leases.get_mut(&id) {
+                lease.items[position] = Some(held);
+            }
+        }
+        Some(grant)
+    }
+
+    /// Pins the Pinned copy. `None`: there is none, or a foreign session's bytes
+    /// have to be verified first. The caller charges the tenant for the item and keeps it.
+    fn pin_resident(&mut self, holder: &mut Holder, index: BlockIndex) -> Option<(Grant, Option<Held>)> {
         let block = self.blocks.at(index);
         let frame = block.pinned?;
-        let (name, checksum) = (block.id, block.seal()?);
+        let (name, checksum, listed) = (block.id, block.seal()?, block.lru_pinned.is_listed());
         let space = self.spaces.at(block.space);
-        let length = space.block_bytes;
-        let lease = self.leases.get(&id)?;
-        let cell = self.chunks.frame(frame)?;
-        let FrameState::Sealed { block: _, pins, verified, sealer } = cell.state else { return None };
-        if !verified && sealer != Some(lease.session) {
-            return None;
-        }
-        let (tenant, bytes, fence) = (lease.tenant, space.frame_bytes.get(), cell.fence);
-        if !self.may_lease(tenant, bytes) {
-            return Some(Grant::Throttled);
-        }
-        let offset = u64::from(frame.index) * bytes + HEADER_PAGE_BYTES;
-        self.charge(tenant, bytes);
+        debug_assert!(space.tenant == holder.tenant, "a lease covers blocks of its own tenant");
+        let (bytes, length) = (space.frame_bytes.get(), space.block_bytes);
         let now = self.now;
         let chunk = self.chunks.at_mut(frame.chunk);
+        let cell = &chunk.frames[frame.index as usize];
+        let FrameState::Sealed { block: _, pins, verified, sealer } = cell.state else { return None };
+        if !verified && sealer != Some(holder.session) {
+            return None;
+        }
+        if holder.allowance < bytes {
+            return Some((Grant::Throttled, None));
+        }
+        holder.allowance -= bytes;
+        let fence = cell.fence;
         chunk.set(frame.index, FrameState::Sealed { block: index, pins: pins + 1, verified, sealer });
         chunk.touched = now;
-        if let Some(lease) = self.leases.get_mut(&id) {
-            lease.items[position] = Some(Held { frame, fence, bytes });
+        if listed {
+            self.relist(index, Relist::Keep);
         }
-        self.relist(index, Relist::Keep);
-        Some(Grant::Granted { block: name, frame, fence, offset, length, checksum: Some(checksum) })
+        let offset = u64::from(frame.index) * bytes + HEADER_PAGE_BYTES;
+        let checksum = Some(checksum);
+        let grant = Grant::Granted { block: name, frame, fence, offset, length, checksum };
+        Some((grant, Some(Held { frame, fence, bytes })))
     }
 
     /// Puts a block into the queue of wanted ones. False: the queue is full.

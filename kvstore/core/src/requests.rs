@@ -111,9 +111,10 @@ impl Core {
 
     fn matched(&mut self, tenant: TenantId, blocks: &[BlockId], mode: MatchMode) -> Reply {
         let mut found = Vec::with_capacity(blocks.len());
+        let mut previous = None;
         for &block in blocks {
-            let there = self
-                .find(tenant, block)
+            previous = self.find_after(tenant, previous, block);
+            let there = previous
                 .map(|index| self.residence(index))
                 .filter(|residence| *residence != Residence::default());
             found.push(there);

@@ -28,9 +28,13 @@ impl Core {
         let (space, parent, id) = (block.space, block.parent, block.id);
         if before != after {
             if let Some(parent) = parent {
-                let parent = self.blocks.at_mut(parent);
-                adjust(&mut parent.children_pinned, before.pinned, after.pinned);
-                adjust(&mut parent.children_nvme, before.nvme, after.nvme);
+                let above = self.blocks.at_mut(parent);
+                let was_leaf = above.leaf_of();
+                adjust(&mut above.children_pinned, before.pinned, after.pinned);
+                adjust(&mut above.children_nvme, before.nvme, after.nvme);
+                if above.leaf_of() != was_leaf {
+                    self.relist(parent, Relist::Bare);
+                }
             }
             let held = self.spaces.at_mut(space);
             let length = held.block_bytes.get();
@@ -72,18 +76,21 @@ impl Core {
         self.effects.push_back(Effect::Publish { tenant, event });
     }
 
-    /// Puts a block into the lists that it belongs to now: in Pinned, when its
-    /// copy is in a chunk of the pool and no lease pins it; in Nvme, when its copy is sealed.
+    /// Puts a block into the lists that it belongs to now: leaves that could be
+    /// evicted. In Pinned: its copy is in a chunk of the pool, no lease pins it,
+    /// no child is in Pinned. In Nvme: its copy is sealed, no child is in either tier.
     pub(crate) fn relist(&mut self, index: BlockIndex, how: Relist) {
         let block = self.blocks.at(index);
         let rank = if block.retained { Rank::Retained } else { Rank::Ordinary };
-        let evictable = block.pinned.is_some_and(|frame| self.is_evictable(frame));
+        let evictable =
+            block.children_pinned == 0 && block.pinned.is_some_and(|frame| self.is_evictable(frame));
         let in_pinned = evictable.then_some(rank);
-        let in_nvme = block.residence().nvme.then_some(rank);
+        let leaf = block.children_pinned == 0 && block.children_nvme == 0;
+        let in_nvme = (leaf && block.residence().nvme).then_some(rank);
         let space = block.space;
         let (was_pinned, was_nvme) = (block.lru_pinned.rank(), block.lru_nvme.rank());
         for (tier, was, wanted) in [(Tier::Pinned, was_pinned, in_pinned), (Tier::Nvme, was_nvme, in_nvme)] {
-            if was == wanted && how == Relist::Keep {
+            if was == wanted && (how != Relist::Touch || was.is_none()) {
                 continue;
             }
             let held = self.spaces.at_mut(space);
@@ -94,8 +101,10 @@ impl Core {
             if was.is_some() {
                 lists.remove(&mut self.blocks, tier, index);
             }
-            if let Some(rank) = wanted {
-                lists.push(&mut self.blocks, tier, index, rank);
+            match wanted {
+                Some(rank) if how == Relist::Bare => lists.place(&mut self.blocks, tier, index, rank),
+                Some(rank) => lists.push(&mut self.blocks, tier, index, rank),
+                None => {}
             }
         }
     }
@@ -109,8 +118,11 @@ impl Core {
 
     /// Marks a block as used now.
     pub(crate) fn touch(&mut self, index: BlockIndex) {
-        self.blocks.at_mut(index).touched = self.now;
-        self.relist(index, Relist::Touch);
+        let block = self.blocks.at_mut(index);
+        block.touched = self.now;
+        if block.lru_pinned.is_listed() || block.lru_nvme.is_listed() {
+            self.relist(index, Relist::Touch);
+        }
     }
 
     /// The frame's bytes become the block's Pinned copy. The frame was filled for it.
@@ -257,8 +269,12 @@ impl Core {
 /// Whether a block moves to the hot end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Relist {
+    /// It stays where it is, or comes in at the hot end.
     Keep,
+    /// It was used now: it goes to the hot end.
     Touch,
+    /// Its last child has gone: it comes in where its last use says.
+    Bare,
 }
 
 fn is_unpersisted(residence: Residence) -> bool {

@@ -203,7 +203,7 @@ impl Core {
     }
 
     fn enter_found(&mut self, found: &FoundBlock, space: SpaceIndex) {
-        let index = self.enter(found.block, space, found.parent);
+        let index = self.enter(found.block, space, found.parent.map(|parent| (parent, None)));
         let frame = found.frame;
         let slot = self.disks.slot_mut(frame.device, frame.slot);
         if slot.take(Some(frame.index)).is_none() {

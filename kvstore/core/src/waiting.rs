@@ -134,7 +134,7 @@ impl Core {
     }
 
     /// Starts the life of a lease, or ends it if it covers nothing.
-    fn leased(&mut self, id: LeaseId, grants: Vec<Grant>) -> Reply {
+    pub(crate) fn leased(&mut self, id: LeaseId, grants: Vec<Grant>) -> Reply {
         let empty = self.leases.get(&id).is_none_or(|lease| lease.items.iter().all(Option::is_none));
         let Some(lease) = self.leases.get(&id) else {
             return Reply::Leased { lease: None, ttl: self.config.limits.lease_ttl_default, blocks: grants };

@@ -5,7 +5,7 @@ use crate::checksum::Checksum;
 use crate::core::Core;
 use crate::ids::{BlockId, FrameRef, LeaseId, SpaceId, TenantId};
 use crate::memory::Allocated;
-use crate::residence::Vacate;
+use crate::residence::{Relist, Vacate};
 use crate::state::block::{BlockIndex, Nvme};
 use crate::state::chunk::{Filler, FrameState};
 use crate::state::count;
@@ -89,50 +89,68 @@ impl Core {
 
     /// Grants blocks in order until one has to wait for memory; answers after the last.
     fn advance_write(&mut self, id: WaitId) {
-        loop {
-            let Some(wait) = self.waits.get(&id) else { return };
-            let WaitKind::Write { lease, grants, blocks, parent } = &wait.kind else { return };
-            let position = grants.len();
-            let Some(&block) = blocks.get(position) else { break };
-            let parent = if position == 0 { *parent } else { blocks.get(position - 1).copied() };
-            let lease = *lease;
-            match self.step_write(lease, position, block, parent) {
-                Step::Wait => return,
-                Step::Settled(grant) => {
-                    if let Some(WaitKind::Write { grants, .. }) =
-                        self.waits.get_mut(&id).map(|wait| &mut wait.kind)
-                    {
+        // Nothing that happens meanwhile looks for this request.
+        let Some(mut wait) = self.waits.remove(&id) else { return };
+        let mut settled = true;
+        if let WaitKind::Write { lease, grants, blocks, parent } = &mut wait.kind {
+            let mut above = parent.map(|parent| (parent, None));
+            if let Some(&last) = grants.len().checked_sub(1).and_then(|last| blocks.get(last)) {
+                above = Some((last, None));
+            }
+            while let Some(&block) = blocks.get(grants.len()) {
+                match self.step_write(*lease, grants.len(), block, above) {
+                    (Step::Wait, _) => {
+                        settled = false;
+                        break;
+                    }
+                    (Step::Settled(grant), index) => {
                         grants.push(grant);
+                        above = Some((block, index));
                     }
                 }
             }
         }
-        self.finish(id);
+        self.waits.insert(id, wait);
+        if settled {
+            self.finish(id);
+        }
     }
 
-    fn step_write(&mut self, id: LeaseId, position: usize, block: BlockId, parent: Option<BlockId>) -> Step {
-        let Some(lease) = self.leases.get(&id) else { return Step::Settled(Grant::Throttled) };
+    /// One block of a write lease. `above` is the block before it, and its entry
+    /// if it was at hand.
+    fn step_write(
+        &mut self,
+        id: LeaseId,
+        position: usize,
+        block: BlockId,
+        above: Option<(BlockId, Option<BlockIndex>)>,
+    ) -> (Step, Option<BlockIndex>) {
+        let throttled = (Step::Settled(Grant::Throttled), None);
+        let Some(lease) = self.leases.get(&id) else { return throttled };
         let (session, tenant) = (lease.session, lease.tenant);
-        let LeaseKind::Write { space } = lease.kind else { return Step::Settled(Grant::Throttled) };
+        let LeaseKind::Write { space } = lease.kind else { return throttled };
+        let unknown = (Step::Settled(Grant::Missing(MissReason::Unknown)), None);
         if lease.cleared {
-            return Step::Settled(Grant::Missing(MissReason::Unknown));
+            return unknown;
         }
-        if let Some(index) = self.blocks.find(block) {
+        let above = above.map(|(above, index)| (above, index.filter(|&index| self.is_entry(index, above))));
+        let found = self.blocks.find_after(above.and_then(|(_, index)| index), block);
+        if let Some(index) = found {
             if self.blocks.at(index).space != space {
-                return Step::Settled(Grant::Missing(MissReason::Unknown));
+                return unknown;
             }
             let there = self.residence(index);
             if there.pinned || there.nvme {
-                return Step::Settled(Grant::Exists);
+                return (Step::Settled(Grant::Exists), Some(index));
             }
             if self.blocks.at(index).filling >= FILLING_MAX {
-                return Step::Settled(Grant::Throttled);
+                return throttled;
             }
         }
         let bytes = self.spaces.at(space).frame_bytes.get();
         // Room for the block and, perhaps, for its parent.
         if self.blocks.len() + 2 > self.config.limits.blocks || !self.may_lease(tenant, bytes) {
-            return Step::Settled(Grant::Throttled);
+            return throttled;
         }
         let taken = if self.is_local(session) {
             self.take_window_frame(session, space)
@@ -141,24 +159,40 @@ impl Core {
         };
         let frame = match taken {
             Allocated::Frame(frame) => frame,
-            Allocated::Wait => return Step::Wait,
-            Allocated::Never => return Step::Settled(Grant::Throttled),
+            Allocated::Wait => return (Step::Wait, None),
+            Allocated::Never => return throttled,
         };
-        let index = self.enter(block, space, parent);
-        Step::Settled(self.reserve(id, position, index, frame, bytes))
+        let index = self.enter(block, space, above);
+        (Step::Settled(self.reserve(id, position, index, frame, bytes)), Some(index))
     }
 
-    /// The entry of a block, linked to its parent. There is room in the table.
-    pub(crate) fn enter(&mut self, block: BlockId, space: SpaceIndex, parent: Option<BlockId>) -> BlockIndex {
+    /// Is this still the entry of this block?
+    fn is_entry(&self, index: BlockIndex, block: BlockId) -> bool {
+        self.blocks.try_at(index).is_some_and(|entry| entry.id == block)
+    }
+
+    /// The entry of a block, linked to its parent, whose own entry may be at
+    /// hand. There is room in the table.
+    pub(crate) fn enter(
+        &mut self,
+        block: BlockId,
+        space: SpaceIndex,
+        above: Option<(BlockId, Option<BlockIndex>)>,
+    ) -> BlockIndex {
         let now = self.now;
-        let index = self.blocks.find(block).unwrap_or_else(|| self.blocks.insert(block, space, now));
-        if let Some(parent) =
-            parent.filter(|&parent| parent != block && self.blocks.at(index).parent.is_none())
-        {
-            let above = self.blocks.find(parent).unwrap_or_else(|| self.blocks.insert(parent, space, now));
-            self.blocks.attach(index, above);
-            self.blocks.remove_if_gone(above);
+        let index = self.blocks.find_or_insert(block, space, now);
+        let Some((parent, hint)) = above.filter(|&(parent, _)| parent != block) else { return index };
+        if self.blocks.at(index).parent.is_some() {
+            return index;
         }
+        let hint = hint.filter(|&hint| self.is_entry(hint, parent));
+        let above = hint.unwrap_or_else(|| self.blocks.find_or_insert(parent, space, now));
+        self.blocks.attach(index, above);
+        let entry = self.blocks.at(above);
+        if entry.lru_pinned.is_listed() || entry.lru_nvme.is_listed() {
+            self.relist(above, Relist::Keep);
+        }
+        self.blocks.remove_if_gone(above);
         index
     }
 
@@ -177,15 +211,15 @@ impl Core {
         let fence = chunk.frames[frame.index as usize].fence;
         let entry = self.blocks.at_mut(index);
         entry.filling += 1;
-        let block = entry.id;
+        let (block, space) = (entry.id, entry.space);
         if let Some(lease) = self.leases.get_mut(&id) {
             let tenant = lease.tenant;
             lease.items[position] = Some(Held { frame, fence, bytes });
             self.charge(tenant, bytes);
         }
-        let space = self.spaces.at(self.blocks.at(index).space);
+        let length = self.spaces.at(space).block_bytes;
         let offset = u64::from(frame.index) * bytes + HEADER_PAGE_BYTES;
-        Grant::Granted { block, frame, fence, offset, length: space.block_bytes, checksum: None }
+        Grant::Granted { block, frame, fence, offset, length, checksum: None }
     }
 
     pub(crate) fn seal(
@@ -198,7 +232,11 @@ impl Core {
         if let Err(refusal) = self.check_seal(asker, id, parts) {
             return Some(Reply::Refused(refusal));
         }
-        if durability == Durability::Durable && !self.may_wait() {
+        if durability == Durability::Readable {
+            let outcomes = parts.iter().map(|part| self.seal_one(id, *part).0).collect();
+            return Some(Reply::Sealed { outcomes });
+        }
+        if !self.may_wait() {
             return Some(Reply::Throttled(Limit::RequestsWaiting));
         }
         let wait = self.wait(asker, None, WaitKind::Seal { outcomes: vec![SealOutcome::Lost; parts.len()] });
@@ -210,7 +248,7 @@ impl Core {
             if let Some(WaitKind::Seal { outcomes }) = self.waits.get_mut(&wait).map(|wait| &mut wait.kind) {
                 outcomes[place] = outcome;
             }
-            self.settle_durability(wait, place, block.filter(|_| durability == Durability::Durable));
+            self.settle_durability(wait, place, block);
         }
         self.part_done(wait);
         None
@@ -318,7 +356,7 @@ impl Core {
             return SealOutcome::Already;
         }
         self.counters.seals += 1;
-        if self.blocks.at(index).nvme == Nvme::None {
+        if self.blocks.at(index).nvme == Nvme::None && !self.disks.devices.is_empty() {
             let at = self.now.after(self.config.persist_delay);
             let id = self.blocks.at(index).id;
             self.due.push_back((at, index, id));

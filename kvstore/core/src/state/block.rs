@@ -8,6 +8,7 @@
 use std::num::NonZeroU32;
 
 use hashbrown::HashTable;
+use hashbrown::hash_table::Entry;
 
 use crate::api::Residence;
 use crate::checksum::Checksum;
@@ -184,6 +185,11 @@ impl Block {
         Residence { pinned: self.pinned.is_some(), nvme: matches!(self.nvme, Nvme::Sealed { .. }) }
     }
 
+    /// Whether no child is sealed in Pinned; in either tier.
+    pub(crate) fn leaf_of(&self) -> (bool, bool) {
+        (self.children_pinned == 0, self.children_pinned == 0 && self.children_nvme == 0)
+    }
+
     /// Nothing needs the entry any more.
     pub(crate) fn is_gone(&self) -> bool {
         self.pinned.is_none()
@@ -250,16 +256,26 @@ impl BlockTable {
         self.entries.get(index.place())?.as_ref()
     }
 
-    /// Adds an entry for a block that has none.
-    pub(crate) fn insert(&mut self, id: BlockId, space: SpaceIndex, now: Now) -> BlockIndex {
-        assert!(self.find(id).is_none(), "a block has one entry");
-        let index = self.free.pop().unwrap_or_else(|| {
-            self.entries.push(None);
-            BlockIndex::new(count(self.entries.len() - 1))
-        });
-        self.entries[index.place()] = Some(Block::new(id, space, now));
+    /// The entry of a block; a new one if it has none.
+    pub(crate) fn find_or_insert(&mut self, id: BlockId, space: SpaceIndex, now: Now) -> BlockIndex {
         let entries = &self.entries;
-        self.index.insert_unique(hash(id), index.get(), |&slot| hash(entry(entries, slot).id));
+        let found = self.index.entry(
+            hash(id),
+            |&slot| entry(entries, slot).id == id,
+            |&slot| hash(entry(entries, slot).id),
+        );
+        let vacant = match found {
+            Entry::Occupied(found) => return BlockIndex::new(*found.get()),
+            Entry::Vacant(vacant) => vacant,
+        };
+        let index = self.free.pop().unwrap_or_else(|| BlockIndex::new(count(self.entries.len())));
+        vacant.insert(index.get());
+        let block = Some(Block::new(id, space, now));
+        if index.place() == self.entries.len() {
+            self.entries.push(block);
+        } else {
+            self.entries[index.place()] = block;
+        }
         index
     }
 
@@ -335,7 +351,7 @@ mod tests {
     }
 
     fn add(table: &mut BlockTable, n: u8) -> BlockIndex {
-        let index = table.insert(id(n), SpaceIndex(0), Now::default());
+        let index = table.find_or_insert(id(n), SpaceIndex(0), Now::default());
         table.at_mut(index).filling = 1;
         index
     }

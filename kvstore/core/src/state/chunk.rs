@@ -2,6 +2,8 @@
 
 use std::collections::BTreeMap;
 
+use hashbrown::HashTable;
+
 use crate::ids::{ChunkId, Fence, FrameRef, LeaseId, OpId, SessionId, TenantId};
 use crate::state::block::BlockIndex;
 use crate::state::count;
@@ -175,49 +177,79 @@ impl FrameCounts {
     }
 }
 
-/// All chunks, by id.
+/// All chunks: found by id through a hash of it, walked in the order of ids.
 #[derive(Debug, Default)]
 pub(crate) struct ChunkTable {
-    chunks: BTreeMap<ChunkId, Chunk>,
+    slots: Vec<Option<Chunk>>,
+    free: Vec<u32>,
+    index: HashTable<(ChunkId, u32)>,
+    order: BTreeMap<ChunkId, u32>,
     created: u64,
+}
+
+/// Ids are counted: an odd factor spreads them over the bits that the table looks at.
+fn hash(id: ChunkId) -> u64 {
+    id.get().wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(32)
 }
 
 impl ChunkTable {
     /// Chunks alive, dropping ones included.
     pub(crate) fn len(&self) -> u32 {
-        count(self.chunks.len())
+        count(self.order.len())
+    }
+
+    /// Whether there are ids left for more chunks.
+    pub(crate) fn may_insert(&self) -> bool {
+        self.created + 1 < ChunkId::NOBODY.get()
+    }
+
+    fn slot(&self, id: ChunkId) -> Option<usize> {
+        self.index.find(hash(id), |&(other, _)| other == id).map(|&(_, slot)| slot as usize)
     }
 
     pub(crate) fn find(&self, id: ChunkId) -> Option<&Chunk> {
-        self.chunks.get(&id)
+        self.slots[self.slot(id)?].as_ref()
     }
 
     pub(crate) fn at(&self, id: ChunkId) -> &Chunk {
-        self.chunks.get(&id).expect("a chunk is used only while it is alive")
+        self.find(id).expect("a chunk is used only while it is alive")
     }
 
     pub(crate) fn at_mut(&mut self, id: ChunkId) -> &mut Chunk {
-        self.chunks.get_mut(&id).expect("a chunk is used only while it is alive")
+        let slot = self.slot(id).expect("a chunk is used only while it is alive");
+        self.slots[slot].as_mut().expect("the index names slots in use")
     }
 
     /// The frame, if its chunk is alive.
     pub(crate) fn frame(&self, frame: FrameRef) -> Option<&Frame> {
-        self.chunks.get(&frame.chunk)?.frames.get(frame.index as usize)
+        self.find(frame.chunk)?.frames.get(frame.index as usize)
     }
 
     /// Adds a chunk under an id that was never used.
     pub(crate) fn insert(&mut self, chunk: Chunk) -> ChunkId {
+        assert!(self.may_insert(), "ids of chunks are not used again");
         self.created += 1;
         let id = ChunkId::new(self.created);
-        self.chunks.insert(id, chunk);
+        let slot = self.free.pop().unwrap_or_else(|| {
+            self.slots.push(None);
+            count(self.slots.len() - 1)
+        });
+        self.slots[slot as usize] = Some(chunk);
+        self.index.insert_unique(hash(id), (id, slot), |&(other, _)| hash(other));
+        self.order.insert(id, slot);
         id
     }
 
     pub(crate) fn remove(&mut self, id: ChunkId) -> Chunk {
-        self.chunks.remove(&id).expect("a chunk is removed once")
+        let slot = self.order.remove(&id).expect("a chunk is removed once");
+        if let Ok(found) = self.index.find_entry(hash(id), |&(other, _)| other == id) {
+            found.remove();
+        }
+        self.free.push(slot);
+        self.slots[slot as usize].take().expect("the index names slots in use")
     }
 
     pub(crate) fn iter(&self) -> impl Iterator<Item = (ChunkId, &Chunk)> {
-        self.chunks.iter().map(|(id, chunk)| (*id, chunk))
+        self.order.iter().filter_map(|(id, slot)| Some((*id, self.slots[*slot as usize].as_ref()?)))
     }
 }

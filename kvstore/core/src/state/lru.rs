@@ -37,6 +37,9 @@ pub(crate) enum Tier {
     Nvme,
 }
 
+/// How far a block that becomes a leaf again looks for its place.
+const PLACE_STEPS_MAX: usize = 64;
+
 /// One list.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct List {
@@ -86,6 +89,25 @@ impl Lists {
         list.hottest = Some(index);
     }
 
+    /// Puts an unlisted block where its last use says: near the cold end, where
+    /// a parent belongs whose last child has just been evicted, else at the hot end.
+    pub(crate) fn place(&mut self, blocks: &mut BlockTable, tier: Tier, index: BlockIndex, rank: Rank) {
+        let touched = blocks.at(index).touched;
+        let hotter = walk(*self.list(rank), blocks, tier)
+            .take(PLACE_STEPS_MAX)
+            .find(|&other| blocks.at(other).touched >= touched);
+        let Some(hotter) = hotter else { return self.push(blocks, tier, index, rank) };
+        let colder = links_of(blocks.at(hotter), tier).colder;
+        let own = links(blocks.at_mut(index), tier);
+        assert!(own.listed.is_none(), "a block is in at most one list of a tier");
+        *own = Links { hotter: Some(hotter), colder, listed: Some(rank) };
+        links(blocks.at_mut(hotter), tier).colder = Some(index);
+        match colder {
+            Some(other) => links(blocks.at_mut(other), tier).hotter = Some(index),
+            None => self.list(rank).coldest = Some(index),
+        }
+    }
+
     /// Takes a listed block out.
     pub(crate) fn remove(&mut self, blocks: &mut BlockTable, tier: Tier, index: BlockIndex) {
         let own = std::mem::take(links(blocks.at_mut(index), tier));
@@ -128,7 +150,7 @@ mod tests {
         let mut blocks = BlockTable::default();
         let mut lists = Lists::default();
         let all: Vec<BlockIndex> = (0..6)
-            .map(|n| blocks.insert(BlockId::from_bytes([n; 16]), SpaceIndex(0), Now::default()))
+            .map(|n| blocks.find_or_insert(BlockId::from_bytes([n; 16]), SpaceIndex(0), Now::default()))
             .collect();
         for (n, &index) in all.iter().enumerate() {
             let rank = if n == 0 { Rank::Retained } else { Rank::Ordinary };
