@@ -47,6 +47,7 @@ impl Core {
         else {
             return Some(Reply::Throttled(Limit::Leases));
         };
+        self.blocks.warm(&blocks);
         let can_wait = self.may_wait();
         let patience = self.now.after(self.config.limits.lease_ttl_default);
         let grants = Vec::with_capacity(blocks.len());

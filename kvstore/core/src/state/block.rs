@@ -7,13 +7,11 @@
 
 use std::num::NonZeroU32;
 
-use hashbrown::HashTable;
-use hashbrown::hash_table::Entry;
-
 use crate::api::Residence;
 use crate::checksum::Checksum;
 use crate::ids::{BlockId, DiskFrame, FrameRef, OpId};
 use crate::state::count;
+use crate::state::index::Index;
 use crate::state::lru::Links;
 use crate::state::space::SpaceIndex;
 use crate::units::Now;
@@ -205,13 +203,13 @@ impl Block {
 pub(crate) struct BlockTable {
     entries: Vec<Option<Block>>,
     free: Vec<BlockIndex>,
-    index: HashTable<u32>,
+    index: Index,
 }
 
 /// The id's own low bits: they are uniform already.
-#[expect(clippy::cast_possible_truncation, reason = "a hash is the low half of uniform bits")]
-fn hash(id: BlockId) -> u64 {
-    id.as_u128() as u64
+#[expect(clippy::cast_possible_truncation, reason = "a tag is the low bits of uniform ones")]
+fn tag(id: BlockId) -> u32 {
+    id.as_u128() as u32
 }
 
 impl BlockTable {
@@ -228,7 +226,12 @@ impl BlockTable {
     /// The entry of a block.
     pub(crate) fn find(&self, id: BlockId) -> Option<BlockIndex> {
         let entries = &self.entries;
-        self.index.find(hash(id), |&slot| entry(entries, slot).id == id).map(|&slot| BlockIndex::new(slot))
+        self.index.find(tag(id), |slot| entry(entries, slot).id == id).map(BlockIndex::new)
+    }
+
+    /// Many blocks will be looked for, of which few are there.
+    pub(crate) fn warm(&self, ids: &[BlockId]) {
+        self.index.warm(ids.iter().map(|&id| tag(id)));
     }
 
     /// The entry of the block that comes after `before` in a prefix: mostly its
@@ -258,18 +261,11 @@ impl BlockTable {
 
     /// The entry of a block; a new one if it has none.
     pub(crate) fn find_or_insert(&mut self, id: BlockId, space: SpaceIndex, now: Now) -> BlockIndex {
-        let entries = &self.entries;
-        let found = self.index.entry(
-            hash(id),
-            |&slot| entry(entries, slot).id == id,
-            |&slot| hash(entry(entries, slot).id),
-        );
-        let vacant = match found {
-            Entry::Occupied(found) => return BlockIndex::new(*found.get()),
-            Entry::Vacant(vacant) => vacant,
-        };
+        if let Some(found) = self.find(id) {
+            return found;
+        }
         let index = self.free.pop().unwrap_or_else(|| BlockIndex::new(count(self.entries.len())));
-        vacant.insert(index.get());
+        self.index.insert(tag(id), index.get());
         let block = Some(Block::new(id, space, now));
         if index.place() == self.entries.len() {
             self.entries.push(block);
@@ -291,12 +287,13 @@ impl BlockTable {
             assert!(!block.lru_nvme.is_listed(), "a block without an Nvme copy is in no Nvme list");
             next = block.parent;
             let id = block.id;
-            if let Ok(found) = self.index.find_entry(hash(id), |&slot| slot == index.get()) {
-                found.remove();
-            }
+            self.index.remove(tag(id), index.get());
             self.entries[index.place()] = None;
             self.free.push(index);
             if let Some(parent) = next {
+                let above = tag(self.at(parent).id);
+                // A leaf's parent is mostly the next to go.
+                self.index.warm(std::iter::once(above));
                 let parent = self.at_mut(parent);
                 assert!(parent.children > 0, "a child is counted once by its parent");
                 parent.children -= 1;

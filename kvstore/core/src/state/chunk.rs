@@ -2,11 +2,10 @@
 
 use std::collections::BTreeMap;
 
-use hashbrown::HashTable;
-
 use crate::ids::{ChunkId, Fence, FrameRef, LeaseId, OpId, SessionId, TenantId};
 use crate::state::block::BlockIndex;
 use crate::state::count;
+use crate::state::index::Index;
 use crate::state::space::SpaceIndex;
 use crate::units::Now;
 
@@ -182,14 +181,14 @@ impl FrameCounts {
 pub(crate) struct ChunkTable {
     slots: Vec<Option<Chunk>>,
     free: Vec<u32>,
-    index: HashTable<(ChunkId, u32)>,
+    index: Index,
     order: BTreeMap<ChunkId, u32>,
     created: u64,
 }
 
-/// Ids are counted: an odd factor spreads them over the bits that the table looks at.
-fn hash(id: ChunkId) -> u64 {
-    id.get().wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(32)
+/// Ids are counted: their low bits are as even as can be.
+fn tag(id: ChunkId) -> u32 {
+    u32::try_from(id.get()).expect("an id of a chunk has 32 bits")
 }
 
 impl ChunkTable {
@@ -204,7 +203,7 @@ impl ChunkTable {
     }
 
     fn slot(&self, id: ChunkId) -> Option<usize> {
-        self.index.find(hash(id), |&(other, _)| other == id).map(|&(_, slot)| slot as usize)
+        self.index.find(tag(id), |_| true).map(|slot| slot as usize)
     }
 
     pub(crate) fn find(&self, id: ChunkId) -> Option<&Chunk> {
@@ -235,16 +234,14 @@ impl ChunkTable {
             count(self.slots.len() - 1)
         });
         self.slots[slot as usize] = Some(chunk);
-        self.index.insert_unique(hash(id), (id, slot), |&(other, _)| hash(other));
+        self.index.insert(tag(id), slot);
         self.order.insert(id, slot);
         id
     }
 
     pub(crate) fn remove(&mut self, id: ChunkId) -> Chunk {
         let slot = self.order.remove(&id).expect("a chunk is removed once");
-        if let Ok(found) = self.index.find_entry(hash(id), |&(other, _)| other == id) {
-            found.remove();
-        }
+        self.index.remove(tag(id), slot);
         self.free.push(slot);
         self.slots[slot as usize].take().expect("the index names slots in use")
     }
