@@ -3,12 +3,12 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::core::{Core, Deadline, Op};
+use crate::evict::Tier;
 use crate::ids::{DiskFrame, FrameRef, TenantId};
 use crate::state::block::{Arriving, BlockIndex, Nvme};
 use crate::state::chunk::{Chunk, ChunkKind, Filler, FrameCounts, FrameState};
 use crate::state::count;
 use crate::state::disk::{DiskState, Slot, SlotState};
-use crate::state::lru::Tier;
 use crate::state::space::SpaceIndex;
 
 /// What operations and queues hold, counted from their side.
@@ -155,11 +155,17 @@ impl Core {
                 match filler {
                     Filler::Lease(lease) => {
                         assert_eq!(leases, 1, "{frame:?}: one lease fills it");
-                        assert!(self.leases.contains_key(&lease), "{frame:?}: its lease is live");
+                        assert!(
+                            self.leases.keys().any(|&id| lease == id.into()),
+                            "{frame:?}: its lease is live"
+                        );
                     }
                     Filler::Op(op) => {
                         assert_eq!(leases, 0, "{frame:?}: an operation fills it, no lease");
-                        assert!(self.ops.contains_key(&op), "{frame:?}: its operation is in flight");
+                        assert!(
+                            self.ops.keys().any(|&id| op == id.into()),
+                            "{frame:?}: its operation is in flight"
+                        );
                     }
                 }
             }
@@ -260,7 +266,7 @@ impl Core {
                 assert_eq!(cell(frame), Some(DiskState::Sealed { block: index }), "{:?}: durable", block.id);
             }
         }
-        match block.arriving {
+        match block.arriving() {
             Arriving::No => {
                 assert!(!self.arrivals.contains_key(&index), "{:?}: nobody waits in vain", block.id)
             }
@@ -279,32 +285,16 @@ impl Core {
     }
 
     fn check_lists(&self) {
-        for (space, held) in self.spaces.iter() {
-            for (tier, lists) in [(Tier::Pinned, held.lru_pinned), (Tier::Nvme, held.lru_nvme)] {
-                let listed: BTreeSet<BlockIndex> = lists.coldest_first(&self.blocks, tier).collect();
-                let should: BTreeSet<BlockIndex> = (0..self.blocks.end())
-                    .map(BlockIndex::new)
-                    .filter(|&index| self.blocks.try_at(index).is_some_and(|block| block.space == space))
-                    .filter(|&index| self.should_be_listed(index, tier))
-                    .collect();
-                assert_eq!(listed, should, "{tier:?} list of a space");
-            }
-        }
-    }
-
-    fn should_be_listed(&self, index: BlockIndex, tier: Tier) -> bool {
-        let block = self.blocks.at(index);
-        match (tier, block.pinned) {
-            (Tier::Nvme, _) => {
-                block.residence().nvme && block.children_pinned == 0 && block.children_nvme == 0
-            }
-            (Tier::Pinned, None) => false,
-            (Tier::Pinned, Some(_)) if block.children_pinned > 0 => false,
-            (Tier::Pinned, Some(frame)) => {
-                let chunk = self.chunks.at(frame.chunk);
-                let unpinned =
-                    matches!(chunk.frames[frame.index as usize].state, FrameState::Sealed { pins: 0, .. });
-                unpinned && matches!(chunk.kind, ChunkKind::Pool | ChunkKind::Retiring)
+        for index in (0..self.blocks.end()).map(BlockIndex::new) {
+            let Some(block) = self.blocks.try_at(index) else { continue };
+            for tier in [Tier::Pinned, Tier::Nvme] {
+                let should = self.place_of(index, tier).is_some();
+                assert_eq!(
+                    block.links(tier).is_listed(),
+                    should,
+                    "{:?}: {tier:?} list of its space",
+                    block.id
+                );
             }
         }
     }
@@ -369,7 +359,7 @@ impl Core {
         }
         let mut retained = BTreeMap::<TenantId, u64>::new();
         for index in (0..self.blocks.end()).map(BlockIndex::new) {
-            let Some(block) = self.blocks.try_at(index).filter(|block| block.retained) else {
+            let Some(block) = self.blocks.try_at(index).filter(|block| block.is_retained()) else {
                 continue;
             };
             let space = self.spaces.at(block.space);

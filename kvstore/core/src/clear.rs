@@ -80,7 +80,7 @@ impl Core {
                 self.transition(index, |block| block.nvme = Nvme::None);
             }
             self.drop_pinned(index);
-            if self.blocks.at(index).arriving == Arriving::No {
+            if self.blocks.at(index).arriving() == Arriving::No {
                 self.blocks.remove_if_gone(index);
             } else {
                 self.arrived(index, Arrival { otherwise: Grant::Missing(MissReason::Unknown), again: false });

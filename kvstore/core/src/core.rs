@@ -7,9 +7,11 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use crate::api::{BlockHeader, Config, Done, Effect, Fault, Input, Via};
+use crate::evict::Duels;
 use crate::ids::{
     BlockId, ChunkId, DeviceId, DiskFrame, Fence, FrameRef, LeaseId, OpId, SessionId, TenantId,
 };
+use crate::policy::class::Tick;
 use crate::state::block::{BlockIndex, BlockTable, Retained};
 use crate::state::chunk::ChunkTable;
 use crate::state::disk::Disks;
@@ -44,6 +46,7 @@ pub(crate) enum Op {
         block: BlockIndex,
         source: DiskFrame,
         target: FrameRef,
+        sent: Now,
     },
     Write {
         block: BlockIndex,
@@ -127,6 +130,9 @@ pub(crate) enum Deadline {
 pub struct Core {
     pub(crate) config: Config,
     pub(crate) now: Now,
+    /// The clock of requests.
+    pub(crate) tick: Tick,
+    pub(crate) duels: Duels,
     pub(crate) effects: VecDeque<Effect>,
     pub(crate) counters: Counters,
 
@@ -193,6 +199,8 @@ impl Core {
         Self {
             config,
             now: Now::default(),
+            tick: Tick::default(),
+            duels: Duels::new(),
             effects: VecDeque::new(),
             counters: Counters::default(),
             blocks: BlockTable::default(),
@@ -347,7 +355,9 @@ impl Core {
         match op {
             Op::CreateChunk { chunk } => self.chunk_created(chunk, outcome),
             Op::DropChunk { chunk } => self.chunk_dropped(chunk),
-            Op::Read { block, source, target } => self.read_done(id, block, source, target, outcome),
+            Op::Read { block, source, target, sent } => {
+                self.read_done(id, block, (source, sent), target, outcome)
+            }
             Op::Write { block, source, fence, target, header, via } => {
                 self.write_done(block, (source, fence), target, header, via, outcome);
             }

@@ -6,8 +6,9 @@
 
 use crate::api::{Effect, Locality, Notice, Refusal, Reply};
 use crate::core::{Core, Deadline};
+use crate::evict::{Relist, is_by_use};
 use crate::ids::{LeaseId, SessionId, TenantId};
-use crate::residence::{Relist, Vacate};
+use crate::residence::Vacate;
 use crate::state::chunk::{ChunkKind, Filler, FrameState};
 use crate::state::count;
 use crate::state::session::{Held, Lease, LeaseKind, Repeats, Session};
@@ -200,7 +201,7 @@ impl Core {
     fn is_filled_by(&self, held: Held, id: LeaseId) -> bool {
         let frame = self.chunks.frame(held.frame).filter(|frame| frame.fence == held.fence);
         matches!(frame.map(|frame| frame.state),
-            Some(FrameState::Filling { filler: Filler::Lease(lease), .. }) if lease == id)
+            Some(FrameState::Filling { filler: Filler::Lease(lease), .. }) if lease == id.into())
     }
 
     /// Ends a lease by its deadline, and tells its holder.
@@ -252,15 +253,19 @@ impl Core {
         let frame = held.frame;
         let Some(cell) = self.chunks.frame(frame).filter(|cell| cell.fence == held.fence) else { return };
         match cell.state {
-            FrameState::Sealed { block, pins, verified, sealer } => {
+            FrameState::Sealed { block, pins, verified } => {
                 assert!(pins > 0, "a leased block is pinned");
                 let pins = pins - 1;
                 let chunk = self.chunks.at_mut(frame.chunk);
-                chunk.set(frame.index, FrameState::Sealed { block, pins, verified, sealer });
+                chunk.set(frame.index, FrameState::Sealed { block, pins, verified });
                 if pins == 0 {
+                    let (tick, now) = (self.tick, self.now);
+                    let by_use = is_by_use(self.config.policy);
                     let entry = self.blocks.at_mut(block);
-                    entry.touched = self.now;
-                    if entry.children_pinned == 0 {
+                    if by_use {
+                        entry.touch(tick, now);
+                    }
+                    if entry.children_pinned == 0 || entry.is_listed() {
                         self.relist(block, Relist::Touch);
                     }
                     self.memory_changed = true;

@@ -9,6 +9,8 @@ mod check;
 mod checksum;
 mod clear;
 mod core;
+mod cost;
+mod evict;
 mod identity;
 mod ids;
 mod leases;
@@ -33,6 +35,7 @@ pub use api::{
     Request, Residence, SealOutcome, UseStats, Via,
 };
 pub use checksum::{Checksum, Checksummer, checksum};
+pub use cost::ComputeCost;
 pub use identity::{
     BLOCK_BYTES_MAX, BadManifest, KEY_BYTES_MAX, MANIFEST_TEXT_BYTES_MAX, SpaceKind, SpaceManifest,
     TenantKey, chain_key, chain_keys, tenant_id,

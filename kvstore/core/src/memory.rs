@@ -3,14 +3,13 @@
 
 use crate::api::{Effect, Fault};
 use crate::core::{Core, Deadline, Op, RETRY_AFTER};
+use crate::evict::Relist;
 use crate::ids::{ChunkId, Fence, FrameRef, SessionId};
-use crate::persist::WRITE_FAULTS_MAX;
-use crate::policy::{Candidate, Choice, ChunkFacts, cheapest_chunk, victim};
-use crate::residence::{Relist, Vacate};
-use crate::state::block::{Arriving, BlockIndex, Nvme};
+use crate::policy::{Choice, ChunkFacts, cheapest_chunk};
+use crate::residence::Vacate;
+use crate::state::block::{Arriving, BlockIndex, Nvme, WRITE_FAULTS_MAX};
 use crate::state::chunk::{Chunk, ChunkKind, Filler, FrameState};
 use crate::state::count;
-use crate::state::lru::Tier;
 use crate::state::space::SpaceIndex;
 
 /// Copies between chunks at one time.
@@ -59,6 +58,7 @@ impl Core {
         held.chunks += 1;
         let mut chunk = Chunk::new(ChunkKind::Creating { owner }, tenant, space, frames, self.now);
         chunk.charged = owner.is_some();
+        chunk.sealer = owner;
         let id = self.chunks.insert(chunk);
         match owner {
             Some(session) => {
@@ -256,20 +256,7 @@ impl Core {
 
     /// Evicts one block of the space's pool, or has it written first.
     fn evict_pinned(&mut self, space: SpaceIndex) -> Choice {
-        let keep = self.is_persisting();
-        let lists = self.spaces.at(space).lru_pinned;
-        let candidates = lists.coldest_first(&self.blocks, Tier::Pinned).map(|index| {
-            let block = self.blocks.at(index);
-            let frame = block.pinned.and_then(|frame| Some((frame, self.chunks.frame(frame)?.busy)));
-            let retiring = frame.is_none_or(|(frame, _)| self.chunks.at(frame.chunk).kind != ChunkKind::Pool);
-            Candidate {
-                block: index,
-                leaf: block.children_pinned == 0,
-                busy: retiring || frame.is_none_or(|(_, busy)| busy > 0) || block.arriving != Arriving::No,
-                expendable: block.residence().nvme || !keep || block.write_faults >= WRITE_FAULTS_MAX,
-            }
-        });
-        let choice = victim(candidates);
+        let choice = self.pinned_victim(space);
         match choice {
             Choice::Evict(index) => self.evict_from_pinned(index),
             Choice::Demote(index) => self.demote(index),
@@ -333,8 +320,8 @@ impl Core {
     fn move_out(&mut self, index: BlockIndex, source: FrameRef) {
         let block = self.blocks.at(index);
         let (space, nvme) = (block.space, block.nvme);
-        let writable = self.is_persisting() && block.write_faults < WRITE_FAULTS_MAX;
-        if matches!(block.arriving, Arriving::Verifying(_)) || self.copies_running >= COPIES_MAX {
+        let writable = self.is_persisting() && block.write_faults() < WRITE_FAULTS_MAX;
+        if matches!(block.arriving(), Arriving::Verifying(_)) || self.copies_running >= COPIES_MAX {
             return;
         }
         if let Some(target) = self.take_free_pool_frame(space) {
@@ -362,7 +349,7 @@ impl Core {
         let op = self.start(Op::Copy { block: index, source, fence, target });
         self.chunks
             .at_mut(target.chunk)
-            .set(target.index, FrameState::Filling { block: index, filler: Filler::Op(op) });
+            .set(target.index, FrameState::Filling { block: index, filler: Filler::Op(op.into()) });
         self.blocks.at_mut(index).filling += 1;
         self.copies_running += 1;
         self.effects.push_back(Effect::Copy { op, source, target, expect });
@@ -399,7 +386,7 @@ impl Core {
     fn move_copy(&mut self, index: BlockIndex, target: FrameRef) {
         let Some(old) = self.blocks.at(index).pinned else { return };
         let chunk = self.chunks.at_mut(target.chunk);
-        chunk.set(target.index, FrameState::Sealed { block: index, pins: 0, verified: true, sealer: None });
+        chunk.set(target.index, FrameState::Sealed { block: index, pins: 0, verified: true });
         self.blocks.at_mut(index).filling -= 1;
         self.vacate(old, Vacate::Free);
         self.transition(index, |block| block.pinned = Some(target));
@@ -409,7 +396,7 @@ impl Core {
 
     /// A block that is not persisted yet is written ahead of the others.
     fn demote(&mut self, index: BlockIndex) {
-        self.counters.demotions += u64::from(!self.blocks.at(index).urgent);
+        self.counters.demotions += u64::from(!self.blocks.at(index).is_urgent());
         self.persist_now(index);
     }
 }

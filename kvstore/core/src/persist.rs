@@ -6,11 +6,10 @@
 use crate::api::{BlockHeader, Effect, Fault, IoClass, Via};
 use crate::core::{Core, Deadline, Delete, Op, Put, RETRY_AFTER};
 use crate::ids::{BlockId, DeviceId, DiskFrame, Fence, FrameRef};
-use crate::policy::{Candidate, Choice, victim};
-use crate::state::block::{Arriving, BlockIndex, Nvme};
+use crate::policy::Choice;
+use crate::state::block::{BlockIndex, Nvme, WRITE_FAULTS_MAX};
 use crate::state::chunk::ChunkKind;
 use crate::state::disk::{DiskState, SlotState, device_id};
-use crate::state::lru::Tier;
 use crate::state::space::SpaceIndex;
 use crate::units::Micros;
 
@@ -18,8 +17,6 @@ use crate::units::Micros;
 const EVICT_BATCH: u32 = 16;
 /// Puts and deletes in one commit.
 const COMMIT_MAX: usize = 1024;
-/// Device errors after which memory no longer waits for a block to be written.
-pub(crate) const WRITE_FAULTS_MAX: u8 = 3;
 
 /// What became of the wish for a frame on a device.
 enum DiskAllocated {
@@ -32,8 +29,8 @@ impl Core {
     /// Puts a sealed block in front of those that are merely due.
     pub(crate) fn persist_now(&mut self, index: BlockIndex) {
         let block = self.blocks.at_mut(index);
-        if block.nvme == Nvme::None && !block.urgent {
-            block.urgent = true;
+        if block.nvme == Nvme::None && !block.is_urgent() {
+            block.set_urgent(true);
             let id = block.id;
             self.urgent.push_back((index, id));
         }
@@ -69,7 +66,7 @@ impl Core {
         let Some(block) = self.blocks.try_at(index).filter(|block| block.id == id) else { return };
         let (space, pinned, nvme) = (block.space, block.pinned, block.nvme);
         if class == IoClass::Demotion {
-            self.blocks.at_mut(index).urgent = false;
+            self.blocks.at_mut(index).set_urgent(false);
         }
         let Some(source) = pinned.filter(|_| nvme == Nvme::None) else { return };
         if self.spaces.at(space).clearing > 0 {
@@ -81,7 +78,7 @@ impl Core {
             DiskAllocated::Wait => self.writes_stalled.push((index, id)),
             DiskAllocated::Never => {
                 self.counters.writes_without_room += 1;
-                self.blocks.at_mut(index).write_faults = WRITE_FAULTS_MAX;
+                self.blocks.at_mut(index).set_write_faults(WRITE_FAULTS_MAX);
                 self.durable(index, false);
                 self.memory_changed = true;
                 self.emptying_due = true;
@@ -143,7 +140,7 @@ impl Core {
                 }
                 let block = self.blocks.at_mut(index);
                 block.nvme = Nvme::Committing { frame: target, sequence: header.write_sequence };
-                block.write_faults = 0;
+                block.set_write_faults(0);
                 self.disks.cell_mut(target).busy += 1;
                 self.commit_puts.push(Put { block: index, frame: target, header });
             }
@@ -169,8 +166,8 @@ impl Core {
         }
         self.transition(index, |block| block.nvme = Nvme::None);
         let block = self.blocks.at_mut(index);
-        block.write_faults = block.write_faults.saturating_add(1);
-        let again = block.write_faults < WRITE_FAULTS_MAX;
+        block.set_write_faults(block.write_faults() + 1);
+        let again = block.write_faults() < WRITE_FAULTS_MAX;
         self.memory_changed = true;
         self.emptying_due = true;
         self.durable(index, false);
@@ -417,7 +414,7 @@ impl Core {
     /// Evicts the coldest of this space, or empties a slot of a colder one. False: nothing can leave.
     fn make_room(&mut self, space: SpaceIndex) -> bool {
         let mut coming = self.commit_running || !self.commit_deletes.is_empty();
-        if let Some((other, _)) = self.coldest_space().filter(|&(other, _)| other != space) {
+        if let Some(other) = self.coldest_space().filter(|&other| other != space) {
             coming |= self.retire_slot(other);
         }
         if coming {
@@ -431,28 +428,6 @@ impl Core {
             coming = true;
         }
         coming
-    }
-
-    fn nvme_victim(&self, space: SpaceIndex) -> Choice {
-        let lists = self.spaces.at(space).lru_nvme;
-        victim(lists.coldest_first(&self.blocks, Tier::Nvme).map(|index| {
-            let block = self.blocks.at(index);
-            let busy = match block.nvme {
-                Nvme::Sealed { frame, .. } => self.disks.cell(frame).is_none_or(|cell| cell.busy > 0),
-                Nvme::None | Nvme::Writing { .. } | Nvme::Committing { .. } | Nvme::Deleting => true,
-            };
-            let leaf = block.children_pinned == 0 && block.children_nvme == 0;
-            Candidate { block: index, leaf, busy: busy || block.arriving != Arriving::No, expendable: true }
-        }))
-    }
-
-    /// The space whose next victim was not used for longest.
-    fn coldest_space(&self) -> Option<(SpaceIndex, crate::units::Now)> {
-        let coldest = self.spaces.iter().filter_map(|(index, held)| {
-            let first = held.lru_nvme.coldest_first(&self.blocks, Tier::Nvme).next()?;
-            Some((index, self.blocks.at(first).touched))
-        });
-        coldest.min_by_key(|&(index, touched)| (touched, index))
     }
 
     /// Empties the slot that holds the coldest block of a space, for another space.

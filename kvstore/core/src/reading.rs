@@ -2,9 +2,10 @@
 
 use crate::api::{Effect, Grant, IoClass, Limit, MissReason, Reply, Residence};
 use crate::core::{Core, Op};
+use crate::evict::Relist;
 use crate::ids::{BlockId, DiskFrame, Fence, FrameRef, LeaseId, OpId, SessionId, TenantId};
 use crate::memory::Allocated;
-use crate::residence::{Relist, Vacate};
+use crate::residence::Vacate;
 use crate::state::block::{Arriving, BlockIndex, Nvme};
 use crate::state::chunk::{Filler, FrameState};
 use crate::state::count;
@@ -45,6 +46,7 @@ impl Core {
         let Some(lease) = self.add_lease(asker.session, tenant, LeaseKind::Read, ttl, 0) else {
             return Some(Reply::Throttled(Limit::Leases));
         };
+        self.tick = self.tick.next();
         let waits = answer_by > self.now && self.may_wait();
         let mut holder = Holder { session: asker.session, tenant, allowance: self.lease_allowance(tenant) };
         let before = holder.allowance;
@@ -52,6 +54,7 @@ impl Core {
         let mut items = Vec::with_capacity(blocks.len());
         let mut open = Vec::new();
         let mut previous = None;
+        let mut first = None;
         for (position, &block) in blocks.iter().enumerate() {
             previous = self.find_after(tenant, previous, block);
             let (grant, item) = match previous {
@@ -64,6 +67,10 @@ impl Core {
                 Grant::Missing(_) | Grant::Throttled | Grant::Exists => self.counters.misses += 1,
             }
             if let Some(index) = previous {
+                if first.is_none() {
+                    let block = self.blocks.at(index);
+                    first = Some((block.depth.saturating_sub(count(position)), block.space));
+                }
                 self.touch(index);
                 if grant == Grant::Promoting {
                     open.push((count(position), index));
@@ -73,6 +80,7 @@ impl Core {
             items.push(item);
         }
         self.charge(tenant, before - holder.allowance);
+        self.learn(blocks, first.map_or(0, |(depth, _)| depth), first.map(|(_, space)| space));
         if let Some(lease) = self.leases.get_mut(&lease) {
             lease.items = items;
         }
@@ -137,15 +145,15 @@ impl Core {
     fn pin_resident(&mut self, holder: &mut Holder, index: BlockIndex) -> Option<(Grant, Option<Held>)> {
         let block = self.blocks.at(index);
         let frame = block.pinned?;
-        let (name, checksum, listed) = (block.id, block.seal()?, block.lru_pinned.is_listed());
+        let (name, checksum, listed) = (block.id, block.seal()?, block.listed_pinned.is_listed());
         let space = self.spaces.at(block.space);
         debug_assert!(space.tenant == holder.tenant, "a lease covers blocks of its own tenant");
         let (bytes, length) = (space.frame_bytes.get(), space.block_bytes);
         let now = self.now;
         let chunk = self.chunks.at_mut(frame.chunk);
         let cell = &chunk.frames[frame.index as usize];
-        let FrameState::Sealed { block: _, pins, verified, sealer } = cell.state else { return None };
-        if !verified && sealer != Some(holder.session) {
+        let FrameState::Sealed { block: _, pins, verified } = cell.state else { return None };
+        if !verified && chunk.sealer != Some(holder.session) {
             return None;
         }
         if holder.allowance < bytes {
@@ -153,7 +161,7 @@ impl Core {
         }
         holder.allowance -= bytes;
         let fence = cell.fence;
-        chunk.set(frame.index, FrameState::Sealed { block: index, pins: pins + 1, verified, sealer });
+        chunk.set(frame.index, FrameState::Sealed { block: index, pins: pins + 1, verified });
         chunk.touched = now;
         if listed {
             self.relist(index, Relist::Keep);
@@ -166,14 +174,14 @@ impl Core {
 
     /// Puts a block into the queue of wanted ones. False: the queue is full.
     pub(crate) fn want(&mut self, index: BlockIndex) -> bool {
-        if self.blocks.at(index).arriving != Arriving::No {
+        if self.blocks.at(index).arriving() != Arriving::No {
             return true;
         }
         let limit = self.config.limits.blocks_per_request as usize * WANTED_REQUESTS_MAX;
         if self.wanted.len() + self.wanted_stalled.len() >= limit {
             return false;
         }
-        self.blocks.at_mut(index).arriving = Arriving::Queued;
+        self.blocks.at_mut(index).set_arriving(Arriving::Queued);
         self.wanted.push_back(index);
         true
     }
@@ -182,7 +190,7 @@ impl Core {
     pub(crate) fn pump_arrivals(&mut self) {
         while self.reads_running + self.verifies_running < self.config.limits.reads_in_flight {
             let Some(index) = self.wanted.pop_front() else { break };
-            let queued = self.blocks.try_at(index).is_some_and(|block| block.arriving == Arriving::Queued);
+            let queued = self.blocks.try_at(index).is_some_and(|block| block.arriving() == Arriving::Queued);
             if queued {
                 self.start_arrival(index);
             }
@@ -222,12 +230,13 @@ impl Core {
         let expect = self.header_of(block, sequence);
         let frame_bytes = self.spaces.at(self.blocks.at(block).space).frame_bytes;
         let source_offset = self.disks.offset(source, frame_bytes);
-        let op = self.start(Op::Read { block, source, target });
+        let op = self.start(Op::Read { block, source, target, sent: self.now });
+        self.disks.device_mut(source.device).load.sent(frame_bytes.get());
         let chunk = self.chunks.at_mut(target.chunk);
-        chunk.set(target.index, FrameState::Filling { block, filler: Filler::Op(op) });
+        chunk.set(target.index, FrameState::Filling { block, filler: Filler::Op(op.into()) });
         let entry = self.blocks.at_mut(block);
         entry.filling += 1;
-        entry.arriving = Arriving::Reading(op.into());
+        entry.set_arriving(Arriving::Reading(op.into()));
         self.disks.cell_mut(source).busy += 1;
         self.reads_running += 1;
         let class = if self.arrivals.contains_key(&block) { IoClass::Fetch } else { IoClass::Prefetch };
@@ -240,21 +249,24 @@ impl Core {
         &mut self,
         op: OpId,
         index: BlockIndex,
-        source: DiskFrame,
+        (source, sent): (DiskFrame, Now),
         target: FrameRef,
         outcome: Result<(), crate::api::Fault>,
     ) {
         self.reads_running -= 1;
+        let bytes = self.spaces.at(self.blocks.at(index).space).frame_bytes.get();
+        let now = self.now;
+        self.disks.device_mut(source.device).load.answered(bytes, sent, now, outcome.is_ok());
         self.disks.cell_mut(source).busy -= 1;
         self.settle_cell(source);
         let block = self.blocks.at(index);
-        let wanted = block.arriving == Arriving::Reading(op.into());
+        let wanted = block.arriving() == Arriving::Reading(op.into());
         let current = matches!(block.nvme, Nvme::Sealed { frame, .. } if frame == source);
         let fits = wanted && current && block.pinned.is_none();
         let mut otherwise = MissReason::Unknown;
         match outcome {
             Ok(()) if fits => {
-                self.seal_frame(index, target, true, None, 0);
+                self.seal_frame(index, target, true, 0);
                 self.counters.promotions += 1;
             }
             Ok(()) => {}
@@ -282,7 +294,7 @@ impl Core {
         let expect = self.header_of(index, 0);
         let fence = self.hold_frame(frame);
         let op = self.start(Op::Verify { block: index, frame, fence });
-        self.blocks.at_mut(index).arriving = Arriving::Verifying(op.into());
+        self.blocks.at_mut(index).set_arriving(Arriving::Verifying(op.into()));
         self.verifies_running += 1;
         self.effects.push_back(Effect::Verify { op, frame, expect });
     }
@@ -297,7 +309,7 @@ impl Core {
     ) {
         self.verifies_running -= 1;
         let wanted =
-            self.blocks.try_at(index).is_some_and(|block| block.arriving == Arriving::Verifying(op.into()));
+            self.blocks.try_at(index).is_some_and(|block| block.arriving() == Arriving::Verifying(op.into()));
         if self.let_frame_go(frame, fence) {
             match outcome {
                 Ok(()) => self.mark_verified(frame),
@@ -311,16 +323,14 @@ impl Core {
 
     pub(crate) fn mark_verified(&mut self, frame: FrameRef) {
         let chunk = self.chunks.at_mut(frame.chunk);
-        if let FrameState::Sealed { block, pins, verified: _, sealer } =
-            chunk.frames[frame.index as usize].state
-        {
-            chunk.set(frame.index, FrameState::Sealed { block, pins, verified: true, sealer });
+        if let FrameState::Sealed { block, pins, verified: _ } = chunk.frames[frame.index as usize].state {
+            chunk.set(frame.index, FrameState::Sealed { block, pins, verified: true });
         }
     }
 
     /// Settles everybody who waits for the block's Pinned copy.
     pub(crate) fn arrived(&mut self, index: BlockIndex, arrival: Arrival) {
-        self.blocks.at_mut(index).arriving = Arriving::No;
+        self.blocks.at_mut(index).set_arriving(Arriving::No);
         let mut waiters = self.arrivals.remove(&index).unwrap_or_default();
         waiters.retain(|(wait, _)| self.waits.contains_key(wait));
         // Last first, so that nobody is settled before the table is as it will be.

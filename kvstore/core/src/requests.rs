@@ -5,8 +5,8 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 
 use crate::api::{Effect, Limit, MapAccess, MatchMode, Refusal, Reply, Request, Residence};
 use crate::core::{Core, Deadline};
+use crate::evict::Relist;
 use crate::ids::{BlockId, ChunkId, RequestId, SessionId, TenantId};
-use crate::residence::Relist;
 use crate::state::block::{BlockIndex, Nvme, Retained};
 use crate::state::chunk::ChunkKind;
 use crate::state::count;
@@ -128,6 +128,7 @@ impl Core {
     /// From tail to head, so that parents stay newer than their children.
     fn touched(&mut self, tenant: TenantId, blocks: &[BlockId]) -> Reply {
         let mut touched = 0;
+        self.tick = self.tick.next();
         for &block in blocks.iter().rev() {
             let Some(index) = self.find(tenant, block) else { continue };
             if self.residence(index) != Residence::default() {
@@ -166,12 +167,12 @@ impl Core {
             let held = self.tenants.entry(tenant).or_default();
             if priority > 0 && held.retained_bytes + bytes <= limit {
                 held.retained_bytes += bytes;
-                self.blocks.at_mut(index).retained = true;
+                self.blocks.at_mut(index).set_retained(true);
                 self.retained.insert(index, Retained { priority, until });
                 self.at(until, Deadline::Retain(index, block));
                 retained += 1;
             }
-            self.relist(index, Relist::Keep);
+            self.relist(index, Relist::Touch);
         }
         Reply::Retained { count: retained }
     }

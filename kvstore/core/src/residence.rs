@@ -4,10 +4,10 @@
 
 use crate::api::{Effect, Event, Residence};
 use crate::core::Core;
-use crate::ids::{BlockId, Fence, FrameRef, SessionId};
+use crate::evict::{Relist, is_by_use};
+use crate::ids::{BlockId, Fence, FrameRef};
 use crate::state::block::{Block, BlockIndex, Nvme};
 use crate::state::chunk::{ChunkKind, FrameState};
-use crate::state::lru::{Rank, Tier};
 
 /// What becomes of a frame that holds nothing valid any more.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,7 +33,7 @@ impl Core {
                 adjust(&mut above.children_pinned, before.pinned, after.pinned);
                 adjust(&mut above.children_nvme, before.nvme, after.nvme);
                 if above.leaf_of() != was_leaf {
-                    self.relist(parent, Relist::Bare);
+                    self.relist(parent, Relist::Keep);
                 }
             }
             let held = self.spaces.at_mut(space);
@@ -76,77 +76,38 @@ impl Core {
         self.effects.push_back(Effect::Publish { tenant, event });
     }
 
-    /// Puts a block into the lists that it belongs to now: leaves that could be
-    /// evicted. In Pinned: its copy is in a chunk of the pool, no lease pins it,
-    /// no child is in Pinned. In Nvme: its copy is sealed, no child is in either tier.
-    pub(crate) fn relist(&mut self, index: BlockIndex, how: Relist) {
-        let block = self.blocks.at(index);
-        let rank = if block.retained { Rank::Retained } else { Rank::Ordinary };
-        let evictable =
-            block.children_pinned == 0 && block.pinned.is_some_and(|frame| self.is_evictable(frame));
-        let in_pinned = evictable.then_some(rank);
-        let leaf = block.children_pinned == 0 && block.children_nvme == 0;
-        let in_nvme = (leaf && block.residence().nvme).then_some(rank);
-        let space = block.space;
-        let (was_pinned, was_nvme) = (block.lru_pinned.rank(), block.lru_nvme.rank());
-        for (tier, was, wanted) in [(Tier::Pinned, was_pinned, in_pinned), (Tier::Nvme, was_nvme, in_nvme)] {
-            if was == wanted && (how != Relist::Touch || was.is_none()) {
-                continue;
-            }
-            let held = self.spaces.at_mut(space);
-            let lists = match tier {
-                Tier::Pinned => &mut held.lru_pinned,
-                Tier::Nvme => &mut held.lru_nvme,
-            };
-            if was.is_some() {
-                lists.remove(&mut self.blocks, tier, index);
-            }
-            match wanted {
-                Some(rank) if how == Relist::Bare => lists.place(&mut self.blocks, tier, index, rank),
-                Some(rank) => lists.push(&mut self.blocks, tier, index, rank),
-                None => {}
-            }
-        }
-    }
-
-    fn is_evictable(&self, frame: FrameRef) -> bool {
-        let chunk = self.chunks.at(frame.chunk);
-        let pooled = matches!(chunk.kind, ChunkKind::Pool | ChunkKind::Retiring);
-        let state = chunk.frames[frame.index as usize].state;
-        pooled && matches!(state, FrameState::Sealed { pins: 0, .. })
-    }
-
     /// Marks a block as used now.
     pub(crate) fn touch(&mut self, index: BlockIndex) {
+        let (tick, now) = (self.tick, self.now);
+        let by_use = is_by_use(self.config.policy);
         let block = self.blocks.at_mut(index);
-        block.touched = self.now;
-        if block.lru_pinned.is_listed() || block.lru_nvme.is_listed() {
-            self.relist(index, Relist::Touch);
+        if block.used != tick && block.residence() != Residence::default() {
+            block.uses = block.uses.saturating_add(1);
+        }
+        if by_use {
+            block.touch(tick, now);
+        }
+        if block.is_listed() {
+            self.relist_used(index);
         }
     }
 
     /// The frame's bytes become the block's Pinned copy. The frame was filled for it.
-    pub(crate) fn seal_frame(
-        &mut self,
-        index: BlockIndex,
-        frame: FrameRef,
-        verified: bool,
-        sealer: Option<SessionId>,
-        pins: u32,
-    ) {
+    pub(crate) fn seal_frame(&mut self, index: BlockIndex, frame: FrameRef, verified: bool, pins: u32) {
         let chunk = self.chunks.at_mut(frame.chunk);
         let filling = chunk.frames[frame.index as usize].state;
         assert!(
             matches!(filling, FrameState::Filling { block, .. } if block == index),
             "only a frame filled for the block is sealed"
         );
-        chunk.set(frame.index, FrameState::Sealed { block: index, pins, verified, sealer });
+        chunk.set(frame.index, FrameState::Sealed { block: index, pins, verified });
         chunk.touched = self.now;
+        let (tick, now) = (self.tick, self.now);
         let block = self.blocks.at_mut(index);
         assert!(block.pinned.is_none(), "a block has one Pinned copy");
         assert!(block.filling > 0, "a filling frame is counted by its block");
         block.filling -= 1;
-        block.touched = self.now;
+        block.touch(tick, now);
         self.transition(index, |block| block.pinned = Some(frame));
     }
 
@@ -227,9 +188,10 @@ impl Core {
     /// A promise to keep the block ends.
     pub(crate) fn unretain(&mut self, index: BlockIndex) {
         let block = self.blocks.at_mut(index);
-        if !std::mem::take(&mut block.retained) {
+        if !block.is_retained() {
             return;
         }
+        block.set_retained(false);
         let (space, id) = (block.space, block.id);
         let Some(retained) = self.retained.remove(&index) else { return };
         self.deadlines.remove(&(retained.until, crate::core::Deadline::Retain(index, id)));
@@ -241,7 +203,7 @@ impl Core {
     pub(crate) fn retain_ended(&mut self, index: BlockIndex, id: BlockId) {
         if self.blocks.try_at(index).is_some_and(|block| block.id == id) {
             self.unretain(index);
-            self.relist(index, Relist::Keep);
+            self.relist(index, Relist::Touch);
         }
     }
 
@@ -250,9 +212,10 @@ impl Core {
         self.counters.checksum_failures += 1;
         let block = self.blocks.at(index);
         let (id, space) = (block.id, self.spaces.at(block.space).id);
-        if let Some(FrameState::Sealed { sealer: Some(session), .. }) =
-            block.pinned.and_then(|frame| self.chunks.frame(frame)).map(|frame| frame.state)
-            && self.sessions.contains_key(&session)
+        let sealed_in = block.pinned.and_then(|frame| self.chunks.find(frame.chunk).zip(Some(frame.index)));
+        if let Some((chunk, index)) = sealed_in
+            && chunk.is_sealers(index)
+            && let Some(session) = chunk.sealer.filter(|session| self.sessions.contains_key(session))
         {
             let notice = crate::api::Notice::SealRejected { space, block: id };
             self.effects.push_back(Effect::Notify { session, notice });
@@ -264,17 +227,6 @@ impl Core {
         self.drop_pinned(index);
         self.durable(index, false);
     }
-}
-
-/// Whether a block moves to the hot end.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Relist {
-    /// It stays where it is, or comes in at the hot end.
-    Keep,
-    /// It was used now: it goes to the hot end.
-    Touch,
-    /// Its last child has gone: it comes in where its last use says.
-    Bare,
 }
 
 fn is_unpersisted(residence: Residence) -> bool {

@@ -2,10 +2,11 @@
 
 use crate::api::FoundBlock;
 use crate::core::{Core, Deadline};
+use crate::cost::Compute;
+use crate::evict::Evictable;
 use crate::ids::{DeviceId, SpaceId, TenantId};
 use crate::state::block::{BlockIndex, Nvme};
 use crate::state::disk::{DiskState, SlotState};
-use crate::state::lru::Lists;
 use crate::state::space::{HEADER_PAGE_BYTES, Space, SpaceIndex, frame_bytes, frames_in};
 use crate::units::ByteCount;
 
@@ -46,8 +47,9 @@ impl Core {
             slots_open: vec![std::collections::BTreeSet::new(); devices],
             slots_carving: vec![0; devices],
             device_next: 0,
-            lru_pinned: Lists::default(),
-            lru_nvme: Lists::default(),
+            evictable_pinned: Evictable::default(),
+            evictable_nvme: Evictable::default(),
+            compute: Compute::new(block_bytes),
             blocks_pinned: 0,
             blocks_nvme: 0,
         });

@@ -246,7 +246,7 @@ impl Core {
             children: entry.children,
             children_pinned: entry.children_pinned,
             children_nvme: entry.children_nvme,
-            idle: self.now.since(entry.touched),
+            idle: entry.idle(self.now),
             retained_until: self.retained.get(&index).map(|retained| retained.until),
             leases: self.leases_of(entry),
             explanation: explain(entry, pins),
@@ -446,7 +446,7 @@ fn explain(block: &Block, pins: u32) -> &'static str {
     let tiers = block.residence();
     if pins > 0 {
         "leased: it is not evicted before its leases end"
-    } else if block.retained {
+    } else if block.is_retained() {
         "retained: it is evicted after all blocks that are not"
     } else if tiers.pinned && block.children_pinned > 0 {
         "its children are in Pinned: they are evicted before it"

@@ -3,8 +3,8 @@
 
 use crate::api::{Effect, Notice, Refusal, Reply};
 use crate::core::{Core, Deadline};
+use crate::evict::Relist;
 use crate::ids::{ChunkId, SessionId};
-use crate::residence::Relist;
 use crate::state::block::BlockIndex;
 use crate::state::chunk::{ChunkKind, FrameState};
 use crate::state::count;

@@ -3,9 +3,10 @@
 use crate::api::{Durability, Grant, Limit, MissReason, Refusal, Reply, SealOutcome};
 use crate::checksum::Checksum;
 use crate::core::Core;
+use crate::evict::Relist;
 use crate::ids::{BlockId, FrameRef, LeaseId, SpaceId, TenantId};
 use crate::memory::Allocated;
-use crate::residence::{Relist, Vacate};
+use crate::residence::Vacate;
 use crate::state::block::{BlockIndex, Nvme};
 use crate::state::chunk::{Filler, FrameState};
 use crate::state::count;
@@ -189,12 +190,25 @@ impl Core {
         let hint = hint.filter(|&hint| self.is_entry(hint, parent));
         let above = hint.unwrap_or_else(|| self.blocks.find_or_insert(parent, space, now));
         self.blocks.attach(index, above);
-        let entry = self.blocks.at(above);
-        if entry.lru_pinned.is_listed() || entry.lru_nvme.is_listed() {
+        if self.blocks.at(index).parent == Some(above) {
+            self.inherit(index, above);
+        }
+        if self.blocks.at(above).is_listed() {
             self.relist(above, Relist::Keep);
         }
         self.blocks.remove_if_gone(above);
         index
+    }
+
+    /// A block's depth follows from its parent, and so does its turn: a parent
+    /// that was used since it was sealed had ended an earlier request.
+    fn inherit(&mut self, index: BlockIndex, above: BlockIndex) {
+        let parent = self.blocks.at(above).stats();
+        let block = self.blocks.at_mut(index);
+        block.depth = parent.depth.saturating_add(1);
+        if block.uses == 0 {
+            block.turn = parent.turn.saturating_add(u8::from(parent.uses > 0));
+        }
     }
 
     fn reserve(
@@ -207,7 +221,7 @@ impl Core {
     ) -> Grant {
         let now = self.now;
         let chunk = self.chunks.at_mut(frame.chunk);
-        chunk.set(frame.index, FrameState::Filling { block: index, filler: Filler::Lease(id) });
+        chunk.set(frame.index, FrameState::Filling { block: index, filler: Filler::Lease(id.into()) });
         chunk.touched = now;
         let fence = chunk.frames[frame.index as usize].fence;
         let entry = self.blocks.at_mut(index);
@@ -301,7 +315,7 @@ impl Core {
             return lost;
         };
         match cell.state {
-            FrameState::Filling { block: index, filler: Filler::Lease(filler) } if filler == id => {
+            FrameState::Filling { block: index, filler: Filler::Lease(filler) } if filler == id.into() => {
                 let outcome = self.publish_frame(index, held.frame, checksum, session);
                 match outcome {
                     SealOutcome::Conflict | SealOutcome::Lost => (outcome, None),
@@ -347,11 +361,10 @@ impl Core {
         }
         // The daemon compared a streamed block's bytes when it stored them.
         let local = self.is_local(session);
-        let sealer = local.then_some(session);
         if before.is_none() {
             self.blocks.at_mut(index).set_seal(Some(checksum));
         }
-        self.seal_frame(index, frame, !local, sealer, 1);
+        self.seal_frame(index, frame, !local, 1);
         self.window_settled(frame.chunk);
         if before.is_some() {
             return SealOutcome::Already;

@@ -7,14 +7,17 @@
 
 use std::num::NonZeroU32;
 
-use crate::api::Residence;
+use crate::api::{Residence, UseStats};
 use crate::checksum::Checksum;
+use crate::evict::Tier;
 use crate::ids::{BlockId, DiskFrame, FrameRef, OpId};
+use crate::policy::class::Tick;
+use crate::policy::history::History;
+use crate::policy::queues::Links;
 use crate::state::count;
 use crate::state::index::Index;
-use crate::state::lru::Links;
 use crate::state::space::SpaceIndex;
-use crate::units::Now;
+use crate::units::{Micros, Now};
 
 /// Longest walk towards the root when a parent is attached to an entry that
 /// has children already. Beyond it the parent is not recorded.
@@ -98,6 +101,24 @@ impl From<OpId> for ShortOp {
     }
 }
 
+/// A time in units of 16 milliseconds: two years fit into 32 bits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct CoarseTime(u32);
+
+const COARSE_SHIFT: u32 = 14;
+
+impl From<Now> for CoarseTime {
+    fn from(now: Now) -> Self {
+        Self(u32::try_from(now.micros() >> COARSE_SHIFT).unwrap_or(u32::MAX))
+    }
+}
+
+impl From<CoarseTime> for Now {
+    fn from(coarse: CoarseTime) -> Self {
+        Now::from_micros(u64::from(coarse.0) << COARSE_SHIFT)
+    }
+}
+
 /// A promise to evict the block last.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Retained {
@@ -109,13 +130,12 @@ pub(crate) struct Retained {
 #[derive(Debug)]
 pub(crate) struct Block {
     pub(crate) id: BlockId,
-    /// Of the payload, while `sealed`.
+    /// Of the payload, while it is sealed.
     checksum: Checksum,
-    pub(crate) touched: Now,
     pub(crate) nvme: Nvme,
     /// The sealed copy in Pinned.
     pub(crate) pinned: Option<FrameRef>,
-    pub(crate) arriving: Arriving,
+    arriving_op: ShortOp,
     pub(crate) space: SpaceIndex,
     pub(crate) parent: Option<BlockIndex>,
     /// The entry that named this one as parent last: where a prefix mostly goes on.
@@ -126,55 +146,159 @@ pub(crate) struct Block {
     pub(crate) children_pinned: u32,
     /// Of these, sealed in Nvme.
     pub(crate) children_nvme: u32,
-    pub(crate) lru_pinned: Links,
-    pub(crate) lru_nvme: Links,
+    pub(crate) listed_pinned: Links,
+    pub(crate) listed_nvme: Links,
+    /// Last use, by the clock of requests and by the one on the wall.
+    pub(crate) used: Tick,
+    touched: CoarseTime,
+    /// Blocks before it in its prefix.
+    pub(crate) depth: u32,
     /// Pinned frames that are being filled for it.
     pub(crate) filling: u16,
-    /// Device errors while writing it, since the last success; the most when no device has room for it.
-    pub(crate) write_faults: u8,
-    /// It waits in the queue of urgent writes.
-    pub(crate) urgent: bool,
-    /// It is evicted last; until when is in the core's table.
-    pub(crate) retained: bool,
-    /// A tier holds a sealed copy, or Nvme is about to.
-    sealed: bool,
+    /// See [`UseStats`].
+    pub(crate) uses: u8,
+    /// See [`UseStats`].
+    pub(crate) turn: u8,
+    marks: u8,
 }
 
 const _: () = assert!(size_of::<Option<Block>>() == 128);
+
+/// A tier holds a sealed copy, or Nvme is about to.
+const SEALED: u8 = 1;
+/// It waits in the queue of urgent writes.
+const URGENT: u8 = 1 << 1;
+/// It is evicted last; until when is in the core's table.
+const RETAINED: u8 = 1 << 2;
+/// Two bits: device errors while writing it.
+const WRITE_FAULTS_SHIFT: u8 = 3;
+/// Two bits: how a copy is on its way.
+const ARRIVING_SHIFT: u8 = 5;
+const TWO_BITS: u8 = 3;
+
+/// Most device errors that are counted for one block.
+pub(crate) const WRITE_FAULTS_MAX: u8 = TWO_BITS;
 
 impl Block {
     fn new(id: BlockId, space: SpaceIndex, now: Now) -> Self {
         Self {
             id,
             checksum: Checksum::new(0),
-            touched: now,
             nvme: Nvme::None,
             pinned: None,
-            arriving: Arriving::No,
+            arriving_op: ShortOp(0),
             space,
             parent: None,
             child: None,
             children: 0,
             children_pinned: 0,
             children_nvme: 0,
-            lru_pinned: Links::default(),
-            lru_nvme: Links::default(),
+            listed_pinned: Links::default(),
+            listed_nvme: Links::default(),
+            used: Tick::default(),
+            touched: now.into(),
+            depth: 0,
             filling: 0,
-            write_faults: 0,
-            urgent: false,
-            retained: false,
-            sealed: false,
+            uses: 0,
+            turn: 0,
+            marks: 0,
         }
+    }
+
+    fn mark(&mut self, bit: u8, on: bool) {
+        self.marks = if on { self.marks | bit } else { self.marks & !bit };
+    }
+
+    fn set_two_bits(&mut self, shift: u8, value: u8) {
+        self.marks = self.marks & !(TWO_BITS << shift) | (value & TWO_BITS) << shift;
+    }
+
+    /// Whether it waits in the queue of urgent writes.
+    pub(crate) fn is_urgent(&self) -> bool {
+        self.marks & URGENT != 0
+    }
+
+    pub(crate) fn set_urgent(&mut self, urgent: bool) {
+        self.mark(URGENT, urgent);
+    }
+
+    /// Whether it was promised to be evicted last.
+    pub(crate) fn is_retained(&self) -> bool {
+        self.marks & RETAINED != 0
+    }
+
+    pub(crate) fn set_retained(&mut self, retained: bool) {
+        self.mark(RETAINED, retained);
+    }
+
+    /// Device errors while writing it, since the last success, up to
+    /// [`WRITE_FAULTS_MAX`]; the most when no device has room for it.
+    pub(crate) fn write_faults(&self) -> u8 {
+        self.marks >> WRITE_FAULTS_SHIFT & TWO_BITS
+    }
+
+    pub(crate) fn set_write_faults(&mut self, faults: u8) {
+        self.set_two_bits(WRITE_FAULTS_SHIFT, faults.min(WRITE_FAULTS_MAX));
+    }
+
+    /// How a copy is on its way to Pinned.
+    pub(crate) fn arriving(&self) -> Arriving {
+        match self.marks >> ARRIVING_SHIFT & TWO_BITS {
+            0 => Arriving::No,
+            1 => Arriving::Queued,
+            2 => Arriving::Reading(self.arriving_op),
+            _ => Arriving::Verifying(self.arriving_op),
+        }
+    }
+
+    pub(crate) fn set_arriving(&mut self, arriving: Arriving) {
+        let (bits, op) = match arriving {
+            Arriving::No => (0, ShortOp(0)),
+            Arriving::Queued => (1, ShortOp(0)),
+            Arriving::Reading(op) => (2, op),
+            Arriving::Verifying(op) => (3, op),
+        };
+        self.set_two_bits(ARRIVING_SHIFT, bits);
+        self.arriving_op = op;
+    }
+
+    /// Its place in the lists of a tier.
+    pub(crate) fn links(&self, tier: Tier) -> Links {
+        match tier {
+            Tier::Pinned => self.listed_pinned,
+            Tier::Nvme => self.listed_nvme,
+        }
+    }
+
+    /// Whether it is in a list of any tier.
+    pub(crate) fn is_listed(&self) -> bool {
+        self.listed_pinned.is_listed() || self.listed_nvme.is_listed()
+    }
+
+    /// What its past says about its future.
+    pub(crate) fn stats(&self) -> UseStats {
+        UseStats { depth: self.depth, turn: self.turn, uses: self.uses }
+    }
+
+    /// It was used now.
+    pub(crate) fn touch(&mut self, tick: Tick, now: Now) {
+        self.used = tick;
+        self.touched = now.into();
+    }
+
+    /// Since its last use, to some milliseconds.
+    pub(crate) fn idle(&self, now: Now) -> Micros {
+        now.since(self.touched.into())
     }
 
     /// Checksum of every sealed copy. Its length and generation are those of
     /// its space: a cleared space's blocks are dropped at once.
     pub(crate) fn seal(&self) -> Option<Checksum> {
-        self.sealed.then_some(self.checksum)
+        (self.marks & SEALED != 0).then_some(self.checksum)
     }
 
     pub(crate) fn set_seal(&mut self, seal: Option<Checksum>) {
-        self.sealed = seal.is_some();
+        self.mark(SEALED, seal.is_some());
         self.checksum = seal.unwrap_or(self.checksum);
     }
 
@@ -193,7 +317,7 @@ impl Block {
         self.pinned.is_none()
             && self.nvme == Nvme::None
             && self.filling == 0
-            && self.arriving == Arriving::No
+            && self.arriving() == Arriving::No
             && self.children == 0
     }
 }
@@ -204,6 +328,8 @@ pub(crate) struct BlockTable {
     entries: Vec<Option<Block>>,
     free: Vec<BlockIndex>,
     index: Index,
+    /// What blocks without an entry had earned.
+    history: Option<History>,
 }
 
 /// The id's own low bits: they are uniform already.
@@ -227,6 +353,11 @@ impl BlockTable {
     pub(crate) fn find(&self, id: BlockId) -> Option<BlockIndex> {
         let entries = &self.entries;
         self.index.find(tag(id), |slot| entry(entries, slot).id == id).map(BlockIndex::new)
+    }
+
+    /// Remembers what about this many blocks had earned when they left.
+    pub(crate) fn remember(&mut self, blocks: u32) {
+        self.history = Some(History::new(blocks));
     }
 
     /// Many blocks will be looked for, of which few are there.
@@ -266,7 +397,12 @@ impl BlockTable {
         }
         let index = self.free.pop().unwrap_or_else(|| BlockIndex::new(count(self.entries.len())));
         self.index.insert(tag(id), index.get());
-        let block = Some(Block::new(id, space, now));
+        let mut block = Block::new(id, space, now);
+        if let Some(past) = self.history.as_ref().and_then(|history| history.recall(id)) {
+            block.uses = past.uses.saturating_add(1);
+            block.turn = past.turn;
+        }
+        let block = Some(block);
         if index.place() == self.entries.len() {
             self.entries.push(block);
         } else {
@@ -283,10 +419,13 @@ impl BlockTable {
             if !block.is_gone() {
                 return;
             }
-            assert!(!block.lru_pinned.is_listed(), "a block without a Pinned copy is in no Pinned list");
-            assert!(!block.lru_nvme.is_listed(), "a block without an Nvme copy is in no Nvme list");
+            assert!(!block.listed_pinned.is_listed(), "a block without a Pinned copy is in no Pinned list");
+            assert!(!block.listed_nvme.is_listed(), "a block without an Nvme copy is in no Nvme list");
             next = block.parent;
-            let id = block.id;
+            let (id, stats) = (block.id, block.stats());
+            if let Some(history) = &mut self.history {
+                history.remember(id, stats);
+            }
             self.index.remove(tag(id), index.get());
             self.entries[index.place()] = None;
             self.free.push(index);

@@ -2,8 +2,8 @@
 
 use std::collections::BTreeMap;
 
-use crate::ids::{ChunkId, Fence, FrameRef, LeaseId, OpId, SessionId, TenantId};
-use crate::state::block::BlockIndex;
+use crate::ids::{ChunkId, Fence, FrameRef, LeaseId, SessionId, TenantId};
+use crate::state::block::{BlockIndex, ShortOp};
 use crate::state::count;
 use crate::state::index::Index;
 use crate::state::space::SpaceIndex;
@@ -26,11 +26,23 @@ pub(crate) enum ChunkKind {
     Dropping,
 }
 
-/// Who may be storing bytes into a frame.
+/// Who may be storing bytes into a frame, by the low half of its number: no two
+/// with the same half are ever alive.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Filler {
-    Lease(LeaseId),
-    Op(OpId),
+    Lease(ShortLease),
+    Op(ShortOp),
+}
+
+/// Low half of a lease's number: the upper half is the incarnation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct ShortLease(u32);
+
+impl From<LeaseId> for ShortLease {
+    #[expect(clippy::cast_possible_truncation, reason = "the low half is what is kept")]
+    fn from(lease: LeaseId) -> Self {
+        Self(lease.get() as u32)
+    }
 }
 
 /// Lifecycle of a frame.
@@ -43,12 +55,12 @@ pub(crate) enum FrameState {
         filler: Filler,
     },
     /// Evictable while `pins` is zero. `verified`: its bytes were compared with
-    /// the checksum since they arrived.
+    /// the checksum since they arrived. Bytes that were not are those of the
+    /// chunk's sealer.
     Sealed {
         block: BlockIndex,
         pins: u32,
         verified: bool,
-        sealer: Option<SessionId>,
     },
     /// Holds nothing any more, but operations still read from it.
     Evicting,
@@ -100,7 +112,12 @@ pub(crate) struct Chunk {
     pub(crate) leave_by: Now,
     /// Counted as a window of its tenant until its memory is back.
     pub(crate) charged: bool,
+    /// The session that fills it, or filled it while it was a window: it may read
+    /// back what it sealed before that is verified.
+    pub(crate) sealer: Option<SessionId>,
 }
+
+const _: () = assert!(size_of::<Frame>() == 32);
 
 impl Chunk {
     pub(crate) fn new(kind: ChunkKind, tenant: TenantId, space: SpaceIndex, frames: u32, now: Now) -> Self {
@@ -116,6 +133,7 @@ impl Chunk {
             touched: now,
             leave_by: now,
             charged: false,
+            sealer: None,
         }
     }
 
@@ -135,6 +153,13 @@ impl Chunk {
         let index = self.free.pop()?;
         assert!(self.frames[index as usize].state == FrameState::Free, "the free list holds free frames");
         Some(index)
+    }
+
+    /// Whether what a frame holds was sealed by the chunk's sealer, as far as is known.
+    pub(crate) fn is_sealers(&self, index: u32) -> bool {
+        let verified =
+            !matches!(self.frames[index as usize].state, FrameState::Sealed { verified: false, .. });
+        !verified || matches!(self.kind, ChunkKind::Window { .. } | ChunkKind::Replacing)
     }
 
     /// Nothing readable, being filled or in flight is left.

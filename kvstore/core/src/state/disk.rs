@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 
+use crate::cost::Load;
 use crate::ids::{DeviceId, DiskFrame};
 use crate::state::block::BlockIndex;
 use crate::state::chunk::FrameCounts;
@@ -128,6 +129,8 @@ pub(crate) struct Device {
     pub(crate) slots_free: BTreeSet<u32>,
     /// Faults since start.
     pub(crate) faults: u64,
+    /// How fast it delivers.
+    pub(crate) load: Load,
 }
 
 /// All devices.
@@ -146,6 +149,7 @@ impl Disks {
                 slots: (0..slots).map(|_| Slot::new()).collect(),
                 slots_free: (0..slots).collect(),
                 faults: 0,
+                load: Load::new(),
             })
             .collect();
         Self { devices, chunk_bytes: chunk_bytes.get() }

@@ -5,7 +5,6 @@ pub(crate) mod block;
 pub(crate) mod chunk;
 pub(crate) mod disk;
 pub(crate) mod index;
-pub(crate) mod lru;
 pub(crate) mod session;
 pub(crate) mod space;
 

@@ -2,9 +2,10 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use crate::cost::Compute;
+use crate::evict::Evictable;
 use crate::ids::{ChunkId, SpaceId, TenantId};
 use crate::state::count;
-use crate::state::lru::Lists;
 use crate::units::ByteCount;
 
 /// Bytes of a header page: before each frame's payload, and at the start of a device's chunk slot.
@@ -38,8 +39,9 @@ pub(crate) struct Space {
     pub(crate) slots_carving: Vec<u32>,
     /// Device to try first for the next block: consecutive blocks go to different devices.
     pub(crate) device_next: usize,
-    pub(crate) lru_pinned: Lists,
-    pub(crate) lru_nvme: Lists,
+    pub(crate) evictable_pinned: Evictable,
+    pub(crate) evictable_nvme: Evictable,
+    pub(crate) compute: Compute,
     pub(crate) blocks_pinned: u64,
     pub(crate) blocks_nvme: u64,
 }

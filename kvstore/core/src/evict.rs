@@ -1,0 +1,462 @@
+//! Which block leaves a tier: the tables of the policy, wired to the residency table.
+//!
+//! A space has one set of lists a tier, for frames cannot serve another space.
+//! What was learned, and which order leads, is shared by all spaces of a tier.
+
+use crate::api::Policy;
+use crate::core::Core;
+use crate::cost::ComputeCost;
+use crate::ids::BlockId;
+use crate::policy::Choice;
+use crate::policy::class::Class;
+use crate::policy::duel::{Duel, Leader};
+use crate::policy::ghost::Step;
+use crate::policy::queues::{Facts, Links, Place, Queues, Slab};
+use crate::policy::s3fifo::S3Fifo;
+use crate::state::block::{Arriving, Block, BlockIndex, BlockTable, Nvme, WRITE_FAULTS_MAX};
+use crate::state::chunk::{ChunkKind, FrameState};
+use crate::state::space::{Space, SpaceIndex};
+use crate::units::BlockCount;
+
+/// Busy blocks that S3-FIFO moves on before a choice gives up.
+const S3_BUSY_MAX: u32 = 64;
+/// Frames that are looked at when no list has anything to give.
+const SWEEP_MAX: u32 = 4096;
+/// Requests between two looks at how many blocks a tier holds.
+const RESIZE_EVERY: u32 = 1024;
+/// A block's worth never falls to nothing: of blocks that cost nothing the older goes first.
+const WORTH_MIN: f64 = 1e-15;
+
+/// A tier that evicts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Tier {
+    Pinned,
+    Nvme,
+}
+
+/// Whether a block moves when it is listed already.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Relist {
+    /// It stays where it is.
+    Keep,
+    /// What its place depends on has changed.
+    Touch,
+}
+
+/// The blocks of a space that may leave a tier.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Evictable {
+    queues: Queues,
+    s3: S3Fifo,
+}
+
+/// One duel a tier.
+#[derive(Debug)]
+pub(crate) struct Duels {
+    pub(crate) pinned: Duel,
+    pub(crate) nvme: Duel,
+    sized: (u32, u32),
+}
+
+impl Duels {
+    pub(crate) fn new() -> Self {
+        let none = BlockCount::new(1);
+        Self { pinned: Duel::new(none), nvme: Duel::new(none), sized: (1, 1) }
+    }
+
+    fn of(&self, tier: Tier) -> &Duel {
+        match tier {
+            Tier::Pinned => &self.pinned,
+            Tier::Nvme => &self.nvme,
+        }
+    }
+}
+
+/// What a use of a block saves, per byte.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Worth {
+    compute: ComputeCost,
+    load_seconds: f64,
+    bytes: f64,
+}
+
+impl Worth {
+    fn of(&self, block: &Block, tier: Tier) -> f32 {
+        let compute = self.compute.seconds(block.depth);
+        let saved = match tier {
+            Tier::Pinned if matches!(block.nvme, Nvme::Sealed { .. }) => self.load_seconds,
+            Tier::Pinned => compute,
+            Tier::Nvme => compute - self.load_seconds,
+        };
+        narrow((saved / self.bytes).max(WORTH_MIN))
+    }
+}
+
+/// The residency table as the lists of one tier of one space see it.
+struct Listed<'a> {
+    blocks: &'a mut BlockTable,
+    tier: Tier,
+    worth: Worth,
+}
+
+impl Slab for Listed<'_> {
+    fn links(&self, index: u32) -> Links {
+        let block = self.blocks.at(BlockIndex::new(index));
+        match self.tier {
+            Tier::Pinned => block.listed_pinned,
+            Tier::Nvme => block.listed_nvme,
+        }
+    }
+
+    fn links_mut(&mut self, index: u32) -> &mut Links {
+        let block = self.blocks.at_mut(BlockIndex::new(index));
+        match self.tier {
+            Tier::Pinned => &mut block.listed_pinned,
+            Tier::Nvme => &mut block.listed_nvme,
+        }
+    }
+
+    fn facts(&self, index: u32) -> Facts {
+        let block = self.blocks.at(BlockIndex::new(index));
+        Facts { class: Class::of(block.stats()), used: block.used, worth: self.worth.of(block, self.tier) }
+    }
+}
+
+/// Whether a policy takes leaves only, and lists them by use; the others list
+/// every copy in the order of arrival.
+pub(crate) fn is_by_use(policy: Policy) -> bool {
+    match policy {
+        Policy::Duel | Policy::Learned | Policy::Lru => true,
+        Policy::Fifo | Policy::S3Fifo => false,
+    }
+}
+
+impl Core {
+    /// Puts a block into the lists that it belongs to now: leaves that could be
+    /// evicted. In Pinned: its copy is in a chunk of the pool, no lease pins it,
+    /// no child is in Pinned. In Nvme: its copy is sealed, no child is in either
+    /// tier. Policies that go by arrival list whatever is in the tier.
+    pub(crate) fn relist(&mut self, index: BlockIndex, how: Relist) {
+        for tier in [Tier::Pinned, Tier::Nvme] {
+            let wanted = self.place_of(index, tier);
+            let block = self.blocks.at(index);
+            let listed = block.links(tier).is_listed();
+            let stays = how == Relist::Keep || !is_by_use(self.config.policy);
+            match wanted {
+                None if !listed => {}
+                Some(_) if listed && stays => {}
+                None | Some(_) => self.list(index, tier, wanted),
+            }
+        }
+    }
+
+    pub(crate) fn place_of(&self, index: BlockIndex, tier: Tier) -> Option<Place> {
+        let block = self.blocks.at(index);
+        let place = if block.is_retained() { Place::Retained } else { Place::Ordinary };
+        let by_use = is_by_use(self.config.policy);
+        let (leaf_pinned, leaf) = block.leaf_of();
+        let wanted = match tier {
+            Tier::Pinned => {
+                (leaf_pinned || !by_use)
+                    && block.pinned.is_some_and(|frame| {
+                        let chunk = self.chunks.at(frame.chunk);
+                        let state = chunk.frames[frame.index as usize].state;
+                        let unpinned = matches!(state, FrameState::Sealed { pins: 0, .. });
+                        matches!(chunk.kind, ChunkKind::Pool | ChunkKind::Retiring) && (unpinned || !by_use)
+                    })
+            }
+            Tier::Nvme => (leaf || !by_use) && matches!(block.nvme, Nvme::Sealed { .. }),
+        };
+        wanted.then_some(place)
+    }
+
+    fn list(&mut self, index: BlockIndex, tier: Tier, wanted: Option<Place>) {
+        let (tick, policy) = (self.tick, self.config.policy);
+        let remembered = self.blocks.at(index).uses > 0;
+        let (mut slab, evictable) = self.listed(self.blocks.at(index).space, tier);
+        let place = index.get();
+        if policy == Policy::S3Fifo {
+            evictable.s3.remove(&mut slab, place);
+            if wanted.is_some() {
+                evictable.s3.insert(&mut slab, place, remembered);
+            }
+            return;
+        }
+        evictable.queues.unlist(&mut slab, place);
+        if let Some(wanted) = wanted {
+            evictable.queues.list(&mut slab, place, wanted, tick);
+        }
+    }
+
+    /// The table and the lists of one tier of a space, apart.
+    fn listed(&mut self, space: SpaceIndex, tier: Tier) -> (Listed<'_>, &mut Evictable) {
+        let load_seconds = self.load_seconds_idle(space);
+        let held = self.spaces.at_mut(space);
+        let worth = worth_of(held, load_seconds);
+        let evictable = match tier {
+            Tier::Pinned => &mut held.evictable_pinned,
+            Tier::Nvme => &mut held.evictable_nvme,
+        };
+        (Listed { blocks: &mut self.blocks, tier, worth }, evictable)
+    }
+
+    /// A listed block was used.
+    pub(crate) fn relist_used(&mut self, index: BlockIndex) {
+        if self.config.policy != Policy::S3Fifo {
+            return self.relist(index, Relist::Touch);
+        }
+        let space = self.blocks.at(index).space;
+        for tier in [Tier::Pinned, Tier::Nvme] {
+            if self.blocks.at(index).links(tier).is_listed() {
+                let (mut slab, evictable) = self.listed(space, tier);
+                evictable.s3.used(&mut slab, index.get());
+            }
+        }
+    }
+
+    /// A request for these blocks, a prefix from its head on or a part of one:
+    /// the shadows see it whole, whatever of it was there.
+    pub(crate) fn learn(&mut self, blocks: &[BlockId], first_depth: u32, space: Option<SpaceIndex>) {
+        if !matches!(self.config.policy, Policy::Duel | Policy::Learned) {
+            return;
+        }
+        let Some(space) = space else { return };
+        let worth = worth_of(self.spaces.at(space), self.load_seconds_idle(space));
+        let nvme = self.disks.any_usable();
+        let steps = |tier: Tier| {
+            blocks.iter().zip(first_depth..).map(move |(&block, depth)| {
+                let compute = worth.compute.seconds(depth);
+                let seconds = match tier {
+                    Tier::Pinned if nvme => worth.load_seconds,
+                    Tier::Pinned => compute,
+                    Tier::Nvme => (compute - worth.load_seconds).max(0.0),
+                };
+                let per_byte = narrow((seconds / worth.bytes).max(WORTH_MIN));
+                Step { key: sample_key(block), seconds: narrow(seconds), worth: per_byte }
+            })
+        };
+        self.duels.pinned.request(steps(Tier::Pinned));
+        if nvme {
+            self.duels.nvme.request(steps(Tier::Nvme));
+        }
+        if self.tick.is_multiple_of(RESIZE_EVERY) {
+            self.resize_duels();
+        }
+    }
+
+    /// Shadows hold as many blocks as their tier would at its present mix of spaces.
+    pub(crate) fn resize_duels(&mut self) {
+        let (mut chunks, mut frames, mut slots, mut cells) = (0u64, 0u64, 0u64, 0u64);
+        for (_, space) in self.spaces.iter() {
+            let known = u64::from(space.chunks).max(u64::from(chunks == 0));
+            chunks += known;
+            frames += known * u64::from(space.frames_per_chunk);
+            let held = space.blocks_nvme.max(1);
+            slots += held;
+            cells += held * u64::from(space.frames_per_slot);
+        }
+        let all_slots: u64 = self.config.device_slots.iter().map(|&slots| u64::from(slots)).sum();
+        let pinned = u64::from(self.chunks_max()) * frames / chunks.max(1);
+        let nvme = all_slots * cells / slots.max(1);
+        let held = |blocks: u64| u32::try_from(blocks.max(1)).unwrap_or(u32::MAX);
+        let (pinned, nvme) = (held(pinned), held(nvme));
+        let changed = |old: u32, new: u32| old.abs_diff(new) > old / 8;
+        if changed(self.duels.sized.0, pinned) {
+            self.duels.sized.0 = pinned;
+            self.duels.pinned.resize(BlockCount::new(pinned));
+            self.blocks.remember(pinned.max(nvme).min(self.config.limits.blocks));
+        }
+        if changed(self.duels.sized.1, nvme) {
+            self.duels.sized.1 = nvme;
+            self.duels.nvme.resize(BlockCount::new(nvme));
+            self.blocks.remember(pinned.max(nvme).min(self.config.limits.blocks));
+        }
+    }
+
+    /// What to do for a free frame of the space's pool.
+    pub(crate) fn pinned_victim(&mut self, space: SpaceIndex) -> Choice {
+        let keep = self.is_persisting();
+        let at_once = self.victim(space, Tier::Pinned, |core, block| {
+            core.is_busy_in_pinned(block) || core.must_be_written(block, keep)
+        });
+        if let Some(index) = at_once {
+            return Choice::Evict(index);
+        }
+        if let Some(index) = self.victim(space, Tier::Pinned, Core::is_busy_in_pinned) {
+            return Choice::Demote(index);
+        }
+        self.sweep(space, keep)
+    }
+
+    /// A block of the space whose Nvme copy may go.
+    pub(crate) fn nvme_victim(&mut self, space: SpaceIndex) -> Choice {
+        match self.victim(space, Tier::Nvme, Core::is_busy_in_nvme) {
+            Some(index) => Choice::Evict(index),
+            None => Choice::Nothing,
+        }
+    }
+
+    fn is_busy_in_pinned(&self, block: &Block) -> bool {
+        let Some(frame) = block.pinned else { return true };
+        let chunk = self.chunks.at(frame.chunk);
+        let cell = &chunk.frames[frame.index as usize];
+        chunk.kind != ChunkKind::Pool
+            || cell.busy > 0
+            || !matches!(cell.state, FrameState::Sealed { pins: 0, .. })
+            || block.arriving() != Arriving::No
+    }
+
+    fn is_busy_in_nvme(&self, block: &Block) -> bool {
+        let busy = match block.nvme {
+            Nvme::Sealed { frame, .. } => self.disks.cell(frame).is_none_or(|cell| cell.busy > 0),
+            Nvme::None | Nvme::Writing { .. } | Nvme::Committing { .. } | Nvme::Deleting => true,
+        };
+        busy || block.arriving() != Arriving::No
+    }
+
+    /// No slower tier has it, and one should.
+    fn must_be_written(&self, block: &Block, keep: bool) -> bool {
+        !block.residence().nvme && keep && block.write_faults() < WRITE_FAULTS_MAX
+    }
+
+    fn victim(
+        &mut self,
+        space: SpaceIndex,
+        tier: Tier,
+        busy: impl Fn(&Core, &Block) -> bool,
+    ) -> Option<BlockIndex> {
+        if self.config.policy == Policy::S3Fifo {
+            return self.s3_victim(space, tier, busy);
+        }
+        // The lists are taken out for the time of the look, so that `busy` may see everything else.
+        let load_seconds = self.load_seconds_idle(space);
+        let worth = worth_of(self.spaces.at(space), load_seconds);
+        let leader = match self.config.policy {
+            Policy::Learned => Leader::Learned,
+            Policy::Duel => self.duels.of(tier).leader(),
+            Policy::Lru | Policy::Fifo | Policy::S3Fifo => Leader::Lru,
+        };
+        let tick = self.tick;
+        let seen = Seen { core: self, tier, worth };
+        let held = self.spaces.at(space);
+        let queues = match tier {
+            Tier::Pinned => &held.evictable_pinned.queues,
+            Tier::Nvme => &held.evictable_nvme.queues,
+        };
+        let busy = |index: u32| busy(self, self.blocks.at(BlockIndex::new(index)));
+        let found = match leader {
+            Leader::Lru => queues.coldest(&seen, tick, busy),
+            Leader::Learned => queues.least(&seen, self.duels.of(tier).hazards(), tick, busy),
+        };
+        found.map(BlockIndex::new)
+    }
+
+    fn s3_victim(
+        &mut self,
+        space: SpaceIndex,
+        tier: Tier,
+        busy: impl Fn(&Core, &Block) -> bool,
+    ) -> Option<BlockIndex> {
+        for _ in 0..S3_BUSY_MAX {
+            let (mut slab, evictable) = self.listed(space, tier);
+            let index = BlockIndex::new(evictable.s3.victim(&mut slab, |_| false)?.index);
+            if !busy(self, self.blocks.at(index)) {
+                return Some(index);
+            }
+            let (mut slab, evictable) = self.listed(space, tier);
+            evictable.s3.remove(&mut slab, index.get());
+            evictable.s3.insert(&mut slab, index.get(), true);
+        }
+        None
+    }
+
+    /// The lists have nothing to give: every leaf is leased, say, and its
+    /// ancestors are not. Looks at some frames of the space's chunks in turn.
+    fn sweep(&mut self, space: SpaceIndex, keep: bool) -> Choice {
+        let mut demote = Choice::Nothing;
+        let mut looked = 0;
+        for (_, chunk) in self.chunks.iter() {
+            if chunk.space != space || chunk.kind != ChunkKind::Pool {
+                continue;
+            }
+            for cell in &chunk.frames {
+                let FrameState::Sealed { block: index, pins: 0, .. } = cell.state else { continue };
+                let block = self.blocks.at(index);
+                looked += 1;
+                if looked > SWEEP_MAX {
+                    return demote;
+                }
+                if self.is_busy_in_pinned(block) {
+                    continue;
+                }
+                if !self.must_be_written(block, keep) {
+                    return Choice::Evict(index);
+                }
+                demote = Choice::Demote(index);
+            }
+        }
+        demote
+    }
+
+    /// The space with a block that was not used for longest in Nvme.
+    pub(crate) fn coldest_space(&mut self) -> Option<SpaceIndex> {
+        let mut coldest: Option<(u32, SpaceIndex)> = None;
+        for index in (0..self.spaces.len()).map(SpaceIndex) {
+            if self.spaces.at(index).blocks_nvme == 0 {
+                continue;
+            }
+            let Choice::Evict(block) = self.nvme_victim(index) else { continue };
+            let age = self.tick.since(self.blocks.at(block).used);
+            if coldest.is_none_or(|(oldest, _)| age > oldest) {
+                coldest = Some((age, index));
+            }
+        }
+        coldest.map(|(_, index)| index)
+    }
+
+    /// Seconds to bring a block of the space in from a device that does nothing else.
+    fn load_seconds_idle(&self, space: SpaceIndex) -> f64 {
+        let bytes = self.spaces.at(space).frame_bytes.get();
+        let usable = self.disks.devices.iter().find(|device| device.usable);
+        usable.map_or(0.0, |device| device.load.seconds_idle(bytes))
+    }
+}
+
+/// The residency table as it is only looked at.
+struct Seen<'a> {
+    core: &'a Core,
+    tier: Tier,
+    worth: Worth,
+}
+
+impl Slab for Seen<'_> {
+    fn links(&self, index: u32) -> Links {
+        self.core.blocks.at(BlockIndex::new(index)).links(self.tier)
+    }
+
+    fn links_mut(&mut self, _: u32) -> &mut Links {
+        unreachable!("a look changes nothing")
+    }
+
+    fn facts(&self, index: u32) -> Facts {
+        let block = self.core.blocks.at(BlockIndex::new(index));
+        Facts { class: Class::of(block.stats()), used: block.used, worth: self.worth.of(block, self.tier) }
+    }
+}
+
+fn worth_of(space: &Space, load_seconds: f64) -> Worth {
+    #[expect(clippy::cast_precision_loss, reason = "a block is far shorter than 2^52 bytes")]
+    let bytes = space.frame_bytes.get() as f64;
+    Worth { compute: space.compute.cost(), load_seconds, bytes }
+}
+
+/// The bits of an id by which shadows know and sample it.
+#[expect(clippy::cast_possible_truncation, reason = "the high half of uniform bits")]
+fn sample_key(block: BlockId) -> u64 {
+    (block.as_u128() >> 64) as u64
+}
+
+#[expect(clippy::cast_possible_truncation, reason = "an estimate needs no more digits")]
+fn narrow(value: f64) -> f32 {
+    value as f32
+}
