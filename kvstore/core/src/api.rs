@@ -8,6 +8,7 @@
 //! starts any later effect, readers already see the new fence.
 
 use crate::checksum::Checksum;
+use crate::cost::ComputeCost;
 use crate::ids::{
     BlockId, ChunkId, DeviceId, DiskFrame, Fence, FrameRef, LeaseId, OpId, RequestId, SessionId, SpaceId,
     TenantId,
@@ -37,6 +38,8 @@ pub struct Config {
     pub policy: Policy,
     /// Which sealed blocks are copied to Nvme.
     pub admission: Admission,
+    /// Whether a promoted block stays in Nvme.
+    pub placement: Placement,
     /// Limits.
     pub limits: Limits,
 }
@@ -66,6 +69,17 @@ pub enum Admission {
         /// Bytes that may be written in a day; `None` is as many as pay off.
         bytes_per_day: Option<ByteCount>,
     },
+}
+
+/// Where a block is that was in both tiers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Placement {
+    /// Sealed blocks are copied to Nvme within the delay, and promoted blocks stay there: it
+    /// survives a crash, and leaves Pinned at once.
+    Inclusive,
+    /// A block is written when it leaves Pinned, and leaves Nvme when it is promoted: more
+    /// blocks fit, each is written again whenever it comes down, and a crash loses Pinned.
+    Exclusive,
 }
 
 /// What a block's past says about its future. Kept in the catalog beside the
@@ -120,6 +134,9 @@ pub enum Input {
     SessionClosed { session: SessionId },
     /// The shell validated a manifest or read one from the catalog. Idempotent.
     SpaceKnown { space: SpaceId, tenant: TenantId, block_bytes: ByteCount, generation: u64 },
+    /// What computing a space's blocks costs, by somebody who knows the model.
+    /// Calibrated by what is seen from then on.
+    SpaceCost { space: SpaceId, cost: ComputeCost },
     /// A client asks. Answered by exactly one [`Effect::Reply`] with the same
     /// request id, unless the session closes first.
     Request { session: SessionId, request: RequestId, op: Request },

@@ -260,6 +260,11 @@ impl Core {
             Input::SpaceKnown { space, tenant, block_bytes, generation } => {
                 self.space_known(space, tenant, block_bytes, generation);
             }
+            Input::SpaceCost { space, cost } => {
+                if let Some(index) = self.spaces.find(space) {
+                    self.spaces.at_mut(index).compute.declare(cost);
+                }
+            }
             Input::Request { session, request, op } => self.request(session, request, op),
             Input::OpDone { op, outcome } => self.op_done(op, outcome),
             Input::BlocksFound { blocks } => self.blocks_found(&blocks),

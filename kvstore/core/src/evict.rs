@@ -6,7 +6,7 @@
 use crate::api::Policy;
 use crate::core::Core;
 use crate::cost::ComputeCost;
-use crate::ids::BlockId;
+use crate::ids::{BlockId, SessionId};
 use crate::policy::Choice;
 use crate::policy::class::Class;
 use crate::policy::duel::{Duel, Leader};
@@ -15,6 +15,7 @@ use crate::policy::queues::{Facts, Links, Place, Queues, Slab};
 use crate::policy::s3fifo::S3Fifo;
 use crate::state::block::{Arriving, Block, BlockIndex, BlockTable, Nvme, WRITE_FAULTS_MAX};
 use crate::state::chunk::{ChunkKind, FrameState};
+use crate::state::session::Asked;
 use crate::state::space::{Space, SpaceIndex};
 use crate::units::BlockCount;
 
@@ -214,13 +215,50 @@ impl Core {
         }
     }
 
-    /// A request for these blocks, a prefix from its head on or a part of one:
-    /// the shadows see it whole, whatever of it was there.
-    pub(crate) fn learn(&mut self, blocks: &[BlockId], first_depth: u32, space: Option<SpaceIndex>) {
+    /// A session asks for a prefix, of which the first block that is known has
+    /// this depth and space. What is missing is mostly computed and sealed next:
+    /// the shadows see the request whole.
+    pub(crate) fn asked(&mut self, session: SessionId, blocks: &[BlockId], known: Option<(u32, SpaceIndex)>) {
+        let at = self.tick;
+        let Some(open) = self.sessions.get_mut(&session) else { return };
+        let space = known.map(|(_, space)| space).or(open.asked.map(|asked| asked.space));
+        // Without a space it is not known what a block is worth: its seal will tell.
+        let Some(space) = space else { return };
+        open.asked = Some(Asked { first: blocks.first().copied(), at, space });
+        self.learn(blocks, known.map_or(0, |(depth, _)| depth), space);
+    }
+
+    /// A session is about to compute and seal these blocks. That is part of its
+    /// last request if it goes on where that did, else a request of its own.
+    pub(crate) fn writes(
+        &mut self,
+        session: SessionId,
+        blocks: &[BlockId],
+        parent: Option<BlockId>,
+        space: SpaceIndex,
+    ) {
+        let above = parent.and_then(|parent| self.blocks.find(parent)).map(|index| self.blocks.at(index));
+        let depth = above.map_or(0, |above| above.depth.saturating_add(1));
+        let tick = self.tick;
+        let since = above.map(|above| tick.since(above.used));
+        let Some(open) = self.sessions.get_mut(&session) else { return };
+        let goes_on = open.asked.is_some_and(|asked| match since {
+            Some(since) => since <= tick.since(asked.at),
+            None => asked.first == blocks.first().copied(),
+        });
+        if goes_on {
+            return;
+        }
+        let at = tick.next();
+        open.asked = Some(Asked { first: blocks.first().copied(), at, space });
+        self.tick = at;
+        self.learn(blocks, depth, space);
+    }
+
+    fn learn(&mut self, blocks: &[BlockId], first_depth: u32, space: SpaceIndex) {
         if !matches!(self.config.policy, Policy::Duel | Policy::Learned) {
             return;
         }
-        let Some(space) = space else { return };
         let worth = worth_of(self.spaces.at(space), self.load_seconds_idle(space));
         let nvme = self.disks.any_usable();
         let steps = |tier: Tier| {

@@ -38,6 +38,7 @@ impl Core {
             windows: std::collections::BTreeSet::new(),
             waits: std::collections::BTreeSet::new(),
             repeats: Repeats::default(),
+            asked: None,
         });
     }
 
@@ -96,6 +97,7 @@ impl Core {
             deadline: None,
             cleared: false,
             since,
+            mark: since,
         };
         self.leases.insert(id, lease);
         if let Some(open) = self.sessions.get_mut(&session) {

@@ -3,7 +3,7 @@
 //! A frame on a device goes Filling, Sealed, Evicting, Free. Its catalog entry
 //! is deleted before it is used again. What a failed write or sync covered is quarantined.
 
-use crate::api::{BlockHeader, Effect, Fault, IoClass, Via};
+use crate::api::{BlockHeader, Effect, Fault, IoClass, Placement, Via};
 use crate::core::{Core, Deadline, Delete, Op, Put, RETRY_AFTER};
 use crate::ids::{BlockId, DeviceId, DiskFrame, Fence, FrameRef};
 use crate::policy::Choice;
@@ -15,6 +15,8 @@ use crate::units::Micros;
 
 /// Blocks evicted from a full device at a time, so that one commit serves many.
 const EVICT_BATCH: u32 = 16;
+/// At most one in so many blocks is evicted ahead of need.
+const AHEAD_PART: usize = 16;
 /// Puts and deletes in one commit.
 const COMMIT_MAX: usize = 1024;
 
@@ -26,6 +28,21 @@ enum DiskAllocated {
 }
 
 impl Core {
+    /// Whether sealed blocks are copied to Nvme without being asked to.
+    pub(crate) fn is_written_behind(&self) -> bool {
+        !self.disks.devices.is_empty() && self.config.placement == Placement::Inclusive
+    }
+
+    /// Queues a sealed block for Nvme. It does not wait while memory is full, for
+    /// it must be written before it can make room.
+    pub(crate) fn write_behind(&mut self, index: BlockIndex, id: BlockId) {
+        if self.chunks.len() >= self.chunks_max() {
+            self.ready.push_back((index, id));
+        } else {
+            self.due.push_back((self.now.after(self.config.persist_delay), index, id));
+        }
+    }
+
     /// Puts a sealed block in front of those that are merely due.
     pub(crate) fn persist_now(&mut self, index: BlockIndex) {
         let block = self.blocks.at_mut(index);
@@ -272,7 +289,7 @@ impl Core {
     }
 
     /// Evicts a block from Nvme. Its frame is used again after the commit.
-    fn evict_from_nvme(&mut self, index: BlockIndex) {
+    pub(crate) fn evict_from_nvme(&mut self, index: BlockIndex) {
         let Nvme::Sealed { frame, .. } = self.blocks.at(index).nvme else { return };
         self.counters.evictions_nvme += 1;
         self.delete_copy(index, frame, DiskState::Evicting);
@@ -356,11 +373,34 @@ impl Core {
             let device = device_id(place);
             if let Some(frame) = self.take_open_frame(space, device) {
                 self.spaces.at_mut(space).device_next = (place + 1) % devices;
+                self.make_room_ahead(space);
                 return DiskAllocated::Frame(frame);
             }
             carving |= self.spaces.at(space).slots_carving[place] > 0 || self.carve_slot(space, device);
         }
         if carving || self.make_room(space) { DiskAllocated::Wait } else { DiskAllocated::Never }
+    }
+
+    /// Evicts while there are frames left, so that the write after the last of them
+    /// does not wait for a commit that could have run before.
+    fn make_room_ahead(&mut self, space: SpaceIndex) {
+        let held = usize::try_from(self.spaces.at(space).blocks_nvme).unwrap_or(usize::MAX);
+        let low = (self.config.limits.writes_in_flight.max(EVICT_BATCH) as usize).min(held / AHEAD_PART);
+        let devices = (0..self.disks.devices.len()).map(device_id);
+        let mut left = 0;
+        for device in devices.filter(|&device| self.disks.usable(device)) {
+            if !self.disks.devices[usize::from(device.get())].slots_free.is_empty() {
+                return;
+            }
+            let open = &self.spaces.at(space).slots_open[usize::from(device.get())];
+            for &slot in open {
+                left += self.disks.find_slot(device, slot).map_or(0, |slot| slot.free.len());
+                if left >= low {
+                    return;
+                }
+            }
+        }
+        self.make_room(space);
     }
 
     fn take_open_frame(&mut self, space: SpaceIndex, device: DeviceId) -> Option<DiskFrame> {

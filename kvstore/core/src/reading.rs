@@ -1,6 +1,6 @@
 //! Read leases: what is there is pinned, what is not is promoted or verified.
 
-use crate::api::{Effect, Grant, IoClass, Limit, MissReason, Reply, Residence};
+use crate::api::{Effect, Grant, IoClass, Limit, MissReason, Placement, Reply, Residence};
 use crate::core::{Core, Op};
 use crate::evict::Relist;
 use crate::ids::{BlockId, DiskFrame, Fence, FrameRef, LeaseId, OpId, SessionId, TenantId};
@@ -10,7 +10,7 @@ use crate::state::block::{Arriving, BlockIndex, Nvme};
 use crate::state::chunk::{Filler, FrameState};
 use crate::state::count;
 use crate::state::session::{Held, LeaseKind};
-use crate::state::space::HEADER_PAGE_BYTES;
+use crate::state::space::{HEADER_PAGE_BYTES, SpaceIndex};
 use crate::units::{Micros, Now};
 use crate::waiting::{Asker, WaitKind};
 
@@ -34,6 +34,16 @@ struct Holder {
     allowance: u64,
 }
 
+/// What a read lease found.
+struct Looked {
+    grants: Vec<Grant>,
+    items: Vec<Option<Held>>,
+    /// Positions and entries of what is there but not readable now.
+    slower: Vec<(u32, BlockIndex)>,
+    /// Depth of the first block, and the space, as the first known block tells.
+    first: Option<(u32, SpaceIndex)>,
+}
+
 impl Core {
     pub(crate) fn lease_read(
         &mut self,
@@ -48,42 +58,15 @@ impl Core {
         };
         self.tick = self.tick.next();
         let waits = answer_by > self.now && self.may_wait();
-        let mut holder = Holder { session: asker.session, tenant, allowance: self.lease_allowance(tenant) };
-        let before = holder.allowance;
-        let mut grants = Vec::with_capacity(blocks.len());
-        let mut items = Vec::with_capacity(blocks.len());
-        let mut open = Vec::new();
-        let mut previous = None;
-        let mut first = None;
-        for (position, &block) in blocks.iter().enumerate() {
-            previous = self.find_after(tenant, previous, block);
-            let (grant, item) = match previous {
-                None => (Grant::Missing(MissReason::Unknown), None),
-                Some(index) => self.grant_or_want(&mut holder, index),
-            };
-            match grant {
-                Grant::Granted { .. } => self.counters.hits += 1,
-                Grant::Promoting => self.counters.hits_nvme += 1,
-                Grant::Missing(_) | Grant::Throttled | Grant::Exists => self.counters.misses += 1,
-            }
-            if let Some(index) = previous {
-                if first.is_none() {
-                    let block = self.blocks.at(index);
-                    first = Some((block.depth.saturating_sub(count(position)), block.space));
-                }
-                self.touch(index);
-                if grant == Grant::Promoting {
-                    open.push((count(position), index));
-                }
-            }
-            grants.push(grant);
-            items.push(item);
-        }
-        self.charge(tenant, before - holder.allowance);
-        self.learn(blocks, first.map_or(0, |(depth, _)| depth), first.map(|(_, space)| space));
+        let holder = Holder { session: asker.session, tenant, allowance: self.lease_allowance(tenant) };
+        let Looked { mut grants, items, slower, first } = self.pin_all(holder, blocks);
+        self.charge(tenant, items.iter().flatten().map(|held| held.bytes).sum());
         if let Some(lease) = self.leases.get_mut(&lease) {
             lease.items = items;
         }
+        self.asked(asker.session, blocks, first);
+        let open = self.promote_all(slower, &mut grants);
+        self.count_grants(&grants);
         if open.is_empty() || !waits {
             return Some(self.leased(lease, grants));
         }
@@ -97,6 +80,105 @@ impl Core {
         None
     }
 
+    /// Pins what is readable now, and marks all that is known as used.
+    fn pin_all(&mut self, mut holder: Holder, blocks: &[BlockId]) -> Looked {
+        let mut looked = Looked {
+            grants: Vec::with_capacity(blocks.len()),
+            items: Vec::with_capacity(blocks.len()),
+            slower: Vec::new(),
+            first: None,
+        };
+        let mut previous = None;
+        for (position, &block) in (0..).zip(blocks) {
+            previous = self.find_after(holder.tenant, previous, block);
+            let Some(index) = previous else {
+                looked.grants.push(Grant::Missing(MissReason::Unknown));
+                looked.items.push(None);
+                continue;
+            };
+            if looked.first.is_none() {
+                let block = self.blocks.at(index);
+                looked.first = Some((block.depth.saturating_sub(position), block.space));
+            }
+            let (grant, item) = match self.pin_resident(&mut holder, index) {
+                Some(pinned) => pinned,
+                None => (self.unreadable(index), None),
+            };
+            self.touch(index);
+            if grant == Grant::Promoting {
+                looked.slower.push((position, index));
+            }
+            looked.grants.push(grant);
+            looked.items.push(item);
+        }
+        looked
+    }
+
+    /// What to say of a block that cannot be read in Pinned now.
+    fn unreadable(&self, index: BlockIndex) -> Grant {
+        if self.residence(index) != Residence::default() {
+            return Grant::Promoting;
+        }
+        let filling = self.blocks.at(index).filling > 0;
+        Grant::Missing(if filling { MissReason::Filling } else { MissReason::Unknown })
+    }
+
+    /// Starts to bring in what is there but not readable, unless computing it
+    /// again is quicker. Returns what is on its way.
+    fn promote_all(
+        &mut self,
+        slower: Vec<(u32, BlockIndex)>,
+        grants: &mut [Grant],
+    ) -> Vec<(u32, BlockIndex)> {
+        let cheaper = self.is_cheaper_to_recompute(&slower);
+        let mut open = Vec::with_capacity(slower.len());
+        for (position, index) in slower {
+            if cheaper && self.blocks.at(index).pinned.is_none() {
+                grants[position as usize] = Grant::Missing(MissReason::CheaperToRecompute);
+                self.counters.cheaper_to_recompute += 1;
+            } else if self.want(index) {
+                open.push((position, index));
+            } else {
+                grants[position as usize] = Grant::Throttled;
+            }
+        }
+        open
+    }
+
+    /// Whether all of these would be computed before they are loaded. Only of
+    /// models whose cost was declared: a client that never computes must not
+    /// talk the store out of what it put there.
+    fn is_cheaper_to_recompute(&self, slower: &[(u32, BlockIndex)]) -> bool {
+        let mut bytes = vec![0u64; self.disks.devices.len()];
+        let (mut compute, mut any) = (0.0, false);
+        for &(_, index) in slower {
+            let block = self.blocks.at(index);
+            let space = self.spaces.at(block.space);
+            let Nvme::Sealed { frame, .. } = block.nvme else { continue };
+            if !space.compute.is_declared() {
+                return false;
+            }
+            if block.pinned.is_none() && block.arriving() == Arriving::No {
+                any = true;
+                compute += space.compute.cost().seconds(block.depth);
+                bytes[usize::from(frame.device.get())] += space.frame_bytes.get();
+            }
+        }
+        let loads = bytes.iter().zip(&self.disks.devices).filter(|&(&bytes, _)| bytes > 0);
+        let load = loads.map(|(&bytes, device)| device.load.seconds(bytes)).fold(0.0, f64::max);
+        any && load > compute
+    }
+
+    fn count_grants(&mut self, grants: &[Grant]) {
+        for grant in grants {
+            match grant {
+                Grant::Granted { .. } => self.counters.hits += 1,
+                Grant::Promoting => self.counters.hits_nvme += 1,
+                Grant::Missing(_) | Grant::Throttled | Grant::Exists => self.counters.misses += 1,
+            }
+        }
+    }
+
     /// The tenant's own block. `before` is the one before it in the request.
     pub(crate) fn find_after(
         &self,
@@ -106,18 +188,6 @@ impl Core {
     ) -> Option<BlockIndex> {
         let index = self.blocks.find_after(before, block)?;
         (self.spaces.at(self.blocks.at(index).space).tenant == tenant).then_some(index)
-    }
-
-    /// Grants a block that can be served, or starts to bring it in.
-    fn grant_or_want(&mut self, holder: &mut Holder, index: BlockIndex) -> (Grant, Option<Held>) {
-        if let Some((grant, item)) = self.pin_resident(holder, index) {
-            return (grant, item);
-        }
-        if self.residence(index) != Residence::default() {
-            return (if self.want(index) { Grant::Promoting } else { Grant::Throttled }, None);
-        }
-        let filling = self.blocks.at(index).filling > 0;
-        (Grant::Missing(if filling { MissReason::Filling } else { MissReason::Unknown }), None)
     }
 
     /// Pins the Pinned copy for a lease that exists. `None`: see [`Core::pin_resident`].
@@ -268,6 +338,9 @@ impl Core {
             Ok(()) if fits => {
                 self.seal_frame(index, target, true, 0);
                 self.counters.promotions += 1;
+                if self.config.placement == Placement::Exclusive {
+                    self.evict_from_nvme(index);
+                }
             }
             Ok(()) => {}
             Err(crate::api::Fault::Checksum) => {

@@ -20,6 +20,8 @@ pub struct Counters {
     pub hits_nvme: u64,
     /// Blocks of read leases that no tier had.
     pub misses: u64,
+    /// Blocks not promoted because computing them again was estimated to be quicker.
+    pub cheaper_to_recompute: u64,
     /// Blocks published.
     pub seals: u64,
     /// Seals of blocks that were there with the same bytes.

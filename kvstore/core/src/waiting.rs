@@ -149,6 +149,10 @@ impl Core {
             return Reply::Leased { lease: None, ttl, blocks: grants };
         }
         self.set_lease_deadline(id);
+        let now = self.now;
+        if let Some(lease) = self.leases.get_mut(&id) {
+            lease.mark = now;
+        }
         Reply::Leased { lease: Some(id), ttl, blocks: grants }
     }
 

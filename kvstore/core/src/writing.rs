@@ -3,6 +3,7 @@
 use crate::api::{Durability, Grant, Limit, MissReason, Refusal, Reply, SealOutcome};
 use crate::checksum::Checksum;
 use crate::core::Core;
+use crate::cost::seconds;
 use crate::evict::Relist;
 use crate::ids::{BlockId, FrameRef, LeaseId, SpaceId, TenantId};
 use crate::memory::Allocated;
@@ -49,6 +50,7 @@ impl Core {
             return Some(Reply::Throttled(Limit::Leases));
         };
         self.blocks.warm(&blocks);
+        self.writes(asker.session, &blocks, parent, space);
         let can_wait = self.may_wait();
         let patience = self.now.after(self.config.limits.lease_ttl_default);
         let grants = Vec::with_capacity(blocks.len());
@@ -248,8 +250,11 @@ impl Core {
             return Some(Reply::Refused(refusal));
         }
         if durability == Durability::Readable {
-            let outcomes = parts.iter().map(|part| self.seal_one(id, *part).0).collect();
-            return Some(Reply::Sealed { outcomes });
+            let sealed: Vec<_> = parts.iter().map(|part| self.seal_one(id, *part)).collect();
+            self.computed(id, &sealed);
+            return Some(Reply::Sealed {
+                outcomes: sealed.into_iter().map(|(outcome, _)| outcome).collect(),
+            });
         }
         if !self.may_wait() {
             return Some(Reply::Throttled(Limit::RequestsWaiting));
@@ -258,8 +263,9 @@ impl Core {
         if let Some(wait) = self.waits.get_mut(&wait) {
             wait.pending = count(parts.len()) + 1;
         }
-        for (place, part) in parts.iter().enumerate() {
-            let (outcome, block) = self.seal_one(id, *part);
+        let sealed: Vec<_> = parts.iter().map(|part| self.seal_one(id, *part)).collect();
+        self.computed(id, &sealed);
+        for (place, (outcome, block)) in sealed.into_iter().enumerate() {
             if let Some(WaitKind::Seal { outcomes }) = self.waits.get_mut(&wait).map(|wait| &mut wait.kind) {
                 outcomes[place] = outcome;
             }
@@ -267,6 +273,20 @@ impl Core {
         }
         self.part_done(wait);
         None
+    }
+
+    /// What was sealed now was computed since the lease was granted or last sealed in.
+    fn computed(&mut self, id: LeaseId, sealed: &[(SealOutcome, Option<BlockIndex>)]) {
+        let now = self.now;
+        let Some(lease) = self.leases.get_mut(&id) else { return };
+        let took = seconds(now.since(std::mem::replace(&mut lease.mark, now)));
+        let LeaseKind::Write { space } = lease.kind else { return };
+        let fresh = sealed.iter().filter(|(outcome, _)| *outcome == SealOutcome::Sealed);
+        let depths = fresh.filter_map(|&(_, index)| Some(self.blocks.at(index?).depth));
+        let (blocks, depths) = depths.fold((0u32, 0u64), |(n, sum), depth| (n + 1, sum + u64::from(depth)));
+        let Some(mean) = depths.checked_div(u64::from(blocks)) else { return };
+        let mean = u32::try_from(mean).unwrap_or(u32::MAX);
+        self.spaces.at_mut(space).compute.observe(mean, took / f64::from(blocks));
     }
 
     /// Everything is checked before anything changes.
@@ -370,10 +390,9 @@ impl Core {
             return SealOutcome::Already;
         }
         self.counters.seals += 1;
-        if self.blocks.at(index).nvme == Nvme::None && !self.disks.devices.is_empty() {
-            let at = self.now.after(self.config.persist_delay);
+        if self.blocks.at(index).nvme == Nvme::None && self.is_written_behind() {
             let id = self.blocks.at(index).id;
-            self.due.push_back((at, index, id));
+            self.write_behind(index, id);
         }
         SealOutcome::Sealed
     }

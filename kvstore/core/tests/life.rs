@@ -18,6 +18,7 @@ fn config() -> Config {
         chunks_ready_min: 1,
         policy: Policy::Lru,
         admission: Admission::All,
+        placement: Placement::Inclusive,
         limits: Limits {
             blocks: 10_000,
             spaces: 8,

@@ -324,6 +324,7 @@ fn core_config(config: &Config, incarnation: u32) -> CoreConfig {
         chunks_ready_min: CHUNKS_READY_MIN,
         policy: terrace_core::Policy::Lru,
         admission: terrace_core::Admission::All,
+        placement: terrace_core::Placement::Inclusive,
         limits: config.limits.clone(),
     }
 }

@@ -3,7 +3,8 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use crate::api::{Locality, Reply};
-use crate::ids::{ChunkId, Fence, FrameRef, LeaseId, RequestId, SessionId, TenantId};
+use crate::ids::{BlockId, ChunkId, Fence, FrameRef, LeaseId, RequestId, SessionId, TenantId};
+use crate::policy::class::Tick;
 use crate::state::space::SpaceIndex;
 use crate::units::{Micros, Now};
 
@@ -23,6 +24,17 @@ pub(crate) struct Session {
     pub(crate) windows: BTreeSet<ChunkId>,
     pub(crate) waits: BTreeSet<WaitId>,
     pub(crate) repeats: Repeats,
+    /// Its last request for a prefix, so that writing the rest of it is no request of its own.
+    pub(crate) asked: Option<Asked>,
+}
+
+/// A request for a prefix.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Asked {
+    /// Its first block.
+    pub(crate) first: Option<BlockId>,
+    pub(crate) at: Tick,
+    pub(crate) space: SpaceIndex,
 }
 
 /// Answers of the last requests that carried a repeat id.
@@ -126,4 +138,6 @@ pub(crate) struct Lease {
     /// Its space was cleared: nothing of it can be sealed any more.
     pub(crate) cleared: bool,
     pub(crate) since: Now,
+    /// Its grant or last seal: blocks sealed next were computed since.
+    pub(crate) mark: Now,
 }

@@ -27,6 +27,7 @@ pub(crate) fn config(incarnation: u32) -> Config {
         chunks_ready_min: 1,
         policy: Policy::Lru,
         admission: Admission::All,
+        placement: Placement::Inclusive,
         limits: Limits {
             blocks: 110,
             spaces: 8,
