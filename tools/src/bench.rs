@@ -10,6 +10,7 @@ mod lane;
 mod prompt;
 mod restart;
 mod stand;
+mod table;
 mod ttft;
 mod worker;
 
@@ -52,6 +53,8 @@ enum Suite {
     Lease,
     /// Put and get of model-sized blocks against memcpy
     Local,
+    /// The residency table: time and memory for each block, and two threads against one
+    Table,
 }
 
 /// One figure.
@@ -103,6 +106,12 @@ impl Line {
         }
     }
 
+    /// A cost beside another of the same run, without a bar.
+    pub(crate) fn cost(name: &str, value: f64, limit: f64, unit: &'static str) -> Self {
+        let ratio = limit / value.max(f64::MIN_POSITIVE);
+        Self { limit: Some(limit), ratio: Some(ratio), ..Self::plain(name, value, unit) }
+    }
+
     /// How many times faster; must reach `bar`.
     pub(crate) fn speedup(name: &str, ratio: f64, bar: f64) -> Self {
         Self { ratio: Some(ratio), bar: Some(bar), ok: ratio >= bar, ..Self::plain(name, ratio, "times") }
@@ -125,6 +134,7 @@ pub(crate) async fn run(options: Options, format: Format) -> anyhow::Result<Exit
         Suite::Worker => worker::run(&options)?,
         Suite::Lease => lane::lease(&options).await?,
         Suite::Local => lane::local(&options).await?,
+        Suite::Table => table::run()?,
     };
     match format {
         Format::Json => {
