@@ -8,7 +8,7 @@ use std::time::Duration;
 use tokio::sync::Mutex;
 use tokio::task::AbortHandle;
 
-use terrace_core::{MatchMode, SpaceManifest};
+use terrace_core::{ComputeCost, MatchMode, SpaceManifest};
 use terrace_proto::v1::lane_request::Op;
 use terrace_proto::v1::lane_response::Result as Answer;
 use terrace_proto::v1::{self, Tier};
@@ -298,7 +298,29 @@ impl Session {
     /// # Errors
     /// The daemon refuses the manifest, or the session has ended.
     pub async fn open_space(&self, manifest: &SpaceManifest) -> Result<Space, ClientError> {
-        let request = v1::OpenSpaceRequest { manifest: Some(to_wire(manifest)) };
+        self.open(manifest, None).await
+    }
+
+    /// Opens a space and says what computing one of its blocks costs. The daemon
+    /// calibrates it by what it sees, weighs by it what to keep, and only then
+    /// answers a lease that computing again is quicker than loading.
+    ///
+    /// # Errors
+    /// The daemon refuses the manifest or the cost, or the session has ended.
+    pub async fn open_space_with_cost(
+        &self,
+        manifest: &SpaceManifest,
+        cost: ComputeCost,
+    ) -> Result<Space, ClientError> {
+        self.open(manifest, Some(cost)).await
+    }
+
+    async fn open(&self, manifest: &SpaceManifest, cost: Option<ComputeCost>) -> Result<Space, ClientError> {
+        let compute_cost = cost.map(|cost| v1::ComputeCost {
+            first_seconds: cost.first_seconds,
+            slope_seconds: cost.slope_seconds,
+        });
+        let request = v1::OpenSpaceRequest { manifest: Some(to_wire(manifest)), compute_cost };
         let answer = call!(self, OpenSpace, request);
         Space::new(self.inner.number, manifest, &answer)
     }

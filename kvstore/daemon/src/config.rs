@@ -10,7 +10,7 @@ pub(crate) mod size;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
-use terrace_core::{ByteCount, GIB, Limits, MIB, Micros};
+use terrace_core::{Admission, ByteCount, GIB, Limits, MIB, Micros, Placement, Policy};
 use terrace_media::Backend;
 
 use file::{File, LimitsFile};
@@ -45,6 +45,12 @@ pub struct Config {
     pub metrics_listen: SocketAddr,
     /// Longest time that a sealed block waits for its copy in Nvme.
     pub persist_delay: Micros,
+    /// What each tier evicts first.
+    pub policy: Policy,
+    /// Which sealed blocks are copied to the devices.
+    pub admission: Admission,
+    /// Whether promoted blocks stay there.
+    pub placement: Placement,
     /// A window without a write for this long is recalled.
     pub window_idle: Micros,
     /// A recalled window that is not handed back for this long is replaced.
@@ -190,6 +196,12 @@ impl Config {
                 file.metrics_listen.as_deref().unwrap_or("127.0.0.1:9464"),
             )?,
             persist_delay: millis("persist_delay_ms", file.persist_delay_ms, 1000, 0..=3_600_000)?,
+            policy: policy(file.policy.as_deref().unwrap_or("duel"))?,
+            admission: admission(
+                file.admission.as_deref().unwrap_or("learned"),
+                file.write_bytes_per_day.as_deref(),
+            )?,
+            placement: placement(file.placement.as_deref().unwrap_or("inclusive"))?,
             window_idle: millis("window_idle_ms", file.window_idle_ms, 2000, 10..=3_600_000)?,
             window_recall_max: millis("window_recall_max_ms", file.window_recall_max_ms, 5000, 10..=600_000)?,
             io_backend: backend(file.io_backend.as_deref().unwrap_or("auto"))?,
@@ -227,6 +239,35 @@ impl Config {
 
 fn length(key: &str, text: &str) -> Result<ByteCount, ConfigError> {
     size::parse(text).map_err(|detail| bad(key, detail))
+}
+
+fn policy(text: &str) -> Result<Policy, ConfigError> {
+    match text {
+        "duel" => Ok(Policy::Duel),
+        "learned" => Ok(Policy::Learned),
+        "lru" => Ok(Policy::Lru),
+        "s3fifo" => Ok(Policy::S3Fifo),
+        "fifo" => Ok(Policy::Fifo),
+        other => Err(bad("policy", format!("`{other}`; allowed are duel, learned, lru, s3fifo and fifo"))),
+    }
+}
+
+fn admission(text: &str, bytes_per_day: Option<&str>) -> Result<Admission, ConfigError> {
+    let bytes_per_day = bytes_per_day.map(|text| length("write_bytes_per_day", text)).transpose()?;
+    match text {
+        "learned" => Ok(Admission::Learned { bytes_per_day }),
+        "all" if bytes_per_day.is_none() => Ok(Admission::All),
+        "all" => Err(bad("write_bytes_per_day", "needs admission = \"learned\": \"all\" writes every block")),
+        other => Err(bad("admission", format!("`{other}`; allowed are learned and all"))),
+    }
+}
+
+fn placement(text: &str) -> Result<Placement, ConfigError> {
+    match text {
+        "inclusive" => Ok(Placement::Inclusive),
+        "exclusive" => Ok(Placement::Exclusive),
+        other => Err(bad("placement", format!("`{other}`; allowed are inclusive and exclusive"))),
+    }
 }
 
 fn millis(

@@ -7,9 +7,9 @@
 use bytes::Bytes;
 
 use terrace_core::{
-    BadManifest, BlockId, ByteCount, Checksum, Durability, Event, Grant, LeaseId, Limit, MatchMode, Micros,
-    MissReason, Notice, Refusal, Residence, SealOutcome, SpaceId, SpaceKind, SpaceManifest, TenantKey,
-    TokenCount,
+    BadManifest, BlockId, ByteCount, Checksum, ComputeCost, Durability, Event, Grant, LeaseId, Limit,
+    MatchMode, Micros, MissReason, Notice, Refusal, Residence, SealOutcome, SpaceId, SpaceKind,
+    SpaceManifest, TenantKey, TokenCount,
 };
 use terrace_proto::{KEY_BYTES_MAX, v1};
 use tonic::{Code, Status};
@@ -98,6 +98,18 @@ impl From<BadManifest> for CallError {
     fn from(bad: BadManifest) -> Self {
         Self::invalid(bad.to_string())
     }
+}
+
+/// A declared cost from the wire, validated.
+pub(crate) fn compute_cost(wire: v1::ComputeCost) -> Result<ComputeCost, CallError> {
+    let v1::ComputeCost { first_seconds, slope_seconds } = wire;
+    let valid = |seconds: f64| (0.0..=1e6).contains(&seconds);
+    if !valid(first_seconds) || !valid(slope_seconds) || first_seconds == 0.0 {
+        return Err(CallError::invalid(format!(
+            "compute_cost: first_seconds {first_seconds} must be above 0 and slope_seconds {slope_seconds} at least 0, both at most 1,000,000"
+        )));
+    }
+    Ok(ComputeCost { first_seconds, slope_seconds })
 }
 
 /// A manifest from the wire, validated.

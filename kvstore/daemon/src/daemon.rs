@@ -322,9 +322,9 @@ fn core_config(config: &Config, incarnation: u32) -> CoreConfig {
         window_idle: config.window_idle,
         window_recall_max: config.window_recall_max,
         chunks_ready_min: CHUNKS_READY_MIN,
-        policy: terrace_core::Policy::Lru,
-        admission: terrace_core::Admission::All,
-        placement: terrace_core::Placement::Inclusive,
+        policy: config.policy,
+        admission: config.admission,
+        placement: config.placement,
         limits: config.limits.clone(),
     }
 }

@@ -180,6 +180,9 @@ impl Service {
         };
         let block_bytes = manifest.block_bytes;
         self.engine.submit(Input::SpaceKnown { space, tenant: tenant.id, block_bytes, generation });
+        if let Some(cost) = request.compute_cost {
+            self.engine.submit(Input::SpaceCost { space, cost: convert::compute_cost(cost)? });
+        }
         let handle = session.open_space(OpenSpace { space, block_bytes })?;
         Ok(v1::OpenSpaceResponse {
             space: handle,

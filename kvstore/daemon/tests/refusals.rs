@@ -45,7 +45,7 @@ impl Raw {
     }
 
     async fn space(&mut self) -> wire::OpenSpaceResponse {
-        let request = wire::OpenSpaceRequest { manifest: Some(to_wire(&manifest(0))) };
+        let request = wire::OpenSpaceRequest { manifest: Some(to_wire(&manifest(0))), compute_cost: None };
         let request = self.with(request);
         self.client.open_space(request).await.unwrap().into_inner()
     }
@@ -92,12 +92,12 @@ async fn wrong_names_and_numbers() {
     assert_refused(raw.lease(hbm).await, Code::Unimplemented, "TIER_PINNED");
     for (block_bytes, says) in [(0, "block_bytes"), (1 << 40, "block_bytes")] {
         let manifest = wire::SpaceManifest { block_bytes, ..to_wire(&manifest(0)) };
-        let request = raw.with(wire::OpenSpaceRequest { manifest: Some(manifest) });
+        let request = raw.with(wire::OpenSpaceRequest { manifest: Some(manifest), compute_cost: None });
         assert_refused(raw.client.open_space(request).await, Code::InvalidArgument, says);
     }
     // A block that is allowed, and larger than a chunk of this daemon.
     let large = wire::SpaceManifest { block_bytes: 8 << 20, ..to_wire(&manifest(0)) };
-    let request = raw.with(wire::OpenSpaceRequest { manifest: Some(large) });
+    let request = raw.with(wire::OpenSpaceRequest { manifest: Some(large), compute_cost: None });
     let space = raw.client.open_space(request).await.unwrap().into_inner().space;
     let lease = wire::LeaseRequest { space, ..write_lease(7, &[b"k"]) };
     assert_refused(raw.lease(lease).await, Code::InvalidArgument, "chunk_bytes");
