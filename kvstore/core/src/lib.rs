@@ -21,6 +21,7 @@ mod residence;
 mod restore;
 mod state;
 mod units;
+mod urgency;
 mod view;
 mod waiting;
 mod windows;
@@ -29,7 +30,7 @@ mod writing;
 pub use crate::core::Core;
 pub use api::{
     Admission, BlockHeader, Config, Done, Durability, Effect, Event, Fault, FoundBlock, Grant, Input,
-    IoClass, Limit, Limits, Locality, MapAccess, MatchMode, MissReason, Notice, Policy, Refusal, Reply,
+    IoClass, Limit, Limits, Locality, MapAccess, MatchMode, MissReason, Notice, Policy, Purpose, Refusal, Reply,
     Request, Residence, SealOutcome, UseStats, Via,
 };
 pub use checksum::{Checksum, Checksummer, checksum};

@@ -32,6 +32,7 @@ impl Core {
         blocks: &[BlockId],
         ttl: Option<Micros>,
         answer_by: Now,
+        class: IoClass,
     ) -> Option<Reply> {
         let Some(lease) = self.add_lease(asker.session, tenant, LeaseKind::Read, ttl, blocks.len()) else {
             return Some(Reply::Throttled(Limit::Leases));
@@ -42,7 +43,7 @@ impl Core {
         for (position, &block) in blocks.iter().enumerate() {
             let grant = match self.find(tenant, block) {
                 None => Grant::Missing(MissReason::Unknown),
-                Some(index) => self.grant_or_want(lease, position, index),
+                Some(index) => self.grant_or_want(lease, position, index, class),
             };
             if grant == Grant::Promoting {
                 open.push(position);
@@ -60,29 +61,40 @@ impl Core {
             }
         }
         let deadline = (!open.is_empty() && waits).then_some(answer_by);
-        let wait = self.wait(asker, deadline, WaitKind::Read { lease, grants });
+        let wait = self.wait(asker, deadline, WaitKind::Read { lease, grants, class, open: Vec::new() });
         if open.is_empty() || !waits {
             self.finish(wait);
             return None;
         }
-        if let Some(wait) = self.waits.get_mut(&wait) {
-            wait.pending = count(open.len());
-        }
-        for position in open {
+        let mut waited_for = Vec::with_capacity(open.len());
+        for &position in &open {
             if let Some(index) = self.find(tenant, blocks[position]) {
                 self.arrivals.entry(index).or_default().push((wait, count(position)));
+                waited_for.push(index);
+            }
+        }
+        if let Some(wait) = self.waits.get_mut(&wait) {
+            wait.pending = count(open.len());
+            if let WaitKind::Read { open, .. } = &mut wait.kind {
+                *open = waited_for;
             }
         }
         None
     }
 
     /// Grants a block that can be served, or starts to bring it in.
-    fn grant_or_want(&mut self, lease: LeaseId, position: usize, index: BlockIndex) -> Grant {
+    fn grant_or_want(
+        &mut self,
+        lease: LeaseId,
+        position: usize,
+        index: BlockIndex,
+        class: IoClass,
+    ) -> Grant {
         if let Some(grant) = self.grant_resident(lease, position, index) {
             return grant;
         }
         if self.residence(index) != Residence::default() {
-            return if self.want(index) { Grant::Promoting } else { Grant::Throttled };
+            return if self.want(index, class) { Grant::Promoting } else { Grant::Throttled };
         }
         let filling = self.blocks.at(index).filling > 0;
         Grant::Missing(if filling { MissReason::Filling } else { MissReason::Unknown })
@@ -124,31 +136,32 @@ impl Core {
     }
 
     /// Puts a block into the queue of wanted ones. False: the queue is full.
-    pub(crate) fn want(&mut self, index: BlockIndex) -> bool {
+    pub(crate) fn want(&mut self, index: BlockIndex, class: IoClass) -> bool {
         if self.blocks.at(index).arriving != Arriving::No {
+            self.raise(index, class);
             return true;
         }
         let limit = self.config.limits.blocks_per_request as usize * WANTED_REQUESTS_MAX;
         if self.wanted.len() + self.wanted_stalled.len() >= limit {
             return false;
         }
-        self.blocks.at_mut(index).arriving = Arriving::Queued;
-        self.wanted.push_back(index);
+        self.blocks.at_mut(index).arriving = Arriving::Queued(class);
+        self.wanted.push(index, class);
         true
     }
 
     /// Starts reads and verifications while there is room for them.
     pub(crate) fn pump_arrivals(&mut self) {
         while self.reads_running + self.verifies_running < self.config.limits.reads_in_flight {
-            let Some(index) = self.wanted.pop_front() else { break };
-            let queued = self.blocks.try_at(index).is_some_and(|block| block.arriving == Arriving::Queued);
-            if queued {
-                self.start_arrival(index);
+            let Some((index, class)) = self.wanted.pop() else { break };
+            let queued = self.blocks.try_at(index).map(|block| block.arriving);
+            if queued == Some(Arriving::Queued(class)) {
+                self.start_arrival(index, class);
             }
         }
     }
 
-    fn start_arrival(&mut self, index: BlockIndex) {
+    fn start_arrival(&mut self, index: BlockIndex, class: IoClass) {
         let block = self.blocks.at(index);
         if let Some(frame) = block.pinned {
             let state = self.chunks.frame(frame).map(|cell| cell.state);
@@ -168,8 +181,14 @@ impl Core {
             return;
         }
         let space = block.space;
+        let share = self.disks.share(self.config.limits.reads_in_flight);
+        let device = self.disks.device_mut(source.device);
+        if device.reads >= share {
+            device.reads_waiting.push_back(index);
+            return;
+        }
         match self.take_pool_frame(space) {
-            Allocated::Frame(target) => self.start_read(index, source, sequence, target),
+            Allocated::Frame(target) => self.start_read(index, source, sequence, target, class),
             Allocated::Wait if self.arrivals.contains_key(&index) => self.wanted_stalled.push(index),
             Allocated::Wait | Allocated::Never => {
                 self.arrived(index, Arrival { otherwise: Grant::Throttled, again: false });
@@ -177,11 +196,11 @@ impl Core {
         }
     }
 
-    fn start_read(&mut self, block: BlockIndex, source: DiskFrame, sequence: u64, target: FrameRef) {
+    fn start_read(&mut self, block: BlockIndex, source: DiskFrame, sequence: u64, target: FrameRef, class: IoClass) {
         let expect = self.header_of(block, sequence);
         let frame_bytes = self.spaces.at(self.blocks.at(block).space).frame_bytes;
         let source_offset = self.disks.offset(source, frame_bytes);
-        let op = self.start(Op::Read { block, source, target });
+        let op = self.start(Op::Read { block, source, target, class, stuck: false });
         let chunk = self.chunks.at_mut(target.chunk);
         chunk.set(target.index, FrameState::Filling { block, filler: Filler::Op(op) });
         let entry = self.blocks.at_mut(block);
@@ -189,7 +208,7 @@ impl Core {
         entry.arriving = Arriving::Reading(op);
         self.disks.cell_mut(source).busy += 1;
         self.reads_running += 1;
-        let class = if self.arrivals.contains_key(&block) { IoClass::Fetch } else { IoClass::Prefetch };
+        self.disks.device_mut(source.device).reads += 1;
         self.effects.push_back(Effect::Read { op, source, source_offset, target, expect, class });
     }
 
@@ -203,7 +222,6 @@ impl Core {
         target: FrameRef,
         outcome: Result<(), crate::api::Fault>,
     ) {
-        self.reads_running -= 1;
         self.disks.cell_mut(source).busy -= 1;
         self.settle_cell(source);
         let block = self.blocks.at(index);
@@ -211,6 +229,7 @@ impl Core {
         let current = matches!(block.nvme, Nvme::Sealed { frame, .. } if frame == source);
         let fits = wanted && current && block.pinned.is_none();
         let mut otherwise = MissReason::Unknown;
+        let mut again = false;
         match outcome {
             Ok(()) if fits => {
                 self.seal_frame(index, target, true, None, 0);
@@ -224,6 +243,11 @@ impl Core {
                     self.discard_nvme(index);
                 }
             }
+            // Taken back for want of anybody who waits; somebody may do so again by now.
+            Err(crate::api::Fault::NotStarted) => {
+                otherwise = MissReason::Device;
+                again = self.arrivals.contains_key(&index);
+            }
             Err(_) => {
                 otherwise = MissReason::Device;
                 self.counters.device_faults += 1;
@@ -231,7 +255,7 @@ impl Core {
             }
         }
         if wanted {
-            self.arrived(index, Arrival { otherwise: Grant::Missing(otherwise), again: false });
+            self.arrived(index, Arrival { otherwise: Grant::Missing(otherwise), again });
         }
         // Only if it was not sealed: then it is still Filling.
         self.abandon_filling(target, Vacate::Free);
@@ -285,13 +309,13 @@ impl Core {
         let mut left = Vec::new();
         for (id, position) in waiters {
             let Some(wait) = self.waits.get(&id) else { continue };
-            let WaitKind::Read { lease, .. } = wait.kind else { continue };
+            let WaitKind::Read { lease, class, .. } = wait.kind else { continue };
             let grant = self.grant_resident(lease, position as usize, index);
             let there = self.residence(index);
             let retry = there.pinned || (there.nvme && arrival.again);
             let grant = match grant {
                 Some(grant) => grant,
-                None if retry && self.want(index) => {
+                None if retry && self.want(index, class) => {
                     left.push((id, position));
                     continue;
                 }

@@ -225,7 +225,7 @@ impl ChunkMaker {
                 offset: 0,
                 bytes: 0,
                 buffer: IoBuffer::Nothing,
-                class: IoClass::Fetch,
+                class: IoClass::DecodeFetch,
                 done: Box::new(move |_, _| drop(sender)),
             });
         }

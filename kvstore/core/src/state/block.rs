@@ -7,7 +7,7 @@
 
 use hashbrown::HashTable;
 
-use crate::api::Residence;
+use crate::api::{IoClass, Residence};
 use crate::checksum::Checksum;
 use crate::ids::{BlockId, DiskFrame, FrameRef, OpId};
 use crate::state::count;
@@ -68,8 +68,8 @@ impl Nvme {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Arriving {
     No,
-    /// In the queue of wanted blocks.
-    Queued,
+    /// In the queue of wanted blocks of this class.
+    Queued(IoClass),
     /// Being read from a device.
     Reading(OpId),
     /// Its Pinned copy is being compared with its checksum.

@@ -116,7 +116,11 @@ impl Ring {
             if closed && self.vacant.len() == self.in_flight.len() {
                 return;
             }
-            match self.ring.submit_and_wait(1) {
+            // New work may have come since: then this round takes only what has completed already.
+            let wait_for = usize::from(closed || self.vacant.is_empty() || self.shared.may_sleep());
+            let entered = self.ring.submit_and_wait(wait_for);
+            self.shared.awake();
+            match entered {
                 Ok(_) => {}
                 Err(error) => match error.raw_os_error() {
                     Some(libc::EINTR | libc::EAGAIN | libc::EBUSY) => {}
