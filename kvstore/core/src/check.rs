@@ -259,7 +259,8 @@ impl Core {
             }
             Arriving::Queued(class) => {
                 let parked = self.disks.devices.iter().any(|device| device.reads_waiting.contains(&index));
-                let queued = self.wanted.contains(index, class) || self.wanted_stalled.contains(&index) || parked;
+                let queued =
+                    self.wanted.contains(index, class) || self.wanted_stalled.contains(&index) || parked;
                 assert!(queued, "{:?}: it is in the queue", block.id);
             }
             Arriving::Reading(op) | Arriving::Verifying(op) => {

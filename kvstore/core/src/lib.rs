@@ -30,8 +30,8 @@ mod writing;
 pub use crate::core::Core;
 pub use api::{
     Admission, BlockHeader, Config, Done, Durability, Effect, Event, Fault, FoundBlock, Grant, Input,
-    IoClass, Limit, Limits, Locality, MapAccess, MatchMode, MissReason, Notice, Policy, Purpose, Refusal, Reply,
-    Request, Residence, SealOutcome, UseStats, Via,
+    IoClass, Limit, Limits, Locality, MapAccess, MatchMode, MissReason, Notice, Policy, Purpose, Refusal,
+    Reply, Request, Residence, SealOutcome, UseStats, Via,
 };
 pub use checksum::{Checksum, Checksummer, checksum};
 pub use identity::{

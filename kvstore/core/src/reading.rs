@@ -83,13 +83,7 @@ impl Core {
     }
 
     /// Grants a block that can be served, or starts to bring it in.
-    fn grant_or_want(
-        &mut self,
-        lease: LeaseId,
-        position: usize,
-        index: BlockIndex,
-        class: IoClass,
-    ) -> Grant {
+    fn grant_or_want(&mut self, lease: LeaseId, position: usize, index: BlockIndex, class: IoClass) -> Grant {
         if let Some(grant) = self.grant_resident(lease, position, index) {
             return grant;
         }
@@ -196,7 +190,14 @@ impl Core {
         }
     }
 
-    fn start_read(&mut self, block: BlockIndex, source: DiskFrame, sequence: u64, target: FrameRef, class: IoClass) {
+    fn start_read(
+        &mut self,
+        block: BlockIndex,
+        source: DiskFrame,
+        sequence: u64,
+        target: FrameRef,
+        class: IoClass,
+    ) {
         let expect = self.header_of(block, sequence);
         let frame_bytes = self.spaces.at(self.blocks.at(block).space).frame_bytes;
         let source_offset = self.disks.offset(source, frame_bytes);

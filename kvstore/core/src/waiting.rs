@@ -30,11 +30,29 @@ pub(crate) struct Wait {
 #[derive(Debug)]
 pub(crate) enum WaitKind {
     /// `open`: the blocks that were not there when it began to wait.
-    Read { lease: LeaseId, grants: Vec<Grant>, class: IoClass, open: Vec<BlockIndex> },
-    Write { lease: LeaseId, grants: Vec<Grant>, blocks: Vec<BlockId>, parent: Option<BlockId> },
-    Seal { outcomes: Vec<SealOutcome> },
-    Flush { blocks: u64, failed: u64 },
-    Clear { generation: u64, blocks: u64 },
+    Read {
+        lease: LeaseId,
+        grants: Vec<Grant>,
+        class: IoClass,
+        open: Vec<BlockIndex>,
+    },
+    Write {
+        lease: LeaseId,
+        grants: Vec<Grant>,
+        blocks: Vec<BlockId>,
+        parent: Option<BlockId>,
+    },
+    Seal {
+        outcomes: Vec<SealOutcome>,
+    },
+    Flush {
+        blocks: u64,
+        failed: u64,
+    },
+    Clear {
+        generation: u64,
+        blocks: u64,
+    },
 }
 
 impl Core {

@@ -46,7 +46,11 @@ pub async fn run(role: WorkerRole, args: WorkerArgs) -> anyhow::Result<()> {
     let requests = usize::try_from(args.requests).context("too many requests for this machine")?;
     let manifest = manifest(&model)?;
     let compute = Compute::start(Arc::clone(&model), Arc::clone(&load), requests)?;
-    let store = Store::new(&args, &manifest)?;
+    let purpose = match role {
+        WorkerRole::Decode => Purpose::Decode,
+        WorkerRole::Prefill | WorkerRole::Unspecified => Purpose::Prefill,
+    };
+    let store = Store::new(&args, &manifest, purpose)?;
     let shared = Arc::new(Shared {
         compute,
         store: store.clone(),

@@ -30,7 +30,7 @@ pub(crate) use pages::PagePool;
 pub use schedule::DeviceChanged;
 pub(crate) use schedule::{Alarm, Patience, Scheduler};
 pub use self_test::SelfTestLine;
-pub(crate) use self_test::{Rig, SCRATCH_BYTES};
+pub(crate) use self_test::{Measured, Rig, SCRATCH_BYTES};
 
 use crate::api::{Backend, MediaError};
 use crate::memory::ChunkMemory;
@@ -138,18 +138,16 @@ impl Device {
     ///
     /// # Errors
     /// If it cannot be opened, locked or preallocated, or if io_uring is demanded and not to be had.
-    pub fn open(
-        path: &Path,
-        bytes: u64,
-        backend: Backend,
-    ) -> Result<Self, MediaError> {
+    pub fn open(path: &Path, bytes: u64, backend: Backend) -> Result<Self, MediaError> {
         let file = Arc::new(DeviceFile::open(path, bytes)?);
         Self::start(file, backend)
     }
 
     pub(crate) fn start(file: Arc<DeviceFile>, backend: Backend) -> Result<Self, MediaError> {
-        let shared = Arc::new(Shared::new().map_err(|source| {
-            MediaError::File { path: file.path().to_owned(), action: "make a wake-up descriptor", source }
+        let shared = Arc::new(Shared::new().map_err(|source| MediaError::File {
+            path: file.path().to_owned(),
+            action: "make a wake-up descriptor",
+            source,
         })?);
         let failed = |action, source| MediaError::File { path: file.path().to_owned(), action, source };
         let (threads, backend) = match backend {

@@ -199,11 +199,6 @@ impl Scheduler {
         (state.health.sentence(Instant::now()), state.queues.lengths(), state.late)
     }
 
-    /// The device itself, past the queue: for what must not wait in it.
-    pub(crate) fn device(&self) -> &Arc<dyn BlockIo> {
-        &self.0.io
-    }
-
     /// How much slower it is than it was.
     pub(crate) fn slowdown(&self) -> f64 {
         self.0.lock().health.slowdown()
