@@ -150,6 +150,15 @@ impl Media {
         }
     }
 
+    /// Bytes that each device has at once, at most; the self-test may lower it again.
+    pub fn set_bytes_in_flight_max(&self, bytes: ByteCount) {
+        for device in self.slots.ids() {
+            if let Some(scheduler) = self.slots.scheduler(device) {
+                scheduler.set_bytes_max(bytes.get());
+            }
+        }
+    }
+
     /// Who is told when a device is taken out or comes back, from a thread of
     /// media; at once, if one is out already. To be said once.
     pub fn on_device_change(&self, changed: DeviceChanged) {
@@ -405,18 +414,17 @@ impl Media {
     ) {
         let Some(memory) = self.find(op, target.chunk) else { return };
         let Some(bytes) = io_bytes(&memory, expect.length) else { return self.refuse(op, Fault::Checksum) };
-        let (complete, workers) = (Arc::clone(&self.complete), self.workers.clone());
+        let complete = Arc::clone(&self.complete);
         let done = move |buffer: IoBuffer, outcome: Result<(), Fault>| {
             let IoBuffer::Frame(memory, index) = buffer else { return complete(op, Err(Fault::Device)) };
             if let Err(fault) = outcome {
                 drop(memory);
                 return complete(op, Err(fault));
             }
-            workers.push(Box::new(move || {
-                let outcome = arrived(&memory, index, &expect);
-                drop(memory);
-                complete(op, outcome);
-            }));
+            // On the device's own thread: it has given the device more work, and to wake another thread costs more.
+            let outcome = arrived(&memory, index, &expect);
+            drop(memory);
+            complete(op, outcome);
         };
         let buffer = IoBuffer::Frame(memory, target.index);
         let request = IoRequest { op: IoOp::Read, offset, bytes, buffer, class, done: Box::new(done) };
@@ -558,7 +566,6 @@ impl Media {
 
 impl Drop for Media {
     fn drop(&mut self) {
-        // I/O that ends after this verifies what it read on the device's own thread.
         self.stop.store(true, Ordering::Release);
         self.wishes.stop();
         self.workers.stop();

@@ -2,7 +2,7 @@
 //! them (header page, checksum, scheduler, completion), against a bare io_uring
 //! loop over the same memory, file and offsets, and against fio.
 //!
-//! Rounds of the three are interleaved and medians are compared. Write
+//! Depth is what the device has at once, for all three. Rounds of the three are interleaved and medians are compared. Write
 //! amplification is that of a whole daemon.
 
 mod churn;

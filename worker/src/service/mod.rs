@@ -17,6 +17,7 @@ use axum::Router;
 use axum::http::{StatusCode, header};
 use axum::response::IntoResponse;
 use axum::routing::get;
+use terrace_core::Purpose;
 use terrace_core::{ByteCount, SpaceKind, SpaceManifest, TokenCount};
 use terrace_proto::MESSAGE_BYTES_MAX;
 use terrace_proto::v1::WorkerRole;

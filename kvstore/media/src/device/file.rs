@@ -18,7 +18,7 @@ const STAT_BLOCK_BYTES: u64 = 512;
 const DEAD_OWNER_PATIENCE: Duration = Duration::from_secs(10);
 
 /// A scratch area may take this part of the room that is left.
-const SCRATCH_ROOM_PARTS: u64 = 16;
+const SCRATCH_ROOM_PARTS: u64 = 64;
 
 /// An open, locked, preallocated device.
 #[derive(Debug)]

@@ -20,14 +20,18 @@ const OUTS_MAX: u32 = 5;
 const SLOWDOWN_MAX: f64 = 50.0;
 const PEERS_MAX: f64 = 10.0;
 /// Slow in proportion only is not worth a device.
-const SLOW_US_MIN: f64 = 10_000.0;
+const SLOW_US_MIN: f64 = 20_000.0;
+/// Without peers it cannot be told from a machine that is busy: then it must be worse by this.
+const ALONE: f64 = 2.0;
+/// No single I/O counts as slower than this, so that one pause is no verdict.
+const OUTLIER_MAX: f64 = 4.0 * SLOWDOWN_MAX;
 /// I/Os until a service time is known.
 const SAMPLES_MIN: u32 = 16;
 /// The best that is believed of any device: latency, and rate in bytes per microsecond.
 const LATENCY_US: f64 = 100.0;
 const BYTES_PER_US: f64 = 2147.0;
 /// Best ratio to the above that is believed: a cache somewhere is no measure.
-const BEST_MIN: f64 = 0.5;
+const BEST_MIN: f64 = 1.0;
 
 /// What may be done with a device.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -77,8 +81,10 @@ impl Health {
         }
         let slow = |pace: &Pace, what| {
             let slowdown = pace.slowdown();
-            let alone = peers.is_none_or(|peers| slowdown > peers * PEERS_MAX);
-            (slowdown > SLOWDOWN_MAX && pace.took_us > SLOW_US_MIN && alone).then(|| {
+            let factor = if peers.is_some() { 1.0 } else { ALONE };
+            let differs = peers.is_none_or(|peers| slowdown > peers * PEERS_MAX);
+            let slow = slowdown > SLOWDOWN_MAX * factor && pace.took_us > SLOW_US_MIN * factor;
+            (slow && differs).then(|| {
                 format!("{what} take {:.0} ms, {slowdown:.0} times what they took", pace.took_us / 1e3)
             })
         };
@@ -161,6 +167,7 @@ impl Pace {
     pub(super) fn observe(&mut self, took: Duration, bytes: u64) {
         let took = took.as_secs_f64() * 1e6;
         let ratio = took / (LATENCY_US + float(bytes) / BYTES_PER_US);
+        let ratio = self.best.map_or(ratio, |best| ratio.min(best * OUTLIER_MAX));
         self.samples = self.samples.saturating_add(1);
         let weight = 1.0 / f64::from(self.samples.min(SAMPLES_MIN));
         self.took_us += (took - self.took_us) * weight;
@@ -210,8 +217,10 @@ mod tests {
         assert_eq!(health.complaint(Some(1.0)), None);
         read(&mut health, 100, 4000);
         assert_eq!(health.complaint(Some(1.0)), None, "ten times is busy, not broken");
-        read(&mut health, 40, 40_000);
-        assert!(health.complaint(Some(1.0)).is_some_and(|said| said.contains("reads take 3")));
+        health.reads.observe(Duration::from_secs(3), BYTES);
+        assert_eq!(health.complaint(Some(1.0)), None, "one pause is no verdict");
+        read(&mut health, 60, 60_000);
+        assert!(health.complaint(Some(1.0)).is_some_and(|said| said.contains("reads take ")));
         assert!(health.complaint(None).is_some(), "without peers it is compared with itself");
         assert_eq!(health.complaint(Some(90.0)), None, "the whole machine is slow");
         let mut quick = Health::new();

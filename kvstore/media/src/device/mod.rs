@@ -10,6 +10,7 @@
 mod classes;
 mod file;
 mod health;
+mod later;
 mod pages;
 mod pread;
 mod queue;

@@ -14,6 +14,7 @@ use terrace_core::{DeviceId, Fault, IoClass, OpId};
 
 use super::classes::{ClassQueues, is_background};
 use super::health::{Health, Standing};
+use super::later;
 use super::{AlignedPages, BlockIo, IoBuffer, IoDone, IoFacts, IoOp, IoRequest};
 use crate::memory::PAGE_BYTES;
 
@@ -312,7 +313,7 @@ impl Inner {
         }
         self.pump(state);
         if let Some(done) = ended.done {
-            done(buffer, outcome);
+            later::answer(done, buffer, outcome);
         }
     }
 

@@ -19,10 +19,11 @@ use terrace_media::{Access, Backend, ChunkMemory, DeviceConfig, Hooks, Media, Me
 const SLOT_BYTES: u64 = 64 * MIB;
 /// Slots: 1 GiB, more than any cache of a device would take for a hit.
 const SLOTS: u32 = 16;
-/// Frames in memory: as many as the deepest queue.
-const FRAMES: u32 = 32;
-/// Bytes in flight, as the daemon's.
-const IN_FLIGHT_BYTES: u64 = 64 * MIB;
+/// Blocks that media is asked for beyond what the device has at once, as the daemon
+/// does: while one is checked, the device has the next one already.
+const AHEAD: u32 = 2;
+/// Frames in memory: as many as the deepest queue, and those.
+const FRAMES: u32 = 32 + AHEAD;
 const TIME_MAX: Duration = Duration::from_secs(60);
 const CHUNK: ChunkId = ChunkId::new(1);
 const DEVICE: DeviceId = DeviceId::new(0);
@@ -114,7 +115,7 @@ impl Rig {
             chunk_bytes: ByteCount::new(SLOT_BYTES),
             devices: vec![DeviceConfig { path: path.clone(), slots: SLOTS }],
             backend: Backend::IoUring,
-            bytes_in_flight_max: ByteCount::new(IN_FLIGHT_BYTES),
+            bytes_in_flight_max: ByteCount::new(SLOT_BYTES),
             checkers: std::thread::available_parallelism()
                 .map_or(2, |cores| u32::try_from(cores.get().min(4)).unwrap_or(4)),
             hooks: Hooks::default(),
@@ -241,9 +242,10 @@ impl Rig {
                 ended: Some(ended),
             };
         }
+        self.media.set_bytes_in_flight_max(ByteCount::new(self.frame * depth as u64));
         self.pump.driving.store(true, Ordering::SeqCst);
         let began = Instant::now();
-        for frame in 0..u32::try_from(depth)? {
+        for frame in 0..u32::try_from(depth)? + AHEAD {
             self.pump.next(frame);
         }
         let finished = end.recv_timeout(TIME_MAX).context("an operation was never answered")?;
