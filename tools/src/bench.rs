@@ -7,6 +7,7 @@
 mod ask;
 mod blocks;
 mod lane;
+mod media;
 mod prompt;
 mod restart;
 mod stand;
@@ -55,6 +56,8 @@ enum Suite {
     Local,
     /// The residency table: time and memory for each block, and two threads against one
     Table,
+    /// Device reads and writes against a bare io_uring loop and fio; write amplification
+    Media,
 }
 
 /// One figure.
@@ -117,6 +120,13 @@ impl Line {
         Self { ratio: Some(ratio), bar: Some(bar), ok: ratio >= bar, ..Self::plain(name, ratio, "times") }
     }
 
+    /// A figure that must be at least `bar` times another of the same run.
+    pub(crate) fn part_of(name: &str, value: f64, limit: f64, bar: f64, unit: &'static str) -> Self {
+        let ratio = value / limit;
+        let ok = ratio >= bar;
+        Self { limit: Some(limit), ratio: Some(ratio), bar: Some(bar), ok, ..Self::plain(name, value, unit) }
+    }
+
     /// A figure beside another of the same run, without a bar.
     pub(crate) fn compared(name: &str, value: f64, limit: f64, unit: &'static str) -> Self {
         Self { limit: Some(limit), ratio: Some(value / limit), ..Self::plain(name, value, unit) }
@@ -135,6 +145,7 @@ pub(crate) async fn run(options: Options, format: Format) -> anyhow::Result<Exit
         Suite::Lease => lane::lease(&options).await?,
         Suite::Local => lane::local(&options).await?,
         Suite::Table => table::run()?,
+        Suite::Media => media::run(&options).await?,
     };
     match format {
         Format::Json => {

@@ -10,7 +10,7 @@ use terrace_core::{BlockId, ByteCount, Checksum, Fence, MissReason};
 use terrace_lane::{Access, Mapping};
 use terrace_proto::v1::lane_request::Op;
 use terrace_proto::v1::lane_response::Result as Answer;
-use terrace_proto::v1::{BlockGrant, GrantOutcome, LeaseKind, LeaseRequest, Tier};
+use terrace_proto::v1::{BlockGrant, GrantOutcome, LeaseKind, LeasePurpose, LeaseRequest, Tier};
 
 use crate::chunks::WriterToken;
 use crate::convert::{block_from_wire, reason_from_wire};
@@ -115,6 +115,7 @@ pub(crate) struct Wanted<'a> {
     pub(crate) parent: Bytes,
     pub(crate) ttl: Option<Duration>,
     pub(crate) wait: Duration,
+    pub(crate) purpose: LeasePurpose,
 }
 
 /// One granted frame, mapped and checked.
@@ -145,6 +146,7 @@ pub(crate) async fn lease(
         ttl_ms,
         want_tier: Tier::Unspecified.into(),
         wait_ms: millis(wanted.wait),
+        purpose: wanted.purpose.into(),
     };
     let delivered = session.link.call(Op::Lease(request)).await?;
     let Answer::Lease(granted) = delivered.answer else {

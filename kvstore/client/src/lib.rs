@@ -48,7 +48,7 @@ pub use stream::{EventStream, SnapshotStream};
 pub use write::{WriteBlock, WriteLease, WriteOptions};
 
 pub use terrace_core::{
-    BlockId, Checksum, ComputeCost, Durability, MatchMode, MissReason, SealOutcome, SpaceId, SpaceKind,
-    SpaceManifest,
+    BlockId, Checksum, ComputeCost, Durability, MatchMode, MissReason, Purpose, SealOutcome, SpaceId,
+    SpaceKind, SpaceManifest,
 };
 pub use terrace_lane::SharedBytes;

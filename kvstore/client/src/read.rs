@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{self, Ordering};
 use std::time::Duration;
 
-use terrace_core::{BlockId, ByteCount, Checksum, Fence};
+use terrace_core::{BlockId, ByteCount, Checksum, Fence, Purpose};
 use terrace_lane::{Mapping, SharedBytes};
 
 use crate::error::ClientError;
@@ -20,6 +20,8 @@ pub struct ReadOptions {
     pub ttl: Option<Duration>,
     /// How long the answer may wait for blocks to come from a slower tier.
     pub wait: Duration,
+    /// Who waits: a decode's blocks are read before a prefill's.
+    pub purpose: Purpose,
 }
 
 /// The bytes were not, or are no longer, those that were granted: whatever was

@@ -8,7 +8,7 @@ use std::time::Duration;
 use tokio::sync::Mutex;
 use tokio::task::AbortHandle;
 
-use terrace_core::{ComputeCost, MatchMode, SpaceManifest};
+use terrace_core::{ComputeCost, MatchMode, Purpose, SpaceManifest};
 use terrace_proto::v1::lane_request::Op;
 use terrace_proto::v1::lane_response::Result as Answer;
 use terrace_proto::v1::{self, Tier};
@@ -391,6 +391,10 @@ impl Session {
             parent: bytes::Bytes::new(),
             ttl: options.ttl,
             wait: options.wait,
+            purpose: match options.purpose {
+                Purpose::Prefill => v1::LeasePurpose::Prefill,
+                Purpose::Decode => v1::LeasePurpose::Decode,
+            },
         };
         let (held, outcomes) = lease(lane, wanted).await?;
         ReadLease::new(space, held, outcomes)
@@ -416,6 +420,7 @@ impl Session {
             parent: parent_to_wire(parent)?,
             ttl: options.ttl,
             wait: options.wait,
+            purpose: v1::LeasePurpose::Unspecified,
         };
         let (held, outcomes) = lease(lane, wanted).await?;
         WriteLease::new(space, held, outcomes)

@@ -82,7 +82,8 @@ impl Session {
         loop {
             let wanted: Vec<&Bytes> = open.iter().map(|index| &keys[*index]).collect();
             let wait = deadline.saturating_duration_since(Instant::now());
-            let lease = self.lease_read(space, &wanted, ReadOptions { ttl: None, wait }).await?;
+            let lease =
+                self.lease_read(space, &wanted, ReadOptions { wait, ..ReadOptions::default() }).await?;
             let mut throttled = Vec::new();
             for (index, grant) in open.iter().zip(&lease.grants) {
                 match grant {

@@ -203,6 +203,7 @@ pub enum Request {
         ttl: Option<Micros>,
         /// Answer at this time at the latest, even if promotions are under way.
         answer_by: Now,
+        purpose: Purpose,
     },
     /// Reserves frames. Each block is the child of the one before it.
     LeaseWrite {
@@ -234,6 +235,16 @@ pub enum Request {
     MapChunk { chunk: ChunkId },
     /// Persists everything sealed before this request.
     Flush,
+}
+
+/// Who waits for a read lease; says how urgent its device reads are.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Purpose {
+    /// A prefill: it can compute while it waits.
+    #[default]
+    Prefill,
+    /// A decode that cannot produce its next token.
+    Decode,
 }
 
 /// How keys are looked at.
@@ -505,6 +516,11 @@ pub enum Effect {
         expect: BlockHeader,
         class: IoClass,
     },
+    /// A read is more urgent than was said. Nothing is answered; too late is no harm.
+    Promote { op: OpId, device: DeviceId, class: IoClass },
+    /// Nobody wants a read any more. If the device does not have it yet, it ends
+    /// with [`Fault::NotStarted`]; else it goes on. Its own answer is its only one.
+    Cancel { op: OpId, device: DeviceId },
     /// Write header page and payload to a device. From a window that is still
     /// open (`Via::Bounce`) the shell copies first and compares the checksum.
     /// Done: [`Done::Plain`] when the device has answered; not yet durable.
@@ -566,8 +582,10 @@ pub enum Via {
 /// Who shares a device, most urgent first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum IoClass {
-    /// A lease is waiting.
-    Fetch,
+    /// A decode waits for the block.
+    DecodeFetch,
+    /// A prefill waits for the block.
+    PrefillFetch,
     /// Memory is needed.
     Demotion,
     /// A hint.
@@ -576,6 +594,40 @@ pub enum IoClass {
     Persistence,
     /// Verification of cold blocks.
     Scrub,
+}
+
+impl IoClass {
+    /// Every class, most urgent first.
+    pub const ALL: [Self; 6] = [
+        Self::DecodeFetch,
+        Self::PrefillFetch,
+        Self::Demotion,
+        Self::Prefetch,
+        Self::Persistence,
+        Self::Scrub,
+    ];
+
+    /// For metrics and tables.
+    pub const fn label(self) -> &'static str {
+        match self {
+            Self::DecodeFetch => "decode_fetch",
+            Self::PrefillFetch => "prefill_fetch",
+            Self::Demotion => "demotion",
+            Self::Prefetch => "prefetch",
+            Self::Persistence => "persistence",
+            Self::Scrub => "scrub",
+        }
+    }
+}
+
+impl Purpose {
+    /// The class of device reads for it.
+    pub const fn class(self) -> IoClass {
+        match self {
+            Self::Decode => IoClass::DecodeFetch,
+            Self::Prefill => IoClass::PrefillFetch,
+        }
+    }
 }
 
 /// A slow effect that ended well.
@@ -593,6 +645,9 @@ pub enum Fault {
     /// The device reported a failure.
     #[error("device error")]
     Device,
+    /// It was taken back before the device had it: nothing was read or written.
+    #[error("not started")]
+    NotStarted,
     /// No room on the device.
     #[error("no space left on the device")]
     NoSpace,

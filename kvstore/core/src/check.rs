@@ -45,7 +45,7 @@ impl Core {
         assert_eq!(held.writes, self.writes_running, "writes are counted");
         assert_eq!(held.verifies, self.verifies_running, "verifications are counted");
         assert_eq!(held.copies, self.copies_running, "copies are counted");
-        assert_eq!(held.commits, u32::from(self.commit_running), "one commit runs at a time");
+        assert_eq!(held.commits, self.commits_running, "commits are counted");
     }
 
     fn held_by_operations(&self) -> Held {
@@ -55,12 +55,12 @@ impl Core {
                 Op::CreateChunk { .. } => held.creations += 1,
                 Op::DropChunk { .. } => held.drops += 1,
                 Op::CarveSlot { .. } => held.carvings += 1,
-                Op::Read { source, .. } => {
-                    held.reads += 1;
+                Op::Read { source, stuck, .. } => {
+                    held.reads += u32::from(!stuck);
                     *held.cells.entry(*source).or_default() += 1;
                 }
-                Op::Write { source, target, .. } => {
-                    held.writes += 1;
+                Op::Write { source, target, stuck, .. } => {
+                    held.writes += u32::from(!stuck);
                     *held.frames.entry(*source).or_default() += 1;
                     *held.cells.entry(*target).or_default() += 1;
                 }
@@ -270,8 +270,10 @@ impl Core {
             Arriving::No => {
                 assert!(!self.arrivals.contains_key(&index), "{:?}: nobody waits in vain", block.id)
             }
-            Arriving::Queued => {
-                let queued = self.wanted.contains(&index) || self.wanted_stalled.contains(&index);
+            Arriving::Queued(class) => {
+                let parked = self.disks.devices.iter().any(|device| device.reads_waiting.contains(&index));
+                let queued =
+                    self.wanted.contains(index, class) || self.wanted_stalled.contains(&index) || parked;
                 assert!(queued, "{:?}: it is in the queue", block.id);
             }
             Arriving::Reading(op) | Arriving::Verifying(op) => {

@@ -6,7 +6,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
-use crate::api::{BlockHeader, Config, Done, Effect, Fault, Input, Via};
+use crate::api::{BlockHeader, Config, Done, Effect, Fault, Input, IoClass, Via};
 use crate::evict::Duels;
 use crate::ids::{
     BlockId, ChunkId, DeviceId, DiskFrame, Fence, FrameRef, LeaseId, OpId, SessionId, TenantId,
@@ -18,6 +18,7 @@ use crate::state::disk::Disks;
 use crate::state::session::{Lease, Session, WaitId};
 use crate::state::space::{SpaceIndex, SpaceTable};
 use crate::units::{Micros, Now};
+use crate::urgency::Wanted;
 use crate::view::Counters;
 use crate::waiting::Wait;
 
@@ -47,6 +48,9 @@ pub(crate) enum Op {
         source: DiskFrame,
         target: FrameRef,
         sent: Now,
+        class: IoClass,
+        /// Its device was given up while it had the read. It still owns the frame.
+        stuck: bool,
     },
     Write {
         block: BlockIndex,
@@ -55,6 +59,7 @@ pub(crate) enum Op {
         target: DiskFrame,
         header: BlockHeader,
         via: Via,
+        stuck: bool,
     },
     CarveSlot {
         device: DeviceId,
@@ -158,7 +163,7 @@ pub struct Core {
     pub(crate) writers: BTreeSet<WaitId>,
 
     /// Blocks to promote or to verify, and those of them that wait for a frame.
-    pub(crate) wanted: VecDeque<BlockIndex>,
+    pub(crate) wanted: Wanted,
     pub(crate) wanted_stalled: Vec<BlockIndex>,
     /// Sealed blocks by the time at which they are due for Nvme.
     pub(crate) due: VecDeque<(Now, BlockIndex, BlockId)>,
@@ -168,7 +173,8 @@ pub struct Core {
     pub(crate) writes_stalled: Vec<(BlockIndex, BlockId)>,
     pub(crate) commit_puts: Vec<Put>,
     pub(crate) commit_deletes: VecDeque<Delete>,
-    pub(crate) commit_running: bool,
+    /// Commits of the round that runs, one a device.
+    pub(crate) commits_running: u32,
     pub(crate) clears_again: Vec<ClearAgain>,
     pub(crate) write_sequence: u64,
     /// Promises to evict a block last.
@@ -219,7 +225,7 @@ impl Core {
             arrivals: BTreeMap::new(),
             durables: BTreeMap::new(),
             writers: BTreeSet::new(),
-            wanted: VecDeque::new(),
+            wanted: Wanted::default(),
             wanted_stalled: Vec::new(),
             due: VecDeque::new(),
             ready: VecDeque::new(),
@@ -227,7 +233,7 @@ impl Core {
             writes_stalled: Vec::new(),
             commit_puts: Vec::new(),
             commit_deletes: VecDeque::new(),
-            commit_running: false,
+            commits_running: 0,
             clears_again: Vec::new(),
             write_sequence: 0,
             retained: BTreeMap::new(),
@@ -335,7 +341,7 @@ impl Core {
             let disk = std::mem::take(&mut self.disk_changed);
             if memory {
                 self.pump_writers();
-                self.wanted.extend(std::mem::take(&mut self.wanted_stalled));
+                self.want_stalled();
             }
             if disk {
                 self.ready.extend(std::mem::take(&mut self.writes_stalled));
@@ -360,10 +366,12 @@ impl Core {
         match op {
             Op::CreateChunk { chunk } => self.chunk_created(chunk, outcome),
             Op::DropChunk { chunk } => self.chunk_dropped(chunk),
-            Op::Read { block, source, target, sent } => {
-                self.read_done(id, block, (source, sent), target, outcome)
+            Op::Read { block, source, target, sent, class: _, stuck } => {
+                self.read_ended(source.device, stuck);
+                self.read_done(id, block, (source, sent), target, outcome);
             }
-            Op::Write { block, source, fence, target, header, via } => {
+            Op::Write { block, source, fence, target, header, via, stuck } => {
+                self.write_ended(target.device, stuck);
                 self.write_done(block, (source, fence), target, header, via, outcome);
             }
             Op::CarveSlot { device, slot, space } => self.carve_done(device, slot, space, outcome),

@@ -13,6 +13,7 @@ use crate::state::chunk::{ChunkKind, Filler, FrameState};
 use crate::state::count;
 use crate::state::session::{Held, Lease, LeaseKind, Repeats, Session};
 use crate::units::Micros;
+use crate::waiting::WaitKind;
 
 /// Why a lease ends. Decides what may still be written into its frames.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -49,7 +50,9 @@ impl Core {
         let leases: Vec<_> = session.leases.iter().copied().collect();
         let windows: Vec<_> = session.windows.iter().copied().collect();
         for wait in waits {
-            self.take_wait(wait);
+            if let Some(WaitKind::Read { open, .. }) = self.take_wait(wait).map(|wait| wait.kind) {
+                open.into_iter().for_each(|block| self.unwanted(block));
+            }
         }
         for lease in leases {
             self.end_lease(lease, LeaseEnd::Abandoned);

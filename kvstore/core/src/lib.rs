@@ -23,6 +23,7 @@ mod residence;
 mod restore;
 mod state;
 mod units;
+mod urgency;
 mod view;
 mod waiting;
 mod windows;
@@ -31,8 +32,8 @@ mod writing;
 pub use crate::core::Core;
 pub use api::{
     Admission, BlockHeader, Config, Done, Durability, Effect, Event, Fault, FoundBlock, Grant, Input,
-    IoClass, Limit, Limits, Locality, MapAccess, MatchMode, MissReason, Notice, Placement, Policy, Refusal,
-    Reply, Request, Residence, SealOutcome, UseStats, Via,
+    IoClass, Limit, Limits, Locality, MapAccess, MatchMode, MissReason, Notice, Placement, Policy, Purpose,
+    Refusal, Reply, Request, Residence, SealOutcome, UseStats, Via,
 };
 pub use checksum::{Checksum, Checksummer, checksum};
 pub use cost::ComputeCost;

@@ -101,7 +101,10 @@ impl Core {
                 self.emptying.insert(id);
             }
             None => {
-                self.chunks.at_mut(id).kind = ChunkKind::Pool;
+                let reserved_until = self.now.after(RETRY_AFTER);
+                let chunk = self.chunks.at_mut(id);
+                chunk.kind = ChunkKind::Pool;
+                chunk.reserved_until = reserved_until;
                 self.spaces.at_mut(space).pool_open.insert(id);
             }
         }
@@ -160,7 +163,9 @@ impl Core {
 
     pub(crate) fn take_free_pool_frame(&mut self, space: SpaceIndex) -> Option<FrameRef> {
         let &chunk = self.spaces.at(space).pool_open.first()?;
+        let now = self.now;
         let held = self.chunks.at_mut(chunk);
+        held.reserved_until = now;
         let index = held.take_free().expect("an open chunk has a free frame");
         if held.free.is_empty() {
             self.spaces.at_mut(space).pool_open.remove(&chunk);
@@ -226,7 +231,10 @@ impl Core {
     fn retire_chunk(&mut self) -> bool {
         let facts = self.chunks.iter().filter_map(|(chunk, held)| {
             let counts = held.counts;
-            let eligible = held.kind == ChunkKind::Pool && counts.pinned == 0 && counts.filling == 0;
+            let eligible = held.kind == ChunkKind::Pool
+                && counts.pinned == 0
+                && counts.filling == 0
+                && held.reserved_until <= self.now;
             eligible.then_some(ChunkFacts { chunk, sealed: counts.sealed, touched: held.touched })
         });
         let Some(id) = cheapest_chunk(facts) else { return false };

@@ -3,6 +3,8 @@
 //! A frame on a device goes Filling, Sealed, Evicting, Free. Its catalog entry
 //! is deleted before it is used again. What a failed write or sync covered is quarantined.
 
+use std::collections::BTreeMap;
+
 use crate::api::{BlockHeader, Effect, Fault, IoClass, Placement, Via};
 use crate::core::{Core, Deadline, Delete, Op, Put, RETRY_AFTER};
 use crate::ids::{BlockId, DeviceId, DiskFrame, Fence, FrameRef};
@@ -116,13 +118,14 @@ impl Core {
         let frame_bytes = self.spaces.at(self.blocks.at(index).space).frame_bytes;
         let target_offset = self.disks.offset(target, frame_bytes);
         let fence = self.hold_frame(source);
-        let op = self.start(Op::Write { block: index, source, fence, target, header, via });
+        let op = self.start(Op::Write { block: index, source, fence, target, header, via, stuck: false });
         self.disks
             .slot_mut(target.device, target.slot)
             .set(target.index, DiskState::Filling { block: index });
         self.disks.cell_mut(target).busy += 1;
         self.blocks.at_mut(index).nvme = Nvme::Writing { frame: target, sequence: header.write_sequence };
         self.writes_running += 1;
+        self.disks.device_mut(target.device).writes += 1;
         self.effects.push_back(Effect::Write { op, source, target, target_offset, header, via, class });
     }
 
@@ -135,7 +138,6 @@ impl Core {
         via: Via,
         outcome: Result<(), Fault>,
     ) {
-        self.writes_running -= 1;
         let (source, fence) = source;
         let same = self.let_frame_go(source, fence);
         self.disks.cell_mut(target).busy -= 1;
@@ -170,8 +172,20 @@ impl Core {
                 }
                 self.blocks.remove_if_gone(index);
             }
+            Err(Fault::NotStarted) => self.write_not_started(index, target),
             Err(fault) => self.write_failed(index, target, fault),
         }
+    }
+
+    /// The device never had it, or nothing refers to what it has: its frame is as good as before.
+    fn write_not_started(&mut self, index: BlockIndex, target: DiskFrame) {
+        self.disks.slot_mut(target.device, target.slot).set(target.index, DiskState::Evicting);
+        self.settle_cell(target);
+        self.transition(index, |block| block.nvme = Nvme::None);
+        if self.blocks.at(index).pinned.is_some() {
+            self.persist_later(index, RETRY_AFTER);
+        }
+        self.blocks.remove_if_gone(index);
     }
 
     fn write_failed(&mut self, index: BlockIndex, target: DiskFrame, fault: Fault) {
@@ -199,9 +213,11 @@ impl Core {
         self.at(self.persist_paused_until, Deadline::Retry);
     }
 
-    /// One commit at a time; what is written meanwhile goes into the next.
+    /// One round of commits at a time; what is written meanwhile goes into the
+    /// next. Each device has a commit of its own, so that one that fails to sync
+    /// fails its own blocks only.
     pub(crate) fn pump_commit(&mut self) {
-        if self.commit_running || self.degraded || self.now < self.persist_paused_until {
+        if self.commits_running > 0 || self.degraded || self.now < self.persist_paused_until {
             return;
         }
         if self.commit_puts.is_empty() && self.commit_deletes.is_empty() {
@@ -209,10 +225,10 @@ impl Core {
         }
         let rest = self.commit_puts.split_off(self.commit_puts.len().min(COMMIT_MAX));
         let queued = std::mem::replace(&mut self.commit_puts, rest);
-        let mut puts = Vec::with_capacity(queued.len());
+        let mut by_device: BTreeMap<DeviceId, Vec<Put>> = BTreeMap::new();
         for put in queued {
             if self.is_committing(put) {
-                puts.push(put);
+                by_device.entry(put.frame.device).or_default().push(put);
             } else {
                 self.disks.cell_mut(put.frame).busy -= 1;
                 self.settle_cell(put.frame);
@@ -220,13 +236,19 @@ impl Core {
         }
         let count = self.commit_deletes.len().min(COMMIT_MAX);
         let deletes: Vec<Delete> = self.commit_deletes.drain(..count).collect();
-        if puts.is_empty() && deletes.is_empty() {
-            return;
+        if !deletes.is_empty() {
+            self.start_commit(Vec::new(), deletes);
         }
+        for puts in by_device.into_values() {
+            self.start_commit(puts, Vec::new());
+        }
+    }
+
+    fn start_commit(&mut self, puts: Vec<Put>, deletes: Vec<Delete>) {
         let put = puts.iter().map(|put| (put.frame, put.header)).collect();
         let delete = deletes.iter().map(|delete| delete.id).collect();
         let op = self.start(Op::Commit { puts, deletes });
-        self.commit_running = true;
+        self.commits_running += 1;
         self.effects.push_back(Effect::Commit { op, put, delete });
     }
 
@@ -236,19 +258,22 @@ impl Core {
     }
 
     pub(crate) fn commit_done(&mut self, puts: &[Put], deletes: &[Delete], outcome: Result<(), Fault>) {
-        self.commit_running = false;
+        self.commits_running -= 1;
         for &put in puts {
             self.disks.cell_mut(put.frame).busy -= 1;
             match (self.is_committing(put), outcome) {
                 (true, Ok(())) => self.put_done(put),
+                (true, Err(Fault::NotStarted)) => self.write_not_started(put.block, put.frame),
                 (true, Err(fault)) => self.write_failed(put.block, put.frame, fault),
-                (false, Ok(())) => {}
+                (false, Ok(()) | Err(Fault::NotStarted)) => {}
                 (false, Err(_)) => self.quarantine_cell(put.frame),
             }
             self.settle_cell(put.frame);
         }
         match outcome {
             Ok(()) => deletes.iter().for_each(|&delete| self.delete_done(delete)),
+            // Only its own device could not sync; the others go on.
+            Err(Fault::Device | Fault::NotStarted) if deletes.is_empty() => self.counters.commit_faults += 1,
             Err(_) => {
                 self.counters.commit_faults += 1;
                 for &delete in deletes.iter().rev() {
@@ -364,13 +389,15 @@ impl Core {
         }
         let devices = self.disks.devices.len();
         let first = self.spaces.at(space).device_next;
-        let mut carving = false;
+        let share = self.disks.share(self.config.limits.writes_in_flight);
+        let (mut carving, mut busy) = (false, false);
         for step in 0..devices {
             let place = (first + step) % devices;
-            if !self.disks.devices[place].usable {
+            let device = device_id(place);
+            if !self.disks.devices[place].usable || self.disks.devices[place].writes >= share {
+                busy |= self.disks.devices[place].usable;
                 continue;
             }
-            let device = device_id(place);
             if let Some(frame) = self.take_open_frame(space, device) {
                 self.spaces.at_mut(space).device_next = (place + 1) % devices;
                 self.make_room_ahead(space);
@@ -378,7 +405,7 @@ impl Core {
             }
             carving |= self.spaces.at(space).slots_carving[place] > 0 || self.carve_slot(space, device);
         }
-        if carving || self.make_room(space) { DiskAllocated::Wait } else { DiskAllocated::Never }
+        if carving || busy || self.make_room(space) { DiskAllocated::Wait } else { DiskAllocated::Never }
     }
 
     /// Evicts while there are frames left, so that the write after the last of them
@@ -441,6 +468,10 @@ impl Core {
                 carved.carve(frames);
                 self.open_slots(space, device).insert(slot);
             }
+            Err(Fault::NotStarted) => {
+                carved.state = SlotState::Free;
+                self.disks.device_mut(device).slots_free.insert(slot);
+            }
             Err(_) => {
                 carved.state = SlotState::Quarantined;
                 self.counters.device_faults += 1;
@@ -453,7 +484,7 @@ impl Core {
 
     /// Evicts the coldest of this space, or empties a slot of a colder one. False: nothing can leave.
     fn make_room(&mut self, space: SpaceIndex) -> bool {
-        let mut coming = self.commit_running || !self.commit_deletes.is_empty();
+        let mut coming = self.commits_running > 0 || !self.commit_deletes.is_empty();
         if let Some(other) = self.coldest_space().filter(|&other| other != space) {
             coming |= self.retire_slot(other);
         }

@@ -52,6 +52,7 @@ impl Core {
         blocks: &[BlockId],
         ttl: Option<Micros>,
         answer_by: Now,
+        class: IoClass,
     ) -> Option<Reply> {
         let Some(lease) = self.add_lease(asker.session, tenant, LeaseKind::Read, ttl, 0) else {
             return Some(Reply::Throttled(Limit::Leases));
@@ -65,12 +66,14 @@ impl Core {
             lease.items = items;
         }
         self.asked(asker.session, blocks, first);
-        let open = self.promote_all(slower, &mut grants);
+        let open = self.promote_all(slower, &mut grants, class);
         self.count_grants(&grants);
         if open.is_empty() || !waits {
             return Some(self.leased(lease, grants));
         }
-        let wait = self.wait(asker, Some(answer_by), WaitKind::Read { lease, grants });
+        let waited_for = open.iter().map(|&(_, index)| index).collect();
+        let wait =
+            self.wait(asker, Some(answer_by), WaitKind::Read { lease, grants, class, open: waited_for });
         if let Some(wait) = self.waits.get_mut(&wait) {
             wait.pending = count(open.len());
         }
@@ -129,6 +132,7 @@ impl Core {
         &mut self,
         slower: Vec<(u32, BlockIndex)>,
         grants: &mut [Grant],
+        class: IoClass,
     ) -> Vec<(u32, BlockIndex)> {
         let cheaper = self.is_cheaper_to_recompute(&slower);
         let mut open = Vec::with_capacity(slower.len());
@@ -136,7 +140,7 @@ impl Core {
             if cheaper && self.blocks.at(index).pinned.is_none() {
                 grants[position as usize] = Grant::Missing(MissReason::CheaperToRecompute);
                 self.counters.cheaper_to_recompute += 1;
-            } else if self.want(index) {
+            } else if self.want(index, class) {
                 open.push((position, index));
             } else {
                 grants[position as usize] = Grant::Throttled;
@@ -243,31 +247,32 @@ impl Core {
     }
 
     /// Puts a block into the queue of wanted ones. False: the queue is full.
-    pub(crate) fn want(&mut self, index: BlockIndex) -> bool {
+    pub(crate) fn want(&mut self, index: BlockIndex, class: IoClass) -> bool {
         if self.blocks.at(index).arriving() != Arriving::No {
+            self.raise(index, class);
             return true;
         }
         let limit = self.config.limits.blocks_per_request as usize * WANTED_REQUESTS_MAX;
         if self.wanted.len() + self.wanted_stalled.len() >= limit {
             return false;
         }
-        self.blocks.at_mut(index).set_arriving(Arriving::Queued);
-        self.wanted.push_back(index);
+        self.blocks.at_mut(index).set_arriving(Arriving::Queued(class));
+        self.wanted.push(index, class);
         true
     }
 
     /// Starts reads and verifications while there is room for them.
     pub(crate) fn pump_arrivals(&mut self) {
         while self.reads_running + self.verifies_running < self.config.limits.reads_in_flight {
-            let Some(index) = self.wanted.pop_front() else { break };
-            let queued = self.blocks.try_at(index).is_some_and(|block| block.arriving() == Arriving::Queued);
-            if queued {
-                self.start_arrival(index);
+            let Some((index, class)) = self.wanted.pop() else { break };
+            let queued = self.blocks.try_at(index).map(|block| block.arriving());
+            if queued == Some(Arriving::Queued(class)) {
+                self.start_arrival(index, class);
             }
         }
     }
 
-    fn start_arrival(&mut self, index: BlockIndex) {
+    fn start_arrival(&mut self, index: BlockIndex, class: IoClass) {
         let block = self.blocks.at(index);
         if let Some(frame) = block.pinned {
             let state = self.chunks.frame(frame).map(|cell| cell.state);
@@ -287,8 +292,14 @@ impl Core {
             return;
         }
         let space = block.space;
+        let share = self.disks.share(self.config.limits.reads_in_flight);
+        let device = self.disks.device_mut(source.device);
+        if device.reads >= share {
+            device.reads_waiting.push_back(index);
+            return;
+        }
         match self.take_pool_frame(space) {
-            Allocated::Frame(target) => self.start_read(index, source, sequence, target),
+            Allocated::Frame(target) => self.start_read(index, source, sequence, target, class),
             Allocated::Wait if self.arrivals.contains_key(&index) => self.wanted_stalled.push(index),
             Allocated::Wait | Allocated::Never => {
                 self.arrived(index, Arrival { otherwise: Grant::Throttled, again: false });
@@ -296,11 +307,18 @@ impl Core {
         }
     }
 
-    fn start_read(&mut self, block: BlockIndex, source: DiskFrame, sequence: u64, target: FrameRef) {
+    fn start_read(
+        &mut self,
+        block: BlockIndex,
+        source: DiskFrame,
+        sequence: u64,
+        target: FrameRef,
+        class: IoClass,
+    ) {
         let expect = self.header_of(block, sequence);
         let frame_bytes = self.spaces.at(self.blocks.at(block).space).frame_bytes;
         let source_offset = self.disks.offset(source, frame_bytes);
-        let op = self.start(Op::Read { block, source, target, sent: self.now });
+        let op = self.start(Op::Read { block, source, target, sent: self.now, class, stuck: false });
         self.disks.device_mut(source.device).load.sent(frame_bytes.get());
         let chunk = self.chunks.at_mut(target.chunk);
         chunk.set(target.index, FrameState::Filling { block, filler: Filler::Op(op.into()) });
@@ -309,7 +327,7 @@ impl Core {
         entry.set_arriving(Arriving::Reading(op.into()));
         self.disks.cell_mut(source).busy += 1;
         self.reads_running += 1;
-        let class = if self.arrivals.contains_key(&block) { IoClass::Fetch } else { IoClass::Prefetch };
+        self.disks.device_mut(source.device).reads += 1;
         self.effects.push_back(Effect::Read { op, source, source_offset, target, expect, class });
     }
 
@@ -323,7 +341,6 @@ impl Core {
         target: FrameRef,
         outcome: Result<(), crate::api::Fault>,
     ) {
-        self.reads_running -= 1;
         let bytes = self.spaces.at(self.blocks.at(index).space).frame_bytes.get();
         let now = self.now;
         self.disks.device_mut(source.device).load.answered(bytes, sent, now, outcome.is_ok());
@@ -334,6 +351,7 @@ impl Core {
         let current = matches!(block.nvme, Nvme::Sealed { frame, .. } if frame == source);
         let fits = wanted && current && block.pinned.is_none();
         let mut otherwise = MissReason::Unknown;
+        let mut again = false;
         match outcome {
             Ok(()) if fits => {
                 self.seal_frame(index, target, true, 0);
@@ -350,6 +368,11 @@ impl Core {
                     self.discard_nvme(index);
                 }
             }
+            // Taken back for want of anybody who waits; somebody may do so again by now.
+            Err(crate::api::Fault::NotStarted) => {
+                otherwise = MissReason::Device;
+                again = self.arrivals.contains_key(&index);
+            }
             Err(_) => {
                 otherwise = MissReason::Device;
                 self.counters.device_faults += 1;
@@ -357,7 +380,7 @@ impl Core {
             }
         }
         if wanted {
-            self.arrived(index, Arrival { otherwise: Grant::Missing(otherwise), again: false });
+            self.arrived(index, Arrival { otherwise: Grant::Missing(otherwise), again });
         }
         // Only if it was not sealed: then it is still Filling.
         self.abandon_filling(target, Vacate::Free);
@@ -410,13 +433,13 @@ impl Core {
         let mut left = Vec::new();
         for (id, position) in waiters {
             let Some(wait) = self.waits.get(&id) else { continue };
-            let WaitKind::Read { lease, .. } = wait.kind else { continue };
+            let WaitKind::Read { lease, class, .. } = wait.kind else { continue };
             let grant = self.grant_resident(lease, position as usize, index);
             let there = self.residence(index);
             let retry = there.pinned || (there.nvme && arrival.again);
             let grant = match grant {
                 Some(grant) => grant,
-                None if retry && self.want(index) => {
+                None if retry && self.want(index, class) => {
                     left.push((id, position));
                     continue;
                 }

@@ -3,7 +3,7 @@
 
 use std::hash::{DefaultHasher, Hash, Hasher};
 
-use crate::api::{Effect, Limit, MapAccess, MatchMode, Refusal, Reply, Request, Residence};
+use crate::api::{Effect, IoClass, Limit, MapAccess, MatchMode, Refusal, Reply, Request, Residence};
 use crate::core::{Core, Deadline};
 use crate::evict::Relist;
 use crate::ids::{BlockId, ChunkId, RequestId, SessionId, TenantId};
@@ -71,8 +71,9 @@ impl Core {
     fn serve(&mut self, asker: Asker, tenant: TenantId, op: Request) -> Option<Reply> {
         match op {
             Request::Match { blocks, mode } => Some(self.matched(tenant, &blocks, mode)),
-            Request::LeaseRead { blocks, ttl, answer_by, repeat: _ } => {
-                self.lease_read(asker, tenant, &blocks, ttl, answer_by)
+            Request::LeaseRead { blocks, ttl, answer_by, purpose, repeat: _ } => {
+                let class = purpose.class();
+                self.lease_read(asker, tenant, &blocks, ttl, answer_by, class)
             }
             Request::LeaseWrite { space, blocks, parent, ttl, repeat: _ } => {
                 self.lease_write(asker, tenant, space, blocks, parent, ttl)
@@ -146,7 +147,7 @@ impl Core {
             let there = self.residence(index);
             if there.pinned {
                 resident += 1;
-            } else if there.nvme && self.want(index) {
+            } else if there.nvme && self.want(index, IoClass::Prefetch) {
                 started += 1;
             }
         }
@@ -277,7 +278,10 @@ fn content_of(op: &Request) -> u64 {
     let mut hasher = DefaultHasher::new();
     std::mem::discriminant(op).hash(&mut hasher);
     match op {
-        Request::LeaseRead { blocks, ttl, repeat: _, answer_by: _ } => (blocks, ttl).hash(&mut hasher),
+        // Nor how urgent it is.
+        Request::LeaseRead { blocks, ttl, repeat: _, answer_by: _, purpose: _ } => {
+            (blocks, ttl).hash(&mut hasher);
+        }
         Request::LeaseWrite { space, blocks, parent, ttl, repeat: _ } => {
             (space, blocks, parent, ttl).hash(&mut hasher);
         }

@@ -223,8 +223,11 @@ impl Core {
 
     pub(crate) fn device_state(&mut self, device: DeviceId, usable: bool) {
         let Some(found) = self.disks.devices.get_mut(usize::from(device.get())) else { return };
-        found.usable = usable;
+        let was_usable = std::mem::replace(&mut found.usable, usable);
         self.disk_changed = true;
+        if was_usable && !usable {
+            self.device_lost(device);
+        }
         if !self.is_persisting() {
             self.give_up_durability();
         }

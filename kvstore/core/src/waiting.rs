@@ -1,6 +1,6 @@
 //! Requests that wait, and how each gets its one answer.
 
-use crate::api::{Effect, Grant, Limit, MissReason, Reply, SealOutcome};
+use crate::api::{Effect, Grant, IoClass, Limit, MissReason, Reply, SealOutcome};
 use crate::core::{Core, Deadline};
 use crate::ids::{BlockId, LeaseId, RequestId, SessionId};
 use crate::leases::LeaseEnd;
@@ -29,11 +29,30 @@ pub(crate) struct Wait {
 /// What it will be answered with.
 #[derive(Debug)]
 pub(crate) enum WaitKind {
-    Read { lease: LeaseId, grants: Vec<Grant> },
-    Write { lease: LeaseId, grants: Vec<Grant>, blocks: Vec<BlockId>, parent: Option<BlockId> },
-    Seal { outcomes: Vec<SealOutcome> },
-    Flush { blocks: u64, failed: u64 },
-    Clear { generation: u64, blocks: u64 },
+    /// `open`: the blocks that were not there when it began to wait.
+    Read {
+        lease: LeaseId,
+        grants: Vec<Grant>,
+        class: IoClass,
+        open: Vec<BlockIndex>,
+    },
+    Write {
+        lease: LeaseId,
+        grants: Vec<Grant>,
+        blocks: Vec<BlockId>,
+        parent: Option<BlockId>,
+    },
+    Seal {
+        outcomes: Vec<SealOutcome>,
+    },
+    Flush {
+        blocks: u64,
+        failed: u64,
+    },
+    Clear {
+        generation: u64,
+        blocks: u64,
+    },
 }
 
 impl Core {
@@ -87,7 +106,7 @@ impl Core {
     pub(crate) fn finish(&mut self, id: WaitId) {
         let Some(wait) = self.take_wait(id) else { return };
         let reply = match wait.kind {
-            WaitKind::Read { lease, grants } => {
+            WaitKind::Read { lease, grants, .. } => {
                 let grants = self.refresh(lease, grants);
                 self.leased(lease, grants)
             }

@@ -162,6 +162,7 @@ impl Node {
             blocks: blocks.iter().map(|&n| block(n)).collect(),
             ttl: None,
             answer_by: Now::from_micros(self.now + 1_000_000),
+            purpose: Purpose::Prefill,
         }
     }
 

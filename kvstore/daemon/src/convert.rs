@@ -8,9 +8,10 @@ use bytes::Bytes;
 
 use terrace_core::{
     BadManifest, BlockId, ByteCount, Checksum, ComputeCost, Durability, Event, Grant, LeaseId, Limit,
-    MatchMode, Micros, MissReason, Notice, Refusal, Residence, SealOutcome, SpaceId, SpaceKind,
+    MatchMode, Micros, MissReason, Notice, Purpose, Refusal, Residence, SealOutcome, SpaceId, SpaceKind,
     SpaceManifest, TenantKey, TokenCount,
 };
+use terrace_media::SelfTestLine;
 use terrace_proto::{KEY_BYTES_MAX, v1};
 use tonic::{Code, Status};
 
@@ -228,6 +229,25 @@ pub(crate) fn durability(durability: v1::Durability) -> Durability {
     match durability {
         v1::Durability::Unspecified => Durability::Readable,
         v1::Durability::Durable => Durability::Durable,
+    }
+}
+
+/// Who waits for a lease.
+pub(crate) fn purpose(purpose: v1::LeasePurpose) -> Purpose {
+    match purpose {
+        v1::LeasePurpose::Unspecified | v1::LeasePurpose::Prefill => Purpose::Prefill,
+        v1::LeasePurpose::Decode => Purpose::Decode,
+    }
+}
+
+/// One figure of a device's self-test.
+pub(crate) fn device_rate(line: &SelfTestLine) -> v1::DeviceRate {
+    v1::DeviceRate {
+        operation: line.operation.to_owned(),
+        bytes: line.bytes,
+        depth: line.depth,
+        bytes_per_second: line.bytes_per_second,
+        latency_us: line.latency_us,
     }
 }
 

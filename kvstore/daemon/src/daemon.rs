@@ -92,6 +92,8 @@ impl Daemon {
     /// What keeps it from starting; nothing is left behind.
     pub async fn start(config: Config, hooks: Hooks) -> Result<Self, StartError> {
         let began = Instant::now();
+        // Planned faults are for the requests that a test makes, not for ours.
+        let real_devices = hooks.wrap_device.is_none();
         let config = Arc::new(config);
         let store = tokio::task::spawn_blocking({
             let config = config.clone();
@@ -132,6 +134,9 @@ impl Daemon {
         daemon.keep_up(&config, scan.then_some(device_slots));
         daemon.listen(grpc_listener, metrics_listener, lane_server);
         let ready = daemon.status.ready_now();
+        if real_devices {
+            daemon.engine().media().start_self_test();
+        }
         tracing::info!(ready_ms = ready.as_millis(), metrics = %daemon.metrics, "{daemon}");
         Ok(daemon)
     }

@@ -110,6 +110,12 @@ impl Engine {
         });
         // A second engine on the same completions would be a mistake in our start order.
         assert!(completions.0.set(Arc::downgrade(&engine)).is_ok(), "completions belong to one engine");
+        let told = Arc::downgrade(&engine);
+        engine.media.on_device_change(Box::new(move |device, usable| {
+            if let Some(engine) = told.upgrade() {
+                engine.submit(Input::DeviceState { device, usable });
+            }
+        }));
         engine
     }
 
@@ -350,6 +356,8 @@ impl Engine {
             Effect::SetFence { frame, fence } => self.media.set_fence(frame, fence),
             Effect::AdoptWindow { chunk } => self.media.adopt_window(chunk),
             Effect::Publish { tenant, event } => self.events.publish(tenant, event),
+            Effect::Promote { op, device, class } => self.media.promote(op, device, class),
+            Effect::Cancel { op, device } => self.media.cancel(op, device),
             Effect::CreateChunk { op, chunk, tenant: _, owner, frame_bytes, frames } => {
                 let access = if owner.is_some() { Access::Window } else { Access::Pool };
                 let bytes = frame_bytes.get() * u64::from(frames);

@@ -12,7 +12,7 @@ use prometheus::{
 };
 use tonic::Code;
 
-use terrace_core::{Counters, FrameCounts};
+use terrace_core::{Counters, FrameCounts, IoClass};
 
 use crate::engine::Engine;
 
@@ -192,6 +192,9 @@ fn devices(registry: &Registry, engine: &Engine) -> Result<(), prometheus::Error
     let written = counter("terrace_device_write_bytes_total", "Bytes written to a device.")?;
     let errors = counter("terrace_device_errors_total", "Device I/Os that failed.")?;
     let queued = GaugeVec::new(Opts::new("terrace_device_queue", "I/Os that wait or run."), &["device"])?;
+    let late = counter("terrace_device_late_total", "I/Os answered after their wait had been ended.")?;
+    let waiting = Opts::new("terrace_device_waiting", "I/Os that wait for their device, by class.");
+    let waiting = GaugeVec::new(waiting, &["device", "class"])?;
     for (number, device) in facts.devices.iter().enumerate() {
         let number = number.to_string();
         let label = [number.as_str()];
@@ -199,11 +202,17 @@ fn devices(registry: &Registry, engine: &Engine) -> Result<(), prometheus::Error
         written.with_label_values(&label).inc_by(device.write_bytes);
         errors.with_label_values(&label).inc_by(device.errors);
         queued.with_label_values(&label).set(float(device.queued));
+        late.with_label_values(&label).inc_by(device.late);
+        for (class, waits) in IoClass::ALL.iter().zip(device.waiting) {
+            waiting.with_label_values(&[&number, class.label()]).set(float(waits));
+        }
     }
     registry.register(Box::new(read))?;
     registry.register(Box::new(written))?;
     registry.register(Box::new(errors))?;
     registry.register(Box::new(queued))?;
+    registry.register(Box::new(late))?;
+    registry.register(Box::new(waiting))?;
     gauge(
         registry,
         "terrace_catalog_usable",

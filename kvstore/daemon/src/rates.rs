@@ -84,6 +84,7 @@ impl Rates {
         if let Some(fault) = fault {
             let label = match fault {
                 Fault::Device => "device",
+                Fault::NotStarted => "not_started",
                 Fault::NoSpace => "no_space",
                 Fault::Checksum => "checksum",
                 Fault::NoMemory => "no_memory",

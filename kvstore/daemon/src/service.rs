@@ -10,8 +10,8 @@ use tokio::sync::mpsc;
 use tonic::Code;
 
 use terrace_core::{
-    BlockId, ByteCount, ChunkId, Grant, Input, LeaseId, Limit, Locality, MapAccess, Micros, Notice, Reply,
-    Request, Residence, SpaceId, SpaceManifest,
+    BlockId, ByteCount, ChunkId, Grant, Input, LeaseId, Limit, Locality, MapAccess, Micros, Notice, Purpose,
+    Reply, Request, Residence, SpaceId, SpaceManifest,
 };
 use terrace_media::ChunkMemory;
 use terrace_proto::v1;
@@ -319,7 +319,8 @@ impl Service {
         let ttl = convert::ttl(request.ttl_ms);
         let (op, kind) = match request.kind() {
             v1::LeaseKind::Read => {
-                let op = self.lease_read_op(request.request_id, blocks, ttl, request.wait_ms);
+                let purpose = convert::purpose(request.purpose());
+                let op = self.lease_read_op(request.request_id, blocks, ttl, request.wait_ms, purpose);
                 (op, "read")
             }
             v1::LeaseKind::Write => {
@@ -352,9 +353,10 @@ impl Service {
         blocks: Vec<BlockId>,
         ttl: Option<Micros>,
         wait_ms: u64,
+        purpose: Purpose,
     ) -> Request {
         let wait = Micros::from_millis(wait_ms).min(self.facts.edges.wait_max);
-        Request::LeaseRead { repeat, blocks, ttl, answer_by: self.engine.now().after(wait) }
+        Request::LeaseRead { repeat, blocks, ttl, answer_by: self.engine.now().after(wait), purpose }
     }
 
     pub(crate) async fn leased(&self, session: &Session, op: Request) -> Result<Leased, CallError> {

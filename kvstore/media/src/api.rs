@@ -12,7 +12,7 @@ use terrace_core::{
 };
 
 use crate::catalog::CatalogError;
-use crate::device::BlockIo;
+use crate::device::{BlockIo, SelfTestLine};
 use crate::memory::Access;
 
 /// Called once for every operation that was started, from a thread of media,
@@ -60,6 +60,8 @@ pub struct Hooks {
     pub catalog_fails: Arc<AtomicBool>,
     /// How long a device may take to sync; `None` is 30 seconds.
     pub sync_patience: Option<Duration>,
+    /// How long a device may take to answer a read or write; `None` is 4 seconds.
+    pub io_patience: Option<Duration>,
 }
 
 /// Which system calls carry device I/O.
@@ -232,7 +234,7 @@ pub struct ScanReport {
 }
 
 /// State of one device.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct DeviceFacts {
     /// Its path.
     pub path: PathBuf,
@@ -252,6 +254,18 @@ pub struct DeviceFacts {
     pub errors: u64,
     /// Requests that wait or run.
     pub queued: u64,
+    /// Of those that wait, how many of each class of [`IoClass::ALL`].
+    pub waiting: [u64; 6],
+    /// It is given work.
+    pub usable: bool,
+    /// What is wrong with it; empty if nothing.
+    pub condition: String,
+    /// I/Os that it answered after the wait for them had been ended.
+    pub late: u64,
+    /// What it can do, as measured after the start; empty until then.
+    pub self_test: Vec<SelfTestLine>,
+    /// Why there is no more of that; empty if there is all.
+    pub self_test_note: String,
 }
 
 /// What `info` and metrics show.

@@ -47,6 +47,16 @@ impl ChunkTable {
         self.0.write().unwrap_or_else(PoisonError::into_inner).remove(&chunk)
     }
 
+    /// Memory of all chunks.
+    pub(crate) fn bytes(&self) -> u64 {
+        self.0
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .values()
+            .map(|memory| memory.bytes().get())
+            .sum()
+    }
+
     /// Chunks by label of their pages.
     pub(crate) fn pages(&self) -> Vec<(&'static str, u64)> {
         let mut counts = BTreeMap::new();
@@ -225,7 +235,7 @@ impl ChunkMaker {
                 offset: 0,
                 bytes: 0,
                 buffer: IoBuffer::Nothing,
-                class: IoClass::Fetch,
+                class: IoClass::DecodeFetch,
                 done: Box::new(move |_, _| drop(sender)),
             });
         }

@@ -202,7 +202,7 @@ fn write_through(inner: &Arc<dyn BlockIo>, offset: u64, page: &[u8]) -> Result<(
         offset,
         bytes: PAGE_BYTES,
         buffer: IoBuffer::Pages(pages),
-        class: IoClass::Fetch,
+        class: IoClass::DecodeFetch,
         done: Box::new(move |_, outcome| {
             let _ = sender.send(outcome);
         }),

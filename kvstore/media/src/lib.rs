@@ -7,6 +7,7 @@
 //! against their header page and checksum before anybody is told of them.
 
 mod api;
+pub mod bare;
 mod catalog;
 mod chunks;
 mod commit;
@@ -29,7 +30,9 @@ pub use api::{
     MediaError, MediaFacts, MediaOp, OpenReport, ScanPiece, ScanReport, SpaceRecord, WrapDevice,
 };
 pub use catalog::CatalogError;
-pub use device::{AlignedPages, BlockIo, Device, IoBuffer, IoDone, IoFacts, IoOp, IoRequest};
+pub use device::{
+    AlignedPages, BlockIo, Device, DeviceChanged, IoBuffer, IoDone, IoFacts, IoOp, IoRequest, SelfTestLine,
+};
 pub use facts::{MemoryFacts, memory_available, memory_facts};
 pub use faults::{FaultyDevice, Injected, VolatileDevice};
 pub use header::{

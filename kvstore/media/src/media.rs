@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -19,19 +19,21 @@ use crate::api::{
 use crate::catalog::{self, Catalog, CatalogError};
 use crate::chunks::{ChunkMaker, ChunkTable, Wish, Wishes};
 use crate::commit::{Answer, Commits, Committer, Job};
-use crate::device::{AlignedPages, IoBuffer, IoOp, IoRequest, PagePool};
+use crate::device::{AlignedPages, DeviceChanged, IoBuffer, IoOp, IoRequest, PagePool};
 use crate::facts;
 use crate::header::{SlotHeader, decode_header, encode_header};
 use crate::memory::{ChunkMemory, PAGE_BYTES};
 use crate::open::{OpenedCatalog, check_config, lock_directory, open_catalog};
 use crate::scan;
-use crate::slots::Slots;
+use crate::slots::{IO_PATIENCE, SYNC_PATIENCE, Slots};
 use crate::work::Workers;
 
 /// Bounce buffers that are kept for reuse.
 const BOUNCE_KEPT: usize = 8;
-/// How long a device may take to sync before its commits count as failed.
-const SYNC_PATIENCE: Duration = Duration::from_secs(30);
+/// Looks after the devices in a patience.
+const LOOKS: u32 = 16;
+/// Longest pause between two of them.
+const LOOK_PAUSE_MAX: Duration = Duration::from_millis(250);
 
 /// Everything that holds block bytes on this node. Dropped: operations that run
 /// are finished and answered; a commit that was not begun is not made.
@@ -49,6 +51,9 @@ pub struct Media {
     /// Slots that the catalog may say to be carved.
     carved: Mutex<BTreeSet<(DeviceId, u32)>>,
     threads: Vec<JoinHandle<()>>,
+    watch: Option<JoinHandle<()>>,
+    self_test: Mutex<Option<JoinHandle<()>>>,
+    stop: Arc<AtomicBool>,
     notes: Vec<String>,
     _lock: File,
 }
@@ -103,6 +108,8 @@ impl Media {
                 .spawn(move || committer.run())
                 .map_err(failed)?,
         );
+        let patience = config.hooks.io_patience.unwrap_or(IO_PATIENCE);
+        let watch = watch(&slots, &table, patience).map_err(failed)?;
         notes.extend(facts::memory_facts().notes);
         report.notes.clone_from(&notes);
         let spaces = report.spaces.iter().map(|record| (record.space, record.clone())).collect();
@@ -119,10 +126,63 @@ impl Media {
             carve_sequence: AtomicU64::new(carve_sequence),
             carved: Mutex::new(report.carves.iter().map(|carve| (carve.device, carve.slot)).collect()),
             threads,
+            watch: Some(watch),
+            self_test: Mutex::new(None),
+            stop: Arc::new(AtomicBool::new(false)),
             notes,
             _lock: lock,
         };
         Ok((media, report))
+    }
+
+    /// Measures the devices in a thread of its own, in the idle class; the facts
+    /// show what it found. To be asked for once, when blocks are served.
+    pub fn start_self_test(&self) {
+        let mut running = self.self_test.lock().unwrap_or_else(PoisonError::into_inner);
+        if running.is_some() {
+            return;
+        }
+        let (slots, stop) = (Arc::clone(&self.slots), Arc::clone(&self.stop));
+        let thread = std::thread::Builder::new().name("media-self-test".to_owned());
+        match thread.spawn(move || slots.self_test(&stop)) {
+            Ok(handle) => *running = Some(handle),
+            Err(error) => tracing::warn!(%error, "no thread for the self-test of the devices"),
+        }
+    }
+
+    /// Bytes that each device has at once, at most; the self-test may lower it again.
+    pub fn set_bytes_in_flight_max(&self, bytes: ByteCount) {
+        for device in self.slots.ids() {
+            if let Some(scheduler) = self.slots.scheduler(device) {
+                scheduler.set_bytes_max(bytes.get());
+            }
+        }
+    }
+
+    /// Who is told when a device is taken out or comes back, from a thread of
+    /// media; at once, if one is out already. To be said once.
+    pub fn on_device_change(&self, changed: DeviceChanged) {
+        let alarm = self.slots.alarm();
+        if alarm.changed.set(changed).is_err() {
+            tracing::error!("somebody is told of the devices already");
+        }
+        if let Some(changed) = alarm.changed.get() {
+            self.slots.unusable().into_iter().for_each(|device| changed(device, false));
+        }
+    }
+
+    /// A read is more urgent than was said. Of no effect on one that its device has already.
+    pub fn promote(&self, op: OpId, device: DeviceId, class: IoClass) {
+        if let Some(scheduler) = self.slots.scheduler(device) {
+            scheduler.promote(op, class);
+        }
+    }
+
+    /// A read that nobody wants any more ends with [`Fault::NotStarted`], unless its device has it already.
+    pub fn cancel(&self, op: OpId, device: DeviceId) {
+        if let Some(scheduler) = self.slots.scheduler(device) {
+            scheduler.cancel(op);
+        }
     }
 
     /// Starts an operation. Never blocks and never calls back from inside, so it
@@ -334,8 +394,8 @@ impl Media {
     }
 
     fn submit(&self, op: OpId, device: DeviceId, request: IoRequest) {
-        match self.slots.io(device) {
-            Some(io) => io.submit(request),
+        match self.slots.scheduler(device) {
+            Some(scheduler) => scheduler.submit_tagged(Some(op), request),
             None => {
                 tracing::error!(%op, %device, "an operation names a device that does not exist");
                 self.refuse(op, Fault::Device);
@@ -354,18 +414,17 @@ impl Media {
     ) {
         let Some(memory) = self.find(op, target.chunk) else { return };
         let Some(bytes) = io_bytes(&memory, expect.length) else { return self.refuse(op, Fault::Checksum) };
-        let (complete, workers) = (Arc::clone(&self.complete), self.workers.clone());
+        let complete = Arc::clone(&self.complete);
         let done = move |buffer: IoBuffer, outcome: Result<(), Fault>| {
             let IoBuffer::Frame(memory, index) = buffer else { return complete(op, Err(Fault::Device)) };
             if let Err(fault) = outcome {
                 drop(memory);
                 return complete(op, Err(fault));
             }
-            workers.push(Box::new(move || {
-                let outcome = arrived(&memory, index, &expect);
-                drop(memory);
-                complete(op, outcome);
-            }));
+            // On the device's own thread: it has given the device more work, and to wake another thread costs more.
+            let outcome = arrived(&memory, index, &expect);
+            drop(memory);
+            complete(op, outcome);
         };
         let buffer = IoBuffer::Frame(memory, target.index);
         let request = IoRequest { op: IoOp::Read, offset, bytes, buffer, class, done: Box::new(done) };
@@ -507,16 +566,29 @@ impl Media {
 
 impl Drop for Media {
     fn drop(&mut self) {
-        // I/O that ends after this verifies what it read on the device's own thread.
+        self.stop.store(true, Ordering::Release);
         self.wishes.stop();
         self.workers.stop();
         self.commits.stop();
-        for thread in self.threads.drain(..) {
+        let testing = self.self_test.get_mut().unwrap_or_else(PoisonError::into_inner).take();
+        let join = |thread: JoinHandle<()>| {
             if thread.join().is_err() {
                 tracing::error!("a media thread panicked");
             }
-        }
+        };
+        self.threads.drain(..).chain(testing).for_each(join);
+        // Last: the others may wait for a device that it takes out.
+        self.slots.alarm().stop();
+        self.watch.take().into_iter().for_each(join);
     }
+}
+
+/// The thread that ends waits for devices.
+fn watch(slots: &Arc<Slots>, table: &Arc<ChunkTable>, patience: Duration) -> std::io::Result<JoinHandle<()>> {
+    let (slots, table) = (Arc::clone(slots), Arc::clone(table));
+    let period = (patience / LOOKS).clamp(Duration::from_millis(1), LOOK_PAUSE_MAX);
+    let pool = move || table.bytes();
+    std::thread::Builder::new().name("media-watch".to_owned()).spawn(move || slots.watch(&pool, period))
 }
 
 /// Header page and payload, in whole pages; `None` if they do not fit the frame.

@@ -2,23 +2,37 @@
 //! generations are valid.
 
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::Duration;
 
 use terrace_core::{BlockHeader, ByteCount, DeviceId, Fault, SpaceId, TenantId};
 
 use crate::api::{DeviceFacts, MediaConfig, MediaError};
-use crate::device::{BlockIo, Device, DeviceFile};
+use crate::device::{Alarm, BlockIo, Device, DeviceFile, Measured, Patience, Rig, SCRATCH_BYTES, Scheduler};
 use crate::side::SideIo;
 use crate::superblock::{DATA_START, Superblock};
+
+/// How long a device may take to answer a read or write. More than any device that works takes
+/// on a machine that is busy, less than those who wait for it have patience.
+pub(crate) const IO_PATIENCE: Duration = Duration::from_secs(4);
+/// How long a device may take to sync before its commits count as failed.
+pub(crate) const SYNC_PATIENCE: Duration = Duration::from_secs(30);
 
 /// All devices of the node, by `DeviceId`.
 pub(crate) struct Slots {
     devices: Vec<Entry>,
     chunk_bytes: u64,
+    in_flight_max: u64,
+    alarm: Arc<Alarm>,
 }
 
 struct Entry {
+    scheduler: Arc<Scheduler>,
+    /// The same.
     io: Arc<dyn BlockIo>,
+    file: Arc<DeviceFile>,
+    measured: OnceLock<Measured>,
     side: SideIo,
     superblock: Mutex<Superblock>,
     path: PathBuf,
@@ -43,6 +57,12 @@ impl Slots {
         }
         let known = opened.iter().filter_map(|(.., found)| found.as_ref().map(|found| found.incarnation));
         let incarnation = known.max().unwrap_or(0);
+        let alarm = Arc::new(Alarm::default());
+        let patience = Patience {
+            io: config.hooks.io_patience.unwrap_or(IO_PATIENCE),
+            sync: config.hooks.sync_patience.unwrap_or(SYNC_PATIENCE),
+        };
+        let in_flight_max = config.bytes_in_flight_max.get();
         let mut devices = Vec::with_capacity(opened.len());
         for (number, (device, bytes, file, side, found)) in opened.into_iter().enumerate() {
             if file.missing_bytes > 0 && found.as_ref().is_some_and(|found| found.slots >= device.slots) {
@@ -67,17 +87,27 @@ impl Slots {
                 superblock.slots = device.slots;
                 superblock.write(&side, &device.path)?;
             }
-            let in_flight = config.bytes_in_flight_max.get();
-            let io: Arc<dyn BlockIo> = Arc::new(Device::start(file, config.backend, in_flight)?);
+            let io: Arc<dyn BlockIo> = Arc::new(Device::start(Arc::clone(&file), config.backend)?);
             let id = u16::try_from(number).map_err(|_| MediaError::BadConfig("more than 65,536 devices"))?;
+            let id = DeviceId::new(id);
             let io = match &config.hooks.wrap_device {
-                Some(wrap) => wrap(DeviceId::new(id), io),
+                Some(wrap) => wrap(id, io),
                 None => io,
             };
-            let (path, slots) = (device.path.clone(), device.slots);
-            devices.push(Entry { io, side, superblock: Mutex::new(superblock), path, slots, fresh });
+            let scheduler = Arc::new(Scheduler::new(id, io, in_flight_max, patience, Arc::clone(&alarm)));
+            devices.push(Entry {
+                io: Arc::clone(&scheduler) as Arc<dyn BlockIo>,
+                scheduler,
+                file,
+                measured: OnceLock::new(),
+                side,
+                superblock: Mutex::new(superblock),
+                path: device.path.clone(),
+                slots: device.slots,
+                fresh,
+            });
         }
-        Ok(Self { devices, chunk_bytes })
+        Ok(Self { devices, chunk_bytes, in_flight_max, alarm })
     }
 
     fn entry(&self, device: DeviceId) -> Option<&Entry> {
@@ -92,6 +122,56 @@ impl Slots {
 
     pub(crate) fn io(&self, device: DeviceId) -> Option<&Arc<dyn BlockIo>> {
         self.entry(device).map(|entry| &entry.io)
+    }
+
+    pub(crate) fn scheduler(&self, device: DeviceId) -> Option<&Scheduler> {
+        self.entry(device).map(|entry| &*entry.scheduler)
+    }
+
+    pub(crate) fn alarm(&self) -> &Arc<Alarm> {
+        &self.alarm
+    }
+
+    /// Devices that are given no work.
+    pub(crate) fn unusable(&self) -> Vec<DeviceId> {
+        let is_out = |device: &DeviceId| self.scheduler(*device).is_some_and(|device| !device.is_usable());
+        self.ids().filter(is_out).collect()
+    }
+
+    /// Ends waits that are too long, until the alarm is stopped. `pool` says how many bytes all chunks have.
+    pub(crate) fn watch(&self, pool: &dyn Fn() -> u64, period: Duration) {
+        while self.alarm.wait(period) {
+            let pool = pool();
+            let slowdowns: Vec<f64> = self.devices.iter().map(|entry| entry.scheduler.slowdown()).collect();
+            for (place, entry) in self.devices.iter().enumerate() {
+                entry.scheduler.look(middle_of_others(&slowdowns, place), pool);
+            }
+        }
+    }
+
+    /// Measures the devices, one after another, until told to stop.
+    pub(crate) fn self_test(&self, stop: &AtomicBool) {
+        for entry in &self.devices {
+            if stop.load(Ordering::Acquire) {
+                return;
+            }
+            let end = DATA_START + u64::from(entry.slots) * self.chunk_bytes;
+            let Some(scratch) = entry.file.scratch(end, SCRATCH_BYTES) else {
+                let note = Some("self-test: there is no room behind the blocks to measure in".to_owned());
+                let _ = entry.measured.set(Measured { note, ..Measured::default() });
+                continue;
+            };
+            let measured = Rig { scheduler: &entry.scheduler, scratch, stop }.run();
+            entry.file.end_scratch(scratch);
+            if let Some(bytes) = measured.in_flight {
+                entry.scheduler.set_bytes_max(bytes.min(self.in_flight_max));
+            }
+            for line in &measured.lines {
+                tracing::debug!(path = %entry.path.display(), ?line, "self-test");
+            }
+            // Set once: there is one self-test in a life.
+            let _ = entry.measured.set(measured);
+        }
     }
 
     pub(crate) fn side(&self, device: DeviceId) -> Option<&SideIo> {
@@ -153,6 +233,10 @@ impl Slots {
             if *lowest >= generation {
                 continue;
             }
+            if !entry.scheduler.is_usable() {
+                tracing::warn!(path = %entry.path.display(), "a space cannot be cleared while a device is out");
+                return Err(Fault::Device);
+            }
             *lowest = generation;
             if let Err(error) = next.write(&entry.side, &entry.path) {
                 tracing::error!(%error, "a cleared space could not be recorded");
@@ -186,20 +270,41 @@ impl Slots {
     pub(crate) fn facts(&self) -> Vec<DeviceFacts> {
         let facts_of = |entry: &Entry| {
             let io = entry.io.facts();
+            let (condition, waiting, late) = entry.scheduler.condition();
+            let measured = entry.measured.get();
+            let mut backend = io.backend;
+            if let Some(bytes) = measured.and_then(|measured| measured.in_flight) {
+                let bytes = bytes.min(self.in_flight_max);
+                backend.push_str(&format!("; {} MiB in flight by the self-test", bytes >> 20));
+            }
             DeviceFacts {
                 path: entry.path.clone(),
                 uuid: lock(entry).uuid,
                 slots: entry.slots,
-                backend: io.backend,
+                backend,
                 writable: io.writable,
                 read_bytes: io.read_bytes,
                 write_bytes: io.write_bytes,
                 errors: io.errors,
                 queued: io.queued,
+                waiting,
+                usable: condition.is_empty(),
+                condition,
+                late,
+                self_test: measured.map_or_else(Vec::new, |measured| measured.lines.clone()),
+                self_test_note: measured.and_then(|measured| measured.note.clone()).unwrap_or_default(),
             }
         };
         self.devices.iter().map(facts_of).collect()
     }
+}
+
+/// The median of all but one; `None` if there are no others.
+fn middle_of_others(values: &[f64], place: usize) -> Option<f64> {
+    let mut others: Vec<f64> =
+        values.iter().enumerate().filter(|(other, _)| *other != place).map(|(_, value)| *value).collect();
+    others.sort_by(f64::total_cmp);
+    others.get(others.len() / 2).copied()
 }
 
 fn lock(entry: &Entry) -> MutexGuard<'_, Superblock> {

@@ -1,5 +1,5 @@
-//! A small pool of threads for what costs CPU: copies, checksums, verification
-//! of reads. Its queue is as long as the core lets operations be in flight.
+//! A small pool of threads for what costs CPU and follows no I/O: copies, and
+//! checksums of what clients wrote. Its queue is as long as the core lets operations be in flight.
 
 use std::collections::VecDeque;
 use std::io;

@@ -200,7 +200,7 @@ fn a_late_read_keeps_its_chunk() {
         source_offset: store.offset(disk(0, 1)),
         target: frame(1, 4),
         expect: block,
-        class: IoClass::Fetch,
+        class: IoClass::DecodeFetch,
     });
     store.media.start(MediaOp::DropChunk { op: drop, chunk: terrace_core::ChunkId::new(1) });
     let deadline = Instant::now() + PATIENCE;
@@ -255,11 +255,11 @@ fn malformed_requests_are_refused() {
     use terrace_media::{AlignedPages, Device, IoBuffer, IoRequest};
     for backend in BACKENDS {
         let folder = folder();
-        let device = Device::open(&folder.path().join("device"), 1 << 21, backend, 1 << 20).unwrap();
+        let device = Device::open(&folder.path().join("device"), 1 << 21, backend).unwrap();
         let run = |op, bytes, buffer| {
             let (sender, receiver) = mpsc::channel();
             let done = Box::new(move |_: IoBuffer, outcome| sender.send(outcome).unwrap());
-            device.submit(IoRequest { op, offset: 0, bytes, buffer, class: IoClass::Fetch, done });
+            device.submit(IoRequest { op, offset: 0, bytes, buffer, class: IoClass::DecodeFetch, done });
             receiver.recv_timeout(Duration::from_secs(20)).unwrap()
         };
         let pages = || IoBuffer::Pages(AlignedPages::new(4096));

@@ -470,7 +470,7 @@ fn impossible_operations_are_answered() {
         source_offset: 1 << 20,
         target: frame(1, 0),
         expect: header,
-        class: terrace_core::IoClass::Fetch,
+        class: terrace_core::IoClass::DecodeFetch,
     };
     store.media.start(far);
     assert_eq!(store.answer().1, Err(Fault::Device));

@@ -49,7 +49,7 @@ async fn what_is_sealed_is_read_in_place() {
 }
 
 fn wait() -> ReadOptions {
-    ReadOptions { ttl: None, wait: Duration::from_secs(5) }
+    ReadOptions { wait: Duration::from_secs(5), ..ReadOptions::default() }
 }
 
 // A lease could outlive its guards (a leak) or end before them: hold one for many

@@ -14,7 +14,7 @@ async fn guards_outlive_the_daemon_and_are_stale() {
     let (session, space) = daemon.open().await;
     let keys = keys(0, 8);
     session.write(&space, &keys, None, &payloads(0, 8), Durability::Durable).await.unwrap();
-    let options = ReadOptions { ttl: None, wait: Duration::from_secs(5) };
+    let options = ReadOptions { wait: Duration::from_secs(5), ..ReadOptions::default() };
     let lease = session.lease_read(&space, &keys, options).await.unwrap();
     let block = lease.grants[7].granted().unwrap().clone();
     block.verify().unwrap();

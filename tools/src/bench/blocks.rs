@@ -96,7 +96,7 @@ pub(super) async fn read(
     keys: &[[u8; 16]],
     mut each: impl FnMut(&terrace_client::ReadBlock) -> anyhow::Result<()>,
 ) -> anyhow::Result<()> {
-    let options = ReadOptions { ttl: None, wait: WAIT };
+    let options = ReadOptions { wait: WAIT, ..ReadOptions::default() };
     let lease = session.lease_read(space, keys, options).await?;
     for grant in &lease.grants {
         each(grant.granted().context("a block that was put is not there")?)?;

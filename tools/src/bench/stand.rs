@@ -135,6 +135,11 @@ impl Daemon {
         Ok(daemon)
     }
 
+    /// Its process.
+    pub(super) fn pid(&self) -> u32 {
+        self.process.id()
+    }
+
     /// kill -9.
     ///
     /// # Errors

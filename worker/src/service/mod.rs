@@ -17,6 +17,7 @@ use axum::Router;
 use axum::http::{StatusCode, header};
 use axum::response::IntoResponse;
 use axum::routing::get;
+use terrace_core::Purpose;
 use terrace_core::{ByteCount, SpaceKind, SpaceManifest, TokenCount};
 use terrace_proto::MESSAGE_BYTES_MAX;
 use terrace_proto::v1::WorkerRole;
@@ -46,7 +47,11 @@ pub async fn run(role: WorkerRole, args: WorkerArgs) -> anyhow::Result<()> {
     let requests = usize::try_from(args.requests).context("too many requests for this machine")?;
     let manifest = manifest(&model)?;
     let compute = Compute::start(Arc::clone(&model), Arc::clone(&load), requests)?;
-    let store = Store::new(&args, &manifest)?;
+    let purpose = match role {
+        WorkerRole::Decode => Purpose::Decode,
+        WorkerRole::Prefill | WorkerRole::Unspecified => Purpose::Prefill,
+    };
+    let store = Store::new(&args, &manifest, purpose)?;
     let shared = Arc::new(Shared {
         compute,
         store: store.clone(),

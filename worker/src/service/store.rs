@@ -11,7 +11,7 @@ use terrace_client::{
     ClientError, Connector, Durability, Outcome, ReadBlock, ReadLease, ReadOptions, SealOutcome, Session,
     Space, Target, WriteLease, WriteOptions,
 };
-use terrace_core::SpaceManifest;
+use terrace_core::{Purpose, SpaceManifest};
 use tokio::time::timeout;
 
 use crate::kernels::leased::{read_leased, write_leased};
@@ -41,6 +41,7 @@ pub(crate) struct Store {
 struct Inner {
     connector: Connector,
     manifest: SpaceManifest,
+    purpose: Purpose,
     current: Mutex<Option<Attached>>,
 }
 
@@ -49,7 +50,7 @@ impl Store {
     ///
     /// # Errors
     /// If the manifest is refused.
-    pub(crate) fn new(args: &WorkerArgs, manifest: &SpaceManifest) -> anyhow::Result<Self> {
+    pub(crate) fn new(args: &WorkerArgs, manifest: &SpaceManifest, purpose: Purpose) -> anyhow::Result<Self> {
         manifest.validate()?;
         let Some(socket) = args.socket.clone() else {
             tracing::warn!("no --socket: every prompt is computed");
@@ -65,6 +66,7 @@ impl Store {
         let inner = Inner {
             connector: Connector::new(target),
             manifest: manifest.clone(),
+            purpose,
             current: Mutex::new(None),
         };
         Ok(Self { inner: Some(Arc::new(inner)) })
@@ -106,7 +108,7 @@ impl Inner {
     async fn open(&self) -> Result<Attached, ClientError> {
         let session = self.connector.session().await?;
         let space = session.open_space(&self.manifest).await?;
-        let attached = Attached { session, space: Arc::new(space) };
+        let attached = Attached { session, space: Arc::new(space), purpose: self.purpose };
         *self.current.lock().unwrap_or_else(PoisonError::into_inner) = Some(attached.clone());
         Ok(attached)
     }
@@ -117,6 +119,7 @@ impl Inner {
 pub(crate) struct Attached {
     session: Session,
     space: Arc<Space>,
+    purpose: Purpose,
 }
 
 /// A leased prefix.
@@ -160,7 +163,7 @@ impl WriteFrames {
 impl Attached {
     /// Leases the longest prefix of `keys` that is there in time.
     pub(crate) async fn lease_prefix(&self, keys: &[[u8; 16]]) -> Option<PrefixLease> {
-        let options = ReadOptions { ttl: None, wait: PROMOTE_WAIT };
+        let options = ReadOptions { ttl: None, wait: PROMOTE_WAIT, purpose: self.purpose };
         let lease = said(timeout(CALL_MAX, self.session.lease_read(&self.space, keys, options)).await)?;
         let ReadLease { grants, .. } = lease;
         let blocks: Vec<ReadBlock> = grants.into_iter().map_while(Outcome::into_granted).collect();

@@ -7,7 +7,7 @@
 
 use std::num::NonZeroU32;
 
-use crate::api::{Residence, UseStats};
+use crate::api::{IoClass, Residence, UseStats};
 use crate::checksum::Checksum;
 use crate::evict::Tier;
 use crate::ids::{BlockId, DiskFrame, FrameRef, OpId};
@@ -82,8 +82,8 @@ impl Nvme {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Arriving {
     No,
-    /// In the queue of wanted blocks.
-    Queued,
+    /// In the queue of wanted blocks of this class.
+    Queued(IoClass),
     /// Being read from a device.
     Reading(ShortOp),
     /// Its Pinned copy is being compared with its checksum.
@@ -93,6 +93,15 @@ pub(crate) enum Arriving {
 /// Low half of an operation's number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct ShortOp(u32);
+
+impl ShortOp {
+    /// The operation, which was started at `last` or before.
+    pub(crate) fn of(self, last: u64) -> OpId {
+        let high = last >> 32 << 32;
+        let found = high | u64::from(self.0);
+        OpId::new(if found > last { found.wrapping_sub(1 << 32) } else { found })
+    }
+}
 
 impl From<OpId> for ShortOp {
     #[expect(clippy::cast_possible_truncation, reason = "the low half is what is kept")]
@@ -135,6 +144,7 @@ pub(crate) struct Block {
     pub(crate) nvme: Nvme,
     /// The sealed copy in Pinned.
     pub(crate) pinned: Option<FrameRef>,
+    /// While it is on its way: the operation, or the class that it is queued in.
     arriving_op: ShortOp,
     pub(crate) space: SpaceIndex,
     pub(crate) parent: Option<BlockIndex>,
@@ -245,7 +255,7 @@ impl Block {
     pub(crate) fn arriving(&self) -> Arriving {
         match self.marks >> ARRIVING_SHIFT & TWO_BITS {
             0 => Arriving::No,
-            1 => Arriving::Queued,
+            1 => Arriving::Queued(IoClass::ALL[self.arriving_op.0 as usize % IoClass::ALL.len()]),
             2 => Arriving::Reading(self.arriving_op),
             _ => Arriving::Verifying(self.arriving_op),
         }
@@ -254,7 +264,7 @@ impl Block {
     pub(crate) fn set_arriving(&mut self, arriving: Arriving) {
         let (bits, op) = match arriving {
             Arriving::No => (0, ShortOp(0)),
-            Arriving::Queued => (1, ShortOp(0)),
+            Arriving::Queued(class) => (1, ShortOp(class as u32)),
             Arriving::Reading(op) => (2, op),
             Arriving::Verifying(op) => (3, op),
         };

@@ -108,6 +108,8 @@ pub(crate) struct Chunk {
     pub(crate) busy: u32,
     /// Last seal or lease in it.
     pub(crate) touched: Now,
+    /// It was made for somebody who has not come for a frame yet: not emptied for another before then.
+    pub(crate) reserved_until: Now,
     /// While it is replaced: leased blocks stay in place until then.
     pub(crate) leave_by: Now,
     /// Counted as a window of its tenant until its memory is back.
@@ -131,6 +133,7 @@ impl Chunk {
             counts: FrameCounts { free: u64::from(frames), ..FrameCounts::default() },
             busy: 0,
             touched: now,
+            reserved_until: now,
             leave_by: now,
             charged: false,
             sealer: None,

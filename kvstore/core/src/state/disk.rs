@@ -1,6 +1,6 @@
 //! Devices of the Nvme tier: chunk slots and the frames in them.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, VecDeque};
 
 use crate::cost::Load;
 use crate::ids::{DeviceId, DiskFrame};
@@ -131,6 +131,11 @@ pub(crate) struct Device {
     pub(crate) faults: u64,
     /// How fast it delivers.
     pub(crate) load: Load,
+    /// Reads and writes that it has, stuck ones apart.
+    pub(crate) reads: u32,
+    pub(crate) writes: u32,
+    /// Blocks whose reads wait until it has fewer.
+    pub(crate) reads_waiting: VecDeque<BlockIndex>,
 }
 
 /// All devices.
@@ -150,6 +155,9 @@ impl Disks {
                 slots_free: (0..slots).collect(),
                 faults: 0,
                 load: Load::new(),
+                reads: 0,
+                writes: 0,
+                reads_waiting: VecDeque::new(),
             })
             .collect();
         Self { devices, chunk_bytes: chunk_bytes.get() }
@@ -161,6 +169,13 @@ impl Disks {
 
     pub(crate) fn any_usable(&self) -> bool {
         self.devices.iter().any(|device| device.usable)
+    }
+
+    /// Most operations that one device may have of a limit for all, so that one
+    /// that hangs leaves the others their share.
+    pub(crate) fn share(&self, limit: u32) -> u32 {
+        let usable = count(self.devices.iter().filter(|device| device.usable).count());
+        limit.div_ceil(usable.max(1)).max(2)
     }
 
     pub(crate) fn find_slot(&self, device: DeviceId, slot: u32) -> Option<&Slot> {

@@ -169,7 +169,8 @@ impl World {
         let (_, blocks, _) = self.some_blocks(session);
         let repeat = self.repeat(session);
         let answer_by = Now::from_micros(self.now + self.random.below(60_000));
-        self.send(session, Request::LeaseRead { repeat, blocks, ttl: None, answer_by });
+        let purpose = if self.random.percent(50) { Purpose::Decode } else { Purpose::Prefill };
+        self.send(session, Request::LeaseRead { repeat, blocks, ttl: None, answer_by, purpose });
     }
 
     /// Writes blocks of a lease and seals them: mostly the right bytes, now and

@@ -80,6 +80,8 @@ pub(crate) struct Pending {
     /// Bytes that were sampled when it started.
     pub(crate) sample: Option<u64>,
     pub(crate) not_before: u32,
+    /// Taken back before the device had it.
+    pub(crate) cancelled: bool,
 }
 
 /// Which rare things happened, so that the simulation cannot become blind unnoticed.
@@ -103,10 +105,12 @@ pub(crate) struct Seen {
     pub(crate) clears: u64,
     pub(crate) throttled: u64,
     pub(crate) repeats: u64,
+    pub(crate) promoted: u64,
+    pub(crate) cancelled: u64,
 }
 
 impl Seen {
-    fn fields(&self) -> [u64; 18] {
+    fn fields(&self) -> [u64; 20] {
         [
             self.reads,
             self.moved,
@@ -126,6 +130,8 @@ impl Seen {
             self.clears,
             self.throttled,
             self.repeats,
+            self.promoted,
+            self.cancelled,
         ]
     }
 
@@ -148,6 +154,8 @@ impl Seen {
         self.clears += other.clears;
         self.throttled += other.throttled;
         self.repeats += other.repeats;
+        self.promoted += other.promoted;
+        self.cancelled += other.cancelled;
     }
 
     pub(crate) fn assert_all(&self) {
@@ -335,6 +343,8 @@ impl World {
                 return;
             }
             Effect::Publish { event, .. } => return self.published(event.clone()),
+            Effect::Promote { op, class, .. } => return self.promoted(*op, *class),
+            Effect::Cancel { op, .. } => return self.cancelled(*op),
             Effect::CreateChunk { op, chunk, tenant, owner, frames, .. } => {
                 let frames = (0..*frames).map(|_| MemoryFrame { fence: 1, payload: GARBAGE }).collect();
                 let made = Chunk { owner: *owner, tenant: *tenant, frames, ready: false };
@@ -381,7 +391,26 @@ impl World {
             }
         };
         let delay = if self.random.percent(4) { 150 } else { 0 };
-        self.pending.push(Pending { op, effect, sample, not_before: self.steps + delay });
+        self.pending.push(Pending { op, effect, sample, not_before: self.steps + delay, cancelled: false });
+    }
+
+    fn promoted(&mut self, op: OpId, to: IoClass) {
+        self.seen.promoted += 1;
+        let pending = self.pending.iter_mut().find(|pending| pending.op == op);
+        let effect = pending.map(|pending| &mut pending.effect);
+        let Some(Effect::Read { class, .. }) = effect else { panic!("{op} is no read in flight") };
+        assert!(to < *class, "a read only becomes more urgent");
+        *class = to;
+    }
+
+    /// The device may have it already: then it ends as it would have.
+    fn cancelled(&mut self, op: OpId) {
+        self.seen.cancelled += 1;
+        let queued = self.random.percent(50);
+        let pending = self.pending.iter_mut().find(|pending| pending.op == op);
+        let pending = pending.expect("only a read in flight is cancelled");
+        assert!(matches!(pending.effect, Effect::Read { .. }), "only reads are cancelled");
+        pending.cancelled = queued;
     }
 
     /// The memory of a frame in use. Its chunk is alive and ready, or the core touches what is not there.
@@ -420,6 +449,9 @@ impl World {
     /// Ends an operation: its bytes arrive, whatever became of those who waited for them.
     fn finish(&mut self, pending: &Pending) -> Result<Done, Fault> {
         let fails = self.faults && self.random.percent(6);
+        if pending.cancelled {
+            return Err(Fault::NotStarted);
+        }
         match &pending.effect {
             Effect::CreateChunk { chunk, .. } => {
                 if fails {
@@ -492,6 +524,9 @@ impl World {
         sample: Option<u64>,
         fails: bool,
     ) -> Result<Done, Fault> {
+        if fails && self.random.percent(30) {
+            return Err(Fault::NotStarted);
+        }
         let now = self.frame(source).payload;
         let payload = sample.unwrap_or(now);
         let sound = checksum_of(header.block, payload) == header.checksum;

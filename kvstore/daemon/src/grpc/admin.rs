@@ -93,6 +93,8 @@ impl Admin {
                 chunks: view.slots_carved,
                 windows: 0,
                 backend: device.backend.clone(),
+                self_test: device.self_test.iter().map(convert::device_rate).collect(),
+                late_answers: device.late,
             });
         }
         tiers
@@ -128,7 +130,7 @@ impl Admin {
             stranded_bytes: view.stranded_bytes.get(),
             chunks: view.chunks,
             windows: view.windows,
-            backend: String::new(),
+            ..Default::default()
         }
     }
 
@@ -146,7 +148,9 @@ impl Admin {
 }
 
 fn device_note(usable: bool, device: &DeviceFacts, unscanned: u32) -> String {
-    if !usable || !device.writable {
+    if !device.condition.is_empty() {
+        device.condition.clone()
+    } else if !usable || !device.writable {
         format!(
             "{} errors; a failed sync makes a device read-only until the daemon starts again",
             device.errors
@@ -154,7 +158,7 @@ fn device_note(usable: bool, device: &DeviceFacts, unscanned: u32) -> String {
     } else if unscanned > 0 {
         format!("{unscanned} slots are not scanned yet")
     } else {
-        String::new()
+        device.self_test_note.clone()
     }
 }
 

@@ -17,6 +17,9 @@ const STAT_BLOCK_BYTES: u64 = 512;
 /// How long the locks of a process that is gone may take to go as well.
 const DEAD_OWNER_PATIENCE: Duration = Duration::from_secs(10);
 
+/// A scratch area may take this part of the room that is left.
+const SCRATCH_ROOM_PARTS: u64 = 64;
+
 /// An open, locked, preallocated device.
 #[derive(Debug)]
 pub(crate) struct DeviceFile {
@@ -86,6 +89,33 @@ impl DeviceFile {
             _ => Err(error),
         };
         outcome.map_err(failed)
+    }
+
+    /// Where `bytes` behind everything can be read and written for a while: a file
+    /// is made longer until [`Self::end_scratch`], a raw device has the room or not.
+    pub(crate) fn scratch(&self, end: u64, bytes: u64) -> Option<u64> {
+        let facts = self.file.metadata().ok()?;
+        if facts.file_type().is_block_device() {
+            let found = io::Seek::seek(&mut &self.file, io::SeekFrom::End(0)).ok()?;
+            return (end.checked_add(bytes)? <= found).then_some(end);
+        }
+        // Behind what an earlier configuration may have put there.
+        let start = end.max(facts.len()).checked_next_multiple_of(crate::memory::PAGE_BYTES)?;
+        if room(&self.path).ok()? < bytes.saturating_mul(SCRATCH_ROOM_PARTS) {
+            return None;
+        }
+        let (offset, length) = (i64::try_from(start).ok()?, i64::try_from(bytes).ok()?);
+        // SAFETY: plain system call on a descriptor that we own.
+        let made = unsafe { libc::fallocate64(self.file.as_raw_fd(), 0, offset, length) } == 0;
+        made.then_some(start)
+    }
+
+    /// Gives the room of a scratch area back.
+    pub(crate) fn end_scratch(&self, start: u64) {
+        let is_file = self.file.metadata().is_ok_and(|facts| facts.is_file());
+        if is_file && let Err(error) = self.file.set_len(start) {
+            tracing::debug!(%error, "the scratch area of the self-test stays");
+        }
     }
 
     /// Whether the file system has less room than the file still needs.

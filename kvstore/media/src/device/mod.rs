@@ -1,5 +1,5 @@
 //! Block devices of the Nvme tier: preallocated files or raw devices, O_DIRECT,
-//! one queue each with classes of urgency.
+//! one scheduler each with classes of urgency.
 //!
 //! A request owns its buffer until its `done` is called: a chunk cannot be
 //! unmapped under an I/O that the kernel still performs. Reads and writes that
@@ -7,10 +7,15 @@
 //! reported, and after a failed sync the device takes no more writes: what was
 //! written before it may be lost, and the next sync would not say so.
 
+mod classes;
 mod file;
+mod health;
+mod later;
 mod pages;
 mod pread;
 mod queue;
+mod schedule;
+mod self_test;
 mod uring;
 
 use std::path::{Path, PathBuf};
@@ -23,9 +28,13 @@ use terrace_core::{Fault, IoClass};
 pub(crate) use file::{DeviceFile, lock_exclusively};
 pub use pages::AlignedPages;
 pub(crate) use pages::PagePool;
+pub use schedule::DeviceChanged;
+pub(crate) use schedule::{Alarm, Patience, Scheduler};
+pub use self_test::SelfTestLine;
+pub(crate) use self_test::{Measured, Rig, SCRATCH_BYTES};
 
 use crate::api::{Backend, MediaError};
-use crate::memory::{ChunkMemory, PAGE_BYTES};
+use crate::memory::ChunkMemory;
 use queue::Shared;
 
 /// Something that reads and writes pages. The real one is [`Device`]; fault
@@ -130,23 +139,16 @@ impl Device {
     ///
     /// # Errors
     /// If it cannot be opened, locked or preallocated, or if io_uring is demanded and not to be had.
-    pub fn open(
-        path: &Path,
-        bytes: u64,
-        backend: Backend,
-        bytes_in_flight_max: u64,
-    ) -> Result<Self, MediaError> {
+    pub fn open(path: &Path, bytes: u64, backend: Backend) -> Result<Self, MediaError> {
         let file = Arc::new(DeviceFile::open(path, bytes)?);
-        Self::start(file, backend, bytes_in_flight_max)
+        Self::start(file, backend)
     }
 
-    pub(crate) fn start(
-        file: Arc<DeviceFile>,
-        backend: Backend,
-        bytes_in_flight_max: u64,
-    ) -> Result<Self, MediaError> {
-        let shared = Arc::new(Shared::new(bytes_in_flight_max.max(PAGE_BYTES)).map_err(|source| {
-            MediaError::File { path: file.path().to_owned(), action: "make a wake-up descriptor", source }
+    pub(crate) fn start(file: Arc<DeviceFile>, backend: Backend) -> Result<Self, MediaError> {
+        let shared = Arc::new(Shared::new().map_err(|source| MediaError::File {
+            path: file.path().to_owned(),
+            action: "make a wake-up descriptor",
+            source,
         })?);
         let failed = |action, source| MediaError::File { path: file.path().to_owned(), action, source };
         let (threads, backend) = match backend {
@@ -226,10 +228,11 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
+    use crate::memory::PAGE_BYTES;
 
     fn device(path: &str, backend: Backend) -> Device {
         let file = Arc::new(DeviceFile::unchecked(Path::new(path)).unwrap());
-        Device::start(file, backend, 1 << 20).unwrap()
+        Device::start(file, backend).unwrap()
     }
 
     fn run(device: &Device, op: IoOp, class: IoClass) -> mpsc::Receiver<Result<(), Fault>> {
@@ -244,7 +247,7 @@ mod tests {
     }
 
     fn outcome(device: &Device, op: IoOp) -> Result<(), Fault> {
-        run(device, op, IoClass::Fetch).recv_timeout(Duration::from_secs(30)).unwrap()
+        run(device, op, IoClass::DecodeFetch).recv_timeout(Duration::from_secs(30)).unwrap()
     }
 
     /// A full device must say so, and one whose sync failed must take no more

@@ -1,5 +1,6 @@
-//! The queue in front of a device: bounded, by class, with a wake-up descriptor
-//! for the ring and a condition variable for pread threads.
+//! The hand-over between the scheduler and a device's threads: first in, first
+//! out, with a wake-up descriptor for the ring and a condition variable for
+//! pread threads. The scheduler bounds it and decides the order.
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -9,22 +10,20 @@ use std::os::fd::{AsRawFd, FromRawFd, RawFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
-use terrace_core::{Fault, IoClass};
+use terrace_core::Fault;
 
 use super::{IoBuffer, IoOp, IoRequest};
 
 /// Far above the core's own limits of reads and writes in flight.
 const REQUESTS_MAX: usize = 65_536;
-const CLASSES: usize = 5;
-/// One of this many picks goes to the least urgent class that waits, so that write-behind never starves.
-const FAIRNESS: u32 = 16;
 
 /// Shared by the submitters and the device's threads.
 pub(super) struct Shared {
     queue: Mutex<Queue>,
     wake: Condvar,
     eventfd: File,
-    bytes_in_flight_max: u64,
+    /// The ring's thread sleeps in the kernel, or is about to.
+    asleep: AtomicBool,
     /// A sync failed: no more writes.
     pub(super) sync_failed: AtomicBool,
     pub(super) counters: Counters,
@@ -41,26 +40,21 @@ pub(super) struct Counters {
 
 #[derive(Default)]
 struct Queue {
-    /// Syncs and registrations: short, and somebody waits for them.
-    control: VecDeque<IoRequest>,
-    classes: [VecDeque<IoRequest>; CLASSES],
-    waiting: usize,
-    picks: u32,
-    bytes_in_flight: u64,
+    requests: VecDeque<IoRequest>,
     closed: bool,
 }
 
 /// What a device thread gets when it asks for work.
 pub(super) enum Next {
     Request(IoRequest),
-    /// Nothing that may start now.
+    /// Nothing now.
     Nothing,
     /// Nothing, and nothing will come.
     Closed,
 }
 
 impl Shared {
-    pub(super) fn new(bytes_in_flight_max: u64) -> io::Result<Self> {
+    pub(super) fn new() -> io::Result<Self> {
         // SAFETY: plain system call.
         let raw = unsafe { libc::eventfd(0, libc::EFD_CLOEXEC) };
         if raw < 0 {
@@ -72,7 +66,7 @@ impl Shared {
             queue: Mutex::new(Queue::default()),
             wake: Condvar::new(),
             eventfd,
-            bytes_in_flight_max,
+            asleep: AtomicBool::new(false),
             sync_failed: AtomicBool::new(false),
             counters: Counters::default(),
             note: Mutex::new(None),
@@ -85,7 +79,7 @@ impl Shared {
 
     pub(super) fn push(&self, request: IoRequest) {
         let mut queue = self.lock();
-        if queue.closed || queue.waiting >= REQUESTS_MAX {
+        if queue.closed || queue.requests.len() >= REQUESTS_MAX {
             drop(queue);
             tracing::error!(op = ?request.op, "device queue closed or full: request refused");
             // Not from this thread: the caller may hold a lock that `done` takes.
@@ -96,23 +90,39 @@ impl Shared {
             }
             return;
         }
-        queue.waiting += 1;
         self.counters.queued.fetch_add(1, Ordering::Relaxed);
-        match request.op {
-            IoOp::Sync | IoOp::Forget(_) => queue.control.push_back(request),
-            IoOp::Read | IoOp::Write => queue.classes[rank(request.class)].push_back(request),
-        }
+        queue.requests.push_back(request);
         drop(queue);
-        self.wake_all();
+        self.wake.notify_one();
+        // The ring's own thread looks again before it sleeps, so that it needs no system call for itself.
+        if self.asleep.swap(false, Ordering::SeqCst) {
+            self.ring_eventfd();
+        }
+    }
+
+    /// The ring's thread is about to sleep. False: there is work, and it must not.
+    pub(super) fn may_sleep(&self) -> bool {
+        self.asleep.store(true, Ordering::SeqCst);
+        let queue = self.lock();
+        let nothing = queue.requests.is_empty() && !queue.closed;
+        if !nothing {
+            self.asleep.store(false, Ordering::SeqCst);
+        }
+        nothing
+    }
+
+    /// The ring's thread is awake: nobody needs to wake it.
+    pub(super) fn awake(&self) {
+        self.asleep.store(false, Ordering::SeqCst);
     }
 
     pub(super) fn close(&self) {
         self.lock().closed = true;
-        self.wake_all();
+        self.wake.notify_all();
+        self.ring_eventfd();
     }
 
-    fn wake_all(&self) {
-        self.wake.notify_all();
+    fn ring_eventfd(&self) {
         // A full counter (never: it is read by every round) would only mean that a wake-up is pending.
         let _ = (&self.eventfd).write(&1u64.to_ne_bytes_for_eventfd());
     }
@@ -121,16 +131,16 @@ impl Shared {
         self.eventfd.as_raw_fd()
     }
 
-    /// The next request that fits under the cap of bytes in flight.
+    /// The next request.
     pub(super) fn next(&self) -> Next {
-        self.pick(&mut self.lock())
+        Self::take(&mut self.lock())
     }
 
     /// As [`Self::next`], but waits for one.
     pub(super) fn wait(&self) -> Option<IoRequest> {
         let mut queue = self.lock();
         loop {
-            match self.pick(&mut queue) {
+            match Self::take(&mut queue) {
                 Next::Request(request) => return Some(request),
                 Next::Closed => return None,
                 Next::Nothing => queue = self.wake.wait(queue).unwrap_or_else(PoisonError::into_inner),
@@ -138,31 +148,10 @@ impl Shared {
         }
     }
 
-    fn pick(&self, queue: &mut Queue) -> Next {
-        let request = match queue.control.pop_front() {
-            Some(request) => Some(request),
-            None => {
-                queue.picks = queue.picks.wrapping_add(1);
-                let least_urgent_first = queue.picks.is_multiple_of(FAIRNESS);
-                let position = if least_urgent_first {
-                    queue.classes.iter().rposition(|class| !class.is_empty())
-                } else {
-                    queue.classes.iter().position(|class| !class.is_empty())
-                };
-                let room = self.bytes_in_flight_max.saturating_sub(queue.bytes_in_flight);
-                let idle = queue.bytes_in_flight == 0;
-                position.and_then(|position| {
-                    queue.classes[position].pop_front_if(|request| idle || request.bytes <= room)
-                })
-            }
-        };
-        match request {
-            Some(request) => {
-                queue.waiting -= 1;
-                queue.bytes_in_flight += request.bytes;
-                Next::Request(request)
-            }
-            None if queue.closed && queue.waiting == 0 => Next::Closed,
+    fn take(queue: &mut Queue) -> Next {
+        match queue.requests.pop_front() {
+            Some(request) => Next::Request(request),
+            None if queue.closed => Next::Closed,
             None => Next::Nothing,
         }
     }
@@ -170,12 +159,6 @@ impl Shared {
     /// Accounts for a request that ended and calls its `done`.
     pub(super) fn finish(&self, request: IoRequest, outcome: Result<(), Fault>) {
         let IoRequest { op, bytes, buffer, done, .. } = request;
-        {
-            let mut queue = self.lock();
-            queue.bytes_in_flight -= bytes;
-        }
-        // Another thread may wait for room.
-        self.wake.notify_one();
         self.counters.queued.fetch_sub(1, Ordering::Relaxed);
         let counters = &self.counters;
         let (counter, by) = match (&outcome, op) {
@@ -221,16 +204,6 @@ impl Shared {
     }
 }
 
-const fn rank(class: IoClass) -> usize {
-    match class {
-        IoClass::Fetch => 0,
-        IoClass::Demotion => 1,
-        IoClass::Prefetch => 2,
-        IoClass::Persistence => 3,
-        IoClass::Scrub => 4,
-    }
-}
-
 /// The one place where the byte order of the machine is right: an eventfd counts in it.
 trait EventfdBytes {
     fn to_ne_bytes_for_eventfd(self) -> [u8; 8];
@@ -240,58 +213,5 @@ impl EventfdBytes for u64 {
     #[allow(clippy::host_endian_bytes, reason = "an eventfd's counter is in the byte order of the machine")]
     fn to_ne_bytes_for_eventfd(self) -> [u8; 8] {
         self.to_ne_bytes()
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::device::AlignedPages;
-
-    fn request(op: IoOp, class: IoClass, bytes: u64) -> IoRequest {
-        let buffer = IoBuffer::Pages(AlignedPages::new(bytes));
-        IoRequest { op, offset: 0, bytes, buffer, class, done: Box::new(|_, _| {}) }
-    }
-
-    fn next(shared: &Shared) -> Option<IoRequest> {
-        match shared.next() {
-            Next::Request(request) => Some(request),
-            Next::Nothing | Next::Closed => None,
-        }
-    }
-
-    /// A decode that waits must not queue behind write-behind, and write-behind must not starve.
-    #[test]
-    fn urgent_classes_go_first_and_none_starves() {
-        let shared = Shared::new(1 << 30).unwrap();
-        shared.push(request(IoOp::Write, IoClass::Persistence, 4096));
-        for _ in 0..40 {
-            shared.push(request(IoOp::Read, IoClass::Fetch, 4096));
-        }
-        let order: Vec<IoClass> = std::iter::from_fn(|| next(&shared)).map(|request| request.class).collect();
-        assert_eq!(order.len(), 41);
-        assert_eq!(order[0], IoClass::Fetch);
-        let position = order.iter().position(|class| *class == IoClass::Persistence).unwrap();
-        assert_eq!(position, FAIRNESS as usize - 1);
-    }
-
-    /// Deep queues only add latency: no request may start over the cap of bytes,
-    /// a single larger one may, and syncs always do.
-    #[test]
-    fn bytes_in_flight_are_capped() {
-        let shared = Shared::new(8192).unwrap();
-        for _ in 0..3 {
-            shared.push(request(IoOp::Read, IoClass::Fetch, 4096));
-        }
-        let (first, second) = (next(&shared).unwrap(), next(&shared).unwrap());
-        assert!(next(&shared).is_none(), "over the cap");
-        shared.push(request(IoOp::Sync, IoClass::Fetch, 0));
-        assert_eq!(next(&shared).unwrap().op, IoOp::Sync);
-        shared.finish(first, Ok(()));
-        let third = next(&shared).unwrap();
-        shared.finish(second, Ok(()));
-        shared.finish(third, Ok(()));
-        shared.push(request(IoOp::Read, IoClass::Fetch, 65_536));
-        assert!(next(&shared).is_some(), "a large one alone");
     }
 }

@@ -15,6 +15,7 @@ use io_uring::{IoUring, cqueue, opcode, squeue, types};
 use terrace_core::{Fault, GIB};
 
 use super::file::DeviceFile;
+use super::later::{self, Answers};
 use super::queue::{Next, Shared};
 use super::{IoBuffer, IoOp, IoRequest, fault_of};
 
@@ -110,13 +111,23 @@ impl Ring {
     }
 
     fn run(mut self) {
+        later::put_off();
+        let mut answers = Answers::new();
+        let mut completions: Vec<cqueue::Entry> = Vec::new();
         self.arm_wake();
         loop {
             let closed = self.take_requests();
-            if closed && self.vacant.len() == self.in_flight.len() {
+            // What ended in the last round is answered while the device works on what comes next.
+            later::take(&mut answers);
+            let answering = !answers.is_empty();
+            if closed && !answering && self.vacant.len() == self.in_flight.len() {
                 return;
             }
-            match self.ring.submit_and_wait(1) {
+            // New work may have come since: then this round takes only what has completed already.
+            let wait = !answering && (closed || self.vacant.is_empty() || self.shared.may_sleep());
+            let entered = self.ring.submit_and_wait(usize::from(wait));
+            self.shared.awake();
+            match entered {
                 Ok(_) => {}
                 Err(error) => match error.raw_os_error() {
                     Some(libc::EINTR | libc::EAGAIN | libc::EBUSY) => {}
@@ -124,8 +135,11 @@ impl Ring {
                     _ => panic!("io_uring_enter on {}: {error}", self.file.path().display()),
                 },
             }
-            let completions: Vec<cqueue::Entry> = self.ring.completion().collect();
-            for completion in completions {
+            for (done, buffer, outcome) in answers.drain(..) {
+                done(buffer, outcome);
+            }
+            completions.extend(self.ring.completion());
+            for completion in completions.drain(..) {
                 self.complete(&completion);
             }
         }

@@ -136,7 +136,7 @@ impl Store {
 
     pub fn read(&mut self, source: DiskFrame, target: FrameRef, expect: BlockHeader) -> Result<Done, Fault> {
         let source_offset = self.offset(source);
-        let class = IoClass::Fetch;
+        let class = IoClass::DecodeFetch;
         self.run(|op| MediaOp::Read { op, source, source_offset, target, expect, class })
     }
 

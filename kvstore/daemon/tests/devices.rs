@@ -1,0 +1,116 @@
+//! A device under a running daemon hangs, and answers too late.
+
+#![allow(clippy::unwrap_used, reason = "a test ends there, and says where")]
+
+mod common;
+
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use common::{PATIENCE, folder, keys, manifest, payload, payloads, socket};
+use terrace_client::{Durability, MatchMode, SealOutcome, Session, Target, wire};
+use terrace_core::DeviceId;
+use terrace_media::{FaultyDevice, Hooks};
+use terraced::{Config, Daemon};
+
+const BLOCKS: u32 = 40;
+const BAD: DeviceId = DeviceId::new(1);
+const IO_PATIENCE: Duration = Duration::from_millis(1500);
+
+async fn start(folder: &Path, hooks: Hooks) -> Daemon {
+    let device = |n: u32| {
+        let path = folder.join(format!("nvme{n}.dat"));
+        format!("[[device]]\npath = \"{}\"\nbytes = \"64MiB\"\n", path.display())
+    };
+    let path = common::config(folder, &format!("{}{}", device(0), device(1)));
+    Daemon::start(Config::read(&path).unwrap(), hooks).await.unwrap()
+}
+
+async fn session(folder: &Path) -> Session {
+    let target = Target { socket: Some(socket(folder)), client_name: "test".to_owned(), ..Target::default() };
+    Session::connect(&target).await.unwrap()
+}
+
+async fn info(daemon: &Daemon) -> wire::InfoResponse {
+    let mut admin = terrace_client::admin(&format!("http://{}", daemon.grpc)).await.unwrap();
+    admin.info(wire::InfoRequest {}).await.unwrap().into_inner()
+}
+
+/// Which blocks come; those that do must be right.
+async fn read(session: &Session) -> Vec<bool> {
+    let space = session.open_space(&manifest(0)).await.unwrap();
+    let keys = keys(BLOCKS);
+    let found = session.read_within(&space, &keys, Duration::from_secs(30)).await.unwrap();
+    for (key, bytes) in keys.iter().zip(&found) {
+        assert!(bytes.as_ref().is_none_or(|bytes| *bytes == payload(*key, 0)), "{key:?} has other bytes");
+    }
+    found.iter().map(Option::is_some).collect()
+}
+
+/// Blocks are striped over two devices, and one of them hangs while they are
+/// read. The daemon could wait for it, lose its frames, or go on saying that it
+/// has the blocks: the blocks of the other must come, those of the hanging one
+/// be misses soon, and when it answers late, every frame be accounted for and
+/// every block be there again.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_hanging_device_is_a_miss_and_comes_back() {
+    let folder = folder();
+    let daemon = start(folder.path(), Hooks::default()).await;
+    {
+        let session = session(folder.path()).await;
+        let space = session.open_space(&manifest(0)).await.unwrap();
+        let keys = keys(BLOCKS);
+        let bytes = payloads(&keys, 0);
+        let written = session.write(&space, &keys, None, &bytes, Durability::Durable).await.unwrap();
+        assert!(written.iter().all(|outcome| *outcome == SealOutcome::Sealed), "{written:?}");
+    }
+    daemon.stop().await;
+
+    let found: Arc<Mutex<Option<Arc<FaultyDevice>>>> = Arc::default();
+    let keep = Arc::clone(&found);
+    let hooks = Hooks {
+        wrap_device: Some(Box::new(move |device, inner| {
+            if device != BAD {
+                return inner;
+            }
+            let wrapped = Arc::new(FaultyDevice::new(inner));
+            *keep.lock().unwrap() = Some(Arc::clone(&wrapped));
+            wrapped
+        })),
+        io_patience: Some(IO_PATIENCE),
+        ..Hooks::default()
+    };
+    let daemon = start(folder.path(), hooks).await;
+    let bad = found.lock().unwrap().take().unwrap();
+    let session = session(folder.path()).await;
+    let space = session.open_space(&manifest(0)).await.unwrap();
+    bad.hold();
+    let began = Instant::now();
+    let there = read(&session).await;
+    let took = began.elapsed();
+    assert!(took < IO_PATIENCE + Duration::from_secs(10), "the blocks were waited for {took:?}");
+    let count = there.iter().filter(|there| **there).count();
+    assert_eq!(count, BLOCKS as usize / 2, "half of the blocks lie on the other device: {there:?}");
+    assert_ne!(there[0], there[1], "consecutive blocks lie on different devices");
+    let (_, blocks) = session.exists(&[&space], &keys(BLOCKS), MatchMode::Set).await.unwrap();
+    assert_eq!(blocks, there, "what the device has is no longer promised");
+    let tiers = info(&daemon).await.tiers;
+    let of_bad = tiers.iter().find(|tier| tier.device.ends_with("nvme1.dat")).unwrap();
+    assert!(!of_bad.on && of_bad.note.contains("taken out"), "{of_bad:?}");
+    let filling = tiers.iter().filter_map(|tier| tier.frames.as_ref()).map(|frames| frames.filling);
+    assert!(filling.sum::<u64>() > 0, "the device still owns the frames of its reads");
+
+    bad.release();
+    let until = Instant::now() + PATIENCE;
+    while !read(&session).await.iter().all(|there| *there) {
+        assert!(Instant::now() < until, "the device is not back: {:?}", info(&daemon).await.tiers);
+    }
+    daemon.engine().view(terrace_core::Core::check);
+    let info = info(&daemon).await;
+    assert!(info.tiers.iter().all(|tier| tier.frames.as_ref().is_none_or(|frames| frames.filling == 0)));
+    let late = info.tiers.iter().map(|tier| tier.late_answers).sum::<u64>();
+    assert!(late > 0, "nothing came late: the test tested nothing");
+    drop(session);
+    daemon.stop().await;
+}

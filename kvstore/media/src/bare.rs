@@ -1,0 +1,157 @@
+//! A bare io_uring loop over chunk memory and a device's file, for benchmarks:
+//! what kernel and device give with nothing of ours in between.
+//!
+//! It uses what the device threads use (registered chunks and files,
+//! SINGLE_ISSUER and DEFER_TASKRUN, O_DIRECT) and neither looks at the bytes nor
+//! tells anybody. Not for the daemon.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use io_uring::{IoUring, opcode, types};
+
+use crate::memory::ChunkMemory;
+
+const ENTRIES: u32 = 128;
+
+/// What the loop does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BareOp {
+    /// Device to memory.
+    Read,
+    /// Memory to device.
+    Write,
+}
+
+/// CPU time of all threads of this process, those that ended included.
+pub fn cpu_time() -> Duration {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: the kernel writes one timespec, for which there is room.
+    unsafe { libc::clock_gettime(libc::CLOCK_PROCESS_CPUTIME_ID, &raw mut time) };
+    Duration::new(u64::try_from(time.tv_sec).unwrap_or(0), u32::try_from(time.tv_nsec).unwrap_or(0))
+}
+
+/// A ring with one file and some chunks registered. Stays on its thread.
+pub struct BareLoop {
+    ring: IoUring,
+    /// Its number in the ring's table is 0.
+    _file: File,
+    /// Registered in this order.
+    chunks: Vec<Arc<ChunkMemory>>,
+}
+
+impl BareLoop {
+    /// Opens the file again and registers everything.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn new(path: &Path, chunks: Vec<Arc<ChunkMemory>>) -> io::Result<Self> {
+        let file = OpenOptions::new().read(true).write(true).custom_flags(libc::O_DIRECT).open(path)?;
+        let ring = IoUring::builder().setup_single_issuer().setup_defer_taskrun().build(ENTRIES)?;
+        ring.submitter().register_files(&[file.as_raw_fd()])?;
+        let mut vectors = Vec::with_capacity(chunks.len());
+        for chunk in &chunks {
+            let (base, bytes) = chunk.mapping();
+            let length = usize::try_from(bytes).map_err(io::Error::other)?;
+            vectors.push(libc::iovec { iov_base: base.cast(), iov_len: length });
+        }
+        // SAFETY: the ranges are mappings of chunks that live as long as the ring, which `Drop` empties first.
+        unsafe { ring.submitter().register_buffers(&vectors)? };
+        Ok(Self { ring, _file: file, chunks })
+    }
+
+    /// Moves one frame an offset, `depth` at once, and says how long all took.
+    /// `frames` are (chunk, frame) for each of the `depth`.
+    ///
+    /// # Errors
+    /// If an I/O fails or is cut short, or a frame does not hold `bytes`.
+    pub fn run(
+        &mut self,
+        op: BareOp,
+        offsets: &[u64],
+        bytes: u32,
+        frames: &[(usize, u32)],
+    ) -> io::Result<Duration> {
+        let mut addresses = Vec::with_capacity(frames.len());
+        for (chunk, frame) in frames {
+            let memory =
+                self.chunks.get(*chunk).filter(|memory| memory.frame_bytes().get() >= u64::from(bytes));
+            let memory = memory.ok_or_else(|| io::Error::other("no such frame of that size"))?;
+            let slot = u16::try_from(*chunk).map_err(io::Error::other)?;
+            addresses.push((memory.frame(*frame).map_err(io::Error::other)?, slot));
+        }
+        let began = Instant::now();
+        let outcome = self.drive(op, offsets, bytes, &addresses);
+        let took = began.elapsed();
+        outcome.map(|()| took)
+    }
+
+    fn drive(
+        &mut self,
+        op: BareOp,
+        offsets: &[u64],
+        bytes: u32,
+        addresses: &[(*mut u8, u16)],
+    ) -> io::Result<()> {
+        let mut next = offsets.iter();
+        let mut running = 0usize;
+        let mut failed = None;
+        for place in 0..addresses.len() {
+            if let Some(offset) = next.next() {
+                self.push(op, *offset, bytes, addresses[place], place)?;
+                running += 1;
+            }
+        }
+        while running > 0 {
+            match self.ring.submit_and_wait(1) {
+                Err(error) if error.kind() != io::ErrorKind::Interrupted => return Err(error),
+                Ok(_) | Err(_) => {}
+            }
+            let completions: Vec<_> = self.ring.completion().collect();
+            for completion in completions {
+                running -= 1;
+                if u32::try_from(completion.result()) != Ok(bytes) {
+                    failed = Some(io::Error::other(format!("an I/O answered {}", completion.result())));
+                }
+                let place = usize::try_from(completion.user_data()).map_err(io::Error::other)?;
+                if let Some(offset) = next.next().filter(|_| failed.is_none()) {
+                    self.push(op, *offset, bytes, addresses[place], place)?;
+                    running += 1;
+                }
+            }
+        }
+        failed.map_or(Ok(()), Err)
+    }
+
+    fn push(
+        &mut self,
+        op: BareOp,
+        offset: u64,
+        bytes: u32,
+        (address, slot): (*mut u8, u16),
+        place: usize,
+    ) -> io::Result<()> {
+        let file = types::Fixed(0);
+        let entry = match op {
+            BareOp::Read => opcode::ReadFixed::new(file, address, bytes, slot).offset(offset).build(),
+            BareOp::Write => opcode::WriteFixed::new(file, address, bytes, slot).offset(offset).build(),
+        };
+        // SAFETY: the address is inside a chunk that `self` holds, with room for `bytes`; `drive` leaves only when
+        // nothing runs, but for an error of the ring itself, after which `Drop` keeps the chunks.
+        unsafe { self.ring.submission().push(&entry.user_data(place as u64)) }.map_err(io::Error::other)
+    }
+}
+
+impl Drop for BareLoop {
+    fn drop(&mut self) {
+        if self.ring.submitter().unregister_buffers().is_err() {
+            // The kernel may still write into them.
+            self.chunks.drain(..).for_each(std::mem::forget);
+        }
+    }
+}
