@@ -171,6 +171,8 @@ pub struct FoundBlock {
     pub frame: DiskFrame,
     /// Of two copies of one block the higher number is kept.
     pub write_sequence: u64,
+    /// How it was used before; nothing is known of what a scan found.
+    pub stats: UseStats,
 }
 
 /// What a client asks. Block ids are derived from keys by the shell.
@@ -504,7 +506,7 @@ pub enum Effect {
     CarveSlot { op: OpId, device: DeviceId, slot: u32, space: SpaceId, frame_bytes: ByteCount },
     /// Make durable: sync the devices of `put`, then apply puts and deletes in one
     /// synced batch. The shell groups what waits. Done: [`Done::Plain`].
-    Commit { op: OpId, put: Vec<(DiskFrame, BlockHeader)>, delete: Vec<BlockId> },
+    Commit { op: OpId, put: Vec<(DiskFrame, BlockHeader, UseStats)>, delete: Vec<BlockId> },
     /// Raise a space's lowest valid generation in the superblock, then delete its
     /// blocks from the catalog. Done: [`Done::Plain`].
     ClearSpace { op: OpId, space: SpaceId, tenant: TenantId, generation: u64 },

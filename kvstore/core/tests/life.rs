@@ -231,6 +231,7 @@ fn a_block_is_written_read_persisted_and_restored() {
                 checksum: header.checksum,
                 frame: view.disk.expect("durable").0,
                 write_sequence: header.write_sequence,
+                stats: UseStats::default(),
             }
         })
         .collect();
@@ -403,6 +404,7 @@ fn a_damaged_disk_copy_is_a_miss_and_its_frame_is_quarantined() {
         checksum: Checksum::new(1),
         frame,
         write_sequence: 9,
+        stats: UseStats::default(),
     };
     node.tell(Input::BlocksFound { blocks: vec![found] });
     let op = node.lease_read(&[1]);
@@ -436,6 +438,7 @@ fn a_late_read_keeps_its_frame() {
         checksum: header.checksum,
         frame,
         write_sequence: header.write_sequence,
+        stats: UseStats::default(),
     };
     let mut node = Node::new();
     node.tell(Input::BlocksFound { blocks: vec![found] });

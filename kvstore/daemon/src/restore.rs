@@ -124,7 +124,7 @@ fn blocks_found(engine: &Engine, found: &[FoundHeader]) {
     // Blocks of one space come together, so the last look-up mostly serves.
     let mut last: Option<(SpaceId, Option<(terrace_core::TenantId, u64)>)> = None;
     let mut blocks = Vec::with_capacity(found.len());
-    for FoundHeader { frame, header } in found {
+    for FoundHeader { frame, header, stats } in found {
         let facts = match last {
             Some((space, facts)) if space == header.space => facts,
             Some(_) | None => engine.spaces().one(header.space).map(|known| (known.tenant, known.generation)),
@@ -141,6 +141,7 @@ fn blocks_found(engine: &Engine, found: &[FoundHeader]) {
                 checksum: header.checksum,
                 frame: *frame,
                 write_sequence: header.write_sequence,
+                stats: *stats,
             });
         }
     }

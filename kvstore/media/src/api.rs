@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use terrace_core::{
     BlockHeader, BlockId, ByteCount, ChunkId, DeviceId, DiskFrame, Done, Fault, FrameRef, IoClass, OpId,
-    SpaceId, TenantId, Via,
+    SpaceId, TenantId, UseStats, Via,
 };
 
 use crate::catalog::CatalogError;
@@ -104,7 +104,7 @@ pub enum MediaOp {
     /// Writes a slot's chunk header and records it in the catalog.
     CarveSlot { op: OpId, device: DeviceId, slot: u32, space: SpaceId, frame_bytes: ByteCount },
     /// Syncs the devices of `put`, then one synced batch.
-    Commit { op: OpId, put: Vec<(DiskFrame, BlockHeader)>, delete: Vec<BlockId> },
+    Commit { op: OpId, put: Vec<(DiskFrame, BlockHeader, UseStats)>, delete: Vec<BlockId> },
     /// Raises the lowest valid generation in the superblocks, then deletes the older blocks from the catalog.
     ClearSpace { op: OpId, space: SpaceId, tenant: TenantId, generation: u64 },
     /// Compares a payload with its checksum.
@@ -138,6 +138,8 @@ pub struct FoundHeader {
     pub frame: DiskFrame,
     /// What.
     pub header: BlockHeader,
+    /// How it was used, if the catalog knows.
+    pub stats: UseStats,
 }
 
 /// How a slot is carved.

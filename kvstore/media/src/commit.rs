@@ -12,7 +12,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 
 use terrace_core::{
-    BlockHeader, BlockId, DeviceId, DiskFrame, Done, Fault, IoClass, OpId, SpaceId, TenantId,
+    BlockHeader, BlockId, DeviceId, DiskFrame, Done, Fault, IoClass, OpId, SpaceId, TenantId, UseStats,
 };
 
 use crate::api::{Carve, Complete, FoundHeader, SpaceRecord};
@@ -29,7 +29,7 @@ pub(crate) type Answer = mpsc::Sender<Result<(), CatalogError>>;
 pub(crate) enum Job {
     Commit {
         op: OpId,
-        put: Vec<(DiskFrame, BlockHeader)>,
+        put: Vec<(DiskFrame, BlockHeader, UseStats)>,
         delete: Vec<BlockId>,
     },
     /// A slot is about to be carved again: the catalog forgets how it was, then `then` is called.
@@ -165,7 +165,7 @@ impl Committer {
                     answers.push((op, fault));
                     if fault.is_none() {
                         delete.iter().for_each(|block| batch.delete_block(*block));
-                        put.iter().for_each(|(frame, header)| batch.put_block(*frame, header));
+                        put.iter().for_each(|(frame, header, stats)| batch.put_block(*frame, header, *stats));
                     }
                 }
                 Job::Carve { op, carve, sequence } => {
@@ -333,7 +333,7 @@ impl Committer {
                 None => self.catalog.block(block)?.map(|known| known.header.write_sequence),
             };
             if known.is_none_or(|known| known < sequence) {
-                batch.put_block(found.frame, &found.header);
+                batch.put_block(found.frame, &found.header, found.stats);
                 newest.insert(block, sequence);
             }
             if batch.len() >= BATCH_CHANGES_MAX {
@@ -373,7 +373,7 @@ fn devices_of(jobs: &[Job]) -> BTreeSet<DeviceId> {
     let mut devices = BTreeSet::new();
     for job in jobs {
         match job {
-            Job::Commit { put, .. } => devices.extend(put.iter().map(|(frame, _)| frame.device)),
+            Job::Commit { put, .. } => devices.extend(put.iter().map(|(frame, ..)| frame.device)),
             Job::Carve { carve, .. } => drop(devices.insert(carve.device)),
             Job::Clear { .. }
             | Job::Uncarve { .. }

@@ -11,6 +11,7 @@ mod catalog;
 mod chunks;
 mod commit;
 mod device;
+mod entry;
 mod facts;
 mod faults;
 mod header;

@@ -1,7 +1,7 @@
 //! Reads what a device says of itself: the header page of a slot, then the
 //! header pages of its frames, 4 KiB each, in batches.
 
-use terrace_core::{DeviceId, DiskFrame};
+use terrace_core::{DeviceId, DiskFrame, UseStats};
 
 use crate::api::{Carve, FoundHeader, ScanPiece};
 use crate::header::{BadHeader, SlotHeader, decode_header};
@@ -89,7 +89,11 @@ fn frames(slots: &Slots, header: &SlotHeader, scanned: &mut Scanned) {
                 // A frame of an earlier carving, or of a generation that was cleared, is as good as empty.
                 Ok(found) if found.space != header.space || !slots.allows(device, &found) => {}
                 Ok(found) if fits(&found, header) => {
-                    scanned.piece.blocks.push(FoundHeader { frame, header: found });
+                    scanned.piece.blocks.push(FoundHeader {
+                        frame,
+                        header: found,
+                        stats: UseStats::default(),
+                    });
                 }
                 Ok(_) => scanned.damaged += 1,
                 // Payload of an earlier carving may lie here: nothing to report.

@@ -417,7 +417,7 @@ fn waiting_commits_share_batches() {
     let (commits, batches) = store.media.facts().commits;
     for number in 0..200u8 {
         let op = store.op();
-        let put = vec![(disk(0, u32::from(number)), header(number, b"x"))];
+        let put = puts(vec![(disk(0, u32::from(number)), header(number, b"x"))]);
         store.media.start(MediaOp::Commit { op, put, delete: vec![] });
     }
     for _ in 0..200 {

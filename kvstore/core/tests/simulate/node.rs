@@ -513,15 +513,20 @@ impl World {
         self.cells.insert(target, Cell { header, payload, synced: false, before });
     }
 
-    pub(crate) fn commit(&mut self, put: &[(DiskFrame, BlockHeader)], delete: &[BlockId], applied: bool) {
-        for (frame, header) in put {
+    pub(crate) fn commit(
+        &mut self,
+        put: &[(DiskFrame, BlockHeader, UseStats)],
+        delete: &[BlockId],
+        applied: bool,
+    ) {
+        for (frame, header, _) in put {
             let cell = self.cells.get_mut(frame).expect("what is committed was written");
             assert!(cell.header == *header, "{frame:?}: the catalog is told of what was written");
             cell.synced = true;
             cell.before = None;
         }
         if applied {
-            for (frame, header) in put {
+            for (frame, header, _) in put {
                 self.committed.insert(header.block);
                 self.catalog.insert(header.block, (*frame, *header));
             }
