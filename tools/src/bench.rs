@@ -6,6 +6,7 @@
 
 mod ask;
 mod blocks;
+mod catalog;
 mod lane;
 mod media;
 mod prompt;
@@ -58,6 +59,8 @@ enum Suite {
     Table,
     /// Device reads and writes against a bare io_uring loop and fio; write amplification
     Media,
+    /// A start with a million blocks, commits, and the rebuild of a lost catalog
+    Catalog,
 }
 
 /// One figure.
@@ -146,6 +149,7 @@ pub(crate) async fn run(options: Options, format: Format) -> anyhow::Result<Exit
         Suite::Local => lane::local(&options).await?,
         Suite::Table => table::run()?,
         Suite::Media => media::run(&options).await?,
+        Suite::Catalog => catalog::run(&options).await?,
     };
     match format {
         Format::Json => {

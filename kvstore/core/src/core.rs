@@ -12,6 +12,7 @@ use crate::ids::{
     BlockId, ChunkId, DeviceId, DiskFrame, Fence, FrameRef, LeaseId, OpId, SessionId, TenantId,
 };
 use crate::policy::class::Tick;
+use crate::scrub::Scrubber;
 use crate::state::block::{BlockIndex, BlockTable, Retained};
 use crate::state::chunk::ChunkTable;
 use crate::state::disk::Disks;
@@ -87,6 +88,10 @@ pub(crate) enum Op {
         fence: Fence,
         target: FrameRef,
     },
+    Scrub {
+        block: BlockIndex,
+        source: DiskFrame,
+    },
 }
 
 /// A written block on its way into the catalog.
@@ -128,6 +133,8 @@ pub(crate) enum Deadline {
     Retain(BlockIndex, BlockId),
     /// A paused activity is tried again.
     Retry,
+    /// The next copy is read again.
+    Scrub,
 }
 
 /// Decides where the blocks of one node live. See the crate's documentation.
@@ -195,6 +202,7 @@ pub struct Core {
     pub(crate) persist_paused_until: Now,
     pub(crate) degraded: bool,
     pub(crate) unpersisted: u64,
+    pub(crate) scrub: Scrubber,
 }
 
 impl Core {
@@ -250,6 +258,7 @@ impl Core {
             persist_paused_until: Now::default(),
             degraded: false,
             unpersisted: 0,
+            scrub: Scrubber::default(),
         }
     }
 
@@ -286,6 +295,7 @@ impl Core {
             }
             Input::DeviceState { device, usable } => self.device_state(device, usable),
             Input::Degraded { degraded } => self.set_degraded(degraded),
+            Input::Scrub(what) => self.scrub_told(what),
             Input::Tick => {}
         }
         self.pump();
@@ -322,6 +332,7 @@ impl Core {
                     self.emptying_due = true;
                     self.clear_again();
                 }
+                Deadline::Scrub => {}
             }
         }
         while let Some(&(at, block, id)) = self.due.front() {
@@ -351,6 +362,7 @@ impl Core {
             self.pump_writes();
             self.pump_commit();
             self.pump_reserve();
+            self.pump_scrub();
             if !self.memory_changed && !self.disk_changed {
                 break;
             }
@@ -383,6 +395,7 @@ impl Core {
             Op::Copy { block, source, fence, target } => {
                 self.copy_done(block, source, fence, target, outcome)
             }
+            Op::Scrub { block, source } => self.scrub_done(block, source, outcome),
         }
         self.emptying_due = true;
     }

@@ -21,6 +21,7 @@ mod reading;
 mod requests;
 mod residence;
 mod restore;
+mod scrub;
 mod state;
 mod units;
 mod urgency;
@@ -33,7 +34,7 @@ pub use crate::core::Core;
 pub use api::{
     Admission, BlockHeader, Config, Done, Durability, Effect, Event, Fault, FoundBlock, Grant, Input,
     IoClass, Limit, Limits, Locality, MapAccess, MatchMode, MissReason, Notice, Placement, Policy, Purpose,
-    Refusal, Reply, Request, Residence, SealOutcome, UseStats, Via,
+    Refusal, Reply, Request, Residence, Scrub, SealOutcome, UseStats, Via,
 };
 pub use checksum::{Checksum, Checksummer, checksum};
 pub use cost::ComputeCost;
@@ -45,6 +46,7 @@ pub use ids::{
     BadId, BlockId, ChunkId, DeviceId, DiskFrame, Fence, FrameRef, LeaseId, OpId, RequestId, SessionId,
     SpaceId, TenantId,
 };
+pub use scrub::ScrubView;
 pub use state::chunk::FrameCounts;
 pub use state::disk::DATA_START;
 pub use state::space::{HEADER_PAGE_BYTES, frame_bytes};

@@ -245,7 +245,8 @@ impl Core {
     }
 
     fn start_commit(&mut self, puts: Vec<Put>, deletes: Vec<Delete>) {
-        let put = puts.iter().map(|put| (put.frame, put.header)).collect();
+        let stats = |put: &Put| self.blocks.at(put.block).stats();
+        let put = puts.iter().map(|put| (put.frame, put.header, stats(put))).collect();
         let delete = deletes.iter().map(|delete| delete.id).collect();
         let op = self.start(Op::Commit { puts, deletes });
         self.commits_running += 1;

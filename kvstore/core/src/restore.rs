@@ -217,6 +217,7 @@ impl Core {
         }
         let block = self.blocks.at_mut(index);
         block.set_seal(block.seal().or(Some(found.checksum)));
+        block.restore_stats(found.stats);
         let sequence = found.write_sequence;
         self.transition(index, |block| block.nvme = Nvme::Sealed { frame, sequence });
     }

@@ -209,6 +209,7 @@ impl Core {
                 | Op::DropChunk { .. }
                 | Op::CarveSlot { .. }
                 | Op::ClearSpace { .. }
+                | Op::Scrub { .. }
                 | Op::Verify { .. }
                 | Op::Copy { .. } => {}
             }

@@ -290,6 +290,13 @@ impl Block {
         UseStats { depth: self.depth, turn: self.turn, uses: self.uses }
     }
 
+    /// Takes up what was remembered of it on a device.
+    pub(crate) fn restore_stats(&mut self, stats: UseStats) {
+        self.depth = self.depth.max(stats.depth);
+        self.turn = self.turn.max(stats.turn);
+        self.uses = self.uses.max(stats.uses);
+    }
+
     /// It was used now.
     pub(crate) fn touch(&mut self, tick: Tick, now: Now) {
         self.used = tick;
