@@ -1,4 +1,4 @@
-//! What to evict: pure functions from read-only views to a choice. They start
+//! Which candidate to evict: pure functions from read-only views to a choice. They start
 //! nothing, so another policy can stand in their place.
 
 use crate::ids::ChunkId;

@@ -1,0 +1,1 @@
+//! Which sealed blocks are worth a write.

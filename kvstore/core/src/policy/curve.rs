@@ -1,0 +1,1 @@
+//! What other sizes of a tier would bring.
