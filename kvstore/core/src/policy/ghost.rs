@@ -16,6 +16,7 @@
 use hashbrown::HashTable;
 
 use crate::api::UseStats;
+use crate::policy::admission::burst_of;
 use crate::policy::class::{Class, Tick};
 use crate::policy::hazards::{BUCKETS, Hazards, bucket_start};
 use crate::policy::queues::{Facts, Links, NONE, Place, Queues, Slab};
@@ -69,6 +70,8 @@ struct Entry {
     turn: u8,
     bucket: u8,
     flags: u8,
+    /// New blocks of the request that added it, as an octave.
+    burst: u8,
 }
 
 const _: () = assert!(size_of::<Entry>() <= 48);
@@ -195,6 +198,7 @@ impl Ghost {
         self.tick = self.tick.next();
         self.grow_older(hazards);
         let saved = self.take_path(steps, hazards);
+        self.count_new(hazards);
         for at in (0..self.path.len()).rev() {
             let index = self.path[at];
             self.make_hottest(index, hazards);
@@ -263,6 +267,18 @@ impl Ghost {
         saved
     }
 
+    /// How many blocks a request adds says how likely they come back.
+    fn count_new(&mut self, hazards: &mut Hazards) {
+        let is_new = |entry: &Entry| entry.flags & LINKED == 0;
+        let added = self.path.iter().filter(|&&index| is_new(self.entries.at(index))).count();
+        let burst = burst_of((added as u64) << self.shift);
+        for &index in self.path.iter().rev().take(added) {
+            let entry = self.entries.at_mut(index);
+            entry.burst = burst;
+            hazards.returns.is_new(entry.turn, burst);
+        }
+    }
+
     /// A request that starts amid a known prefix uses what is before it too.
     fn climb(&mut self, index: u32, hazards: &mut Hazards) {
         let mut parent = self.entries.at(index).parent;
@@ -278,6 +294,9 @@ impl Ghost {
         self.queues.unlist(&mut self.entries, index);
         let entry = self.entries.at_mut(index);
         hazards.used(entry.class(), usize::from(entry.bucket));
+        if entry.uses == 0 {
+            hazards.returns.came_back(entry.turn, entry.burst);
+        }
         entry.uses = entry.uses.saturating_add(1);
     }
 
@@ -299,6 +318,7 @@ impl Ghost {
             turn,
             bucket: 0,
             flags: 0,
+            burst: 0,
         };
         let index = match self.free.pop() {
             Some(index) => {
@@ -432,3 +452,6 @@ impl Ghost {
         self.free.push(index);
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -7,6 +7,7 @@
 //! are unbiased from the first moment on, and ages beyond a tier's reach are
 //! learned as well as those within. Counts decay, so that they follow change.
 
+use crate::policy::admission::Returns;
 use crate::policy::class::{CLASSES, Class};
 
 /// Ages are told apart by two steps an octave, up to 2^23 requests.
@@ -50,10 +51,10 @@ pub(crate) struct Hazards {
     used: Box<Table<f32>>,
     /// Most uses per request of the clock that keeping a block from an age on can bring.
     density: Box<Table<f32>>,
-    /// Of blocks that reach a bucket, the share that is not used in it.
-    survival: Box<Table<f32>>,
     uses: u32,
     learned: u32,
+    /// How many new blocks come back at all, for admission.
+    pub(crate) returns: Returns,
 }
 
 impl Hazards {
@@ -63,9 +64,9 @@ impl Hazards {
             reached: zeros(),
             used: zeros(),
             density: zeros(),
-            survival: Box::new([[1.0; BUCKETS]; CLASSES]),
             uses: 0,
             learned: 0,
+            returns: Returns::default(),
         }
     }
 
@@ -97,16 +98,6 @@ impl Hazards {
         self.density[class.index()][bucket(age)] * worth
     }
 
-    /// The probability that a block of this class is used within `horizon` requests
-    /// of its last use.
-    pub(crate) fn back_within(&self, class: Class, horizon: u32) -> f32 {
-        let survival = &self.survival[class.index()];
-        let last = bucket(horizon);
-        let unused: f32 = survival[..last].iter().product();
-        let share = share_of(horizon, last);
-        1.0 - unused * (1.0 - (1.0 - survival[last]) * share)
-    }
-
     /// How often the ranks were learned; before the first time all are equal.
     pub(crate) fn learned(&self) -> u32 {
         self.learned
@@ -125,7 +116,6 @@ impl Hazards {
                 let own_used = f64::from(self.used[class][bucket]);
                 let share = (own_used + PRIOR * average) / (own_reached + PRIOR);
                 hazard[bucket] = share.clamp(0.0, 1.0);
-                self.survival[class][bucket] = narrow(1.0 - hazard[bucket]);
             }
             for from in 0..BUCKETS {
                 self.density[class][from] = narrow(best_density(&hazard, from, end.max(from + 1)));
@@ -134,6 +124,7 @@ impl Hazards {
         for counts in [&mut self.reached, &mut self.used] {
             counts.iter_mut().flatten().for_each(|count| *count *= KEEP);
         }
+        self.returns.decay(KEEP);
     }
 
     /// Reached and used of all classes together, by age.
@@ -162,13 +153,6 @@ fn best_density(hazard: &[f64; BUCKETS], from: usize, end: usize) -> f64 {
         best = best.max(uses / time.max(1e-9));
     }
     best
-}
-
-/// How much of its bucket lies before an age.
-fn share_of(age: u32, bucket: usize) -> f32 {
-    let start = bucket_start(bucket);
-    let width = bucket_start(bucket + 1) - start;
-    narrow((f64::from(age - start) / f64::from(width)).min(1.0))
 }
 
 #[expect(clippy::cast_possible_truncation, reason = "a probability or density needs no more digits")]
@@ -240,17 +224,5 @@ mod tests {
         assert!(hazards.rank(first, 0, 1.0) > 10.0 * hazards.rank(second, 0, 1.0));
         phase(&mut hazards, second, first);
         assert!(hazards.rank(second, 0, 1.0) > 3.0 * hazards.rank(first, 0, 1.0));
-    }
-
-    /// Half of a class comes back at 10, the rest never: the chance must say so at any horizon.
-    #[test]
-    fn the_chance_to_come_back_follows_the_horizon() {
-        let mut hazards = Hazards::new();
-        for number in 0..4 * LEARN_EVERY {
-            live(&mut hazards, class(0), if number % 2 == 0 { 10 } else { 3000 }, number % 2 == 0);
-        }
-        assert!(hazards.back_within(class(0), 3) < 0.1);
-        let chance = hazards.back_within(class(0), 500);
-        assert!((chance - 0.5).abs() < 0.05, "half come back: {chance}");
     }
 }

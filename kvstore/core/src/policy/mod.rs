@@ -12,6 +12,7 @@ pub(crate) mod admission;
 pub(crate) mod choice;
 pub(crate) mod class;
 pub(crate) mod curve;
+pub(crate) mod curves;
 pub(crate) mod duel;
 pub(crate) mod ghost;
 pub(crate) mod hazards;
@@ -20,6 +21,9 @@ pub(crate) mod queues;
 pub(crate) mod replay;
 pub(crate) mod s3fifo;
 
+pub use admission::{Admit, Devices, WriteBudget};
+pub use curve::{CURVE_POINTS, Curve, CurvePoint, Lookup};
+pub use curves::Curves;
 pub use duel::{Duel, Leader};
 pub use ghost::Step;
 pub use replay::{Costs, Replay, Served};

@@ -76,6 +76,7 @@ pub(crate) trait Slab {
 }
 
 /// Among which blocks one is listed.
+#[allow(dead_code, reason = "the shadows and the replay know neither orphans nor promises")]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Place {
     /// It cannot be reached any more: before all others.
@@ -345,3 +346,6 @@ enum End {
     Cold,
     Hot,
 }
+
+#[cfg(test)]
+mod tests;
