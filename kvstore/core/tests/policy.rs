@@ -215,7 +215,7 @@ fn two_tiers(trace: &Trace, fast: usize, slow: usize, mut admit: Option<Admit>) 
         let turn = if known == 0 { 0 } else { stats[&request[known - 1]].turn.saturating_add(1) };
         hits += found;
         asked += request.len();
-        let key = |block: BlockId| (u128::from_le_bytes(block.to_bytes()) >> 64) as u64;
+        let key = Step::key_of;
         duel.request(request.iter().map(|&block| Step { key: key(block), seconds: 1.0, worth: 1.0 }));
         let added = u32::try_from(request.len() - known).expect("a short prompt");
         for &block in request.iter().rev() {

@@ -15,6 +15,8 @@ use crate::units::{ByteCount, Micros, Now};
 const TURNS: usize = 4;
 /// Octaves of new blocks in one request that are told apart: up to 255, and more.
 const BURSTS: usize = 9;
+#[expect(clippy::cast_possible_truncation, reason = "there are few bursts")]
+const BURST_LAST: u8 = BURSTS as u8 - 1;
 /// How many blocks of the average each kind is given in advance.
 const PRIOR: f32 = 20.0;
 /// Below so many new blocks nothing is known, and everything passes.
@@ -26,7 +28,7 @@ const DAY: Micros = Micros::new(24 * 3600 * 1_000_000);
 /// The kind of a request by how many blocks it adds.
 pub(crate) fn burst_of(added: u64) -> u8 {
     let octave = added.max(1).ilog2();
-    u8::try_from(octave).unwrap_or(u8::MAX).min(BURSTS as u8 - 1)
+    u8::try_from(octave).unwrap_or(u8::MAX).min(BURST_LAST)
 }
 
 /// How many new blocks of each kind there were, and how many of them were used again.

@@ -16,6 +16,7 @@
 use hashbrown::HashTable;
 
 use crate::api::UseStats;
+use crate::ids::BlockId;
 use crate::policy::admission::burst_of;
 use crate::policy::class::{Class, Tick};
 use crate::policy::hazards::{BUCKETS, Hazards, bucket_start};
@@ -46,6 +47,14 @@ pub struct Step {
     pub seconds: f32,
     /// What a use of it is worth to the order of eviction, per byte.
     pub worth: f32,
+}
+
+impl Step {
+    /// The bits of an id by which ghosts and curves know and sample it.
+    pub fn key_of(block: BlockId) -> u64 {
+        let [.., a, b, c, d, e, f, g, h] = block.to_bytes();
+        u64::from_le_bytes([a, b, c, d, e, f, g, h])
+    }
 }
 
 /// Seconds that one request would have saved.

@@ -138,11 +138,11 @@ impl Hazards {
 /// up at its first use or at the end, whichever is earlier.
 fn best_density(hazard: &[f64; BUCKETS], from: usize, end: usize) -> f64 {
     let (mut unused, mut uses, mut time, mut best) = (1.0, 0.0, 0.0, 0.0f64);
-    for bucket in from..end {
+    for (bucket, &share) in hazard.iter().enumerate().take(end).skip(from) {
         let width = f64::from(bucket_start(bucket + 1) - bucket_start(bucket));
-        uses += unused * hazard[bucket];
-        time += unused * width * (1.0 - hazard[bucket] / 2.0);
-        unused *= 1.0 - hazard[bucket];
+        uses += unused * share;
+        time += unused * width * (1.0 - share / 2.0);
+        unused *= 1.0 - share;
         best = best.max(uses / time.max(1e-9));
     }
     best

@@ -153,13 +153,17 @@ impl Queues {
     /// # Panics
     /// If it is listed already.
     pub(crate) fn list(&mut self, slab: &mut impl Slab, index: u32, place: Place, now: Tick) {
-        let facts = slab.facts(index);
         let list = match place {
             Place::Orphan => FIRST,
-            Place::Ordinary => CLASS_BASE + facts.class.number(),
+            Place::Ordinary => CLASS_BASE + slab.facts(index).class.number(),
             Place::Retained => LAST,
         };
-        let colder = self.place(slab, list, now.since(facts.used), now);
+        self.list_in(slab, index, list, now);
+    }
+
+    /// Lists a block in a list by its number.
+    pub(crate) fn list_in(&mut self, slab: &mut impl Slab, index: u32, list: u8, now: Tick) {
+        let colder = self.place(slab, list, now.since(slab.facts(index).used), now);
         self.insert(slab, index, list, colder);
     }
 

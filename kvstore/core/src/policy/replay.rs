@@ -20,8 +20,8 @@ use crate::units::{BlockCount, TokenCount};
 /// Gone blocks whose past is remembered, for each that the tier holds, and at least.
 const HISTORY_REACH: u32 = 8;
 const HISTORY_MIN: u32 = 8192;
-/// The ghost of S3-FIFO, for each block that the tier holds, in tenths.
-const S3_GHOST_TENTHS: u64 = 9;
+/// The memory of S3-FIFO is as long as its main queue.
+const S3_SMALL_PART: u32 = 10;
 
 /// What a use saves.
 #[derive(Clone, Copy, Debug)]
@@ -123,23 +123,15 @@ fn hash(block: BlockId) -> u64 {
     block.as_u128() as u64
 }
 
-/// The bits of an id by which ghosts know and sample it.
-#[expect(clippy::cast_possible_truncation, reason = "the high half of uniform bits")]
-pub(crate) fn sample_key(block: BlockId) -> u64 {
-    (block.as_u128() >> 64) as u64
-}
-
 impl Replay {
-    /// An empty tier of this many blocks.
+    /// An empty tier of this many blocks, at least one.
     pub fn new(policy: Policy, capacity: BlockCount, costs: Costs) -> Self {
         let blocks = capacity.get().max(1);
         let remembered = match policy {
             Policy::Duel | Policy::Learned | Policy::Lru | Policy::Fifo => {
                 blocks.saturating_mul(HISTORY_REACH).max(HISTORY_MIN)
             }
-            Policy::S3Fifo => {
-                u32::try_from(u64::from(blocks) * S3_GHOST_TENTHS / 10).expect("a part of a u32")
-            }
+            Policy::S3Fifo => blocks - blocks / S3_SMALL_PART,
         };
         Self {
             policy,
@@ -184,7 +176,7 @@ impl Replay {
         if matches!(self.policy, Policy::Learned | Policy::Duel) {
             let costs = self.costs;
             self.duel.request(blocks.iter().zip(0..).map(|(&block, depth)| Step {
-                key: sample_key(block),
+                key: Step::key_of(block),
                 seconds: narrow(costs.of_block(depth)),
                 worth: 1.0,
             }));
@@ -198,26 +190,21 @@ impl Replay {
         served
     }
 
-    fn leaves_only(&self) -> bool {
-        match self.policy {
-            Policy::Duel | Policy::Learned | Policy::Lru => true,
-            Policy::S3Fifo | Policy::Fifo => false,
-        }
-    }
-
     fn find(&self, block: BlockId) -> Option<u32> {
         self.index.find(hash(block), |&index| self.entries.at(index).block == block).copied()
     }
 
     fn use_again(&mut self, index: u32) {
         match self.policy {
-            Policy::Duel | Policy::Learned | Policy::Lru => self.queues.unlist(&mut self.entries, index),
+            Policy::Duel | Policy::Learned | Policy::Lru => {
+                self.queues.unlist(&mut self.entries, index);
+                let entry = self.entries.at_mut(index);
+                entry.stats.uses = entry.stats.uses.saturating_add(1);
+                entry.used = self.tick;
+            }
             Policy::S3Fifo => self.s3.used(&mut self.entries, index),
-            Policy::Fifo => return,
+            Policy::Fifo => {}
         }
-        let entry = self.entries.at_mut(index);
-        entry.stats.uses = entry.stats.uses.saturating_add(1);
-        entry.used = self.tick;
     }
 
     fn insert_missing(&mut self, blocks: &[BlockId], served: &mut Served) {
@@ -227,11 +214,6 @@ impl Replay {
             None => 0,
         };
         for (&block, depth) in blocks.iter().zip(0..).skip(served.hits as usize) {
-            if let Some(index) = self.find(block) {
-                // It lost an ancestor under a policy that does not keep leaves only.
-                self.use_again(index);
-                continue;
-            }
             let past = self.history.recall(block);
             known &= past.is_some();
             if let Some(past) = past.filter(|_| known) {
@@ -245,35 +227,41 @@ impl Replay {
             let index = self.add(block, parent, stats);
             if parent != NONE {
                 self.entries.at_mut(parent).children += 1;
+                self.unlist(parent);
+            }
+            if self.policy == Policy::S3Fifo {
+                self.s3.enter(&mut self.entries, index, past.is_some());
             }
             self.path.push(index);
             served.inserted += 1;
-        }
-        if !self.leaves_only() {
-            // Tail first, so that a prompt is evicted from its tail on.
-            for at in (served.hits as usize..self.path.len()).rev() {
-                let index = self.path[at];
-                self.enter_fifo(index, self.entries.at(index).stats.uses > 0);
-            }
-        }
-    }
-
-    fn enter_fifo(&mut self, index: u32, remembered: bool) {
-        match self.policy {
-            Policy::S3Fifo => self.s3.insert(&mut self.entries, index, remembered),
-            Policy::Fifo | Policy::Duel | Policy::Learned | Policy::Lru => {
-                self.queues.list(&mut self.entries, index, Place::Ordinary, self.tick);
-            }
         }
     }
 
     /// Only the last block of the path can be a leaf.
     fn enlist_path(&mut self) {
         if let Some(&last) = self.path.last()
-            && self.leaves_only()
             && self.entries.at(last).children == 0
+            && !self.entries.links(last).is_listed()
         {
-            self.queues.list(&mut self.entries, last, Place::Ordinary, self.tick);
+            self.list(last);
+        }
+    }
+
+    fn list(&mut self, index: u32) {
+        match self.policy {
+            Policy::S3Fifo => self.s3.list(&mut self.entries, index, self.tick),
+            Policy::Fifo | Policy::Duel | Policy::Learned | Policy::Lru => {
+                self.queues.list(&mut self.entries, index, Place::Ordinary, self.tick);
+            }
+        }
+    }
+
+    fn unlist(&mut self, index: u32) {
+        match self.policy {
+            Policy::S3Fifo => self.s3.unlist(&mut self.entries, index),
+            Policy::Fifo | Policy::Duel | Policy::Learned | Policy::Lru => {
+                self.queues.unlist(&mut self.entries, index);
+            }
         }
     }
 
@@ -323,29 +311,23 @@ impl Replay {
     }
 
     fn remove(&mut self, index: u32) {
-        self.queues_remove(index);
+        match self.policy {
+            Policy::S3Fifo => self.s3.leave(&mut self.entries, index),
+            Policy::Fifo | Policy::Duel | Policy::Learned | Policy::Lru => self.unlist(index),
+        }
         let Entry { block, parent, .. } = *self.entries.at(index);
         if let Ok(found) = self.index.find_entry(hash(block), |&slot| slot == index) {
             found.remove();
         }
         self.free.push(index);
         self.resident -= 1;
-        if parent == NONE || !self.leaves_only() {
+        if parent == NONE {
             return;
         }
         let entry = self.entries.at_mut(parent);
         entry.children -= 1;
         if entry.children == 0 {
-            self.queues.list(&mut self.entries, parent, Place::Ordinary, self.tick);
-        }
-    }
-
-    fn queues_remove(&mut self, index: u32) {
-        match self.policy {
-            Policy::S3Fifo => self.s3.remove(&mut self.entries, index),
-            Policy::Fifo | Policy::Duel | Policy::Learned | Policy::Lru => {
-                self.queues.unlist(&mut self.entries, index);
-            }
+            self.list(parent);
         }
     }
 }

@@ -1,6 +1,7 @@
 //! The shadows against a plain leaf-only LRU, and the bounds.
 
 use super::*;
+use crate::policy::hazards::bucket;
 
 fn bits(number: u64) -> u64 {
     let mut mixed = number.wrapping_add(0x9e37_79b9_7f4a_7c15);
@@ -83,7 +84,7 @@ fn check(ghost: &Ghost) {
         let age = ghost.tick.since(entry.used);
         assert!(age >= hotter_age, "in order of last use");
         hotter_age = age;
-        assert!(u32::from(entry.bucket) == crate::policy::hazards::bucket(age) as u32, "its age's bucket");
+        assert!(usize::from(entry.bucket) == bucket(age), "its age's bucket");
         assert!(entry.flags & IN_LRU == 0 || !edge_passed, "the LRU shadow is the hottest blocks");
         lru += u32::from(entry.flags & IN_LRU != 0);
         learned += u32::from(entry.flags & IN_LEARNED != 0);
