@@ -3,7 +3,7 @@
 //! A space has one set of lists a tier, for frames cannot serve another space.
 //! What was learned, and which order leads, is shared by all spaces of a tier.
 
-use crate::api::Policy;
+use crate::api::{Policy, Residence};
 use crate::core::Core;
 use crate::cost::ComputeCost;
 use crate::ids::{BlockId, SessionId};
@@ -11,7 +11,7 @@ use crate::policy::Choice;
 use crate::policy::class::Class;
 use crate::policy::duel::{Duel, Leader};
 use crate::policy::ghost::Step;
-use crate::policy::queues::{Facts, Links, Place, Queues, Slab};
+use crate::policy::queues::{Facts, Links, Look, Place, Queues, Slab};
 use crate::policy::s3fifo::S3Fifo;
 use crate::state::block::{Arriving, Block, BlockIndex, BlockTable, Nvme, WRITE_FAULTS_MAX};
 use crate::state::chunk::{ChunkKind, FrameState};
@@ -100,15 +100,17 @@ struct Listed<'a> {
     worth: Worth,
 }
 
-impl Slab for Listed<'_> {
+impl Look for Listed<'_> {
     fn links(&self, index: u32) -> Links {
-        let block = self.blocks.at(BlockIndex::new(index));
-        match self.tier {
-            Tier::Pinned => block.listed_pinned,
-            Tier::Nvme => block.listed_nvme,
-        }
+        self.blocks.at(BlockIndex::new(index)).links(self.tier)
     }
 
+    fn facts(&self, index: u32) -> Facts {
+        facts_of(self.blocks.at(BlockIndex::new(index)), self.tier, self.worth)
+    }
+}
+
+impl Slab for Listed<'_> {
     fn links_mut(&mut self, index: u32) -> &mut Links {
         let block = self.blocks.at_mut(BlockIndex::new(index));
         match self.tier {
@@ -116,15 +118,13 @@ impl Slab for Listed<'_> {
             Tier::Nvme => &mut block.listed_nvme,
         }
     }
-
-    fn facts(&self, index: u32) -> Facts {
-        let block = self.blocks.at(BlockIndex::new(index));
-        Facts { class: Class::of(block.stats()), used: block.used, worth: self.worth.of(block, self.tier) }
-    }
 }
 
-/// Whether a policy takes leaves only, and lists them by use; the others list
-/// every copy in the order of arrival.
+fn facts_of(block: &Block, tier: Tier, worth: Worth) -> Facts {
+    Facts { class: Class::of(block.stats()), used: block.used, worth: worth.of(block, tier) }
+}
+
+/// Whether a policy goes by last use; the others go by arrival.
 pub(crate) fn is_by_use(policy: Policy) -> bool {
     match policy {
         Policy::Duel | Policy::Learned | Policy::Lru => true,
@@ -135,8 +135,7 @@ pub(crate) fn is_by_use(policy: Policy) -> bool {
 impl Core {
     /// Puts a block into the lists that it belongs to now: leaves that could be
     /// evicted. In Pinned: its copy is in a chunk of the pool, no lease pins it,
-    /// no child is in Pinned. In Nvme: its copy is sealed, no child is in either
-    /// tier. Policies that go by arrival list whatever is in the tier.
+    /// no child is in Pinned. In Nvme: its copy is sealed, no child is in either tier.
     pub(crate) fn relist(&mut self, index: BlockIndex, how: Relist) {
         for tier in [Tier::Pinned, Tier::Nvme] {
             let wanted = self.place_of(index, tier);
@@ -154,32 +153,30 @@ impl Core {
     pub(crate) fn place_of(&self, index: BlockIndex, tier: Tier) -> Option<Place> {
         let block = self.blocks.at(index);
         let place = if block.is_retained() { Place::Retained } else { Place::Ordinary };
-        let by_use = is_by_use(self.config.policy);
         let (leaf_pinned, leaf) = block.leaf_of();
         let wanted = match tier {
             Tier::Pinned => {
-                (leaf_pinned || !by_use)
+                leaf_pinned
                     && block.pinned.is_some_and(|frame| {
                         let chunk = self.chunks.at(frame.chunk);
                         let state = chunk.frames[frame.index as usize].state;
                         let unpinned = matches!(state, FrameState::Sealed { pins: 0, .. });
-                        matches!(chunk.kind, ChunkKind::Pool | ChunkKind::Retiring) && (unpinned || !by_use)
+                        matches!(chunk.kind, ChunkKind::Pool | ChunkKind::Retiring) && unpinned
                     })
             }
-            Tier::Nvme => (leaf || !by_use) && matches!(block.nvme, Nvme::Sealed { .. }),
+            Tier::Nvme => leaf && matches!(block.nvme, Nvme::Sealed { .. }),
         };
         wanted.then_some(place)
     }
 
     fn list(&mut self, index: BlockIndex, tier: Tier, wanted: Option<Place>) {
         let (tick, policy) = (self.tick, self.config.policy);
-        let remembered = self.blocks.at(index).uses > 0;
         let (mut slab, evictable) = self.listed(self.blocks.at(index).space, tier);
         let place = index.get();
         if policy == Policy::S3Fifo {
-            evictable.s3.remove(&mut slab, place);
+            evictable.s3.unlist(&mut slab, place);
             if wanted.is_some() {
-                evictable.s3.insert(&mut slab, place, remembered);
+                evictable.s3.list(&mut slab, place, tick);
             }
             return;
         }
@@ -194,23 +191,43 @@ impl Core {
         let load_seconds = self.load_seconds_idle(space);
         let held = self.spaces.at_mut(space);
         let worth = worth_of(held, load_seconds);
-        let evictable = match tier {
-            Tier::Pinned => &mut held.evictable_pinned,
-            Tier::Nvme => &mut held.evictable_nvme,
-        };
+        let evictable = held.evictable(tier);
         (Listed { blocks: &mut self.blocks, tier, worth }, evictable)
     }
 
-    /// A listed block was used.
+    /// A block was used: what is listed moves, S3-FIFO counts.
     pub(crate) fn relist_used(&mut self, index: BlockIndex) {
+        let block = self.blocks.at(index);
         if self.config.policy != Policy::S3Fifo {
-            return self.relist(index, Relist::Touch);
+            if block.is_listed() {
+                self.relist(index, Relist::Touch);
+            }
+            return;
         }
-        let space = self.blocks.at(index).space;
-        for tier in [Tier::Pinned, Tier::Nvme] {
-            if self.blocks.at(index).links(tier).is_listed() {
+        let (space, there) = (block.space, block.residence());
+        for (tier, there) in [(Tier::Pinned, there.pinned), (Tier::Nvme, there.nvme)] {
+            if there {
                 let (mut slab, evictable) = self.listed(space, tier);
                 evictable.s3.used(&mut slab, index.get());
+            }
+        }
+    }
+
+    /// A copy came into a tier or left it: S3-FIFO counts what it holds.
+    pub(crate) fn count_copies(&mut self, index: BlockIndex, before: Residence, after: Residence) {
+        if self.config.policy != Policy::S3Fifo {
+            return;
+        }
+        let block = self.blocks.at(index);
+        let (space, remembered) = (block.space, block.uses > 0);
+        for (tier, was, is) in
+            [(Tier::Pinned, before.pinned, after.pinned), (Tier::Nvme, before.nvme, after.nvme)]
+        {
+            let (mut slab, evictable) = self.listed(space, tier);
+            match (was, is) {
+                (false, true) => evictable.s3.enter(&mut slab, index.get(), remembered),
+                (true, false) => evictable.s3.leave(&mut slab, index.get()),
+                (true, true) | (false, false) => {}
             }
         }
     }
@@ -270,7 +287,7 @@ impl Core {
                     Tier::Nvme => (compute - worth.load_seconds).max(0.0),
                 };
                 let per_byte = narrow((seconds / worth.bytes).max(WORTH_MIN));
-                Step { key: sample_key(block), seconds: narrow(seconds), worth: per_byte }
+                Step { key: Step::key_of(block), seconds: narrow(seconds), worth: per_byte }
             })
         };
         self.duels.pinned.request(steps(Tier::Pinned));
@@ -375,17 +392,14 @@ impl Core {
             Policy::Lru | Policy::Fifo | Policy::S3Fifo => Leader::Lru,
         };
         let tick = self.tick;
+        let mut queues = std::mem::take(&mut self.spaces.at_mut(space).evictable(tier).queues);
         let seen = Seen { core: self, tier, worth };
-        let held = self.spaces.at(space);
-        let queues = match tier {
-            Tier::Pinned => &held.evictable_pinned.queues,
-            Tier::Nvme => &held.evictable_nvme.queues,
-        };
-        let busy = |index: u32| busy(self, self.blocks.at(BlockIndex::new(index)));
+        let is_busy = |index: u32| busy(self, self.blocks.at(BlockIndex::new(index)));
         let found = match leader {
-            Leader::Lru => queues.coldest(&seen, tick, busy),
-            Leader::Learned => queues.least(&seen, self.duels.of(tier).hazards(), tick, busy),
+            Leader::Lru => queues.coldest(&seen, tick, is_busy),
+            Leader::Learned => queues.least(&seen, self.duels.of(tier).hazards(), tick, is_busy),
         };
+        self.spaces.at_mut(space).evictable(tier).queues = queues;
         found.map(BlockIndex::new)
     }
 
@@ -395,6 +409,7 @@ impl Core {
         tier: Tier,
         busy: impl Fn(&Core, &Block) -> bool,
     ) -> Option<BlockIndex> {
+        let tick = self.tick;
         for _ in 0..S3_BUSY_MAX {
             let (mut slab, evictable) = self.listed(space, tier);
             let index = BlockIndex::new(evictable.s3.victim(&mut slab, |_| false)?.index);
@@ -402,8 +417,9 @@ impl Core {
                 return Some(index);
             }
             let (mut slab, evictable) = self.listed(space, tier);
-            evictable.s3.remove(&mut slab, index.get());
-            evictable.s3.insert(&mut slab, index.get(), true);
+            evictable.s3.leave(&mut slab, index.get());
+            evictable.s3.enter(&mut slab, index.get(), true);
+            evictable.s3.list(&mut slab, index.get(), tick);
         }
         None
     }
@@ -467,18 +483,13 @@ struct Seen<'a> {
     worth: Worth,
 }
 
-impl Slab for Seen<'_> {
+impl Look for Seen<'_> {
     fn links(&self, index: u32) -> Links {
         self.core.blocks.at(BlockIndex::new(index)).links(self.tier)
     }
 
-    fn links_mut(&mut self, _: u32) -> &mut Links {
-        unreachable!("a look changes nothing")
-    }
-
     fn facts(&self, index: u32) -> Facts {
-        let block = self.core.blocks.at(BlockIndex::new(index));
-        Facts { class: Class::of(block.stats()), used: block.used, worth: self.worth.of(block, self.tier) }
+        facts_of(self.core.blocks.at(BlockIndex::new(index)), self.tier, self.worth)
     }
 }
 
@@ -486,12 +497,6 @@ fn worth_of(space: &Space, load_seconds: f64) -> Worth {
     #[expect(clippy::cast_precision_loss, reason = "a block is far shorter than 2^52 bytes")]
     let bytes = space.frame_bytes.get() as f64;
     Worth { compute: space.compute.cost(), load_seconds, bytes }
-}
-
-/// The bits of an id by which shadows know and sample it.
-#[expect(clippy::cast_possible_truncation, reason = "the high half of uniform bits")]
-fn sample_key(block: BlockId) -> u64 {
-    (block.as_u128() >> 64) as u64
 }
 
 #[expect(clippy::cast_possible_truncation, reason = "an estimate needs no more digits")]

@@ -16,7 +16,7 @@ mod ids;
 mod leases;
 mod memory;
 mod persist;
-mod policy;
+pub mod policy;
 mod reading;
 mod requests;
 mod residence;

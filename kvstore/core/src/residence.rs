@@ -45,6 +45,7 @@ impl Core {
                 (true, false) => self.unpersisted -= length,
                 (true, true) | (false, false) => {}
             }
+            self.count_copies(index, before, after);
             self.publish_change(index, before, after);
         }
         if after == Residence::default() {
@@ -87,9 +88,7 @@ impl Core {
         if by_use {
             block.touch(tick, now);
         }
-        if block.is_listed() {
-            self.relist_used(index);
-        }
+        self.relist_used(index);
     }
 
     /// The frame's bytes become the block's Pinned copy. The frame was filled for it.

@@ -38,12 +38,12 @@ impl Class {
 /// so that nothing ages while nobody asks, and ages mean the same under any load.
 /// It wraps: a block untouched for 2^32 requests looks young once.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Tick(u32);
+pub(crate) struct Tick(u32);
 
 impl Tick {
     /// The tick after this one.
     #[must_use]
-    pub const fn next(self) -> Self {
+    pub(crate) const fn next(self) -> Self {
         Self(self.0.wrapping_add(1))
     }
 

@@ -16,13 +16,15 @@
 use hashbrown::HashTable;
 
 use crate::api::UseStats;
+use crate::ids::BlockId;
+use crate::policy::admission::burst_of;
 use crate::policy::class::{Class, Tick};
 use crate::policy::hazards::{BUCKETS, Hazards, bucket_start};
-use crate::policy::queues::{Facts, Links, NONE, Place, Queues, Slab};
+use crate::policy::queues::{Facts, Links, Look, NONE, Place, Queues, Slab};
 use crate::units::BlockCount;
 
 /// Blocks watched at most: what a table of 65,536 buckets holds.
-const ENTRIES_MAX: u32 = 57_344;
+const ENTRIES_MAX: u32 = 14_336;
 /// Blocks watched for each that the tier holds, before sampling.
 const REACH: u32 = 8;
 /// A small tier's blocks come back long after they left it: these are watched at least.
@@ -33,6 +35,9 @@ const IN_LRU: u8 = 1;
 /// In the learned shadow.
 const IN_LEARNED: u8 = 2;
 
+/// Has its place in the order of last use: all but the new blocks of the request at hand.
+const LINKED: u8 = 4;
+
 /// One block of a request's prefix.
 #[derive(Clone, Copy, Debug)]
 pub struct Step {
@@ -42,6 +47,14 @@ pub struct Step {
     pub seconds: f32,
     /// What a use of it is worth to the order of eviction, per byte.
     pub worth: f32,
+}
+
+impl Step {
+    /// The bits of an id by which ghosts and curves know and sample it.
+    pub fn key_of(block: BlockId) -> u64 {
+        let [.., a, b, c, d, e, f, g, h] = block.to_bytes();
+        u64::from_le_bytes([a, b, c, d, e, f, g, h])
+    }
 }
 
 /// Seconds that one request would have saved.
@@ -66,6 +79,8 @@ struct Entry {
     turn: u8,
     bucket: u8,
     flags: u8,
+    /// New blocks of the request that added it, as an octave.
+    burst: u8,
 }
 
 const _: () = assert!(size_of::<Entry>() <= 48);
@@ -90,18 +105,20 @@ impl Entries {
     }
 }
 
-impl Slab for Entries {
+impl Look for Entries {
     fn links(&self, index: u32) -> Links {
         self.at(index).links
-    }
-
-    fn links_mut(&mut self, index: u32) -> &mut Links {
-        &mut self.at_mut(index).links
     }
 
     fn facts(&self, index: u32) -> Facts {
         let entry = self.at(index);
         Facts { class: entry.class(), used: entry.used, worth: entry.worth }
+    }
+}
+
+impl Slab for Entries {
+    fn links_mut(&mut self, index: u32) -> &mut Links {
+        &mut self.at_mut(index).links
     }
 }
 
@@ -192,6 +209,7 @@ impl Ghost {
         self.tick = self.tick.next();
         self.grow_older(hazards);
         let saved = self.take_path(steps, hazards);
+        self.count_new(hazards);
         for at in (0..self.path.len()).rev() {
             let index = self.path[at];
             self.make_hottest(index, hazards);
@@ -260,6 +278,18 @@ impl Ghost {
         saved
     }
 
+    /// How many blocks a request adds says how likely they come back.
+    fn count_new(&mut self, hazards: &mut Hazards) {
+        let is_new = |entry: &Entry| entry.flags & LINKED == 0;
+        let added = self.path.iter().filter(|&&index| is_new(self.entries.at(index))).count();
+        let burst = burst_of((added as u64) << self.shift);
+        for &index in self.path.iter().rev().take(added) {
+            let entry = self.entries.at_mut(index);
+            entry.burst = burst;
+            hazards.returns.is_new(entry.turn, burst);
+        }
+    }
+
     /// A request that starts amid a known prefix uses what is before it too.
     fn climb(&mut self, index: u32, hazards: &mut Hazards) {
         let mut parent = self.entries.at(index).parent;
@@ -275,6 +305,9 @@ impl Ghost {
         self.queues.unlist(&mut self.entries, index);
         let entry = self.entries.at_mut(index);
         hazards.used(entry.class(), usize::from(entry.bucket));
+        if entry.uses == 0 {
+            hazards.returns.came_back(entry.turn, entry.burst);
+        }
         entry.uses = entry.uses.saturating_add(1);
     }
 
@@ -296,6 +329,7 @@ impl Ghost {
             turn,
             bucket: 0,
             flags: 0,
+            burst: 0,
         };
         let index = match self.free.pop() {
             Some(index) => {
@@ -309,8 +343,6 @@ impl Ghost {
         };
         let entries = &self.entries;
         self.index.insert_unique(hash(step.key), index, |&index| hash(entries.at(index).key));
-        // Hotter than all until it gets its place; it is not linked yet.
-        self.link_hottest(index);
         index
     }
 
@@ -354,12 +386,14 @@ impl Ghost {
 
     /// It was used by this request: to the hot end, and into the LRU shadow.
     fn make_hottest(&mut self, index: u32, hazards: &mut Hazards) {
-        self.unlink(index);
+        if self.entries.at(index).flags & LINKED != 0 {
+            self.unlink(index);
+        }
         self.link_hottest(index);
         let entry = self.entries.at_mut(index);
         entry.used = self.tick;
         entry.bucket = 0;
-        entry.flags |= IN_LRU;
+        entry.flags |= LINKED | IN_LRU;
         hazards.reached(entry.class(), 0);
         self.lru_length += 1;
         if self.lru_edge == NONE {
@@ -429,3 +463,6 @@ impl Ghost {
         self.free.push(index);
     }
 }
+
+#[cfg(test)]
+mod tests;

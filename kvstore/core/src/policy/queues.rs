@@ -11,8 +11,6 @@
 //! The caller lists leaves only, and says when a block becomes or stops being one.
 //! Every operation is O(1) or O(lists); nothing is allocated or drawn at random.
 
-use std::cmp::Reverse;
-
 use crate::policy::class::{CLASSES, Class, Tick};
 use crate::policy::hazards::Hazards;
 
@@ -53,11 +51,6 @@ impl Links {
     pub(crate) fn is_listed(self) -> bool {
         self.list != UNLISTED
     }
-
-    /// Which list it is in.
-    pub(crate) fn list(self) -> Option<u8> {
-        self.is_listed().then_some(self.list)
-    }
 }
 
 /// What the order depends on.
@@ -70,14 +63,19 @@ pub(crate) struct Facts {
     pub(crate) worth: f32,
 }
 
-/// The caller's entries.
-pub(crate) trait Slab {
+/// The caller's entries, to look at.
+pub(crate) trait Look {
     fn links(&self, index: u32) -> Links;
-    fn links_mut(&mut self, index: u32) -> &mut Links;
     fn facts(&self, index: u32) -> Facts;
 }
 
+/// The caller's entries, to list.
+pub(crate) trait Slab: Look {
+    fn links_mut(&mut self, index: u32) -> &mut Links;
+}
+
 /// Among which blocks one is listed.
+#[allow(dead_code, reason = "the shadows and the replay know neither orphans nor promises")]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Place {
     /// It cannot be reached any more: before all others.
@@ -100,13 +98,49 @@ pub(crate) struct Queues {
     lists: [Ends; LISTS],
     /// Bit n: list n is not empty.
     filled: u32,
+    /// The choice of each class list that was found at `found_at`, while its bit in
+    /// `found` is set: until the list or the time changes.
+    choices: [Found; LISTS],
+    found: u32,
+    found_for: Option<(Tick, Order)>,
 }
+
+/// By what the next to leave is found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Order {
+    Age,
+    /// By the ranks that were learned so many times.
+    Rank(u32),
+}
+
+/// Who would leave a list first, and how much it is worth.
+#[derive(Clone, Copy, Debug)]
+struct Found {
+    rank: f32,
+    age: u32,
+    index: u32,
+}
+
+impl Found {
+    fn before(&self, other: &Found) -> bool {
+        self.rank < other.rank || (self.rank == other.rank && self.age > other.age)
+    }
+}
+
+/// The bits of the class lists.
+const CLASS_LISTS: u32 = ((1 << CLASSES) - 1) << CLASS_BASE;
 
 const _: () = assert!(LISTS <= u32::BITS as usize);
 
 impl Default for Queues {
     fn default() -> Self {
-        Self { lists: [Ends { hottest: NONE, coldest: NONE }; LISTS], filled: 0 }
+        Self {
+            lists: [Ends { hottest: NONE, coldest: NONE }; LISTS],
+            filled: 0,
+            choices: [Found { rank: 0.0, age: 0, index: NONE }; LISTS],
+            found: 0,
+            found_for: None,
+        }
     }
 }
 
@@ -118,18 +152,22 @@ impl Queues {
     /// # Panics
     /// If it is listed already.
     pub(crate) fn list(&mut self, slab: &mut impl Slab, index: u32, place: Place, now: Tick) {
-        let facts = slab.facts(index);
         let list = match place {
             Place::Orphan => FIRST,
-            Place::Ordinary => CLASS_BASE + facts.class.number(),
+            Place::Ordinary => CLASS_BASE + slab.facts(index).class.number(),
             Place::Retained => LAST,
         };
-        let colder = self.place(slab, list, now.since(facts.used), now);
+        self.list_in(slab, index, list, now);
+    }
+
+    /// Lists a block in a list by its number.
+    pub(crate) fn list_in(&mut self, slab: &mut impl Slab, index: u32, list: u8, now: Tick) {
+        let colder = self.place(slab, list, now.since(slab.facts(index).used), now);
         self.insert(slab, index, list, colder);
     }
 
     /// The block behind which one of this age goes, on the colder side.
-    fn place(&self, slab: &impl Slab, list: u8, age: u32, now: Tick) -> u32 {
+    fn place(&self, slab: &impl Look, list: u8, age: u32, now: Tick) -> u32 {
         let age_of = |index: u32| now.since(slab.facts(index).used);
         let ends = self.lists[usize::from(list)];
         let (mut from_hot, mut from_cold) = (ends.hottest, ends.coldest);
@@ -157,7 +195,7 @@ impl Queues {
     }
 
     /// The block at the cold end of a list by its number, busy ones passed over.
-    pub(crate) fn cold_end(&self, slab: &impl Slab, list: u8, busy: &impl Fn(u32) -> bool) -> Option<u32> {
+    pub(crate) fn cold_end(&self, slab: &impl Look, list: u8, busy: &impl Fn(u32) -> bool) -> Option<u32> {
         self.end(slab, list, End::Cold, busy)
     }
 
@@ -177,6 +215,7 @@ impl Queues {
             colder => slab.links_mut(colder).hotter = index,
         }
         self.filled |= 1 << list;
+        self.found &= !(1 << list);
     }
 
     /// Takes a block out, if it is listed.
@@ -186,6 +225,7 @@ impl Queues {
             return;
         }
         *slab.links_mut(index) = Links { mark, ..Links::default() };
+        self.found &= !(1 << list);
         let ends = &mut self.lists[usize::from(list)];
         match hotter {
             NONE => ends.hottest = colder,
@@ -201,60 +241,88 @@ impl Queues {
     }
 
     /// The block that was not used for longest: orphans first, retained ones last.
-    /// `busy` blocks are passed over, up to a few in each list.
-    pub(crate) fn coldest(&self, slab: &impl Slab, now: Tick, busy: impl Fn(u32) -> bool) -> Option<u32> {
-        self.choose(slab, &busy, &[End::Cold], |index| Reverse(now.since(slab.facts(index).used)))
+    /// `busy` blocks are passed over, up to a few in each list; one that is no longer
+    /// busy is found again at the next tick.
+    pub(crate) fn coldest(&mut self, slab: &impl Look, now: Tick, busy: impl Fn(u32) -> bool) -> Option<u32> {
+        self.choose(slab, &busy, now, Order::Age, &[End::Cold], |_, _| 0.0)
     }
 
     /// The block with the least expected savings per byte and time: orphans first,
     /// retained ones last. Of equals the one that was not used for longest.
     pub(crate) fn least(
-        &self,
-        slab: &impl Slab,
+        &mut self,
+        slab: &impl Look,
         hazards: &Hazards,
         now: Tick,
         busy: impl Fn(u32) -> bool,
     ) -> Option<u32> {
-        if !hazards.is_learned() {
-            return self.coldest(slab, now, busy);
-        }
-        self.choose(slab, &busy, &[End::Cold, End::Hot], |index| {
-            let facts = slab.facts(index);
-            let age = now.since(facts.used);
-            (hazards.rank(facts.class, age, facts.worth), Reverse(age))
+        let order = Order::Rank(hazards.learned());
+        self.choose(slab, &busy, now, order, &[End::Cold, End::Hot], |facts, age| {
+            hazards.rank(facts.class, age, facts.worth)
         })
     }
 
-    /// An orphan if there is one, else the block with the least key of those at the
-    /// ends of the class lists, else a retained block.
-    fn choose<K: PartialOrd>(
-        &self,
-        slab: &impl Slab,
+    /// An orphan if there is one, else the block that is before all others of those
+    /// at the ends of the class lists, else a retained block.
+    fn choose(
+        &mut self,
+        slab: &impl Look,
         busy: &impl Fn(u32) -> bool,
+        now: Tick,
+        order: Order,
         looked_at: &[End],
-        key: impl Fn(u32) -> K,
+        rank: impl Fn(Facts, u32) -> f32,
     ) -> Option<u32> {
         if let Some(orphan) = self.end(slab, FIRST, End::Cold, busy) {
             return Some(orphan);
         }
-        let mut best: Option<(K, u32)> = None;
-        for list in CLASS_BASE..LAST {
-            if self.filled & (1 << list) == 0 {
-                continue;
+        if self.found_for != Some((now, order)) {
+            self.found_for = Some((now, order));
+            self.found = 0;
+        }
+        let mut best: Option<Found> = None;
+        let mut left = self.filled & CLASS_LISTS;
+        while left != 0 {
+            let list = left.trailing_zeros();
+            left &= left - 1;
+            let at = list as usize;
+            if self.found & (1 << list) == 0 || busy(self.choices[at].index) {
+                self.found &= !(1 << list);
+                let Some(found) = self.find_in(slab, at, busy, now, looked_at, &rank) else { continue };
+                self.choices[at] = found;
+                self.found |= 1 << list;
             }
-            for &end in looked_at {
-                let Some(index) = self.end(slab, list, end, busy) else { break };
-                let found = key(index);
-                if best.as_ref().is_none_or(|(least, _)| found < *least) {
-                    best = Some((found, index));
-                }
+            if best.is_none_or(|best| self.choices[at].before(&best)) {
+                best = Some(self.choices[at]);
             }
         }
-        best.map(|(_, index)| index).or_else(|| self.end(slab, LAST, End::Cold, busy))
+        best.map(|found| found.index).or_else(|| self.end(slab, LAST, End::Cold, busy))
+    }
+
+    fn find_in(
+        &self,
+        slab: &impl Look,
+        list: usize,
+        busy: &impl Fn(u32) -> bool,
+        now: Tick,
+        looked_at: &[End],
+        rank: &impl Fn(Facts, u32) -> f32,
+    ) -> Option<Found> {
+        let mut best: Option<Found> = None;
+        for &end in looked_at {
+            let index = self.end(slab, u8::try_from(list).ok()?, end, busy)?;
+            let facts = slab.facts(index);
+            let age = now.since(facts.used);
+            let found = Found { rank: rank(facts, age), age, index };
+            if best.is_none_or(|best| found.before(&best)) {
+                best = Some(found);
+            }
+        }
+        best
     }
 
     /// The first block from an end of a list that is not busy.
-    fn end(&self, slab: &impl Slab, list: u8, end: End, busy: &impl Fn(u32) -> bool) -> Option<u32> {
+    fn end(&self, slab: &impl Look, list: u8, end: End, busy: &impl Fn(u32) -> bool) -> Option<u32> {
         let ends = self.lists[usize::from(list)];
         let mut index = match end {
             End::Cold => ends.coldest,
@@ -281,3 +349,6 @@ enum End {
     Cold,
     Hot,
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,20 +1,23 @@
 //! S3-FIFO: a small queue through which new blocks pass, a main queue for those
 //! that were used in it or come back soon after, and a memory of who left the small one.
 
+use crate::policy::class::Tick;
 use crate::policy::queues::{Queues, Slab};
 
 /// The small queue's share of all blocks.
 const SMALL_PART: u32 = 10;
 /// Uses in the small queue that earn a place in the main one.
-const PROMOTE_USES: u8 = 2;
+const PROMOTE_USES: u8 = 1;
 /// Uses that are counted at most.
-const MARK_MAX: u8 = 3;
+const USES_MAX: u8 = 3;
 /// Blocks that are moved on before one is evicted at the latest.
 const MOVES_MAX: u32 = 64;
 
 /// The lists of the two queues in [`Queues`].
 const SMALL: u8 = 1;
 const MAIN: u8 = 2;
+/// Bit of a block's mark: it belongs to the main queue. The rest counts uses.
+const IN_MAIN: u8 = 0x80;
 
 /// Who leaves, and from where.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -24,7 +27,8 @@ pub(crate) struct Leaving {
     pub(crate) from_small: bool,
 }
 
-/// Both queues; every resident block is in one of them.
+/// Both queues. Every resident block belongs to one of them; only leaves are listed,
+/// in order of entry.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct S3Fifo {
     queues: Queues,
@@ -34,26 +38,34 @@ pub(crate) struct S3Fifo {
 
 impl S3Fifo {
     /// A new block; `remembered` says that it left the small queue not long ago.
-    pub(crate) fn insert(&mut self, slab: &mut impl Slab, index: u32, remembered: bool) {
-        slab.links_mut(index).mark = 0;
-        let list = if remembered { MAIN } else { SMALL };
-        self.push(slab, index, list);
+    pub(crate) fn enter(&mut self, slab: &mut impl Slab, index: u32, remembered: bool) {
+        slab.links_mut(index).mark = if remembered { IN_MAIN } else { 0 };
+        *(if remembered { &mut self.main } else { &mut self.small }) += 1;
     }
 
     /// It was used.
     pub(crate) fn used(&self, slab: &mut impl Slab, index: u32) {
         let links = slab.links_mut(index);
-        links.mark = (links.mark + 1).min(MARK_MAX);
+        let uses = (links.mark & !IN_MAIN) + 1;
+        links.mark = (links.mark & IN_MAIN) | uses.min(USES_MAX);
     }
 
-    /// Takes a block out, if it is in.
-    pub(crate) fn remove(&mut self, slab: &mut impl Slab, index: u32) {
-        match slab.links(index).list() {
-            Some(SMALL) => self.small -= 1,
-            Some(_) => self.main -= 1,
-            None => return,
-        }
+    /// It is a leaf from now on.
+    pub(crate) fn list(&mut self, slab: &mut impl Slab, index: u32, now: Tick) {
+        let list = if slab.links(index).mark & IN_MAIN == 0 { SMALL } else { MAIN };
+        self.queues.list_in(slab, index, list, now);
+    }
+
+    /// It is no leaf any more.
+    pub(crate) fn unlist(&mut self, slab: &mut impl Slab, index: u32) {
         self.queues.unlist(slab, index);
+    }
+
+    /// It is gone.
+    pub(crate) fn leave(&mut self, slab: &mut impl Slab, index: u32) {
+        self.queues.unlist(slab, index);
+        let in_main = slab.links(index).mark & IN_MAIN != 0;
+        *(if in_main { &mut self.main } else { &mut self.small }) -= 1;
     }
 
     /// Who goes next. Moves blocks that earned it on, up to a bounded number; after
@@ -69,20 +81,16 @@ impl S3Fifo {
                 (_, Some(main)) => (main, false),
                 (None, None) => return None,
             };
-            let mark = slab.links(index).mark;
-            let earned = if from_small { mark >= PROMOTE_USES } else { mark > 0 };
+            let uses = slab.links(index).mark & !IN_MAIN;
+            let earned = if from_small { uses >= PROMOTE_USES } else { uses > 0 };
             if !earned || moves == MOVES_MAX {
                 return Some(Leaving { index, from_small });
             }
-            self.remove(slab, index);
-            slab.links_mut(index).mark = if from_small { 0 } else { mark - 1 };
-            self.push(slab, index, MAIN);
+            self.leave(slab, index);
+            self.main += 1;
+            slab.links_mut(index).mark = IN_MAIN | if from_small { 0 } else { uses - 1 };
+            self.queues.push(slab, index, MAIN);
         }
         None
-    }
-
-    fn push(&mut self, slab: &mut impl Slab, index: u32, list: u8) {
-        *(if list == SMALL { &mut self.small } else { &mut self.main }) += 1;
-        self.queues.push(slab, index, list);
     }
 }

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::cost::Compute;
-use crate::evict::Evictable;
+use crate::evict::{Evictable, Tier};
 use crate::ids::{ChunkId, SpaceId, TenantId};
 use crate::state::count;
 use crate::units::ByteCount;
@@ -44,6 +44,16 @@ pub(crate) struct Space {
     pub(crate) compute: Compute,
     pub(crate) blocks_pinned: u64,
     pub(crate) blocks_nvme: u64,
+}
+
+impl Space {
+    /// Its blocks that may leave a tier.
+    pub(crate) fn evictable(&mut self, tier: Tier) -> &mut Evictable {
+        match tier {
+            Tier::Pinned => &mut self.evictable_pinned,
+            Tier::Nvme => &mut self.evictable_nvme,
+        }
+    }
 }
 
 /// All spaces.

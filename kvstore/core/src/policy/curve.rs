@@ -1,0 +1,355 @@
+//! What other sizes of a tier would bring: the miss-ratio curve under LRU, from a
+//! bounded sample of all blocks that were asked for.
+//!
+//! A block is in an LRU tier of a size if the blocks used since fit into it with
+//! it (tail-to-head LRU, which equals leaf-only LRU, so that the longest cached
+//! prefix is exactly the blocks that are in). That distance is measured among
+//! blocks sampled by their id and scaled up; when the sample is full, every second
+//! block of it is dropped. So the memory is fixed and the rate adapts.
+
+use hashbrown::HashTable;
+
+/// Sizes of a curve.
+pub const CURVE_POINTS: usize = 32;
+/// The largest size, in sizes of the tier, and the smallest, as its part.
+const LARGEST: f64 = 4.0;
+const SMALLEST_PART: f64 = 1024.0;
+/// Requests between two decays, and what remains then: half after 180,000 requests.
+const DECAY_EVERY: u32 = 4096;
+const DECAY_KEEP: f64 = 0.985;
+
+const NONE: u32 = u32::MAX;
+
+/// One block of a request's prefix.
+#[derive(Clone, Copy, Debug)]
+pub struct Lookup {
+    /// Uniform bits of the block id.
+    pub key: u64,
+    /// What it takes of the tier, in the unit of its size: bytes or blocks.
+    pub size: u64,
+    /// Tokens that a hit saves.
+    pub tokens: u32,
+    /// Seconds that a hit saves.
+    pub seconds: f32,
+}
+
+/// What a tier of one size would bring.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct CurvePoint {
+    /// The size, in the unit of the tier's size.
+    pub size: u64,
+    /// Tokens found, of those asked for.
+    pub token_hits: f64,
+    /// Seconds saved, of those that computing everything takes.
+    pub second_hits: f64,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Entry {
+    key: u64,
+    size: u64,
+    place: u32,
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+struct Sums {
+    tokens: f64,
+    seconds: f64,
+}
+
+/// The curve of one tier, over all or for one tenant.
+#[derive(Clone, Debug)]
+pub struct Curve {
+    sizes: [u64; CURVE_POINTS],
+    /// Hits that need at least this size and not less.
+    hits: [Sums; CURVE_POINTS],
+    asked: Sums,
+    /// What was asked for according to the sample; differs from `asked` by luck.
+    sampled: Sums,
+    /// A block is sampled if so many leading bits of its key are zero.
+    shift: u32,
+    entries: Vec<Entry>,
+    free: Vec<u32>,
+    index: HashTable<u32>,
+    /// The entry at each place in order of last use; later is hotter.
+    places: Vec<u32>,
+    /// No place before this one is taken.
+    oldest: usize,
+    /// Sizes by place, as a Fenwick tree.
+    tree: Vec<u64>,
+    total: u64,
+    entries_max: usize,
+    path: Vec<u32>,
+    requests: u32,
+}
+
+fn hash(key: u64) -> u64 {
+    // The leading bits are alike in all sampled blocks.
+    key.rotate_left(29)
+}
+
+impl Curve {
+    /// For a tier of this size, from at most `entries_max` sampled blocks (at least 64).
+    pub fn new(size: u64, entries_max: u32) -> Self {
+        let entries_max = entries_max.max(64) as usize;
+        Self {
+            sizes: sizes(size),
+            hits: [Sums::default(); CURVE_POINTS],
+            asked: Sums::default(),
+            sampled: Sums::default(),
+            shift: 0,
+            entries: Vec::new(),
+            free: Vec::new(),
+            index: HashTable::new(),
+            places: Vec::new(),
+            oldest: 0,
+            tree: vec![0; 4 * entries_max + 1],
+            total: 0,
+            entries_max,
+            path: Vec::new(),
+            requests: 0,
+        }
+    }
+
+    /// The tier has this size from now on: counts start anew, what is known of blocks stays.
+    pub fn resize(&mut self, size: u64) {
+        self.sizes = sizes(size);
+        self.hits = [Sums::default(); CURVE_POINTS];
+        self.asked = Sums::default();
+        self.sampled = Sums::default();
+    }
+
+    /// A request for a prefix, head first.
+    pub fn request(&mut self, blocks: impl Iterator<Item = Lookup>) {
+        self.requests = self.requests.wrapping_add(1);
+        if self.requests.is_multiple_of(DECAY_EVERY) {
+            self.decay();
+        }
+        self.path.clear();
+        for block in blocks {
+            let own = Sums { tokens: f64::from(block.tokens), seconds: f64::from(block.seconds) };
+            self.asked.add(own, 1.0);
+            if block.key.leading_zeros() < self.shift || self.path.len() >= self.entries_max {
+                continue;
+            }
+            let scale = self.scale();
+            self.sampled.add(own, scale);
+            match self.index.find(hash(block.key), |&slot| self.entries[slot as usize].key == block.key) {
+                Some(&slot) => {
+                    if let Some(point) = self.point_of(slot, scale) {
+                        self.hits[point].add(own, scale);
+                    }
+                    self.path.push(slot);
+                }
+                None => {
+                    let slot = self.add(block);
+                    self.path.push(slot);
+                }
+            }
+        }
+        for at in (0..self.path.len()).rev() {
+            self.make_hottest(self.path[at]);
+        }
+        self.forget_cold();
+        while self.entries.len() - self.free.len() > self.entries_max {
+            self.halve();
+        }
+    }
+
+    /// The curve so far, smallest size first.
+    pub fn points(&self) -> Vec<CurvePoint> {
+        // Whether the hottest blocks are sampled is luck, and they hit: misses are
+        // counted from the sample, and what is not a miss is spread as its hits are.
+        let found = self.hits.iter().fold(Sums::default(), |sum, hits| sum.with(*hits, 1.0));
+        let factor = |asked: f64, sampled: f64, found: f64| {
+            let hits = (asked - (sampled - found)).max(0.0);
+            if found > 0.0 && asked > 0.0 { hits / found / asked } else { 0.0 }
+        };
+        let tokens = factor(self.asked.tokens, self.sampled.tokens, found.tokens);
+        let seconds = factor(self.asked.seconds, self.sampled.seconds, found.seconds);
+        let mut sum = Sums::default();
+        let points = self.sizes.iter().zip(&self.hits).map(|(&size, hits)| {
+            sum = sum.with(*hits, 1.0);
+            CurvePoint {
+                size,
+                token_hits: (sum.tokens * tokens).min(1.0),
+                second_hits: (sum.seconds * seconds).min(1.0),
+            }
+        });
+        points.collect()
+    }
+
+    /// One of how many blocks is sampled now.
+    pub fn sampled_one_of(&self) -> u64 {
+        1 << self.shift.min(63)
+    }
+
+    fn scale(&self) -> f64 {
+        f64::from(self.shift).exp2()
+    }
+
+    /// The smallest size that holds the block; `None` if none does.
+    fn point_of(&self, slot: u32, scale: f64) -> Option<usize> {
+        let entry = self.entries[slot as usize];
+        let hotter = self.total - self.sum_to(entry.place);
+        let needed = real(hotter) * scale + real(entry.size);
+        let point = self.sizes.partition_point(|&size| real(size) < needed);
+        (point < CURVE_POINTS).then_some(point)
+    }
+
+    fn add(&mut self, block: Lookup) -> u32 {
+        let entry = Entry { key: block.key, size: block.size, place: NONE };
+        let slot = match self.free.pop() {
+            Some(slot) => {
+                self.entries[slot as usize] = entry;
+                slot
+            }
+            None => {
+                self.entries.push(entry);
+                u32::try_from(self.entries.len() - 1).expect("the sample is bounded")
+            }
+        };
+        let entries = &self.entries;
+        self.index.insert_unique(hash(block.key), slot, |&slot| hash(entries[slot as usize].key));
+        slot
+    }
+
+    fn make_hottest(&mut self, slot: u32) {
+        self.vacate(slot);
+        if self.places.len() + 1 >= self.tree.len() {
+            self.compact();
+        }
+        let place = u32::try_from(self.places.len()).expect("places are bounded");
+        self.places.push(slot);
+        let entry = &mut self.entries[slot as usize];
+        entry.place = place;
+        let size = entry.size;
+        self.total += size;
+        self.change(place, |cell| cell + size);
+    }
+
+    fn vacate(&mut self, slot: u32) {
+        let Entry { place, size, .. } = self.entries[slot as usize];
+        if place == NONE {
+            return;
+        }
+        self.places[place as usize] = NONE;
+        self.entries[slot as usize].place = NONE;
+        self.total -= size;
+        self.change(place, |cell| cell - size);
+    }
+
+    /// Drops what no size of the curve would hold.
+    fn forget_cold(&mut self) {
+        let largest = real(self.sizes[CURVE_POINTS - 1]) / self.scale();
+        while real(self.total) > largest {
+            while self.places.get(self.oldest) == Some(&NONE) {
+                self.oldest += 1;
+            }
+            let Some(&slot) = self.places.get(self.oldest) else { return };
+            self.forget(slot);
+        }
+    }
+
+    fn forget(&mut self, slot: u32) {
+        self.vacate(slot);
+        let key = self.entries[slot as usize].key;
+        if let Ok(found) = self.index.find_entry(hash(key), |&other| other == slot) {
+            found.remove();
+        }
+        self.free.push(slot);
+    }
+
+    /// Renumbers the places that are taken.
+    fn compact(&mut self) {
+        self.places.retain(|&slot| slot != NONE);
+        self.oldest = 0;
+        self.tree.fill(0);
+        for at in 0..self.places.len() {
+            let place = u32::try_from(at).expect("places are bounded");
+            let entry = &mut self.entries[self.places[at] as usize];
+            entry.place = place;
+            let size = entry.size;
+            self.change(place, |cell| cell + size);
+        }
+    }
+
+    /// Drops every second block of the sample.
+    fn halve(&mut self) {
+        self.shift += 1;
+        for at in 0..self.places.len() {
+            let slot = self.places[at];
+            if slot == NONE || self.entries[slot as usize].key.leading_zeros() >= self.shift {
+                continue;
+            }
+            self.forget(slot);
+        }
+        self.compact();
+    }
+
+    /// Applies a change to every cell of the tree that covers a place.
+    fn change(&mut self, place: u32, change: impl Fn(u64) -> u64) {
+        let mut at = place as usize + 1;
+        while at < self.tree.len() {
+            self.tree[at] = change(self.tree[at]);
+            at += at & at.wrapping_neg();
+        }
+    }
+
+    /// Sizes at this place and all before it.
+    fn sum_to(&self, place: u32) -> u64 {
+        let mut at = place as usize + 1;
+        let mut sum = 0;
+        while at > 0 {
+            sum += self.tree[at];
+            at &= at - 1;
+        }
+        sum
+    }
+
+    fn decay(&mut self) {
+        for sums in self.hits.iter_mut().chain([&mut self.asked, &mut self.sampled]) {
+            sums.tokens *= DECAY_KEEP;
+            sums.seconds *= DECAY_KEEP;
+        }
+    }
+}
+
+impl Sums {
+    fn with(self, other: Sums, scale: f64) -> Sums {
+        Sums { tokens: self.tokens + other.tokens * scale, seconds: self.seconds + other.seconds * scale }
+    }
+
+    fn add(&mut self, other: Sums, scale: f64) {
+        *self = self.with(other, scale);
+    }
+}
+
+/// From far below the tier's size to several times it, in equal ratios.
+fn sizes(size: u64) -> [u64; CURVE_POINTS] {
+    let step = (LARGEST * SMALLEST_PART).powf(1.0 / real(CURVE_POINTS as u64 - 1));
+    let mut sizes = [0; CURVE_POINTS];
+    let mut next = real(size.max(1)) / SMALLEST_PART;
+    for point in &mut sizes {
+        *point = whole(next).max(1);
+        next *= step;
+    }
+    sizes
+}
+
+#[expect(clippy::cast_precision_loss, reason = "a size needs no more digits")]
+fn real(value: u64) -> f64 {
+    value as f64
+}
+
+#[expect(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "not negative; beyond 2^64 it saturates"
+)]
+fn whole(value: f64) -> u64 {
+    value.round() as u64
+}
+
+#[cfg(test)]
+mod tests;
