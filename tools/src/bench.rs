@@ -6,6 +6,7 @@
 
 mod ask;
 mod blocks;
+mod eviction;
 mod lane;
 mod media;
 mod prompt;
@@ -40,6 +41,9 @@ pub(crate) struct Options {
     /// Directory for the temporary state; it should lie on the device to be measured
     #[arg(long)]
     dir: Option<PathBuf>,
+    /// Directory of recorded traffic, for eviction and admission
+    #[arg(long, env = "TERRACE_TRACES", default_value = "../shared/traces")]
+    traces: PathBuf,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -58,6 +62,10 @@ enum Suite {
     Table,
     /// Device reads and writes against a bare io_uring loop and fio; write amplification
     Media,
+    /// Hits on recorded traffic: the default policy against least recently used
+    Eviction,
+    /// Bytes written to Nvme on recorded traffic: learned admission against writing all
+    Admission,
 }
 
 /// One figure.
@@ -143,6 +151,8 @@ pub(crate) async fn run(options: Options, format: Format) -> anyhow::Result<Exit
         Suite::Restart => restart::run(&options).await?,
         Suite::Worker => worker::run(&options)?,
         Suite::Lease => lane::lease(&options).await?,
+        Suite::Eviction => eviction::eviction(&options.traces)?,
+        Suite::Admission => eviction::admission(&options.traces)?,
         Suite::Local => lane::local(&options).await?,
         Suite::Table => table::run()?,
         Suite::Media => media::run(&options).await?,

@@ -4,11 +4,14 @@
 mod admin;
 mod bench;
 mod block;
+mod chart;
 pub mod cli;
 mod connect;
+mod curve;
 mod daemon_config;
 mod doctor;
 mod home;
 mod model;
 mod output;
+mod sim;
 mod up;
