@@ -7,6 +7,7 @@
 mod ask;
 mod blocks;
 mod catalog;
+mod eviction;
 mod lane;
 mod media;
 mod prompt;
@@ -41,6 +42,9 @@ pub(crate) struct Options {
     /// Directory for the temporary state; it should lie on the device to be measured
     #[arg(long)]
     dir: Option<PathBuf>,
+    /// Directory of recorded traffic, for eviction and admission
+    #[arg(long, env = "TERRACE_TRACES", default_value = "../shared/traces")]
+    traces: PathBuf,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -61,6 +65,10 @@ enum Suite {
     Media,
     /// A start with a million blocks, commits, and the rebuild of a lost catalog
     Catalog,
+    /// Hits on recorded traffic: the default policy against least recently used
+    Eviction,
+    /// Bytes written to Nvme on recorded traffic: learned admission against writing all
+    Admission,
 }
 
 /// One figure.
@@ -146,6 +154,8 @@ pub(crate) async fn run(options: Options, format: Format) -> anyhow::Result<Exit
         Suite::Restart => restart::run(&options).await?,
         Suite::Worker => worker::run(&options)?,
         Suite::Lease => lane::lease(&options).await?,
+        Suite::Eviction => eviction::eviction(&options.traces)?,
+        Suite::Admission => eviction::admission(&options.traces)?,
         Suite::Local => lane::local(&options).await?,
         Suite::Table => table::run()?,
         Suite::Media => media::run(&options).await?,

@@ -10,7 +10,7 @@ use clap::{Args, CommandFactory, Parser, Subcommand};
 use clap_complete::Shell;
 
 use crate::output::Format;
-use crate::{admin, bench, block, doctor, inspect, model, scrub, up};
+use crate::{admin, bench, block, curve, doctor, inspect, model, scrub, sim, up};
 
 /// Terrace: a KV-cache service for LLM inference
 #[derive(Debug, Parser)]
@@ -70,6 +70,9 @@ enum Command {
     /// The default model
     #[command(subcommand)]
     Model(ModelCommand),
+    /// Replay recorded traffic against a node that does not exist yet
+    #[command(subcommand)]
+    Sim(SimCommand),
     /// Measure, on temporary state of its own; never touches yours
     Bench(bench::Options),
     /// Print a shell's completion script
@@ -84,6 +87,8 @@ enum Command {
 enum TierCommand {
     /// Each tier: on or why off, device, size, how full
     Ls,
+    /// What other sizes of a tier would serve, estimated from what is asked for
+    Curve(curve::Options),
 }
 
 #[derive(Debug, Subcommand)]
@@ -122,6 +127,12 @@ enum SpaceCommand {
 }
 
 #[derive(Debug, Subcommand)]
+enum SimCommand {
+    /// What a store of a given size would hit, write and save
+    Store(Box<sim::options::Options>),
+}
+
+#[derive(Debug, Subcommand)]
 enum ModelCommand {
     /// Fetch the default model once, check it, and print its path
     Fetch,
@@ -139,6 +150,7 @@ impl Cli {
         match self.command {
             Command::Up(options) => runtime.block_on(up::run(options, target.home)),
             Command::Bench(options) => runtime.block_on(bench::run(options, format)),
+            Command::Sim(SimCommand::Store(options)) => sim::store::run(&options, format),
             Command::Doctor => runtime.block_on(doctor::run(&target, format)),
             Command::Model(ModelCommand::Fetch) => {
                 println!("{}", model::fetch()?.display());
@@ -150,6 +162,9 @@ impl Cli {
             }
             Command::Info => runtime.block_on(admin::info(&target, format)),
             Command::Tier(TierCommand::Ls) => runtime.block_on(admin::tiers(&target, format)),
+            Command::Tier(TierCommand::Curve(options)) => {
+                runtime.block_on(curve::run(&target, format, &options))
+            }
             Command::Lease(LeaseCommand::Ls) => runtime.block_on(admin::leases(&target, format)),
             Command::Space(SpaceCommand::Ls) => runtime.block_on(admin::spaces(&target, format)),
             Command::Scrub(command) => runtime.block_on(scrub::run(&target, format, command)),

@@ -4,8 +4,10 @@
 mod admin;
 mod bench;
 mod block;
+mod chart;
 pub mod cli;
 mod connect;
+mod curve;
 mod daemon_config;
 mod doctor;
 mod home;
@@ -13,4 +15,5 @@ mod inspect;
 mod model;
 mod output;
 mod scrub;
+mod sim;
 mod up;

@@ -13,7 +13,7 @@ use crate::ids::{
     BlockId, ChunkId, DeviceId, DiskFrame, Fence, FrameRef, LeaseId, OpId, RequestId, SessionId, SpaceId,
     TenantId,
 };
-use crate::units::{ByteCount, Micros, Now};
+use crate::units::{ByteCount, Micros, Now, TokenCount};
 
 /// Sizes and limits. Built in one place by the shell; every limit is present.
 #[derive(Clone, Debug)]
@@ -34,6 +34,9 @@ pub struct Config {
     pub window_recall_max: Micros,
     /// Free memory (in whole chunks) that reclaiming keeps ready for windows.
     pub chunks_ready_min: u32,
+    /// Frames that eviction keeps free in a full pool, in the space that was written last.
+    /// New blocks come in there and then compete with the old ones for the rest.
+    pub frames_ready_min: u32,
     /// What each tier evicts first.
     pub policy: Policy,
     /// Which sealed blocks are copied to Nvme.
@@ -133,7 +136,13 @@ pub enum Input {
     /// Its connection or its process ended.
     SessionClosed { session: SessionId },
     /// The shell validated a manifest or read one from the catalog. Idempotent.
-    SpaceKnown { space: SpaceId, tenant: TenantId, block_bytes: ByteCount, generation: u64 },
+    SpaceKnown {
+        space: SpaceId,
+        tenant: TenantId,
+        block_bytes: ByteCount,
+        block_tokens: TokenCount,
+        generation: u64,
+    },
     /// What computing a space's blocks costs, by somebody who knows the model.
     /// Calibrated by what is seen from then on.
     SpaceCost { space: SpaceId, cost: ComputeCost },

@@ -6,12 +6,14 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
-use crate::api::{BlockHeader, Config, Done, Effect, Fault, Input, IoClass, Via};
+use crate::api::{Admission, BlockHeader, Config, Done, Effect, Fault, Input, IoClass, Via};
+use crate::curves::CurveBooks;
 use crate::evict::Duels;
 use crate::ids::{
     BlockId, ChunkId, DeviceId, DiskFrame, Fence, FrameRef, LeaseId, OpId, SessionId, TenantId,
 };
 use crate::policy::class::Tick;
+use crate::policy::{Admit, WriteBudget};
 use crate::scrub::Scrubber;
 use crate::state::block::{BlockIndex, BlockTable, Retained};
 use crate::state::chunk::ChunkTable;
@@ -145,6 +147,9 @@ pub struct Core {
     /// The clock of requests.
     pub(crate) tick: Tick,
     pub(crate) duels: Duels,
+    pub(crate) curves: CurveBooks,
+    /// `None` admits everything.
+    pub(crate) admit: Option<Admit>,
     pub(crate) effects: VecDeque<Effect>,
     pub(crate) counters: Counters,
 
@@ -198,6 +203,8 @@ pub struct Core {
     pub(crate) memory_changed: bool,
     pub(crate) disk_changed: bool,
     pub(crate) memory_limit: u64,
+    /// The space whose pool was taken from last.
+    pub(crate) pool_space: Option<SpaceIndex>,
     pub(crate) create_paused_until: Now,
     pub(crate) persist_paused_until: Now,
     pub(crate) degraded: bool,
@@ -210,11 +217,21 @@ impl Core {
     pub fn new(config: Config) -> Self {
         let disks = Disks::new(&config.device_slots, config.chunk_bytes);
         let memory_limit = config.pinned_bytes.get();
+        let slots: u64 = config.device_slots.iter().map(|&slots| u64::from(slots)).sum();
+        let curves = CurveBooks::new(memory_limit, slots * config.chunk_bytes.get());
+        let admit = match config.admission {
+            Admission::All => None,
+            Admission::Learned { bytes_per_day } => {
+                Some(Admit::new(WriteBudget::new(bytes_per_day, Now::default())))
+            }
+        };
         Self {
             config,
             now: Now::default(),
             tick: Tick::default(),
             duels: Duels::new(),
+            curves,
+            admit,
             effects: VecDeque::new(),
             counters: Counters::default(),
             blocks: BlockTable::default(),
@@ -254,6 +271,7 @@ impl Core {
             memory_changed: false,
             disk_changed: false,
             memory_limit,
+            pool_space: None,
             create_paused_until: Now::default(),
             persist_paused_until: Now::default(),
             degraded: false,
@@ -272,8 +290,8 @@ impl Core {
                 self.session_opened(session, tenant, locality)
             }
             Input::SessionClosed { session } => self.session_closed(session),
-            Input::SpaceKnown { space, tenant, block_bytes, generation } => {
-                self.space_known(space, tenant, block_bytes, generation);
+            Input::SpaceKnown { space, tenant, block_bytes, block_tokens, generation } => {
+                self.space_known(space, tenant, block_bytes, block_tokens, generation);
             }
             Input::SpaceCost { space, cost } => {
                 if let Some(index) = self.spaces.find(space) {
@@ -290,6 +308,7 @@ impl Core {
             }
             Input::MemoryLimit { bytes } => {
                 self.memory_limit = bytes.get();
+                self.curves.resize_pinned(bytes.get().min(self.config.pinned_bytes.get()));
                 self.create_paused_until = self.now;
                 self.memory_changed = true;
             }
@@ -362,6 +381,7 @@ impl Core {
             self.pump_writes();
             self.pump_commit();
             self.pump_reserve();
+            self.pump_frames();
             self.pump_scrub();
             if !self.memory_changed && !self.disk_changed {
                 break;

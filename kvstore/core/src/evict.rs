@@ -10,11 +10,13 @@ use crate::ids::{BlockId, SessionId};
 use crate::policy::Choice;
 use crate::policy::class::Class;
 use crate::policy::duel::{Duel, Leader};
+use crate::policy::Lookup;
 use crate::policy::ghost::Step;
 use crate::policy::queues::{Facts, Links, Look, Place, Queues, Slab};
 use crate::policy::s3fifo::S3Fifo;
 use crate::state::block::{Arriving, Block, BlockIndex, BlockTable, Nvme, WRITE_FAULTS_MAX};
 use crate::state::chunk::{ChunkKind, FrameState};
+use crate::state::count;
 use crate::state::session::Asked;
 use crate::state::space::{Space, SpaceIndex};
 use crate::units::BlockCount;
@@ -25,6 +27,11 @@ const S3_BUSY_MAX: u32 = 64;
 const SWEEP_MAX: u32 = 4096;
 /// Requests between two looks at how many blocks a tier holds.
 const RESIZE_EVERY: u32 = 1024;
+/// Gone blocks whose past is remembered, for each that a small tier holds; at
+/// least, and until it would be more than one for each.
+const PASTS_REACH: u32 = 8;
+const PASTS_MIN: u32 = 8192;
+const PASTS_SMALL: u32 = 1 << 16;
 /// A block's worth never falls to nothing: of blocks that cost nothing the older goes first.
 const WORTH_MIN: f64 = 1e-15;
 
@@ -73,7 +80,9 @@ impl Duels {
     }
 }
 
-/// What a use of a block saves, per byte.
+/// What a use of a block saves, per byte. The same for all depths of a space: to
+/// weigh deep blocks by what they cost more took nine points of hits from agent
+/// traffic and saved no second, for they are also those that come back least.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Worth {
     compute: ComputeCost,
@@ -83,7 +92,7 @@ pub(crate) struct Worth {
 
 impl Worth {
     fn of(&self, block: &Block, tier: Tier) -> f32 {
-        let compute = self.compute.seconds(block.depth);
+        let compute = self.compute.first_seconds;
         let saved = match tier {
             Tier::Pinned if matches!(block.nvme, Nvme::Sealed { .. }) => self.load_seconds,
             Tier::Pinned => compute,
@@ -241,7 +250,7 @@ impl Core {
         let space = known.map(|(_, space)| space).or(open.asked.map(|asked| asked.space));
         // Without a space it is not known what a block is worth: its seal will tell.
         let Some(space) = space else { return };
-        open.asked = Some(Asked { first: blocks.first().copied(), at, space });
+        open.asked = Some(Asked { first: blocks.first().copied(), at, space, added: 0 });
         self.learn(blocks, known.map_or(0, |(depth, _)| depth), space);
     }
 
@@ -263,16 +272,28 @@ impl Core {
             Some(since) => since <= tick.since(asked.at),
             None => asked.first == blocks.first().copied(),
         });
-        if goes_on {
+        let added = count(blocks.len());
+        if let (true, Some(asked)) = (goes_on, &mut open.asked) {
+            asked.added = asked.added.saturating_add(added);
             return;
         }
         let at = tick.next();
-        open.asked = Some(Asked { first: blocks.first().copied(), at, space });
+        open.asked = Some(Asked { first: blocks.first().copied(), at, space, added });
         self.tick = at;
         self.learn(blocks, depth, space);
     }
 
     fn learn(&mut self, blocks: &[BlockId], first_depth: u32, space: SpaceIndex) {
+        let held = self.spaces.at(space);
+        let (tenant, size, tokens) = (held.tenant, held.frame_bytes.get(), held.block_tokens.get());
+        let cost = held.compute.cost();
+        let lookup = |(&block, depth): (&BlockId, u32)| Lookup {
+            key: Step::key_of(block),
+            size,
+            tokens,
+            seconds: narrow(cost.seconds(depth)),
+        };
+        self.curves.request(tenant, blocks.iter().zip(first_depth..).map(lookup), blocks.len() as u64);
         if !matches!(self.config.policy, Policy::Duel | Policy::Learned) {
             return;
         }
@@ -286,7 +307,12 @@ impl Core {
                     Tier::Pinned => compute,
                     Tier::Nvme => (compute - worth.load_seconds).max(0.0),
                 };
-                let per_byte = narrow((seconds / worth.bytes).max(WORTH_MIN));
+                let first = match tier {
+                    Tier::Pinned if nvme => worth.load_seconds,
+                    Tier::Pinned => worth.compute.first_seconds,
+                    Tier::Nvme => worth.compute.first_seconds - worth.load_seconds,
+                };
+                let per_byte = narrow((first / worth.bytes).max(WORTH_MIN));
                 Step { key: Step::key_of(block), seconds: narrow(seconds), worth: per_byte }
             })
         };
@@ -294,7 +320,7 @@ impl Core {
         if nvme {
             self.duels.nvme.request(steps(Tier::Nvme));
         }
-        if self.tick.is_multiple_of(RESIZE_EVERY) {
+        if self.duels.sized == (1, 1) || self.tick.is_multiple_of(RESIZE_EVERY) {
             self.resize_duels();
         }
     }
@@ -319,12 +345,12 @@ impl Core {
         if changed(self.duels.sized.0, pinned) {
             self.duels.sized.0 = pinned;
             self.duels.pinned.resize(BlockCount::new(pinned));
-            self.blocks.remember(pinned.max(nvme).min(self.config.limits.blocks));
+            self.blocks.remember(pasts(pinned.max(nvme)));
         }
         if changed(self.duels.sized.1, nvme) {
             self.duels.sized.1 = nvme;
             self.duels.nvme.resize(BlockCount::new(nvme));
-            self.blocks.remember(pinned.max(nvme).min(self.config.limits.blocks));
+            self.blocks.remember(pasts(pinned.max(nvme)));
         }
     }
 
@@ -371,7 +397,7 @@ impl Core {
 
     /// No slower tier has it, and one should.
     fn must_be_written(&self, block: &Block, keep: bool) -> bool {
-        !block.residence().nvme && keep && block.write_faults() < WRITE_FAULTS_MAX
+        !block.residence().nvme && keep && !block.is_refused() && block.write_faults() < WRITE_FAULTS_MAX
     }
 
     fn victim(
@@ -491,6 +517,12 @@ impl Look for Seen<'_> {
     fn facts(&self, index: u32) -> Facts {
         facts_of(self.core.blocks.at(BlockIndex::new(index)), self.tier, self.worth)
     }
+}
+
+/// Of how many blocks the past is remembered, for a tier that holds so many: of a
+/// small tier's many times as many, for they come back long after they left it.
+fn pasts(blocks: u32) -> u32 {
+    blocks.saturating_mul(PASTS_REACH).clamp(PASTS_MIN, PASTS_SMALL.max(blocks))
 }
 
 fn worth_of(space: &Space, load_seconds: f64) -> Worth {

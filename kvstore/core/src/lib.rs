@@ -10,6 +10,7 @@ mod checksum;
 mod clear;
 mod core;
 mod cost;
+mod curves;
 mod evict;
 mod identity;
 mod ids;
@@ -38,6 +39,7 @@ pub use api::{
 };
 pub use checksum::{Checksum, Checksummer, checksum};
 pub use cost::ComputeCost;
+pub use curves::{CurvePoint, CurveTier, CurveView};
 pub use identity::{
     BLOCK_BYTES_MAX, BadManifest, KEY_BYTES_MAX, MANIFEST_TEXT_BYTES_MAX, SpaceKind, SpaceManifest,
     TenantKey, chain_key, chain_keys, tenant_id,

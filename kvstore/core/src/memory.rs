@@ -132,6 +132,7 @@ impl Core {
 
     /// A frame of the daemon's own chunks: a free one, a new chunk's, or an evicted block's.
     pub(crate) fn take_pool_frame(&mut self, space: SpaceIndex) -> Allocated {
+        self.pool_space = Some(space);
         if let Some(frame) = self.take_free_pool_frame(space) {
             return Allocated::Frame(frame);
         }
@@ -259,6 +260,26 @@ impl Core {
         let coming = self.chunks.iter().filter(|(_, chunk)| leaving(chunk.kind)).count();
         if ready.saturating_add(count(coming)) < wanted && self.retire_chunk() {
             self.pump_emptying();
+        }
+    }
+
+    /// Keeps frames free in a full pool, so that the next block does not wait, and
+    /// a new one is not kept just because it is new.
+    pub(crate) fn pump_frames(&mut self) {
+        let wanted = self.config.frames_ready_min as usize;
+        let Some(space) = self.pool_space.filter(|_| wanted > 0 && !self.may_create(Reserve::Kept)) else {
+            return;
+        };
+        let open = self.spaces.at(space).pool_open.iter();
+        let mut free: usize = open.map(|&chunk| self.chunks.at(chunk).free.len()).sum();
+        while free < wanted {
+            match self.pinned_victim(space) {
+                Choice::Evict(index) => self.evict_from_pinned(index),
+                // It is written before it is needed.
+                Choice::Demote(index) if !self.blocks.at(index).is_urgent() => self.demote(index),
+                Choice::Demote(_) | Choice::Nothing => return,
+            }
+            free += 1;
         }
     }
 

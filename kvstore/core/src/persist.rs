@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use crate::api::{BlockHeader, Effect, Fault, IoClass, Placement, Via};
 use crate::core::{Core, Deadline, Delete, Op, Put, RETRY_AFTER};
 use crate::ids::{BlockId, DeviceId, DiskFrame, Fence, FrameRef};
-use crate::policy::Choice;
+use crate::policy::{Choice, Devices};
 use crate::state::block::{BlockIndex, Nvme, WRITE_FAULTS_MAX};
 use crate::state::chunk::ChunkKind;
 use crate::state::disk::{DiskState, SlotState, device_id};
@@ -35,6 +35,25 @@ impl Core {
         !self.disks.devices.is_empty() && self.config.placement == Placement::Inclusive
     }
 
+    /// Copies a sealed block to Nvme, if it is likely enough to come back. `added`:
+    /// blocks that its request computed. Asked again when it is used.
+    pub(crate) fn consider(&mut self, index: BlockIndex, id: BlockId, added: u32) {
+        let block = self.blocks.at(index);
+        let (stats, bytes) = (block.stats(), self.spaces.at(block.space).frame_bytes);
+        let idle = self.reads_running == 0 && self.wanted.len() == 0;
+        let devices = if idle { Devices::Idle } else { Devices::Busy };
+        let (now, duel) = (self.now, &self.duels.nvme);
+        let admitted =
+            self.admit.as_mut().is_none_or(|admit| admit.decide(now, duel, stats, added, bytes, devices));
+        self.blocks.at_mut(index).set_refused(!admitted);
+        if admitted {
+            self.write_behind(index, id);
+        } else {
+            self.counters.admissions_refused += 1;
+            self.memory_changed = true;
+        }
+    }
+
     /// Queues a sealed block for Nvme. It does not wait while memory is full, for
     /// it must be written before it can make room.
     pub(crate) fn write_behind(&mut self, index: BlockIndex, id: BlockId) {
@@ -48,6 +67,7 @@ impl Core {
     /// Puts a sealed block in front of those that are merely due.
     pub(crate) fn persist_now(&mut self, index: BlockIndex) {
         let block = self.blocks.at_mut(index);
+        block.set_refused(false);
         if block.nvme == Nvme::None && !block.is_urgent() {
             block.set_urgent(true);
             let id = block.id;

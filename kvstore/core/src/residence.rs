@@ -82,13 +82,19 @@ impl Core {
         let (tick, now) = (self.tick, self.now);
         let by_use = is_by_use(self.config.policy);
         let block = self.blocks.at_mut(index);
-        if block.used != tick && block.residence() != Residence::default() {
+        let again = block.used != tick && block.residence() != Residence::default();
+        if again {
             block.uses = block.uses.saturating_add(1);
         }
+        let refused = again && block.is_refused() && block.pinned.is_some() && block.nvme == Nvme::None;
+        let id = block.id;
         if by_use {
             block.touch(tick, now);
         }
         self.relist_used(index);
+        if refused {
+            self.consider(index, id, 1);
+        }
     }
 
     /// The frame's bytes become the block's Pinned copy. The frame was filled for it.

@@ -8,7 +8,7 @@ use crate::ids::{DeviceId, SpaceId, TenantId};
 use crate::state::block::{BlockIndex, Nvme};
 use crate::state::disk::{DiskState, SlotState};
 use crate::state::space::{HEADER_PAGE_BYTES, Space, SpaceIndex, frame_bytes, frames_in};
-use crate::units::ByteCount;
+use crate::units::{ByteCount, TokenCount};
 
 impl Core {
     /// Idempotent. Past the limit the space stays unknown, and its requests are refused.
@@ -17,6 +17,7 @@ impl Core {
         id: SpaceId,
         tenant: TenantId,
         block_bytes: ByteCount,
+        block_tokens: TokenCount,
         generation: u64,
     ) {
         if let Some(index) = self.spaces.find(id) {
@@ -50,6 +51,7 @@ impl Core {
             evictable_pinned: Evictable::default(),
             evictable_nvme: Evictable::default(),
             compute: Compute::new(block_bytes),
+            block_tokens,
             blocks_pinned: 0,
             blocks_nvme: 0,
         });

@@ -20,6 +20,8 @@ pub struct Counters {
     pub hits_nvme: u64,
     /// Blocks of read leases that no tier had.
     pub misses: u64,
+    /// Blocks that were not worth a write to Nvme when they were sealed or used again.
+    pub admissions_refused: u64,
     /// Blocks not promoted because computing them again was estimated to be quicker.
     pub cheaper_to_recompute: u64,
     /// Blocks published.
@@ -462,10 +464,12 @@ fn explain(block: &Block, pins: u32) -> &'static str {
         "retained: it is evicted after all blocks that are not"
     } else if tiers.pinned && block.children_pinned > 0 {
         "its children are in Pinned: they are evicted before it"
+    } else if tiers.pinned && block.is_refused() {
+        "not written to Nvme: blocks like it come back too rarely; it is looked at again when it is used"
     } else if tiers.pinned && !tiers.nvme {
         "not durable yet: it is written to Nvme before it is evicted"
     } else if tiers.pinned {
-        "a leaf: it is evicted from Pinned when it is the coldest of its space"
+        "a leaf: it is evicted from Pinned when no other leaf of its space is worth less"
     } else if tiers.nvme {
         "in Nvme: it is promoted when it is leased"
     } else if block.filling > 0 {

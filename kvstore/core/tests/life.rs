@@ -16,6 +16,7 @@ fn config() -> Config {
         window_idle: Micros::from_millis(5000),
         window_recall_max: Micros::from_millis(5000),
         chunks_ready_min: 1,
+        frames_ready_min: 0,
         policy: Policy::Lru,
         admission: Admission::All,
         placement: Placement::Inclusive,
@@ -65,6 +66,7 @@ impl Node {
             space: space(1),
             tenant: tenant(1),
             block_bytes: ByteCount::new(BLOCK_BYTES),
+            block_tokens: TokenCount::new(16),
             generation: 0,
         });
         node.open(1, 1, Locality::Local);
@@ -472,7 +474,7 @@ fn a_late_read_keeps_its_frame() {
 fn a_block_larger_than_a_chunk_is_refused() {
     let mut node = Node::new();
     let block_bytes = ByteCount::new(CHUNK_BYTES);
-    node.tell(Input::SpaceKnown { space: space(5), tenant: tenant(1), block_bytes, generation: 0 });
+    node.tell(Input::SpaceKnown { space: space(5), tenant: tenant(1), block_bytes, block_tokens: TokenCount::new(16), generation: 0 });
     let op =
         Request::LeaseWrite { repeat: 902, space: space(5), blocks: vec![block(1)], parent: None, ttl: None };
     assert!(matches!(node.call(1, op), Reply::Refused(Refusal::BlockTooLarge { .. })));

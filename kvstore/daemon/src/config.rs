@@ -23,6 +23,8 @@ const TENANTS_MAX: usize = 4096;
 pub(crate) const NAME_BYTES_MAX: usize = 128;
 /// Pool size that `auto` does not exceed.
 const PINNED_AUTO_MAX: ByteCount = ByteCount::new(16 * GIB);
+/// Bytes that any device may be written in a day.
+const WRITE_BYTES_PER_DAY_MIN: u64 = 1024 * GIB;
 /// Size of the default device where the disk has room for twice that.
 const DEVICE_AUTO_MAX: u64 = 4 * GIB;
 /// At this rate 345 GB are read again in a day.
@@ -204,6 +206,8 @@ impl Config {
             admission: admission(
                 file.admission.as_deref().unwrap_or("learned"),
                 file.write_bytes_per_day.as_deref(),
+                &devices,
+                chunk_bytes,
             )?,
             placement: placement(file.placement.as_deref().unwrap_or("inclusive"))?,
             window_idle: millis("window_idle_ms", file.window_idle_ms, 2000, 10..=3_600_000)?,
@@ -261,10 +265,19 @@ fn policy(text: &str) -> Result<Policy, ConfigError> {
     }
 }
 
-fn admission(text: &str, bytes_per_day: Option<&str>) -> Result<Admission, ConfigError> {
+/// By default each device may be written as much in a day as it holds, or 1 TiB:
+/// what drives are made for.
+fn admission(
+    text: &str,
+    bytes_per_day: Option<&str>,
+    devices: &[Device],
+    chunk_bytes: ByteCount,
+) -> Result<Admission, ConfigError> {
     let bytes_per_day = bytes_per_day.map(|text| length("write_bytes_per_day", text)).transpose()?;
+    let endured = |device: &Device| (u64::from(device.slots) * chunk_bytes.get()).max(WRITE_BYTES_PER_DAY_MIN);
+    let all = ByteCount::new(devices.iter().map(endured).sum());
     match text {
-        "learned" => Ok(Admission::Learned { bytes_per_day }),
+        "learned" => Ok(Admission::Learned { bytes_per_day: Some(bytes_per_day.unwrap_or(all)) }),
         "all" if bytes_per_day.is_none() => Ok(Admission::All),
         "all" => Err(bad("write_bytes_per_day", "needs admission = \"learned\": \"all\" writes every block")),
         other => Err(bad("admission", format!("`{other}`; allowed are learned and all"))),

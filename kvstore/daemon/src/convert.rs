@@ -7,9 +7,9 @@
 use bytes::Bytes;
 
 use terrace_core::{
-    BadManifest, BlockId, ByteCount, Checksum, ComputeCost, Durability, Event, Grant, LeaseId, Limit,
-    MatchMode, Micros, MissReason, Notice, Purpose, Refusal, Residence, SealOutcome, SpaceId, SpaceKind,
-    SpaceManifest, TenantKey, TokenCount,
+    BadManifest, BlockId, ByteCount, Checksum, ComputeCost, CurvePoint, CurveTier, CurveView, Durability, Event,
+    Grant, LeaseId, Limit, MatchMode, Micros, MissReason, Notice, Purpose, Refusal, Residence, SealOutcome,
+    SpaceId, SpaceKind, SpaceManifest, TenantKey, TokenCount,
 };
 use terrace_media::SelfTestLine;
 use terrace_proto::{KEY_BYTES_MAX, v1};
@@ -328,6 +328,41 @@ pub(crate) fn block_bytes(block: BlockId) -> Bytes {
 
 pub(crate) fn space_bytes(space: SpaceId) -> Bytes {
     Bytes::copy_from_slice(&space.to_bytes())
+}
+
+/// The tier whose curves are asked for; `None` is every tier.
+///
+/// # Errors
+/// A tier that has no curve.
+pub(crate) fn curve_tier(tier: v1::Tier) -> Result<Option<CurveTier>, CallError> {
+    match tier {
+        v1::Tier::Unspecified => Ok(None),
+        v1::Tier::Pinned => Ok(Some(CurveTier::Pinned)),
+        v1::Tier::Nvme => Ok(Some(CurveTier::Nvme)),
+        v1::Tier::Hbm | v1::Tier::Remote => Err(CallError::invalid("only Pinned and Nvme have curves")),
+    }
+}
+
+/// A curve, with the tenant's name as it was asked for.
+pub(crate) fn curve_to_wire(curve: &CurveView, tenant: &str) -> v1::TierCurve {
+    let tier = match curve.tier {
+        CurveTier::Pinned => v1::Tier::Pinned,
+        CurveTier::Nvme => v1::Tier::Nvme,
+    };
+    let point = |point: &CurvePoint| v1::CurvePoint {
+        capacity_bytes: point.capacity.get(),
+        token_hit_ratio: point.token_ratio,
+        saved_seconds_ratio: point.saved_ratio,
+        saved_seconds: point.saved_seconds,
+    };
+    v1::TierCurve {
+        tier: tier.into(),
+        tenant: tenant.to_owned(),
+        capacity_bytes: curve.capacity.get(),
+        sample_rate: curve.sample_rate,
+        references: curve.references,
+        points: curve.points.iter().map(point).collect(),
+    }
 }
 
 /// Tiers of a residence, fastest first.

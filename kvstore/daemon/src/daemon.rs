@@ -29,6 +29,8 @@ const FLUSH_WITHIN: Duration = Duration::from_secs(10);
 const END_WITHIN: Duration = Duration::from_secs(3);
 /// Bytes in flight on one device.
 const DEVICE_BYTES_IN_FLIGHT: u64 = 16 << 20;
+/// Frames that a full pool keeps free for blocks that are promoted or streamed in.
+const FRAMES_READY_MIN: u32 = 32;
 /// Memory that reclaiming keeps ready for windows, in chunks.
 const CHUNKS_READY_MIN: u32 = 1;
 
@@ -327,6 +329,7 @@ fn core_config(config: &Config, incarnation: u32) -> CoreConfig {
         window_idle: config.window_idle,
         window_recall_max: config.window_recall_max,
         chunks_ready_min: CHUNKS_READY_MIN,
+        frames_ready_min: FRAMES_READY_MIN,
         policy: config.policy,
         admission: config.admission,
         placement: config.placement,

@@ -236,12 +236,13 @@ fn count(registry: &Registry, name: &str, help: &str, value: u64) -> Result<(), 
 }
 
 /// The core's counters with their metric names, for the page and for `info`.
-pub(crate) fn counted(counters: &Counters) -> [(&'static str, &'static str, u64); 32] {
+pub(crate) fn counted(counters: &Counters) -> [(&'static str, &'static str, u64); 33] {
     let c = counters;
     [
         ("terrace_hits_total", "Blocks of read leases granted at once.", c.hits),
         ("terrace_hits_nvme_total", "Blocks of read leases that had to be fetched.", c.hits_nvme),
         ("terrace_misses_total", "Blocks of read leases that no tier had.", c.misses),
+        ("terrace_admissions_refused_total", "Blocks not worth a write to Nvme.", c.admissions_refused),
         ("terrace_cheaper_to_recompute_total", "Blocks not loaded for that reason.", c.cheaper_to_recompute),
         ("terrace_seals_total", "Blocks published.", c.seals),
         ("terrace_seals_repeated_total", "Seals with the bytes that were there.", c.seals_repeated),

@@ -141,6 +141,7 @@ fn space_found(engine: &Engine, record: &SpaceRecord) {
             space: record.space,
             tenant: record.tenant,
             block_bytes: known.manifest.block_bytes,
+            block_tokens: known.manifest.tokens_per_block,
             generation: known.generation,
         }),
         None => {

@@ -179,7 +179,14 @@ impl Service {
             None => self.first_opened(session, space, &manifest).await?,
         };
         let block_bytes = manifest.block_bytes;
-        self.engine.submit(Input::SpaceKnown { space, tenant: tenant.id, block_bytes, generation });
+        let (tenant_id, block_tokens) = (tenant.id, manifest.tokens_per_block);
+        self.engine.submit(Input::SpaceKnown {
+            space,
+            tenant: tenant_id,
+            block_bytes,
+            block_tokens,
+            generation,
+        });
         if let Some(cost) = request.compute_cost {
             self.engine.submit(Input::SpaceCost { space, cost: convert::compute_cost(cost)? });
         }

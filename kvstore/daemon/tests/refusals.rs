@@ -322,3 +322,24 @@ async fn info_and_metrics_agree() {
     promtool(page.split_once("\r\n\r\n").unwrap().1);
     daemon.terminate();
 }
+
+/// A tier without a curve, or a tenant that does not exist, must not look like a tier without traffic.
+#[tokio::test(flavor = "multi_thread")]
+async fn curves_that_cannot_be_are_refused() {
+    let folder = folder();
+    let daemon = Running::start(folder.path(), "");
+    let mut admin = terrace_client::admin(&daemon.grpc).await.unwrap();
+    for tier in [wire::Tier::Hbm, wire::Tier::Remote] {
+        let request = wire::CurveRequest { tier: tier.into(), tenant: String::new() };
+        let refused = admin.curve(request).await.unwrap_err();
+        assert_eq!(refused.code(), Code::InvalidArgument, "{refused:?}");
+    }
+    let request = wire::CurveRequest { tier: 0, tenant: "nobody".to_owned() };
+    let refused = admin.curve(request).await.unwrap_err();
+    assert_eq!(refused.code(), Code::NotFound, "{refused:?}");
+    assert!(refused.message().contains("nobody"));
+    let request = wire::CurveRequest { tier: wire::Tier::Nvme.into(), tenant: "default".to_owned() };
+    let curves = admin.curve(request).await.unwrap().into_inner().curves;
+    assert!(curves.iter().all(|curve| curve.tier() == wire::Tier::Nvme && curve.tenant == "default"));
+    daemon.terminate();
+}

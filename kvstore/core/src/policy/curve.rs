@@ -184,6 +184,16 @@ impl Curve {
         1 << self.shift.min(63)
     }
 
+    /// Share of the blocks that are sampled now.
+    pub fn sample_rate(&self) -> f64 {
+        1.0 / self.scale()
+    }
+
+    /// Seconds that computing everything would have taken lately.
+    pub fn asked_seconds(&self) -> f64 {
+        self.asked.seconds
+    }
+
     fn scale(&self) -> f64 {
         f64::from(self.shift).exp2()
     }

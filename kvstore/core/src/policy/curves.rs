@@ -41,6 +41,14 @@ impl Curves {
         }
     }
 
+    /// The curve of a tenant, or over all.
+    pub(crate) fn find(&self, tenant: Option<TenantId>) -> Option<&Curve> {
+        match tenant {
+            None => Some(&self.all),
+            Some(tenant) => self.tenants.get(&tenant),
+        }
+    }
+
     /// The curve over all tenants.
     pub fn all(&self) -> Vec<CurvePoint> {
         self.all.points()

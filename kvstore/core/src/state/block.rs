@@ -185,6 +185,8 @@ const WRITE_FAULTS_SHIFT: u8 = 3;
 /// Two bits: how a copy is on its way.
 const ARRIVING_SHIFT: u8 = 5;
 const TWO_BITS: u8 = 3;
+/// Admission refused to copy it to Nvme.
+const REFUSED: u8 = 1 << 7;
 
 /// Most device errors that are counted for one block.
 pub(crate) const WRITE_FAULTS_MAX: u8 = TWO_BITS;
@@ -221,6 +223,15 @@ impl Block {
 
     fn set_two_bits(&mut self, shift: u8, value: u8) {
         self.marks = self.marks & !(TWO_BITS << shift) | (value & TWO_BITS) << shift;
+    }
+
+    /// Whether admission refused to copy it to Nvme.
+    pub(crate) fn is_refused(&self) -> bool {
+        self.marks & REFUSED != 0
+    }
+
+    pub(crate) fn set_refused(&mut self, refused: bool) {
+        self.mark(REFUSED, refused);
     }
 
     /// Whether it waits in the queue of urgent writes.

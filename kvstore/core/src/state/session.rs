@@ -35,6 +35,8 @@ pub(crate) struct Asked {
     pub(crate) first: Option<BlockId>,
     pub(crate) at: Tick,
     pub(crate) space: SpaceIndex,
+    /// Blocks of it that are or were to be computed.
+    pub(crate) added: u32,
 }
 
 /// Answers of the last requests that carried a repeat id.

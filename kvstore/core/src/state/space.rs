@@ -6,7 +6,7 @@ use crate::cost::Compute;
 use crate::evict::{Evictable, Tier};
 use crate::ids::{ChunkId, SpaceId, TenantId};
 use crate::state::count;
-use crate::units::ByteCount;
+use crate::units::{ByteCount, TokenCount};
 
 /// Bytes of a header page: before each frame's payload, and at the start of a device's chunk slot.
 pub const HEADER_PAGE_BYTES: u64 = 4096;
@@ -42,6 +42,7 @@ pub(crate) struct Space {
     pub(crate) evictable_pinned: Evictable,
     pub(crate) evictable_nvme: Evictable,
     pub(crate) compute: Compute,
+    pub(crate) block_tokens: TokenCount,
     pub(crate) blocks_pinned: u64,
     pub(crate) blocks_nvme: u64,
 }

@@ -25,6 +25,7 @@ pub(crate) fn config(incarnation: u32) -> Config {
         window_idle: Micros::from_millis(200),
         window_recall_max: Micros::from_millis(200),
         chunks_ready_min: 1,
+        frames_ready_min: 0,
         policy: Policy::Lru,
         admission: Admission::All,
         placement: Placement::Inclusive,
@@ -273,6 +274,7 @@ impl World {
                 space: space.id,
                 tenant: space.tenant,
                 block_bytes: ByteCount::new(BLOCK_BYTES),
+                block_tokens: TokenCount::new(16),
                 generation: space.durable_generation,
             });
         }

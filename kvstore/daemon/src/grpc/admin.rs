@@ -177,6 +177,10 @@ fn frames(counts: &FrameCounts) -> v1::FrameCounts {
     }
 }
 
+fn unknown_tenant(name: &str) -> Refused {
+    Refused::not_found(format!("no tenant is called `{name}`"))
+}
+
 fn millis(time: std::time::Duration) -> u64 {
     u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
 }
@@ -244,11 +248,8 @@ impl AdminService for Admin {
         request: Request<v1::MatchPrefixRequest>,
     ) -> Answer<v1::MatchPrefixResponse> {
         let request = request.into_inner();
-        let tenant = self
-            .service
-            .tenants()
-            .named(&request.tenant)
-            .ok_or_else(|| Refused::not_found(format!("no tenant is called `{}`", request.tenant)))?;
+        let tenant =
+            self.service.tenants().named(&request.tenant).ok_or_else(|| unknown_tenant(&request.tenant))?;
         let space = convert::space_id(&request.space_id)?;
         let blocks = convert::blocks(&tenant.key, space, &request.keys, self.service.facts().blocks_max)?;
         let mut found = Vec::new();
@@ -261,6 +262,20 @@ impl AdminService for Admin {
             found.push(v1::PrefixBlock { block_id: convert::block_bytes(block), tiers });
         }
         Ok(Response::new(v1::MatchPrefixResponse { prefix_blocks: count(found.len()), blocks: found }))
+    }
+
+    async fn curve(&self, request: Request<v1::CurveRequest>) -> Answer<v1::CurveResponse> {
+        let request = request.into_inner();
+        let tier = convert::curve_tier(request.tier())?;
+        let tenant = match request.tenant.as_str() {
+            "" => None,
+            name => Some(self.service.tenants().named(name).ok_or_else(|| unknown_tenant(name))?.id),
+        };
+        let mut curves = self.service.engine().view(terrace_core::Core::curves);
+        curves.retain(|curve| curve.tenant == tenant && tier.is_none_or(|tier| tier == curve.tier));
+        curves.sort_by_key(|curve| curve.tier);
+        let curves = curves.iter().map(|curve| convert::curve_to_wire(curve, &request.tenant)).collect();
+        Ok(Response::new(v1::CurveResponse { curves }))
     }
 
     async fn flush(&self, _request: Request<v1::FlushRequest>) -> Answer<v1::FlushResponse> {

@@ -10,8 +10,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail, ensure};
 use terrace_core::{
     Admission, BlockId, ByteCount, Checksum, Config, Core, Done, Durability, Effect, GIB, Grant, Input,
-    LeaseId, Limits, Locality, MIB, MatchMode, Micros, Notice, Now, Policy, Reply, Request, RequestId,
-    SealOutcome, SessionId, SpaceId, TenantId, frame_bytes,
+    LeaseId, Limits, Locality, MIB, MatchMode, Micros, Notice, Now, Placement, Policy, Reply, Request, RequestId,
+    SealOutcome, SessionId, SpaceId, TenantId, TokenCount, frame_bytes,
 };
 
 /// Blocks of one chain, which is one request.
@@ -98,7 +98,7 @@ impl Shard {
             capacity,
         };
         let block_bytes = ByteCount::new(shape.block_bytes);
-        shard.tell(Input::SpaceKnown { space: SPACE, tenant: TENANT, block_bytes, generation: 0 })?;
+        shard.tell(Input::SpaceKnown { space: SPACE, tenant: TENANT, block_bytes, block_tokens: TokenCount::new(16), generation: 0 })?;
         for session in [WRITER, READER] {
             shard.tell(Input::SessionOpened { session, tenant: TENANT, locality: shape.locality })?;
         }
@@ -271,8 +271,10 @@ fn config(shape: Shape, chunks: u64, capacity: u64) -> anyhow::Result<Config> {
         window_idle: Micros::from_millis(60_000),
         window_recall_max: Micros::from_millis(60_000),
         chunks_ready_min: 1,
+        frames_ready_min: 0,
         policy: shape.policy,
         admission: Admission::All,
+        placement: Placement::Inclusive,
         limits: Limits {
             blocks: u32::try_from(capacity * 2).context("too many blocks for one shard")?,
             spaces: 16,

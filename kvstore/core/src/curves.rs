@@ -1,0 +1,112 @@
+//! Miss-ratio curves: what a tier would serve at other sizes, estimated while it works.
+
+use crate::core::Core;
+use crate::ids::TenantId;
+use crate::policy::{self, Curves, Lookup};
+use crate::units::ByteCount;
+
+/// A tier that has curves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum CurveTier {
+    /// Host memory.
+    Pinned,
+    /// Devices.
+    Nvme,
+}
+
+/// What one size of a tier would serve.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct CurvePoint {
+    /// The size.
+    pub capacity: ByteCount,
+    /// Share of the tokens asked for that it would serve, 0 to 1.
+    pub token_ratio: f64,
+    /// Share of the seconds of recomputing them that it would save, 0 to 1.
+    pub saved_ratio: f64,
+    /// Seconds that it would have saved lately: old requests fade.
+    pub saved_seconds: f64,
+}
+
+/// The curve of one tier, over all tenants or for one.
+#[derive(Clone, Debug, PartialEq)]
+pub struct CurveView {
+    /// The tier.
+    pub tier: CurveTier,
+    /// One tenant, or all of them.
+    pub tenant: Option<TenantId>,
+    /// The tier's size now.
+    pub capacity: ByteCount,
+    /// Share of the blocks that the estimate looks at, 0 to 1.
+    pub sample_rate: f64,
+    /// Blocks asked for since start, by all tenants.
+    pub references: u64,
+    /// By size, smallest first.
+    pub points: Vec<CurvePoint>,
+}
+
+/// What is estimated for both tiers.
+#[derive(Debug)]
+pub(crate) struct CurveBooks {
+    pinned: Curves,
+    nvme: Curves,
+    sizes: (u64, u64),
+    references: u64,
+}
+
+impl CurveBooks {
+    pub(crate) fn new(pinned: u64, nvme: u64) -> Self {
+        let (pinned_curves, nvme_curves) = (Curves::new(pinned.max(1)), Curves::new(nvme.max(1)));
+        Self { pinned: pinned_curves, nvme: nvme_curves, sizes: (pinned, nvme), references: 0 }
+    }
+
+    /// Memory comes and goes; the curve is for what there is.
+    pub(crate) fn resize_pinned(&mut self, bytes: u64) {
+        if self.sizes.0 != bytes {
+            self.sizes.0 = bytes;
+            self.pinned.resize(bytes.max(1));
+        }
+    }
+
+    /// A tenant's request for a prefix, head first.
+    pub(crate) fn request(&mut self, tenant: TenantId, blocks: impl Iterator<Item = Lookup> + Clone, count: u64) {
+        self.references += count;
+        self.pinned.request(tenant, blocks.clone());
+        if self.sizes.1 > 0 {
+            self.nvme.request(tenant, blocks);
+        }
+    }
+}
+
+impl Core {
+    /// The curves that are being estimated, over all tenants and for each of the first few.
+    pub fn curves(&self) -> Vec<CurveView> {
+        let books = &self.curves;
+        let tiers = [
+            (CurveTier::Pinned, &books.pinned, books.sizes.0),
+            (CurveTier::Nvme, &books.nvme, books.sizes.1),
+        ];
+        let mut views = Vec::new();
+        for (tier, curves, size) in tiers.into_iter().filter(|&(_, _, size)| size > 0) {
+            let tenants = curves.tenants().map(Some);
+            for tenant in std::iter::once(None).chain(tenants) {
+                let Some(curve) = curves.find(tenant) else { continue };
+                let asked = curve.asked_seconds();
+                let point = |point: policy::CurvePoint| CurvePoint {
+                    capacity: ByteCount::new(point.size),
+                    token_ratio: point.token_hits,
+                    saved_ratio: point.second_hits,
+                    saved_seconds: point.second_hits * asked,
+                };
+                views.push(CurveView {
+                    tier,
+                    tenant,
+                    capacity: ByteCount::new(size),
+                    sample_rate: curve.sample_rate(),
+                    references: books.references,
+                    points: curve.points().into_iter().map(point).collect(),
+                });
+            }
+        }
+        views
+    }
+}
