@@ -51,11 +51,6 @@ impl Links {
     pub(crate) fn is_listed(self) -> bool {
         self.list != UNLISTED
     }
-
-    /// Which list it is in.
-    pub(crate) fn list(self) -> Option<u8> {
-        self.is_listed().then_some(self.list)
-    }
 }
 
 /// What the order depends on.
