@@ -219,7 +219,7 @@ fn two_tiers(trace: &Trace, fast: usize, slow: usize, mut admit: Option<Admit>) 
         asked += request.len();
         let key = Step::key_of;
         duel.request(request.iter().map(|&block| Step { key: key(block), seconds: 1.0, worth: 1.0 }));
-        let added = u32::try_from(request.len() - known).expect("a short prompt");
+        let prompt = u32::try_from(request.len()).expect("a short prompt");
         for &block in request.iter().rev() {
             let uses = stats.get(&block).map_or(0, |stats| stats.uses.saturating_add(1));
             let turn = stats.get(&block).map_or(turn, |stats| stats.turn);
@@ -230,7 +230,7 @@ fn two_tiers(trace: &Trace, fast: usize, slow: usize, mut admit: Option<Admit>) 
             let write = match &mut admit {
                 Some(admit) => {
                     !nvme.holds(block)
-                        && admit.decide(now, &duel, past, added, ByteCount::new(1), Devices::Busy)
+                        && admit.decide(now, &duel, past, prompt, ByteCount::new(1), Devices::Busy)
                 }
                 None => !nvme.holds(block),
             };
