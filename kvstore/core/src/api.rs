@@ -47,7 +47,7 @@ pub struct Config {
     pub limits: Limits,
 }
 
-/// How a tier chooses what to evict. All but `Fifo` and `S3Fifo` take leaves only.
+/// How a tier chooses what to evict. All take leaves only.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Policy {
     /// Follows whichever of `Lru` and `Learned` lately saved more seconds, by shadows of both.

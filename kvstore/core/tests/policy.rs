@@ -31,11 +31,12 @@ type Trace = Vec<Vec<BlockId>>;
 
 /// Popularity falls with rank.
 fn zipf(requests: u64) -> Trace {
+    // As many draws from 1..2 as from 2..4, 4..8 and so on: popularity falls as one over the rank.
     let rank = |n: u64| {
-        let uniform = (bits(n ^ 0x77) >> 11) as f64 / (1u64 << 53) as f64;
-        2000f64.powf(uniform) as u64
+        let octave = 1 << (bits(n ^ 0x77) % 11);
+        octave + bits(n ^ 0x99) % octave
     };
-    (0..requests).map(|n| rank(n)).map(|rank| chain(rank, 3 + bits(rank) % 8)).collect()
+    (0..requests).map(rank).map(|rank| chain(rank, 3 + bits(rank) % 8)).collect()
 }
 
 /// Every chain in turn, more than fit: LRU hits nothing.
@@ -45,13 +46,14 @@ fn wheel(requests: u64) -> Trace {
 
 /// A hot set, and long prompts that never come back.
 fn scan_and_hot(requests: u64) -> Trace {
-    let one = |n: u64| if bits(n) % 3 == 0 { chain(1 << 30 | n, 30) } else { chain(bits(n ^ 9) % 60, 6) };
+    let one =
+        |n: u64| if bits(n).is_multiple_of(3) { chain(1 << 30 | n, 30) } else { chain(bits(n ^ 9) % 60, 6) };
     (0..requests).map(one).collect()
 }
 
 /// The hot set moves, and what was once used often never comes back.
 fn phases(requests: u64) -> Trace {
-    let one = |n: u64| chain((n / 3000) << 20 | bits(n ^ 5) % 120, 6);
+    let one = |n: u64| chain(((n / 3000) << 20) | (bits(n ^ 5) % 120), 6);
     (0..requests).map(one).collect()
 }
 
@@ -114,7 +116,7 @@ fn lru_is_leaf_only_lru() {
         let (talk, cut) = (bits(n) % 40, 4 + bits(n ^ 3) % 8);
         let mut part = chain(talk, cut);
         if n % 3 == 0 {
-            part.push(id(1 << 50 | talk << 12 | cut << 4 | bits(n ^ 7) % 4));
+            part.push(id((1 << 50) | (talk << 12) | (cut << 4) | (bits(n ^ 7) % 4)));
         }
         trace.push(part);
     }
@@ -217,7 +219,7 @@ fn two_tiers(trace: &Trace, fast: usize, slow: usize, mut admit: Option<Admit>) 
         asked += request.len();
         let key = Step::key_of;
         duel.request(request.iter().map(|&block| Step { key: key(block), seconds: 1.0, worth: 1.0 }));
-        let added = u32::try_from(request.len() - known).expect("a short prompt");
+        let prompt = u32::try_from(request.len()).expect("a short prompt");
         for &block in request.iter().rev() {
             let uses = stats.get(&block).map_or(0, |stats| stats.uses.saturating_add(1));
             let turn = stats.get(&block).map_or(turn, |stats| stats.turn);
@@ -228,7 +230,7 @@ fn two_tiers(trace: &Trace, fast: usize, slow: usize, mut admit: Option<Admit>) 
             let write = match &mut admit {
                 Some(admit) => {
                     !nvme.holds(block)
-                        && admit.decide(now, &duel, past, added, ByteCount::new(1), Devices::Busy)
+                        && admit.decide(now, &duel, past, prompt, ByteCount::new(1), Devices::Busy)
                 }
                 None => !nvme.holds(block),
             };

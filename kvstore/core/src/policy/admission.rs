@@ -1,8 +1,8 @@
 //! Which sealed blocks are worth a write to Nvme.
 //!
 //! A block that was used again is written. A new one is written if blocks like it
-//! come back often enough: alike are blocks of the same turn, of requests that
-//! added about as many blocks (long prompts come back less often, and cost most).
+//! come back often enough: alike are blocks of the same turn, of prompts that are
+//! about as long (long prompts come back less often, and cost most).
 //! What is refused at its seal is asked about again at its second use, while it is
 //! still in memory or after it was computed again. A budget of bytes a day moves
 //! the bar: full, everything passes; empty, only what comes back twice as often as
@@ -13,40 +13,40 @@ use crate::units::{ByteCount, Micros, Now};
 
 /// Turns that are told apart.
 const TURNS: usize = 4;
-/// Octaves of new blocks in one request that are told apart: up to 255, and more.
-const BURSTS: usize = 9;
-#[expect(clippy::cast_possible_truncation, reason = "there are few bursts")]
-const BURST_LAST: u8 = BURSTS as u8 - 1;
+/// Octaves of a prompt's blocks that are told apart: up to 255, and more.
+const LENGTHS: usize = 9;
+#[expect(clippy::cast_possible_truncation, reason = "there are few lengths")]
+const LENGTH_LAST: u8 = LENGTHS as u8 - 1;
 /// How many blocks of the average each kind is given in advance.
 const PRIOR: f32 = 20.0;
 /// Below so many new blocks nothing is known, and everything passes.
 const LEARNED_MIN: f32 = 256.0;
 /// What a budget can save up: an hour of it.
-const BURST_PART: f64 = 24.0;
+const HOUR_PART: f64 = 24.0;
 const DAY: Micros = Micros::new(24 * 3600 * 1_000_000);
 
-/// The kind of a request by how many blocks it adds.
-pub(crate) fn burst_of(added: u64) -> u8 {
-    let octave = added.max(1).ilog2();
-    u8::try_from(octave).unwrap_or(u8::MAX).min(BURST_LAST)
+/// The kind of a prompt by how many blocks it has.
+pub(crate) fn length_kind(blocks: u64) -> u8 {
+    let octave = blocks.max(1).ilog2();
+    u8::try_from(octave).unwrap_or(u8::MAX).min(LENGTH_LAST)
 }
 
 /// How many new blocks of each kind there were, and how many of them were used again.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Returns {
-    added: [[f32; BURSTS]; TURNS],
-    back: [[f32; BURSTS]; TURNS],
+    added: [[f32; LENGTHS]; TURNS],
+    back: [[f32; LENGTHS]; TURNS],
 }
 
 impl Returns {
-    pub(crate) fn is_new(&mut self, turn: u8, burst: u8) {
-        let (turn, burst) = place(turn, burst);
-        self.added[turn][burst] += 1.0;
+    pub(crate) fn is_new(&mut self, turn: u8, length: u8) {
+        let (turn, length) = place(turn, length);
+        self.added[turn][length] += 1.0;
     }
 
-    pub(crate) fn came_back(&mut self, turn: u8, burst: u8) {
-        let (turn, burst) = place(turn, burst);
-        self.back[turn][burst] += 1.0;
+    pub(crate) fn came_back(&mut self, turn: u8, length: u8) {
+        let (turn, length) = place(turn, length);
+        self.back[turn][length] += 1.0;
     }
 
     pub(crate) fn decay(&mut self, keep: f32) {
@@ -57,21 +57,21 @@ impl Returns {
 
     /// How often blocks of this kind come back, as a multiple of the average;
     /// one while nothing is known.
-    fn against_average(&self, turn: u8, burst: u8) -> f32 {
+    fn against_average(&self, turn: u8, length: u8) -> f32 {
         let added: f32 = self.added.iter().flatten().sum();
         let back: f32 = self.back.iter().flatten().sum();
         if added < LEARNED_MIN || back < 1.0 {
             return 1.0;
         }
         let average = back / added;
-        let (turn, burst) = place(turn, burst);
-        let rate = (self.back[turn][burst] + PRIOR * average) / (self.added[turn][burst] + PRIOR);
+        let (turn, length) = place(turn, length);
+        let rate = (self.back[turn][length] + PRIOR * average) / (self.added[turn][length] + PRIOR);
         rate / average
     }
 }
 
-fn place(turn: u8, burst: u8) -> (usize, usize) {
-    (usize::from(turn).min(TURNS - 1), usize::from(burst).min(BURSTS - 1))
+fn place(turn: u8, length: u8) -> (usize, usize) {
+    (usize::from(turn).min(TURNS - 1), usize::from(length).min(LENGTHS - 1))
 }
 
 /// Bytes that may be written, a token bucket.
@@ -87,14 +87,14 @@ impl WriteBudget {
     /// only what pays is written.
     pub fn new(bytes_per_day: Option<ByteCount>, now: Now) -> Self {
         let bytes_per_day = bytes_per_day.map(ByteCount::get);
-        let left = bytes_per_day.map_or(0.0, |bytes| real(bytes) / BURST_PART);
+        let left = bytes_per_day.map_or(0.0, |bytes| real(bytes) / HOUR_PART);
         Self { bytes_per_day, left, at: now }
     }
 
     /// How full it is, from 0 (or below) to 1.
     pub fn fill(&mut self, now: Now) -> f64 {
         let Some(bytes) = self.bytes_per_day else { return 0.5 };
-        let most = real(bytes) / BURST_PART;
+        let most = real(bytes) / HOUR_PART;
         let passed = real(now.since(self.at).get()) / real(DAY.get());
         self.left = (self.left + passed * real(bytes)).min(most);
         self.at = self.at.max(now);
@@ -137,14 +137,14 @@ impl Admit {
         Self { budget, written: 0, refused: 0 }
     }
 
-    /// Is a block worth a write, when it is sealed or used again? `added` is how many
-    /// blocks its request computed. True counts as written.
+    /// Is a block worth a write, when it is sealed or used again? `prompt` is how many
+    /// blocks its prompt has. True counts as written.
     pub fn decide(
         &mut self,
         now: Now,
         duel: &super::Duel,
         stats: UseStats,
-        added: u32,
+        prompt: u32,
         bytes: ByteCount,
         devices: Devices,
     ) -> bool {
@@ -154,7 +154,7 @@ impl Admit {
             // It came back already.
             f64::INFINITY
         } else {
-            f64::from(duel.hazards().returns.against_average(stats.turn, burst_of(u64::from(added))))
+            f64::from(duel.hazards().returns.against_average(stats.turn, length_kind(u64::from(prompt))))
         };
         let pays = fill > 0.0 && likely >= 2.0 * (1.0 - fill);
         let write = pays || (unspent && devices == Devices::Idle);

@@ -17,7 +17,7 @@ use hashbrown::HashTable;
 
 use crate::api::UseStats;
 use crate::ids::BlockId;
-use crate::policy::admission::burst_of;
+use crate::policy::admission::length_kind;
 use crate::policy::class::{Class, Tick};
 use crate::policy::hazards::{BUCKETS, Hazards, bucket_start};
 use crate::policy::queues::{Facts, Links, Look, NONE, Place, Queues, Slab};
@@ -79,8 +79,8 @@ struct Entry {
     turn: u8,
     bucket: u8,
     flags: u8,
-    /// New blocks of the request that added it, as an octave.
-    burst: u8,
+    /// Blocks of the prompt that it came with, as an octave.
+    length: u8,
 }
 
 const _: () = assert!(size_of::<Entry>() <= 48);
@@ -208,8 +208,10 @@ impl Ghost {
     pub(crate) fn request(&mut self, steps: impl Iterator<Item = Step>, hazards: &mut Hazards) -> Saved {
         self.tick = self.tick.next();
         self.grow_older(hazards);
+        let mut length = 0;
+        let steps = steps.inspect(|_| length += 1);
         let saved = self.take_path(steps, hazards);
-        self.count_new(hazards);
+        self.count_new(length, hazards);
         for at in (0..self.path.len()).rev() {
             let index = self.path[at];
             self.make_hottest(index, hazards);
@@ -278,15 +280,15 @@ impl Ghost {
         saved
     }
 
-    /// How many blocks a request adds says how likely they come back.
-    fn count_new(&mut self, hazards: &mut Hazards) {
-        let is_new = |entry: &Entry| entry.flags & LINKED == 0;
-        let added = self.path.iter().filter(|&&index| is_new(self.entries.at(index))).count();
-        let burst = burst_of((added as u64) << self.shift);
-        for &index in self.path.iter().rev().take(added) {
+    /// The length of a prompt says how likely its new blocks come back.
+    fn count_new(&mut self, length: u64, hazards: &mut Hazards) {
+        let kind = length_kind(length);
+        for &index in &self.path {
             let entry = self.entries.at_mut(index);
-            entry.burst = burst;
-            hazards.returns.is_new(entry.turn, burst);
+            if entry.flags & LINKED == 0 {
+                entry.length = kind;
+                hazards.returns.is_new(entry.turn, kind);
+            }
         }
     }
 
@@ -306,7 +308,7 @@ impl Ghost {
         let entry = self.entries.at_mut(index);
         hazards.used(entry.class(), usize::from(entry.bucket));
         if entry.uses == 0 {
-            hazards.returns.came_back(entry.turn, entry.burst);
+            hazards.returns.came_back(entry.turn, entry.length);
         }
         entry.uses = entry.uses.saturating_add(1);
     }
@@ -329,7 +331,7 @@ impl Ghost {
             turn,
             bucket: 0,
             flags: 0,
-            burst: 0,
+            length: 0,
         };
         let index = match self.free.pop() {
             Some(index) => {
