@@ -9,9 +9,9 @@ use std::cmp::Reverse;
 use std::collections::{BTreeMap, BinaryHeap, VecDeque};
 
 use terrace_core::{
-    Admission, ByteCount, ComputeCost, Config, Core, Counters, Done, Effect, HEADER_PAGE_BYTES, Input,
-    IoClass, Limits, Locality, Micros, Now, OpId, Placement, Policy, Reply, Request, RequestId, SessionId,
-    SpaceId, TenantId, TierViews,
+    Admission, ByteCount, ComputeCost, Config, Core, Counters, DeviceId, Done, Effect, Fault,
+    HEADER_PAGE_BYTES, Input, IoClass, Limits, Locality, Micros, Now, OpId, Placement, Policy, Reply,
+    Request, RequestId, SessionId, SpaceId, TenantId, TierViews,
 };
 
 /// A commit of the catalog: sync and batch.
@@ -94,12 +94,18 @@ enum Timer {
     Device(usize),
 }
 
+/// Which way bytes go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Direction {
+    Read,
+    Write,
+}
+
 /// A transfer that waits for its device.
 #[derive(Clone, Copy, Debug)]
 struct Transfer {
     op: OpId,
-    bytes: u64,
-    rate: f64,
+    direction: Direction,
 }
 
 /// One transfer at a time, the most urgent class first.
@@ -118,7 +124,7 @@ pub(crate) struct Node {
     timers: BinaryHeap<Reverse<(u64, u64, Timer)>>,
     timer_last: u64,
     /// Operations that take no time.
-    instant: VecDeque<(OpId, Done)>,
+    instant: VecDeque<(OpId, Result<Done, Fault>)>,
     devices: Vec<Device>,
     request_last: u64,
     replies: VecDeque<(RequestId, Reply)>,
@@ -173,9 +179,24 @@ impl Node {
     /// A client asks what is answered without waiting.
     pub(crate) fn ask_now(&mut self, client: u32, op: Request) -> Reply {
         let request = self.ask(client, op);
-        let place = self.replies.iter().position(|(answered, _)| *answered == request);
-        let place = place.expect("this kind of request is answered at once");
-        self.replies.remove(place).expect("it was found there").1
+        self.take_reply(request).expect("this kind of request is answered at once")
+    }
+
+    /// A client asks and waits as long as it takes.
+    pub(crate) fn ask_and_wait(&mut self, client: u32, op: Request) -> Reply {
+        let request = self.ask(client, op);
+        loop {
+            if let Some(reply) = self.take_reply(request) {
+                return reply;
+            }
+            let next = self.next().expect("a request that waits has a deadline");
+            self.advance(next);
+        }
+    }
+
+    fn take_reply(&mut self, request: RequestId) -> Option<Reply> {
+        let place = self.replies.iter().position(|(answered, _)| *answered == request)?;
+        self.replies.remove(place).map(|(_, reply)| reply)
     }
 
     /// A number for a request that may be repeated; never used before.
@@ -205,7 +226,7 @@ impl Node {
             self.timers.pop();
             ticked = true;
             match timer {
-                Timer::Op(op) => self.done(OpId::new(op), Done::Plain),
+                Timer::Op(op) => self.tell(Input::OpDone { op: OpId::new(op), outcome: Ok(Done::Plain) }),
                 Timer::Device(place) => {
                     self.devices[place].busy = false;
                     self.start_transfer(place);
@@ -238,15 +259,11 @@ impl Node {
         self.core.check();
     }
 
-    fn done(&mut self, op: OpId, done: Done) {
-        self.tell(Input::OpDone { op, outcome: Ok(done) });
-    }
-
     fn tell(&mut self, input: Input) {
         self.core.handle(Now::from_micros(self.now), input);
         self.drain();
-        while let Some((op, done)) = self.instant.pop_front() {
-            self.core.handle(Now::from_micros(self.now), Input::OpDone { op, outcome: Ok(done) });
+        while let Some((op, outcome)) = self.instant.pop_front() {
+            self.core.handle(Now::from_micros(self.now), Input::OpDone { op, outcome });
             self.drain();
         }
     }
@@ -265,18 +282,25 @@ impl Node {
             | Effect::AdoptWindow { .. }
             | Effect::SetFence { .. }
             | Effect::Publish { .. } => {}
-            Effect::CreateChunk { op, .. } => self.instant.push_back((op, Done::ChunkCreated)),
+            Effect::CreateChunk { op, .. } => self.instant.push_back((op, Ok(Done::ChunkCreated))),
             Effect::DropChunk { op, .. } | Effect::CarveSlot { op, .. } | Effect::Verify { op, .. } => {
-                self.instant.push_back((op, Done::Plain));
+                self.instant.push_back((op, Ok(Done::Plain)));
             }
             Effect::Read { op, source, class, .. } => {
-                self.traffic.bytes_read += self.frame_bytes;
-                self.queue(usize::from(source.device.get()), op, class, self.hardware.device.read_rate);
+                self.queue(source.device, class, Transfer { op, direction: Direction::Read });
             }
             Effect::Write { op, target, class, .. } => {
-                self.traffic.blocks_written += 1;
-                self.traffic.bytes_written += self.frame_bytes;
-                self.queue(usize::from(target.device.get()), op, class, self.hardware.device.write_rate);
+                self.queue(target.device, class, Transfer { op, direction: Direction::Write });
+            }
+            Effect::Promote { op, device, class } => {
+                if let Some(transfer) = self.unqueue(device, op) {
+                    self.queue(device, class, transfer);
+                }
+            }
+            Effect::Cancel { op, device } => {
+                if self.unqueue(device, op).is_some() {
+                    self.instant.push_back((op, Err(Fault::NotStarted)));
+                }
             }
             Effect::Commit { op, .. } | Effect::ClearSpace { op, .. } => {
                 self.timer(COMMIT_MICROS, Timer::Op(op.get()));
@@ -288,10 +312,19 @@ impl Node {
         }
     }
 
-    fn queue(&mut self, place: usize, op: OpId, class: IoClass, rate: f64) {
-        let transfer = Transfer { op, bytes: self.frame_bytes, rate };
+    fn queue(&mut self, device: DeviceId, class: IoClass, transfer: Transfer) {
+        let place = usize::from(device.get());
         self.devices[place].queues.entry(class).or_default().push_back(transfer);
         self.start_transfer(place);
+    }
+
+    /// Takes a transfer back that its device has not started.
+    fn unqueue(&mut self, device: DeviceId, op: OpId) -> Option<Transfer> {
+        let mut queues = self.devices[usize::from(device.get())].queues.values_mut();
+        queues.find_map(|queue| {
+            let place = queue.iter().position(|transfer| transfer.op == op)?;
+            queue.remove(place)
+        })
     }
 
     fn start_transfer(&mut self, place: usize) {
@@ -300,9 +333,20 @@ impl Node {
             return;
         }
         let next = device.queues.values_mut().find_map(VecDeque::pop_front);
-        let Some(Transfer { op, bytes, rate }) = next else { return };
+        let Some(Transfer { op, direction }) = next else { return };
         device.busy = true;
-        let micros = transfer_micros(bytes, rate);
+        let rate = match direction {
+            Direction::Read => {
+                self.traffic.bytes_read += self.frame_bytes;
+                self.hardware.device.read_rate
+            }
+            Direction::Write => {
+                self.traffic.blocks_written += 1;
+                self.traffic.bytes_written += self.frame_bytes;
+                self.hardware.device.write_rate
+            }
+        };
+        let micros = transfer_micros(self.frame_bytes, rate);
         self.timer(micros + self.hardware.device.latency, Timer::Op(op.get()));
         self.timer(micros, Timer::Device(place));
     }

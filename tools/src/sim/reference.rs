@@ -2,13 +2,15 @@
 //! one after another, and a prompt's blocks are there before the next one comes.
 //! The core is the real one.
 //!
-//! A hit is the longest prefix that is there; a hole ends it. Computing takes its
-//! time, so that the core sees what blocks cost; nothing else takes any.
+//! A hit is the longest prefix that is there; a hole ends it. What is missing is
+//! inserted block by block, so that the core weighs each against what it has.
+//! Computing takes its time, so that the core sees what blocks cost; nothing else
+//! takes any.
 
 use indicatif::ProgressBar;
 use terrace_core::{
-    Admission, ByteCount, Checksum, Durability, Grant, HEADER_PAGE_BYTES, LeaseId, Now, Placement, Policy,
-    Reply, Request,
+    Admission, BlockId, ByteCount, Checksum, Durability, Grant, HEADER_PAGE_BYTES, LeaseId, MatchMode, Now,
+    Placement, Policy, Purpose, Reply, Request,
 };
 
 use super::node::{DeviceModel, Hardware, LEASE_TTL, Node, micros};
@@ -70,17 +72,8 @@ impl Replay<'_> {
         self.node.advance(ask.at);
         let blocks = self.trace.blocks(ask);
         let (lease, hits) = self.lease_read(&blocks);
-        let mut leases = Vec::from_iter(lease);
-        if hits < blocks.len() {
-            let seconds = self.profile.prefill_seconds(self.trace.tokens(ask, hits), ask.input);
-            let (lease, throttled) = self.write(&blocks, hits, micros(seconds));
-            // The later blocks are given back first, so that a prefix stays newer than what follows it.
-            if let Some(lease) = lease {
-                leases.insert(0, lease);
-            }
-            outcome.throttled += throttled;
-        }
-        for lease in leases {
+        outcome.throttled += self.keep(&blocks, hits);
+        if let Some(lease) = lease {
             self.node.ask_now(0, Request::Release { leases: vec![lease] });
         }
         let tokens = self.trace.tokens(ask, hits);
@@ -94,13 +87,14 @@ impl Replay<'_> {
     }
 
     /// The lease, and how many blocks from the first one on it covers.
-    fn lease_read(&mut self, blocks: &[terrace_core::BlockId]) -> (Option<LeaseId>, usize) {
+    fn lease_read(&mut self, blocks: &[BlockId]) -> (Option<LeaseId>, usize) {
         let repeat = self.node.repeat();
         let op = Request::LeaseRead {
             repeat,
             blocks: blocks.to_vec(),
             ttl: LEASE_TTL,
             answer_by: Now::from_micros(0),
+            purpose: Purpose::Prefill,
         };
         match self.node.ask_now(0, op) {
             Reply::Leased { lease, blocks, .. } => (lease, granted(&blocks)),
@@ -108,39 +102,81 @@ impl Replay<'_> {
         }
     }
 
-    /// Stores what is missing from `from` on, after the time that it takes. What finds no frame is left out.
-    fn write(
-        &mut self,
-        blocks: &[terrace_core::BlockId],
-        from: usize,
-        micros: u64,
-    ) -> (Option<LeaseId>, u64) {
-        let repeat = self.node.repeat();
+    /// Inserts the blocks from `from` on. Ends, and says how many are left, where
+    /// the core evicts the block before for the next one: it thinks that what
+    /// else it has is worth more than the rest of this prompt.
+    fn keep(&mut self, blocks: &[BlockId], from: usize) -> u64 {
+        for place in from..blocks.len() {
+            let left = (blocks.len() - place) as u64;
+            let lease = match self.reserve(blocks, place) {
+                Reserved::Frame(lease, length) => (lease, length),
+                Reserved::There => continue,
+                Reserved::NoRoom => return left,
+            };
+            if place > from && !self.is_there(blocks[place - 1]) {
+                self.node.ask_now(0, Request::Abort { lease: lease.0, indexes: Vec::new() });
+                self.node.ask_now(0, Request::Release { leases: vec![lease.0] });
+                if let Reserved::Frame(lease, length) = self.reserve(blocks, place - 1) {
+                    self.publish(blocks, place - 1, lease, length);
+                }
+                return left;
+            }
+            self.publish(blocks, place, lease.0, lease.1);
+        }
+        0
+    }
+
+    fn reserve(&mut self, blocks: &[BlockId], place: usize) -> Reserved {
         let op = Request::LeaseWrite {
-            repeat,
+            repeat: self.node.repeat(),
             space: Node::SPACE,
-            blocks: blocks[from..].to_vec(),
-            parent: from.checked_sub(1).map(|place| blocks[place]),
+            blocks: vec![blocks[place]],
+            parent: place.checked_sub(1).map(|before| blocks[before]),
             ttl: LEASE_TTL,
         };
-        let (lease, grants) = match self.node.ask_now(0, op) {
-            Reply::Leased { lease, blocks, .. } => (lease, blocks),
-            Reply::Throttled(_) => return (None, (blocks.len() - from) as u64),
+        match self.node.ask_and_wait(0, op) {
+            Reply::Leased { lease, blocks, .. } => match (lease, blocks.first()) {
+                (Some(lease), Some(&Grant::Granted { length, .. })) => Reserved::Frame(lease, length),
+                (_, Some(Grant::Exists)) => Reserved::There,
+                (_, _) => Reserved::NoRoom,
+            },
+            Reply::Throttled(_) => Reserved::NoRoom,
             other => panic!("a write lease was answered by {other:?}"),
-        };
-        self.node.advance(self.node.now() + micros);
-        let (parts, throttled) = to_seal(&grants);
-        if let Some(lease) = lease {
-            let op = Request::Seal {
-                repeat: self.node.repeat(),
-                lease,
-                blocks: parts,
-                durability: Durability::Readable,
-            };
-            self.node.ask_now(0, op);
         }
-        (lease, throttled)
     }
+
+    /// Seals a block after the time that computing it takes.
+    fn publish(&mut self, blocks: &[BlockId], place: usize, lease: LeaseId, length: ByteCount) {
+        let depth = u32::try_from(place).unwrap_or(u32::MAX);
+        let seconds = self.profile.block_cost(self.trace.tokens_per_block).seconds(depth);
+        self.node.advance(self.node.now() + micros(seconds));
+        let op = Request::Seal {
+            repeat: self.node.repeat(),
+            lease,
+            blocks: vec![(0, length, checksum_of(blocks[place]))],
+            durability: Durability::Readable,
+        };
+        self.node.ask_now(0, op);
+        self.node.ask_now(0, Request::Release { leases: vec![lease] });
+    }
+
+    fn is_there(&mut self, block: BlockId) -> bool {
+        let op = Request::Match { blocks: vec![block], mode: MatchMode::Prefix };
+        matches!(self.node.ask_now(0, op), Reply::Matched { blocks } if blocks.first().is_some_and(Option::is_some))
+    }
+}
+
+/// What became of the wish for a frame.
+enum Reserved {
+    Frame(LeaseId, ByteCount),
+    There,
+    NoRoom,
+}
+
+/// The bytes are a function of the block, so their checksum is one as well.
+fn checksum_of(block: BlockId) -> Checksum {
+    let [low, ..] = block.to_bytes();
+    Checksum::new(u64::from(low))
 }
 
 /// Blocks granted from the first one on.
@@ -154,9 +190,7 @@ pub(crate) fn to_seal(grants: &[Grant]) -> (Vec<(u32, ByteCount, Checksum)>, u64
     for (index, grant) in (0u32..).zip(grants) {
         match grant {
             Grant::Granted { block, length, .. } => {
-                // The bytes are a function of the block, so their checksum is one as well.
-                let [low, ..] = block.to_bytes();
-                parts.push((index, *length, Checksum::new(u64::from(low))));
+                parts.push((index, *length, checksum_of(*block)));
             }
             Grant::Throttled => throttled += 1,
             Grant::Promoting | Grant::Missing(_) | Grant::Exists => {}

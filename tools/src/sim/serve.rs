@@ -10,7 +10,9 @@ use std::cmp::Reverse;
 use std::collections::{BTreeMap, BinaryHeap, VecDeque};
 
 use indicatif::ProgressBar;
-use terrace_core::{Durability, Grant, LeaseId, MatchMode, Now, Reply, Request, RequestId, Residence};
+use terrace_core::{
+    Durability, Grant, LeaseId, MatchMode, Now, Purpose, Reply, Request, RequestId, Residence,
+};
 
 use super::node::{Hardware, LEASE_TTL, Node, micros, transfer_micros};
 use super::profile::Profile;
@@ -238,6 +240,7 @@ impl Serve<'_> {
             blocks,
             ttl: LEASE_TTL,
             answer_by: Now::from_micros(self.now + micros(patience)),
+            purpose: Purpose::Prefill,
         };
         let request = self.node.ask(worker, op);
         self.asked.insert(request, (place, Step::Read));
