@@ -35,8 +35,10 @@ pub(crate) struct Series {
 /// Where a legend lies.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Corner {
-    /// For lines that rise steeply.
+    /// For lines that rise early.
     LowerRight,
+    /// For lines that rise late.
+    UpperLeft,
 }
 
 /// A plot: what it shows and its lines. Points whose x is not above 0 have no place on its axis.
@@ -112,6 +114,7 @@ fn draw_one(plot: &Plot, area: &Area<'_>) -> Result<(), Box<dyn std::error::Erro
         .configure_series_labels()
         .position(match plot.legend {
             Corner::LowerRight => SeriesLabelPosition::LowerRight,
+            Corner::UpperLeft => SeriesLabelPosition::UpperLeft,
         })
         .background_style(WHITE.mix(0.8))
         .border_style(BLACK.mix(0.3))

@@ -65,7 +65,7 @@ fn first_tokens(trace: &str, runs: &[&Run]) -> Option<Plot> {
         })
         .collect();
     let title = format!("{trace}: time to first token");
-    let legend = Corner::LowerRight;
+    let legend = Corner::UpperLeft;
     (!series.is_empty()).then_some(Plot {
         title,
         x: "seconds",
