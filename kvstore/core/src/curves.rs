@@ -68,7 +68,12 @@ impl CurveBooks {
     }
 
     /// A tenant's request for a prefix, head first.
-    pub(crate) fn request(&mut self, tenant: TenantId, blocks: impl Iterator<Item = Lookup> + Clone, count: u64) {
+    pub(crate) fn request(
+        &mut self,
+        tenant: TenantId,
+        blocks: impl Iterator<Item = Lookup> + Clone,
+        count: u64,
+    ) {
         self.references += count;
         self.pinned.request(tenant, blocks.clone());
         if self.sizes.1 > 0 {

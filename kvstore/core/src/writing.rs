@@ -392,7 +392,8 @@ impl Core {
         self.counters.seals += 1;
         if self.blocks.at(index).nvme == Nvme::None && self.is_written_behind() {
             let id = self.blocks.at(index).id;
-            let added = self.sessions.get(&session).and_then(|open| open.asked).map_or(1, |asked| asked.added);
+            let added =
+                self.sessions.get(&session).and_then(|open| open.asked).map_or(1, |asked| asked.added);
             self.consider(index, id, added);
         }
         SealOutcome::Sealed

@@ -474,7 +474,13 @@ fn a_late_read_keeps_its_frame() {
 fn a_block_larger_than_a_chunk_is_refused() {
     let mut node = Node::new();
     let block_bytes = ByteCount::new(CHUNK_BYTES);
-    node.tell(Input::SpaceKnown { space: space(5), tenant: tenant(1), block_bytes, block_tokens: TokenCount::new(16), generation: 0 });
+    node.tell(Input::SpaceKnown {
+        space: space(5),
+        tenant: tenant(1),
+        block_bytes,
+        block_tokens: TokenCount::new(16),
+        generation: 0,
+    });
     let op =
         Request::LeaseWrite { repeat: 902, space: space(5), blocks: vec![block(1)], parent: None, ttl: None };
     assert!(matches!(node.call(1, op), Reply::Refused(Refusal::BlockTooLarge { .. })));

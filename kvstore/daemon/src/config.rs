@@ -274,7 +274,8 @@ fn admission(
     chunk_bytes: ByteCount,
 ) -> Result<Admission, ConfigError> {
     let bytes_per_day = bytes_per_day.map(|text| length("write_bytes_per_day", text)).transpose()?;
-    let endured = |device: &Device| (u64::from(device.slots) * chunk_bytes.get()).max(WRITE_BYTES_PER_DAY_MIN);
+    let endured =
+        |device: &Device| (u64::from(device.slots) * chunk_bytes.get()).max(WRITE_BYTES_PER_DAY_MIN);
     let all = ByteCount::new(devices.iter().map(endured).sum());
     match text {
         "learned" => Ok(Admission::Learned { bytes_per_day: Some(bytes_per_day.unwrap_or(all)) }),

@@ -7,9 +7,9 @@
 use bytes::Bytes;
 
 use terrace_core::{
-    BadManifest, BlockId, ByteCount, Checksum, ComputeCost, CurvePoint, CurveTier, CurveView, Durability, Event,
-    Grant, LeaseId, Limit, MatchMode, Micros, MissReason, Notice, Purpose, Refusal, Residence, SealOutcome,
-    SpaceId, SpaceKind, SpaceManifest, TenantKey, TokenCount,
+    BadManifest, BlockId, ByteCount, Checksum, ComputeCost, CurvePoint, CurveTier, CurveView, Durability,
+    Event, Grant, LeaseId, Limit, MatchMode, Micros, MissReason, Notice, Purpose, Refusal, Residence,
+    SealOutcome, SpaceId, SpaceKind, SpaceManifest, TenantKey, TokenCount,
 };
 use terrace_media::SelfTestLine;
 use terrace_proto::{KEY_BYTES_MAX, v1};

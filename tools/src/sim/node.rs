@@ -11,7 +11,7 @@ use std::collections::{BTreeMap, BinaryHeap, VecDeque};
 use terrace_core::{
     Admission, ByteCount, ComputeCost, Config, Core, Counters, DeviceId, Done, Effect, Fault,
     HEADER_PAGE_BYTES, Input, IoClass, Limits, Locality, Micros, Now, OpId, Placement, Policy, Reply,
-    Request, RequestId, SessionId, SpaceId, TenantId, TierViews,
+    Request, RequestId, SessionId, SpaceId, TenantId, TierViews, TokenCount,
 };
 
 /// A commit of the catalog: sync and batch.
@@ -35,6 +35,8 @@ pub(crate) struct DeviceModel {
 pub(crate) struct Hardware {
     /// Payload of a block.
     pub(crate) block_bytes: u64,
+    /// Its tokens.
+    pub(crate) block_tokens: u32,
     /// Size of a chunk of any tier.
     pub(crate) chunk_bytes: u64,
     /// Chunks of the Pinned tier.
@@ -151,11 +153,12 @@ impl Node {
         };
         let tenant = TenantId::from_bytes([1; 16]);
         let block_bytes = ByteCount::new(node.hardware.block_bytes);
+        let block_tokens = TokenCount::new(node.hardware.block_tokens);
         for client in 0..node.hardware.clients {
             let session = session_of(client);
             node.tell(Input::SessionOpened { session, tenant, locality: Locality::Streamed });
         }
-        node.tell(Input::SpaceKnown { space: Self::SPACE, tenant, block_bytes, generation: 0 });
+        node.tell(Input::SpaceKnown { space: Self::SPACE, tenant, block_bytes, block_tokens, generation: 0 });
         node.tell(Input::SpaceCost { space: Self::SPACE, cost: node.hardware.cost });
         node
     }
@@ -392,6 +395,7 @@ fn config(hardware: &Hardware) -> Config {
         window_recall_max: Micros::from_millis(10_000),
         // Windows are for clients that map memory; the simulated one streams.
         chunks_ready_min: 0,
+        frames_ready_min: 0,
         policy: hardware.policy,
         admission: hardware.admission,
         placement: hardware.placement,
