@@ -102,10 +102,12 @@ pub(crate) struct Seen {
     pub(crate) clears: u64,
     pub(crate) throttled: u64,
     pub(crate) repeats: u64,
+    pub(crate) scrubbed: u64,
+    pub(crate) scrub_damaged: u64,
 }
 
 impl Seen {
-    fn fields(&self) -> [u64; 18] {
+    fn fields(&self) -> [u64; 20] {
         [
             self.reads,
             self.moved,
@@ -125,6 +127,8 @@ impl Seen {
             self.clears,
             self.throttled,
             self.repeats,
+            self.scrubbed,
+            self.scrub_damaged,
         ]
     }
 
@@ -147,6 +151,8 @@ impl Seen {
         self.clears += other.clears;
         self.throttled += other.throttled;
         self.repeats += other.repeats;
+        self.scrubbed += other.scrubbed;
+        self.scrub_damaged += other.scrub_damaged;
     }
 
     pub(crate) fn assert_all(&self) {
@@ -162,6 +168,8 @@ impl Seen {
         self.copies += counters.copies;
         self.expired += counters.leases_expired;
         self.throttled += counters.throttled;
+        self.scrubbed += counters.scrub_blocks;
+        self.scrub_damaged += counters.scrub_damaged;
     }
 }
 
@@ -298,7 +306,12 @@ impl World {
 
     fn world_changes(&mut self) {
         let device = DeviceId::new(if self.random.percent(50) { 0 } else { 1 });
-        match self.random.below(6) {
+        match self.random.below(8) {
+            6 => self.rot(),
+            7 => {
+                let bytes_per_second = ByteCount::new(8192 * (1 + self.random.below(1000)));
+                self.tell(Input::Scrub(Scrub::Start { bytes_per_second }));
+            }
             0 => self.tell(Input::DeviceState { device, usable: false }),
             1 | 2 => self.tell(Input::DeviceState { device, usable: true }),
             3 => self.set_degraded(!self.degraded),
@@ -307,6 +320,17 @@ impl World {
                 self.tell(Input::MemoryLimit { bytes: ByteCount::new(chunks * CHUNK_BYTES) });
             }
             _ => self.set_degraded(false),
+        }
+    }
+
+    /// A byte on a device changes by itself.
+    fn rot(&mut self) {
+        let frames: Vec<DiskFrame> = self.cells.keys().copied().collect();
+        if !frames.is_empty() {
+            let frame = frames[self.random.index(frames.len())];
+            if let Some(cell) = self.cells.get_mut(&frame) {
+                cell.payload = GARBAGE;
+            }
         }
     }
 
@@ -376,6 +400,11 @@ impl World {
             }
             Effect::Copy { op, target, .. } => {
                 self.frame(*target).payload = GARBAGE;
+                (*op, None)
+            }
+            Effect::Scrub { op, source, expect, .. } => {
+                let entry = self.catalog.get(&expect.block).map(|(frame, _)| *frame);
+                assert_eq!(entry, Some(*source), "what is scrubbed is durable");
                 (*op, None)
             }
         };
@@ -477,6 +506,17 @@ impl World {
                 self.frame(*target).payload = payload;
                 let sound = checksum_of(expect.block, payload) == expect.checksum;
                 if sound && !fails { Ok(Done::Plain) } else { Err(Fault::Checksum) }
+            }
+            Effect::Scrub { source, expect, .. } => {
+                let cell = self.cells.get(source);
+                let sound = cell.is_some_and(|cell| {
+                    cell.header == *expect && checksum_of(expect.block, cell.payload) == expect.checksum
+                });
+                match (fails, sound) {
+                    (true, _) => Err(Fault::Device),
+                    (false, true) => Ok(Done::Plain),
+                    (false, false) => Err(Fault::Checksum),
+                }
             }
             other => panic!("{other:?} is no slow effect"),
         }
