@@ -111,6 +111,8 @@ pub enum MediaOp {
     Verify { op: OpId, frame: FrameRef, expect: BlockHeader },
     /// Copies a payload and compares the copy.
     Copy { op: OpId, source: FrameRef, target: FrameRef, expect: BlockHeader },
+    /// Device to a buffer of media's own, verified.
+    Scrub { op: OpId, source: DiskFrame, source_offset: u64, expect: BlockHeader },
 }
 
 impl MediaOp {
@@ -125,7 +127,8 @@ impl MediaOp {
             | Self::Commit { op, .. }
             | Self::ClearSpace { op, .. }
             | Self::Verify { op, .. }
-            | Self::Copy { op, .. } => *op,
+            | Self::Copy { op, .. }
+            | Self::Scrub { op, .. } => *op,
         }
     }
 }
@@ -231,6 +234,8 @@ pub struct ScanReport {
     pub damaged: u64,
     /// Slots that could not be read.
     pub unreadable: u64,
+    /// It came to its end; false after [`crate::Media::stop_scan`].
+    pub complete: bool,
 }
 
 /// State of one device.

@@ -79,6 +79,16 @@ pub enum CatalogError {
         /// Its folder.
         path: PathBuf,
     },
+    /// Its files could not be moved or made.
+    #[error("catalog {path}: cannot {action}: {reason}")]
+    File {
+        /// Its folder.
+        path: PathBuf,
+        /// What was tried.
+        action: &'static str,
+        /// What the system said.
+        reason: String,
+    },
     /// The disk is as good as full.
     #[error(
         "catalog {path} has {available} bytes of room left and needs {ROOM_BYTES_MIN}: free space on its disk"
@@ -92,6 +102,21 @@ pub enum CatalogError {
     /// A record is longer than allowed.
     #[error("a space record holds a tenant name or a manifest that is too long or empty")]
     BadRecord,
+}
+
+impl CatalogError {
+    /// Opening it again would not help: what it holds does not read back.
+    pub fn is_damage(&self) -> bool {
+        match self {
+            Self::Damaged { .. } => true,
+            Self::Store { reason, .. } => reason.starts_with("Corruption"),
+            Self::NewerFormat { .. }
+            | Self::Failed { .. }
+            | Self::File { .. }
+            | Self::NoRoom { .. }
+            | Self::BadRecord => false,
+        }
+    }
 }
 
 /// Changes that become durable together, in the order in which they were added.
@@ -154,6 +179,9 @@ impl Catalog {
         }
         if found != Some(FORMAT) {
             let mut batch = Batch::default();
+            if new {
+                begin(&mut batch);
+            }
             batch.put_meta("format", &FORMAT.to_le_bytes());
             batch.put_meta("minor", &MINOR.to_le_bytes());
             catalog.write(batch)?;
@@ -232,11 +260,13 @@ impl Catalog {
 
     /// Closes, opens and reads everything; takes writes again if all is well.
     pub(crate) fn reopen(&self) -> Result<(), CatalogError> {
+        self.failed.store(true, Ordering::Release);
         {
             let mut store = self.store.write().unwrap_or_else(PoisonError::into_inner);
             *store = None;
             *store = Some(open_store(&self.path)?);
         }
+        self.format()?.ok_or_else(|| self.damaged("format"))?;
         self.blocks(4096, &mut |_| {})?;
         self.carves()?;
         self.spaces()?;
@@ -244,6 +274,28 @@ impl Catalog {
         probe.put_meta("reopened", &[1]);
         self.failed.store(false, Ordering::Release);
         self.write(probe)
+    }
+
+    /// Moves it aside and begins a new one with these entries, in which a scan must find the rest.
+    pub(crate) fn renew(&self, mut entries: Batch) -> Result<PathBuf, CatalogError> {
+        let moved_to = {
+            let mut store = self.store.write().unwrap_or_else(PoisonError::into_inner);
+            *store = None;
+            let moved_to = move_aside(&self.path).map_err(|error| CatalogError::File {
+                path: self.path.clone(),
+                action: "move it aside",
+                reason: error.to_string(),
+            })?;
+            *store = Some(open_store(&self.path)?);
+            moved_to
+        };
+        begin(&mut entries);
+        entries.put_meta("format", &FORMAT.to_le_bytes());
+        entries.put_meta("minor", &MINOR.to_le_bytes());
+        self.failed.store(false, Ordering::Release);
+        self.write(entries)?;
+        mark_format(&self.path)?;
+        Ok(moved_to)
     }
 
     /// All blocks, in batches, in no certain order. Returns how many. Threads read and decode ahead of `take`.
@@ -379,6 +431,12 @@ impl Catalog {
     }
 }
 
+/// In the first batch of a catalog: until this mark is gone it does not know every block. A start that is cut
+/// short right after the catalog was made must not leave one that seems to know that there are none.
+fn begin(batch: &mut Batch) {
+    batch.put_meta("rebuild", &[1]);
+}
+
 /// Moves a damaged catalog out of the way, next to where it was. One such copy is kept.
 pub(crate) fn move_aside(path: &Path) -> std::io::Result<PathBuf> {
     let aside = path.with_extension("damaged");
@@ -470,9 +528,10 @@ fn mark_format(path: &Path) -> Result<(), CatalogError> {
         std::fs::rename(&next, &file)?;
         std::fs::File::open(path)?.sync_all()
     };
-    write().map_err(|error: std::io::Error| CatalogError::Store {
+    write().map_err(|error: std::io::Error| CatalogError::File {
         path: path.to_owned(),
-        reason: format!("its FORMAT file cannot be written: {error}"),
+        action: "write its FORMAT file",
+        reason: error.to_string(),
     })
 }
 

@@ -238,6 +238,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::golden::golden;
 
     fn header() -> BlockHeader {
         BlockHeader {
@@ -260,6 +261,49 @@ mod tests {
             generation: 6,
             manifest: vec![9; 30],
         }
+    }
+
+    /// A block's value as the first format had it. Nothing writes it any more.
+    fn first_format(frame: DiskFrame, header: &BlockHeader) -> Vec<u8> {
+        let mut value = vec![BLOCK_V1_VERSION];
+        value.extend_from_slice(&frame.device.get().to_le_bytes());
+        value.extend_from_slice(&frame.slot.to_le_bytes());
+        value.extend_from_slice(&frame.index.to_le_bytes());
+        value.extend_from_slice(&header.space.to_bytes());
+        value.extend_from_slice(&header.tenant.to_bytes());
+        value.push(1);
+        value.extend_from_slice(&header.parent.unwrap().to_bytes());
+        value.extend_from_slice(&header.length.get().to_le_bytes());
+        value.extend_from_slice(&header.checksum.get().to_le_bytes());
+        value.extend_from_slice(&header.generation.to_le_bytes());
+        value.extend_from_slice(&header.write_sequence.to_le_bytes());
+        value.extend_from_slice(&[0; 23]);
+        sealed(value)
+    }
+
+    /// Values of this and of the first format must be read for ever, and this one's written as it was.
+    #[test]
+    fn golden_values() {
+        let frame = DiskFrame { device: DeviceId::new(1), slot: 2, index: 3 };
+        let stats = UseStats { depth: 0x0102_0304, turn: 5, uses: 6 };
+        let value = encode_block(frame, &header(), stats);
+        let golden_block = golden("block-2.bin", &value);
+        assert_eq!(golden_block, value);
+        assert_eq!(
+            decode_block(header().block, &golden_block),
+            Some(FoundHeader { frame, header: header(), stats })
+        );
+        let old = golden("block-1.bin", &first_format(frame, &header()));
+        let found = FoundHeader { frame, header: header(), stats: UseStats::default() };
+        assert_eq!(decode_block(header().block, &old), Some(found));
+        let frame_bytes = ByteCount::new(372_736);
+        let carve = Carve { device: frame.device, slot: 2, space: header().space, frame_bytes };
+        let slot = golden("carve-1.bin", &encode_carve(&carve, 9));
+        assert_eq!(slot, encode_carve(&carve, 9));
+        assert_eq!(decode_carve(&carve_key(carve.device, 2)[1..], &slot), Some((carve, 9)));
+        let space = golden("space-1.bin", &encode_space(&record()));
+        assert_eq!(space, encode_space(&record()));
+        assert_eq!(decode_space(record().space, &space), Some(record()));
     }
 
     /// A minor version to come may append fields: they must be skipped, or the first start after a

@@ -141,6 +141,21 @@ fn a_damaged_format_is_not_a_newer_one() {
     assert!(matches!(open(&path).err().unwrap(), CatalogError::Damaged { .. }));
 }
 
+/// A start that dies right after it made a catalog must not leave one that seems to know that there are no
+/// blocks: the mark of an incomplete one is in its first batch.
+#[test]
+fn a_new_catalog_is_incomplete_from_its_first_batch_on() {
+    let folder = folder();
+    let path = folder.path().join("catalog");
+    drop(open(&path).unwrap());
+    let catalog = open(&path).unwrap();
+    assert_eq!(catalog.meta("rebuild").unwrap(), Some(vec![1]));
+    let moved_to = catalog.renew(Batch::default()).unwrap();
+    assert!(moved_to.exists());
+    assert_eq!(catalog.meta("rebuild").unwrap(), Some(vec![1]));
+    assert_eq!(catalog.format().unwrap(), Some(FORMAT));
+}
+
 /// Several threads read the blocks: at each boundary between them one could be lost or told twice.
 #[test]
 fn ranges_cover_every_block_once() {
