@@ -9,8 +9,8 @@ use clap::{Args, Subcommand};
 use serde_json::{Value, json};
 use terrace_core::{BlockHeader, BlockId, DeviceId, SpaceId};
 use terrace_media::inspect::{
-    CheckOptions, CheckReport, EntryFilter, Finding, FindingKind, FrameReport, OfflineCatalog, OfflineDevice,
-    check,
+    CatalogReport, CheckOptions, CheckReport, EntryFilter, Finding, FindingKind, FrameReport, OfflineCatalog,
+    OfflineDevice, check,
 };
 use terrace_media::{BadHeader, CopyState, FoundHeader, SlotHeader, SuperblockFacts};
 
@@ -174,41 +174,49 @@ fn catalog(args: &CatalogArgs, format: Format) -> anyhow::Result<ExitCode> {
         return Ok(ExitCode::SUCCESS);
     }
     let report = catalog.report()?;
-    let blocks: u64 = report.blocks.values().map(|(count, _)| count).sum();
-    if format == Format::Json {
-        let devices = report.devices.iter().map(|(id, uuid)| (id.to_string(), json!(output::hex(uuid))));
-        let spaces =
-            report.blocks.keys().chain(report.spaces.keys()).collect::<std::collections::BTreeSet<_>>();
-        let spaces = spaces.into_iter().map(|space| {
-            let record = report.spaces.get(space);
-            let (count, bytes) = report.blocks.get(space).copied().unwrap_or_default();
-            json!({
-                "space_id": space.to_string(), "known": record.is_some(),
-                "tenant": record.map(|record| record.tenant_name.clone()),
-                "generation": record.map(|record| record.generation),
-                "manifest_bytes": record.map(|record| record.manifest.len()),
-                "blocks": count, "bytes": bytes.get(),
-            })
-        });
-        let carves = report.carves.iter().map(|(carve, sequence)| {
-            json!({
-                "device": carve.device.get(), "slot": carve.slot, "space_id": carve.space.to_string(),
-                "frame_bytes": carve.frame_bytes.get(), "carve_sequence": sequence,
-            })
-        });
-        output::json(&json!({
-            "format": format!("{}.{}", report.format.0, report.format.1),
-            "incarnation": report.incarnation,
-            "clean": report.clean,
-            "rebuild": report.rebuild,
-            "devices": devices.collect::<serde_json::Map<_, _>>(),
-            "blocks": blocks,
-            "spaces": spaces.collect::<Vec<_>>(),
-            "carves": carves.collect::<Vec<_>>(),
-        }))?;
-        return Ok(ExitCode::SUCCESS);
+    match format {
+        Format::Json => output::json(&catalog_json(&report))?,
+        Format::Table => print_catalog(&report, &args.data_dir),
     }
-    println!("catalog of {}, format {}.{}", args.data_dir.display(), report.format.0, report.format.1);
+    Ok(ExitCode::SUCCESS)
+}
+
+fn catalog_json(report: &CatalogReport) -> Value {
+    let blocks: u64 = report.blocks.values().map(|(count, _)| count).sum();
+    let devices = report.devices.iter().map(|(id, uuid)| (id.to_string(), json!(output::hex(uuid))));
+    let spaces = report.blocks.keys().chain(report.spaces.keys()).collect::<std::collections::BTreeSet<_>>();
+    let spaces = spaces.into_iter().map(|space| {
+        let record = report.spaces.get(space);
+        let (count, bytes) = report.blocks.get(space).copied().unwrap_or_default();
+        json!({
+            "space_id": space.to_string(), "known": record.is_some(),
+            "tenant": record.map(|record| record.tenant_name.clone()),
+            "generation": record.map(|record| record.generation),
+            "manifest_bytes": record.map(|record| record.manifest.len()),
+            "blocks": count, "bytes": bytes.get(),
+        })
+    });
+    let carves = report.carves.iter().map(|(carve, sequence)| {
+        json!({
+            "device": carve.device.get(), "slot": carve.slot, "space_id": carve.space.to_string(),
+            "frame_bytes": carve.frame_bytes.get(), "carve_sequence": sequence,
+        })
+    });
+    json!({
+        "format": format!("{}.{}", report.format.0, report.format.1),
+        "incarnation": report.incarnation,
+        "clean": report.clean,
+        "rebuild": report.rebuild,
+        "devices": devices.collect::<serde_json::Map<_, _>>(),
+        "blocks": blocks,
+        "spaces": spaces.collect::<Vec<_>>(),
+        "carves": carves.collect::<Vec<_>>(),
+    })
+}
+
+fn print_catalog(report: &CatalogReport, data_dir: &Path) {
+    let blocks: u64 = report.blocks.values().map(|(count, _)| count).sum();
+    println!("catalog of {}, format {}.{}", data_dir.display(), report.format.0, report.format.1);
     println!(
         "last opened by life {}, which {}",
         report.incarnation,
@@ -238,7 +246,6 @@ fn catalog(args: &CatalogArgs, format: Format) -> anyhow::Result<ExitCode> {
     for (space, (count, _)) in report.blocks.iter().filter(|(space, _)| !report.spaces.contains_key(space)) {
         println!("{count} blocks belong to space {space}, of which no record is there");
     }
-    Ok(ExitCode::SUCCESS)
 }
 
 fn print_entries(entries: &[FoundHeader]) {

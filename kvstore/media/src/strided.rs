@@ -17,6 +17,9 @@ use crate::memory::PAGE_BYTES;
 ///
 /// # Errors
 /// io_uring is not to be had, or a read failed or was cut short.
+///
+/// # Panics
+/// If the ring cannot be entered while reads run: their pages can be neither waited for nor freed.
 pub fn strided_reads(path: &Path, offsets: &[u64], depth: u32) -> io::Result<Duration> {
     let file = OpenOptions::new().read(true).custom_flags(libc::O_DIRECT).open(path)?;
     let depth = depth.clamp(1, 4096);

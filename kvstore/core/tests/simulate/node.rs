@@ -542,18 +542,20 @@ impl World {
                 let sound = checksum_of(expect.block, payload) == expect.checksum;
                 if sound && !fails { Ok(Done::Plain) } else { Err(Fault::Checksum) }
             }
-            Effect::Scrub { source, expect, .. } => {
-                let cell = self.cells.get(source);
-                let sound = cell.is_some_and(|cell| {
-                    cell.header == *expect && checksum_of(expect.block, cell.payload) == expect.checksum
-                });
-                match (fails, sound) {
-                    (true, _) => Err(Fault::Device),
-                    (false, true) => Ok(Done::Plain),
-                    (false, false) => Err(Fault::Checksum),
-                }
-            }
+            Effect::Scrub { source, expect, .. } => self.finish_scrub(*source, expect, fails),
             other => panic!("{other:?} is no slow effect"),
+        }
+    }
+
+    fn finish_scrub(&self, source: DiskFrame, expect: &BlockHeader, fails: bool) -> Result<Done, Fault> {
+        let cell = self.cells.get(&source);
+        let sound = cell.is_some_and(|cell| {
+            cell.header == *expect && checksum_of(expect.block, cell.payload) == expect.checksum
+        });
+        match (fails, sound) {
+            (true, _) => Err(Fault::Device),
+            (false, true) => Ok(Done::Plain),
+            (false, false) => Err(Fault::Checksum),
         }
     }
 

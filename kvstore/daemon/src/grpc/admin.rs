@@ -196,7 +196,7 @@ impl AdminService for Admin {
     }
 
     async fn list_spaces(&self, _request: Request<v1::ListSpacesRequest>) -> Answer<v1::ListSpacesResponse> {
-        let views = self.service.engine().view(terrace_core::Core::spaces);
+        let views = self.service.engine().view(Core::spaces);
         Ok(Response::new(v1::ListSpacesResponse {
             spaces: views.iter().map(|view| self.space(view)).collect(),
         }))
