@@ -10,8 +10,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail, ensure};
 use terrace_core::{
     Admission, BlockId, ByteCount, Checksum, Config, Core, Done, Durability, Effect, GIB, Grant, Input,
-    LeaseId, Limits, Locality, MIB, MatchMode, Micros, Notice, Now, Placement, Policy, Reply, Request, RequestId,
-    SealOutcome, SessionId, SpaceId, TenantId, TokenCount, frame_bytes,
+    LeaseId, Limits, Locality, MIB, MatchMode, Micros, Notice, Now, Placement, Policy, Reply, Request,
+    RequestId, SealOutcome, SessionId, SpaceId, TenantId, TokenCount, frame_bytes,
 };
 
 /// Blocks of one chain, which is one request.
@@ -98,7 +98,13 @@ impl Shard {
             capacity,
         };
         let block_bytes = ByteCount::new(shape.block_bytes);
-        shard.tell(Input::SpaceKnown { space: SPACE, tenant: TENANT, block_bytes, block_tokens: TokenCount::new(16), generation: 0 })?;
+        shard.tell(Input::SpaceKnown {
+            space: SPACE,
+            tenant: TENANT,
+            block_bytes,
+            block_tokens: TokenCount::new(16),
+            generation: 0,
+        })?;
         for session in [WRITER, READER] {
             shard.tell(Input::SessionOpened { session, tenant: TENANT, locality: shape.locality })?;
         }
