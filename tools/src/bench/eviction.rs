@@ -11,7 +11,7 @@ use terrace_core::{Admission, HEADER_PAGE_BYTES, Placement, Policy};
 
 use super::Line;
 use crate::sim::node::{DeviceModel, Hardware};
-use crate::sim::options::SWEEP_PERCENT;
+use crate::sim::options::{FRAMES_READY, SWEEP_PERCENT};
 use crate::sim::profile::Profile;
 use crate::sim::report::{Outcome, float};
 use crate::sim::serve::{self, Service};
@@ -134,6 +134,8 @@ fn node(trace: &Trace, admission: Admission) -> Hardware {
         device_slots: vec![slots; 4],
         device: DeviceModel { read_rate: 6.0 * GIB, write_rate: 3.0 * GIB, latency: 100 },
         memory_rate: 10.0 * GIB,
+        block_tokens: trace.tokens_per_block,
+        frames_ready: FRAMES_READY,
         clients: service().workers,
         blocks_per_request: trace.longest(),
         patience: 30_000_000,

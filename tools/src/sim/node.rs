@@ -35,8 +35,10 @@ pub(crate) struct DeviceModel {
 pub(crate) struct Hardware {
     /// Payload of a block.
     pub(crate) block_bytes: u64,
-    /// Its tokens.
+    /// Tokens of a block.
     pub(crate) block_tokens: u32,
+    /// Frames of Pinned that eviction keeps free for new blocks.
+    pub(crate) frames_ready: u32,
     /// Size of a chunk of any tier.
     pub(crate) chunk_bytes: u64,
     /// Chunks of the Pinned tier.
@@ -153,12 +155,13 @@ impl Node {
         };
         let tenant = TenantId::from_bytes([1; 16]);
         let block_bytes = ByteCount::new(node.hardware.block_bytes);
-        let block_tokens = TokenCount::new(node.hardware.block_tokens);
         for client in 0..node.hardware.clients {
             let session = session_of(client);
             node.tell(Input::SessionOpened { session, tenant, locality: Locality::Streamed });
         }
-        node.tell(Input::SpaceKnown { space: Self::SPACE, tenant, block_bytes, block_tokens, generation: 0 });
+        let block_tokens = TokenCount::new(node.hardware.block_tokens);
+        let space = Self::SPACE;
+        node.tell(Input::SpaceKnown { space, tenant, block_bytes, block_tokens, generation: 0 });
         node.tell(Input::SpaceCost { space: Self::SPACE, cost: node.hardware.cost });
         node
     }
@@ -295,6 +298,9 @@ impl Node {
             Effect::Write { op, target, class, .. } => {
                 self.queue(target.device, class, Transfer { op, direction: Direction::Write });
             }
+            Effect::Scrub { op, source, .. } => {
+                self.queue(source.device, IoClass::Scrub, Transfer { op, direction: Direction::Read });
+            }
             Effect::Promote { op, device, class } => {
                 if let Some(transfer) = self.unqueue(device, op) {
                     self.queue(device, class, transfer);
@@ -395,7 +401,7 @@ fn config(hardware: &Hardware) -> Config {
         window_recall_max: Micros::from_millis(10_000),
         // Windows are for clients that map memory; the simulated one streams.
         chunks_ready_min: 0,
-        frames_ready_min: 0,
+        frames_ready_min: hardware.frames_ready,
         policy: hardware.policy,
         admission: hardware.admission,
         placement: hardware.placement,

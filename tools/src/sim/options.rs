@@ -22,6 +22,8 @@ const HUGE_PAGE_BYTES: u64 = 2 << 20;
 const FRAMES_PER_CHUNK: u64 = 16;
 /// Chunks of a tier at least: a tier is whole chunks, and its size should not be rounded much.
 const CHUNKS_MIN: u64 = 64;
+/// Frames that eviction keeps free for new blocks, as `terraced` does; fewer in a small tier.
+pub(crate) const FRAMES_READY: u32 = 32;
 /// Most frames of a tier.
 const FRAMES_MAX: u64 = 1 << 31;
 /// Bytes a second that memory copies.
@@ -318,6 +320,8 @@ impl Options {
                 latency: self.device_latency,
             },
             memory_rate: MEMORY_RATE,
+            block_tokens: trace.tokens_per_block,
+            frames_ready: u32::try_from(pinned / 8).unwrap_or(u32::MAX).min(FRAMES_READY),
             clients: self.workers,
             blocks_per_request: trace.longest(),
             patience: 30_000_000,

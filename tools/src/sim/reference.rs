@@ -46,6 +46,7 @@ fn hardware(trace: &Trace, frames: u64, block_bytes: u64, policy: Policy, profil
     Hardware {
         block_bytes,
         block_tokens: trace.tokens_per_block,
+        frames_ready: 0,
         chunk_bytes: frames.max(1) * (block_bytes + HEADER_PAGE_BYTES),
         pinned_chunks: u64::from(frames > 0),
         device_slots: Vec::new(),

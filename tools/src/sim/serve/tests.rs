@@ -28,6 +28,8 @@ fn hardware(pinned: u64, nvme: u32) -> Hardware {
         device_slots: if nvme == 0 { Vec::new() } else { vec![nvme / 2; 2] },
         device: DeviceModel { read_rate: 1e5, write_rate: 5e4, latency: 250 },
         memory_rate: 1e9,
+        block_tokens: 16,
+        frames_ready: 0,
         clients: 4,
         blocks_per_request: 1000,
         patience: 30_000_000,
