@@ -91,8 +91,10 @@ async fn a_hanging_device_is_a_miss_and_comes_back() {
     let took = began.elapsed();
     assert!(took < IO_PATIENCE + Duration::from_secs(10), "the blocks were waited for {took:?}");
     let count = there.iter().filter(|there| **there).count();
-    assert_eq!(count, BLOCKS as usize / 2, "half of the blocks lie on the other device: {there:?}");
-    assert_ne!(there[0], there[1], "consecutive blocks lie on different devices");
+    assert!((10..=30).contains(&count), "about half of the blocks lie on the other device: {there:?}");
+    // The first ones go to the device whose slot is carved first.
+    let turns = there.windows(2).filter(|pair| pair[0] != pair[1]).count();
+    assert!(turns >= 15, "consecutive blocks lie on different devices: {there:?}");
     let (_, blocks) = session.exists(&[&space], &keys(BLOCKS), MatchMode::Set).await.unwrap();
     assert_eq!(blocks, there, "what the device has is no longer promised");
     let tiers = info(&daemon).await.tiers;

@@ -88,7 +88,9 @@ impl<T: BlockIo + 'static> Three<T> {
         let complete = Box::new(move |op, outcome| drop(sender.send((op, outcome))));
         let (media, _) = Media::open(config, complete).unwrap();
         let (teller, told) = mpsc::channel();
-        media.on_device_change(Box::new(move |device, usable| drop(teller.send((device, usable)))));
+        media.on_device_change(Box::new(move |device, usable| {
+            let _ = teller.send((device, usable));
+        }));
         let bytes = payload(1);
         let header = header(1, &bytes);
         let bad = found.lock().unwrap().take().unwrap();
