@@ -529,7 +529,7 @@ fn found(number: u8) -> FoundBlock {
         parent: None,
         length: ByteCount::new(BLOCK_BYTES),
         checksum: Checksum::new(u64::from(number)),
-        frame: DiskFrame { device: DeviceId::new(0), slot: 0, index: 3 },
+        frame: DiskFrame { device: DeviceId::new(0), slot: 0, index: 2 + u32::from(number) },
         write_sequence: 9,
     }
 }
@@ -584,7 +584,11 @@ fn a_lost_device_ends_waits_and_not_operations() {
 #[test]
 fn reads_follow_those_who_wait_for_them() {
     let mut node = Node::new();
-    node.tell(Input::BlocksFound { blocks: vec![found(1)] });
+    node.tell(Input::BlocksFound { blocks: vec![found(1), found(2)] });
+    // A hint alone gets no memory made: this does.
+    let op = node.lease_read(&[2]);
+    leased(node.serve(1, op));
+    node.effects.clear();
     node.call(1, Request::Prefetch { blocks: vec![block(1)] });
     let (read, class) = the_read(&mut node);
     assert_eq!(class, IoClass::Prefetch);
