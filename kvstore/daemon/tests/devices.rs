@@ -62,8 +62,12 @@ async fn a_hanging_device_is_a_miss_and_comes_back() {
         let space = session.open_space(&manifest(0)).await.unwrap();
         let keys = keys(BLOCKS);
         let bytes = payloads(&keys, 0);
-        let written = session.write(&space, &keys, None, &bytes, Durability::Durable).await.unwrap();
-        assert!(written.iter().all(|outcome| *outcome == SealOutcome::Sealed), "{written:?}");
+        // The first ones have slots carved on both devices; those go to the device that is quicker with it.
+        for (part, parent) in [(0..4, None), (4..keys.len(), Some(keys[3].as_slice()))] {
+            let (keys, bytes) = (&keys[part.clone()], &bytes[part]);
+            let written = session.write(&space, keys, parent, bytes, Durability::Durable).await.unwrap();
+            assert!(written.iter().all(|outcome| *outcome == SealOutcome::Sealed), "{written:?}");
+        }
     }
     daemon.stop().await;
 
@@ -91,8 +95,9 @@ async fn a_hanging_device_is_a_miss_and_comes_back() {
     let took = began.elapsed();
     assert!(took < IO_PATIENCE + Duration::from_secs(10), "the blocks were waited for {took:?}");
     let count = there.iter().filter(|there| **there).count();
-    assert_eq!(count, BLOCKS as usize / 2, "half of the blocks lie on the other device: {there:?}");
-    assert_ne!(there[0], there[1], "consecutive blocks lie on different devices");
+    assert!((10..=30).contains(&count), "about half of the blocks lie on the other device: {there:?}");
+    let turns = there.windows(2).filter(|pair| pair[0] != pair[1]).count();
+    assert!(turns >= 15, "consecutive blocks lie on different devices: {there:?}");
     let (_, blocks) = session.exists(&[&space], &keys(BLOCKS), MatchMode::Set).await.unwrap();
     assert_eq!(blocks, there, "what the device has is no longer promised");
     let tiers = info(&daemon).await.tiers;

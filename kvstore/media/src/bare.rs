@@ -5,6 +5,7 @@
 //! SINGLE_ISSUER and DEFER_TASKRUN, O_DIRECT) and neither looks at the bytes nor
 //! tells anybody. Not for the daemon.
 
+use std::collections::VecDeque;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::AsRawFd;
@@ -66,7 +67,7 @@ impl BareLoop {
     }
 
     /// Moves one frame an offset, `depth` at once, and says how long all took.
-    /// `frames` are (chunk, frame) for each of the `depth`.
+    /// `frames` are (chunk, frame), used in turn; at least `depth` of them.
     ///
     /// # Errors
     /// If an I/O fails or is cut short, or a frame does not hold `bytes`.
@@ -76,6 +77,7 @@ impl BareLoop {
         offsets: &[u64],
         bytes: u32,
         frames: &[(usize, u32)],
+        depth: usize,
     ) -> io::Result<Duration> {
         let mut addresses = Vec::with_capacity(frames.len());
         for (chunk, frame) in frames {
@@ -86,7 +88,7 @@ impl BareLoop {
             addresses.push((memory.frame(*frame).map_err(io::Error::other)?, slot));
         }
         let began = Instant::now();
-        let outcome = self.drive(op, offsets, bytes, &addresses);
+        let outcome = self.drive(op, offsets, bytes, &addresses, depth);
         let took = began.elapsed();
         outcome.map(|()| took)
     }
@@ -97,15 +99,18 @@ impl BareLoop {
         offsets: &[u64],
         bytes: u32,
         addresses: &[(*mut u8, u16)],
+        depth: usize,
     ) -> io::Result<()> {
         let mut next = offsets.iter();
+        let mut free: VecDeque<usize> = (0..addresses.len()).collect();
         let mut running = 0usize;
         let mut failed = None;
-        for place in 0..addresses.len() {
-            if let Some(offset) = next.next() {
-                self.push(op, *offset, bytes, addresses[place], place)?;
-                running += 1;
-            }
+        while running < depth
+            && let Some(place) = free.pop_front()
+            && let Some(offset) = next.next()
+        {
+            self.push(op, *offset, bytes, addresses[place], place)?;
+            running += 1;
         }
         while running > 0 {
             match self.ring.submit_and_wait(1) {
@@ -118,8 +123,10 @@ impl BareLoop {
                 if u32::try_from(completion.result()) != Ok(bytes) {
                     failed = Some(io::Error::other(format!("an I/O answered {}", completion.result())));
                 }
-                let place = usize::try_from(completion.user_data()).map_err(io::Error::other)?;
-                if let Some(offset) = next.next().filter(|_| failed.is_none()) {
+                free.push_back(usize::try_from(completion.user_data()).map_err(io::Error::other)?);
+                if let Some(offset) = next.next().filter(|_| failed.is_none())
+                    && let Some(place) = free.pop_front()
+                {
                     self.push(op, *offset, bytes, addresses[place], place)?;
                     running += 1;
                 }

@@ -88,7 +88,9 @@ impl<T: BlockIo + 'static> Three<T> {
         let complete = Box::new(move |op, outcome| drop(sender.send((op, outcome))));
         let (media, _) = Media::open(config, complete).unwrap();
         let (teller, told) = mpsc::channel();
-        media.on_device_change(Box::new(move |device, usable| drop(teller.send((device, usable)))));
+        media.on_device_change(Box::new(move |device, usable| {
+            let _ = teller.send((device, usable));
+        }));
         let bytes = payload(1);
         let header = header(1, &bytes);
         let bad = found.lock().unwrap().take().unwrap();
@@ -209,7 +211,7 @@ fn a_device_that_hangs_costs_only_its_own_blocks() {
         );
         three.is_told(false);
         let mut back: Vec<_> = (0..4).map(|_| three.answer()).collect();
-        back.sort();
+        back.sort_by_key(|(op, _)| *op);
         let expected: Vec<_> = stuck[2..].iter().map(|op| (*op, Err(Fault::NotStarted))).collect();
         assert_eq!(back, expected, "what it did not have is given back");
         let refused = three.op();
@@ -219,7 +221,7 @@ fn a_device_that_hangs_costs_only_its_own_blocks() {
         assert!(three.answers.try_recv().is_err(), "the frames of two reads are still the device's");
         three.bad.release();
         let mut late = [three.answer(), three.answer()];
-        late.sort();
+        late.sort_by_key(|(op, _)| *op);
         assert_eq!(late, [(stuck[0], Ok(Done::Plain)), (stuck[1], Ok(Done::Plain))]);
         three.is_told(true);
         let facts = three.media.facts().devices.pop().unwrap();
@@ -312,7 +314,7 @@ fn only_what_waits_is_cancelled() {
     assert_eq!(three.media.facts().devices[2].waiting, [1, 0, 0, 0, 0, 0], "promoted while it waits");
     three.bad.release();
     let mut rest = [three.answer(), three.answer(), three.answer()];
-    rest.sort();
+    rest.sort_by_key(|(op, _)| *op);
     assert!(rest.iter().all(|(_, outcome)| *outcome == Ok(Done::Plain)), "{rest:?}");
 }
 

@@ -19,7 +19,7 @@ use rig::{Kind, Rig};
 const BLOCKS: [u64; 2] = [blocks::MODEL_BLOCK_BYTES, 2 * MIB];
 const DEPTHS: [usize; 4] = [1, 4, 16, 32];
 /// Odd, so that a median is a round.
-const ROUNDS: usize = 9;
+const ROUNDS: usize = 7;
 /// Bytes of one round of one engine.
 const ROUND_BYTES: u64 = 256 * MIB;
 /// Part of the bare loop's rate and of fio's that media must reach.
@@ -31,6 +31,7 @@ const CPU_MAX: f64 = 0.025;
 const CPU_DEPTH: usize = 16;
 
 pub(super) async fn run(options: &Options) -> anyhow::Result<Vec<Line>> {
+    let mut lines = churn::run(options).await?;
     let dir = stand::temp_dir(options)?;
     let path = dir.path().to_owned();
     // It blocks for minutes.
@@ -41,9 +42,8 @@ pub(super) async fn run(options: &Options) -> anyhow::Result<Vec<Line>> {
         }
         anyhow::Ok(lines)
     });
-    let mut lines = measured.await??;
+    lines.extend(measured.await??);
     drop(dir);
-    lines.extend(churn::run(options).await?);
     Ok(lines)
 }
 

@@ -310,7 +310,6 @@ impl Options {
             if nvme == 0 { Vec::new() } else { vec![u32::try_from(slots.max(1))?; self.devices.into()] };
         Ok(Hardware {
             block_bytes,
-            block_tokens: trace.tokens_per_block,
             chunk_bytes,
             pinned_chunks: chunks(pinned, chunk_bytes / frame_bytes).max(1),
             device_slots,

@@ -181,11 +181,12 @@ impl Disks {
         self.devices.iter().any(|device| device.usable)
     }
 
-    /// Most operations that one device may have of a limit for all, so that one
-    /// that hangs leaves the others their share.
+    /// Most operations that one device may have of a limit for all: one that
+    /// hangs leaves the others something. Far above an even share, because that
+    /// would bring devices out of step, and blocks are striped by turns.
     pub(crate) fn share(&self, limit: u32) -> u32 {
         let usable = count(self.devices.iter().filter(|device| device.usable).count());
-        limit.div_ceil(usable.max(1)).max(2)
+        if usable > 1 { (limit - limit / (2 * usable)).max(2) } else { limit }
     }
 
     pub(crate) fn find_slot(&self, device: DeviceId, slot: u32) -> Option<&Slot> {

@@ -48,8 +48,8 @@ async fn amplification(options: &Options, block_bytes: u64, bytes: u64) -> anyho
     let written = |client: &mut Admin| {
         let mut client = client.clone();
         async move {
-            let flushed = client.flush(FlushRequest {}).await?.into_inner();
-            ensure!(flushed.failed == 0, "{} blocks could not be persisted", flushed.failed);
+            // What finds no room now is tried again; only what was persisted is counted.
+            client.flush(FlushRequest {}).await?;
             let counters = client.info(InfoRequest {}).await?.into_inner().counters;
             counters.get("terrace_persisted_total").copied().context("no counter of persisted blocks")
         }

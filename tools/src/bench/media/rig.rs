@@ -19,11 +19,11 @@ use terrace_media::{Access, Backend, ChunkMemory, DeviceConfig, Hooks, Media, Me
 const SLOT_BYTES: u64 = 64 * MIB;
 /// Slots: 1 GiB, more than any cache of a device would take for a hit.
 const SLOTS: u32 = 16;
-/// Blocks that media is asked for beyond what the device has at once, as the daemon
-/// does: while one is checked, the device has the next one already.
-const AHEAD: u32 = 2;
-/// Frames in memory: as many as the deepest queue, and those.
-const FRAMES: u32 = 32 + AHEAD;
+/// Blocks that media is asked for at once, the daemon's default of `reads_in_flight`;
+/// what the device does not have yet waits in front of it. As many frames in memory.
+const FRAMES: u32 = 64;
+/// Odd, so that a median is a round.
+const CHECKSUM_ROUNDS: usize = 9;
 const TIME_MAX: Duration = Duration::from_secs(60);
 const CHUNK: ChunkId = ChunkId::new(1);
 const DEVICE: DeviceId = DeviceId::new(0);
@@ -245,7 +245,7 @@ impl Rig {
         self.media.set_bytes_in_flight_max(ByteCount::new(self.frame * depth as u64));
         self.pump.driving.store(true, Ordering::SeqCst);
         let began = Instant::now();
-        for frame in 0..u32::try_from(depth)? + AHEAD {
+        for frame in 0..FRAMES {
             self.pump.next(frame);
         }
         let finished = end.recv_timeout(TIME_MAX).context("an operation was never answered")?;
@@ -265,26 +265,30 @@ impl Rig {
         round: usize,
     ) -> anyhow::Result<f64> {
         let offsets: Vec<u64> = self.some(count, round).iter().map(|place| place.offset).collect();
-        let frames: Vec<(usize, u32)> = (0..u32::try_from(depth)?).map(|frame| (0, frame)).collect();
+        let frames: Vec<(usize, u32)> = (0..FRAMES).map(|frame| (0, frame)).collect();
         let op = match kind {
             Kind::Read => BareOp::Read,
             Kind::Write => BareOp::Write,
         };
         let mut ring = BareLoop::new(&self.path, vec![Arc::clone(&self.memory)])?;
-        Ok(ring.run(op, &offsets, u32::try_from(self.frame)?, &frames)?.as_secs_f64())
+        Ok(ring.run(op, &offsets, u32::try_from(self.frame)?, &frames, depth)?.as_secs_f64())
     }
 
-    /// What the checksum of a block costs, by itself.
-    pub(super) fn checksum_seconds_per_gib(&self) -> anyhow::Result<f64> {
-        let mut best = f64::MAX;
-        for _ in 0..5 {
-            let before = cpu_time().as_secs_f64();
+    /// CPU seconds a GiB of the checksum by itself, of blocks that just came from
+    /// the device: the median of some rounds.
+    pub(super) fn checksum_seconds_per_gib(&mut self) -> anyhow::Result<f64> {
+        let mut rounds = Vec::new();
+        for round in 0..CHECKSUM_ROUNDS {
+            self.bare(Kind::Read, 4, FRAMES as usize, round)?;
+            let before = cpu_time();
             for index in 0..FRAMES {
-                self.memory.checksum(index, &self.places[index as usize].header)?;
+                let header = self.places[index as usize].header;
+                ensure!(self.memory.verify(index, &header)?, "frame {index} holds other bytes");
             }
-            best = best.min(cpu_time().as_secs_f64() - before);
+            rounds.push((cpu_time() - before).as_secs_f64());
         }
-        Ok(best / (super::float(self.payload * u64::from(FRAMES)) / super::float(terrace_core::GIB)))
+        let bytes = super::float(self.payload * u64::from(FRAMES));
+        Ok(super::median(&rounds) / (bytes / super::float(terrace_core::GIB)))
     }
 
     /// Header page and payload.

@@ -22,7 +22,6 @@ const SERVICE: Service = Service {
 fn hardware(pinned: u64, nvme: u32) -> Hardware {
     Hardware {
         block_bytes: BLOCK_BYTES,
-        block_tokens: 16,
         chunk_bytes: FRAME_BYTES + HEADER_PAGE_BYTES,
         pinned_chunks: pinned,
         device_slots: if nvme == 0 { Vec::new() } else { vec![nvme / 2; 2] },
