@@ -140,7 +140,8 @@ impl Core {
                     self.scrub.pass = None;
                     self.counters.scrub_passes += 1;
                     if self.scrub.rate > 0 {
-                        self.at(self.scrub.next_pass, Deadline::Scrub);
+                        let next = self.scrub.next_pass.max(self.now.after(STEPS_PAUSE));
+                        self.at(next, Deadline::Scrub);
                     }
                     return;
                 }
@@ -206,7 +207,7 @@ impl Core {
         let cost = Micros::new(u64::try_from(cost).unwrap_or(u64::MAX));
         let earliest = Now::from_micros(self.now.since(Now::from_micros(LATE_MAX.get())).get());
         self.scrub.due = self.scrub.due.max(earliest).after(cost);
-        // What is late is begun at once, or when one of those in flight has ended.
+        // When it is due already, the loop goes on, or the next read that ends lets it.
         if self.scrub.due > self.now {
             self.at(self.scrub.due, Deadline::Scrub);
         }
