@@ -154,6 +154,11 @@ pub enum Input {
     /// Sealed blocks found on a device at start, from the catalog or a scan of
     /// headers. Slots that are not yet scanned hold [`Input::SlotsUnscanned`].
     BlocksFound { blocks: Vec<FoundBlock> },
+    /// The same from the catalog, before anybody is served, in any order: nothing
+    /// is published. [`Input::Restored`] follows the last of them.
+    BlocksRestored { blocks: Vec<FoundBlock> },
+    /// The catalog is read.
+    Restored,
     /// These slots may hold blocks that are not known yet: do not allocate from them.
     SlotsUnscanned { device: DeviceId, slots: Vec<u32> },
     /// A scan of these slots is complete, and all it found was told before.

@@ -25,6 +25,8 @@ use crate::urgency::Wanted;
 use crate::view::Counters;
 use crate::waiting::Wait;
 
+/// Entries that the queue of blocks to be written may have before it is looked through.
+const READY_MIN: usize = 4096;
 /// After a failure that may pass (no memory, no space, catalog), the next try.
 pub(crate) const RETRY_AFTER: Micros = Micros::from_millis(1000);
 
@@ -202,6 +204,8 @@ pub struct Core {
     /// Frames or chunks came free since the waiting requests last looked.
     pub(crate) memory_changed: bool,
     pub(crate) disk_changed: bool,
+    /// Blocks of the catalog are coming in, and nobody is served yet.
+    pub(crate) restoring: bool,
     pub(crate) memory_limit: u64,
     /// The space whose pool was taken from last.
     pub(crate) pool_space: Option<SpaceIndex>,
@@ -270,6 +274,7 @@ impl Core {
             emptying_due: false,
             memory_changed: false,
             disk_changed: false,
+            restoring: false,
             memory_limit,
             pool_space: None,
             create_paused_until: Now::default(),
@@ -301,6 +306,14 @@ impl Core {
             Input::Request { session, request, op } => self.request(session, request, op),
             Input::OpDone { op, outcome } => self.op_done(op, outcome),
             Input::BlocksFound { blocks } => self.blocks_found(&blocks),
+            Input::BlocksRestored { blocks } => {
+                self.restoring = true;
+                self.blocks_found(&blocks);
+            }
+            Input::Restored => {
+                self.restoring = false;
+                self.counters.circles_cut += self.blocks.cut_circles();
+            }
             Input::SlotsUnscanned { device, slots } => self.slots_unscanned(device, &slots),
             Input::SlotsScanned { device, slots } => self.slots_scanned(device, &slots),
             Input::SlotCarved { device, slot, space, frame_bytes } => {
@@ -360,6 +373,11 @@ impl Core {
             }
             self.due.pop_front();
             self.ready.push_back((block, id));
+        }
+        // Nothing is taken out of it while nothing can be persisted: what has gone meanwhile is.
+        if self.ready.len() > 2 * self.blocks.len() as usize + READY_MIN {
+            let blocks = &self.blocks;
+            self.ready.retain(|&(index, id)| blocks.try_at(index).is_some_and(|block| block.id == id));
         }
     }
 

@@ -46,7 +46,9 @@ impl Core {
                 (true, true) | (false, false) => {}
             }
             self.count_copies(index, before, after);
-            self.publish_change(index, before, after);
+            if !self.restoring {
+                self.publish_change(index, before, after);
+            }
         }
         if after == Residence::default() {
             self.unretain(index);

@@ -68,6 +68,8 @@ pub struct Counters {
     pub restored: u64,
     /// Blocks found on devices and left alone.
     pub restore_refused: u64,
+    /// Circles of parents in the catalog that were cut.
+    pub circles_cut: u64,
     /// Spaces cleared.
     pub clears: u64,
     /// Copies on devices that were read again and found whole.

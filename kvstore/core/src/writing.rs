@@ -191,7 +191,11 @@ impl Core {
         }
         let hint = hint.filter(|&hint| self.is_entry(hint, parent));
         let above = hint.unwrap_or_else(|| self.blocks.find_or_insert(parent, space, now));
-        self.blocks.attach(index, above);
+        if self.restoring {
+            self.blocks.attach_unchecked(index, above);
+        } else {
+            self.blocks.attach(index, above);
+        }
         if self.blocks.at(index).parent == Some(above) {
             self.inherit(index, above);
         }

@@ -236,7 +236,7 @@ fn count(registry: &Registry, name: &str, help: &str, value: u64) -> Result<(), 
 }
 
 /// The core's counters with their metric names, for the page and for `info`.
-pub(crate) fn counted(counters: &Counters) -> [(&'static str, &'static str, u64); 33] {
+pub(crate) fn counted(counters: &Counters) -> [(&'static str, &'static str, u64); 34] {
     let c = counters;
     [
         ("terrace_hits_total", "Blocks of read leases granted at once.", c.hits),
@@ -266,6 +266,7 @@ pub(crate) fn counted(counters: &Counters) -> [(&'static str, &'static str, u64)
         ("terrace_chunks_retired_total", "Chunks emptied for other use.", c.chunks_retired),
         ("terrace_restored_total", "Blocks found on devices and indexed.", c.restored),
         ("terrace_restore_refused_total", "Blocks found on devices and left alone.", c.restore_refused),
+        ("terrace_circles_cut_total", "Circles of parents found in the catalog.", c.circles_cut),
         ("terrace_clears_total", "Spaces cleared.", c.clears),
         ("terrace_scrub_blocks_total", "Copies read again and found whole.", c.scrub_blocks),
         ("terrace_scrub_bytes_total", "Payload bytes read again and found whole.", c.scrub_bytes),

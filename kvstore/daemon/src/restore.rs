@@ -32,7 +32,11 @@ pub(crate) fn from_catalog(engine: &Engine, report: &OpenReport, device_slots: &
         engine.submit(Input::SlotCarved { device, slot, space, frame_bytes });
     }
     let mut facts = BTreeMap::new();
-    let told = engine.media().blocks(BATCH, &mut |found| blocks_found(engine, &mut facts, &found));
+    let told = engine.media().blocks(BATCH, &mut |found| {
+        let blocks = serving(engine, &mut facts, &found);
+        engine.submit(Input::BlocksRestored { blocks });
+    });
+    engine.submit(Input::Restored);
     match told {
         Ok(blocks) => {
             tracing::info!(blocks, spaces = report.spaces.len(), "catalog read");
@@ -130,7 +134,8 @@ fn slot_scanned(engine: &Engine, piece: &ScanPiece) {
     }
     let mut facts = BTreeMap::new();
     for batch in piece.blocks.chunks(BATCH) {
-        blocks_found(engine, &mut facts, batch);
+        let blocks = serving(engine, &mut facts, batch);
+        engine.submit(Input::BlocksFound { blocks });
     }
     engine.submit(Input::SlotsScanned { device: piece.device, slots: vec![piece.slot] });
 }
@@ -153,7 +158,8 @@ fn space_found(engine: &Engine, record: &SpaceRecord) {
 /// Whose a space is and its lowest valid generation, if it is known.
 type SpaceFacts = BTreeMap<SpaceId, Option<(TenantId, u64)>>;
 
-fn blocks_found(engine: &Engine, known: &mut SpaceFacts, found: &[FoundHeader]) {
+/// What of these the core is told: blocks of known spaces, of no cleared generation.
+fn serving(engine: &Engine, known: &mut SpaceFacts, found: &[FoundHeader]) -> Vec<FoundBlock> {
     let mut blocks = Vec::with_capacity(found.len());
     for FoundHeader { frame, header, stats } in found {
         let facts = known.entry(header.space).or_insert_with(|| {
@@ -174,5 +180,5 @@ fn blocks_found(engine: &Engine, known: &mut SpaceFacts, found: &[FoundHeader]) 
             });
         }
     }
-    engine.submit(Input::BlocksFound { blocks });
+    blocks
 }

@@ -473,10 +473,20 @@ impl BlockTable {
     /// cycle: then the entry stays a root.
     pub(crate) fn attach(&mut self, child: BlockIndex, parent: BlockIndex) {
         let entry = self.at(child);
-        if entry.parent.is_some() || self.at(parent).space != entry.space {
+        if entry.parent.is_some() || child == parent {
             return;
         }
-        if child == parent || (entry.children > 0 && self.has_ancestor(parent, child)) {
+        if entry.children > 0 && self.has_ancestor(parent, child) {
+            return;
+        }
+        self.attach_unchecked(child, parent);
+    }
+
+    /// Records a parent that may close a circle. [`BlockTable::cut_circles`]
+    /// follows before anybody walks the forest.
+    pub(crate) fn attach_unchecked(&mut self, child: BlockIndex, parent: BlockIndex) {
+        let entry = self.at(child);
+        if entry.parent.is_some() || child == parent || self.at(parent).space != entry.space {
             return;
         }
         let residence = entry.residence();
@@ -486,6 +496,38 @@ impl BlockTable {
         parent.children += 1;
         parent.children_pinned += u32::from(residence.pinned);
         parent.children_nvme += u32::from(residence.nvme);
+    }
+
+    /// Makes a root of one entry of each circle of parents. One walk over the table,
+    /// which looks at each entry a few times: to check each parent as it comes in
+    /// would take a walk to its root.
+    pub(crate) fn cut_circles(&mut self) -> u64 {
+        // The walk in which an entry was seen first; zero is not yet.
+        let mut seen = vec![0u32; self.entries.len()];
+        let mut cut = 0;
+        for start in (0..self.end()).map(BlockIndex::new) {
+            let walk = start.get() + 1;
+            let mut next = self.try_at(start).map(|_| start);
+            while let Some(index) = next.filter(|index| seen[index.place()] == 0) {
+                seen[index.place()] = walk;
+                next = self.at(index).parent;
+            }
+            let Some(again) = next.filter(|index| seen[index.place()] == walk) else { continue };
+            self.detach(again);
+            cut += 1;
+        }
+        cut
+    }
+
+    fn detach(&mut self, child: BlockIndex) {
+        let entry = self.at_mut(child);
+        let residence = entry.residence();
+        let Some(parent) = entry.parent.take() else { return };
+        let parent = self.at_mut(parent);
+        parent.child = parent.child.filter(|&other| other != child);
+        parent.children -= 1;
+        parent.children_pinned -= u32::from(residence.pinned);
+        parent.children_nvme -= u32::from(residence.nvme);
     }
 
     /// Is `wanted` the entry or an ancestor of it? Also true when the walk is too long to tell.
@@ -531,6 +573,26 @@ mod tests {
         table.attach(a, a);
         assert_eq!((table.at(a).parent, table.at(c).parent), (None, Some(b)));
         assert_eq!((table.at(a).children, table.at(b).children, table.at(c).children), (1, 1, 0));
+    }
+
+    /// A catalog whose entries were written in different lives may name parents in a circle. It must
+    /// be cut once, and everything else stay as it is.
+    #[test]
+    fn circles_of_a_catalog_are_cut() {
+        let mut table = BlockTable::default();
+        let all: Vec<BlockIndex> = (1..=6).map(|n| add(&mut table, n)).collect();
+        for (child, parent) in [(0, 1), (1, 2), (2, 0), (3, 2), (5, 4)] {
+            table.attach_unchecked(all[child], all[parent]);
+        }
+        assert_eq!(table.cut_circles(), 1);
+        assert_eq!(table.cut_circles(), 0);
+        let rooted = all
+            .iter()
+            .filter(|&&index| !table.has_ancestor(index, all[4]) && table.at(index).parent.is_some());
+        assert_eq!(rooted.count(), 3, "two of the circle and what hung on it");
+        assert_eq!(table.at(all[5]).parent, Some(all[4]));
+        let children: u32 = all.iter().map(|&index| table.at(index).children).sum();
+        assert_eq!(children, 4);
     }
 
     /// Entries without a copy could pile up: they go with the last child that names them.
