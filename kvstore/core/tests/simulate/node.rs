@@ -102,10 +102,12 @@ pub(crate) struct Seen {
     pub(crate) clears: u64,
     pub(crate) throttled: u64,
     pub(crate) repeats: u64,
+    pub(crate) lies: u64,
+    pub(crate) lies_read: u64,
 }
 
 impl Seen {
-    fn fields(&self) -> [u64; 18] {
+    fn fields(&self) -> [u64; 20] {
         [
             self.reads,
             self.moved,
@@ -125,6 +127,8 @@ impl Seen {
             self.clears,
             self.throttled,
             self.repeats,
+            self.lies,
+            self.lies_read,
         ]
     }
 
@@ -147,6 +151,8 @@ impl Seen {
         self.clears += other.clears;
         self.throttled += other.throttled;
         self.repeats += other.repeats;
+        self.lies += other.lies;
+        self.lies_read += other.lies_read;
     }
 
     pub(crate) fn assert_all(&self) {
@@ -189,6 +195,8 @@ pub(crate) struct World {
     pub(crate) cells: BTreeMap<DiskFrame, Cell>,
     pub(crate) catalog: BTreeMap<BlockId, (DiskFrame, BlockHeader)>,
     pub(crate) carved: BTreeMap<(DeviceId, u32), SpaceId>,
+    /// Frames that do not hold what their device says.
+    pub(crate) lied: BTreeSet<DiskFrame>,
     pub(crate) pending: Vec<Pending>,
     pub(crate) spaces: Vec<Space>,
     /// Checksums under which a block was ever sealed.
@@ -233,6 +241,7 @@ impl World {
             cells: BTreeMap::new(),
             catalog: BTreeMap::new(),
             carved: BTreeMap::new(),
+            lied: BTreeSet::new(),
             pending: Vec::new(),
             spaces,
             sealed: BTreeMap::new(),
@@ -438,6 +447,7 @@ impl World {
                 let (header, payload) = found.unwrap_or((*expect, GARBAGE));
                 self.frame(*target).payload = payload;
                 let sound = header == *expect && checksum_of(expect.block, payload) == expect.checksum;
+                self.seen.lies_read += u64::from(self.lied.contains(source));
                 match (fails, self.random.percent(50)) {
                     (true, true) => Err(Fault::Device),
                     (true, false) => Err(Fault::Checksum),
@@ -497,7 +507,11 @@ impl World {
         if via == Via::Bounce && !sound {
             return Err(Fault::Checksum);
         }
-        self.write_cell(target, *header, if fails { GARBAGE } else { payload });
+        if fails {
+            self.write_cell(target, *header, GARBAGE);
+        } else {
+            self.write_or_lie(target, *header, payload);
+        }
         match (fails, self.random.percent(30)) {
             (true, true) => Err(Fault::NoSpace),
             (true, false) => Err(Fault::Device),
@@ -515,8 +529,12 @@ impl World {
 
     pub(crate) fn commit(&mut self, put: &[(DiskFrame, BlockHeader)], delete: &[BlockId], applied: bool) {
         for (frame, header) in put {
-            let cell = self.cells.get_mut(frame).expect("what is committed was written");
-            assert!(cell.header == *header, "{frame:?}: the catalog is told of what was written");
+            let lied = self.lied.contains(frame);
+            let Some(cell) = self.cells.get_mut(frame) else {
+                assert!(lied, "what is committed was written");
+                continue;
+            };
+            assert!(lied || cell.header == *header, "{frame:?}: the catalog is told of what was written");
             cell.synced = true;
             cell.before = None;
         }
