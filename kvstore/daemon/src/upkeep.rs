@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use terrace_core::{ByteCount, Input, MIB};
+use terrace_media::CatalogError;
 
 use crate::engine::Engine;
 
@@ -13,6 +14,8 @@ const MEMORY_PERIOD: Duration = Duration::from_secs(1);
 const HEADROOM_BYTES: u64 = 256 * MIB;
 /// First and longest pause between two tries to repair the catalog.
 const REPAIR_PAUSE: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(10));
+/// Pause before the next look at a disk that is full.
+const NO_ROOM_PAUSE: Duration = Duration::from_millis(500);
 
 /// Tells the core how much memory chunks may take, whenever that changes.
 /// Chunks that a dead daemon's clients still map come back to the machine when
@@ -46,6 +49,11 @@ pub(crate) async fn repair_catalog(engine: Arc<Engine>) {
             let repaired = tokio::task::spawn_blocking(move || repair(&trying)).await;
             match repaired {
                 Ok(Ok(())) => break,
+                Ok(Err(error @ CatalogError::NoRoom { .. })) => {
+                    // To look for room costs nothing: durability comes back soon after it does.
+                    pause = NO_ROOM_PAUSE;
+                    tracing::debug!(%error, "the catalog is still not usable");
+                }
                 Ok(Err(error)) => tracing::warn!(%error, "the catalog is still not usable"),
                 Err(error) => tracing::error!(%error, "repairing the catalog panicked"),
             }
@@ -55,7 +63,7 @@ pub(crate) async fn repair_catalog(engine: Arc<Engine>) {
     }
 }
 
-fn repair(engine: &Engine) -> Result<(), terrace_media::CatalogError> {
+fn repair(engine: &Engine) -> Result<(), CatalogError> {
     engine.media().reopen_catalog()?;
     // Spaces that were opened meanwhile are not in it yet.
     for (space, _) in engine.spaces().all() {
