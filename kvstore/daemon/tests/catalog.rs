@@ -10,16 +10,14 @@ use std::collections::BTreeSet;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Duration;
 
-use common::{Random, Running, content, folder, manifest_of, seed};
+use common::{Random, Running, content, folder, granted, manifest_of, seed};
 use terrace_client::{Durability, SealOutcome, Session, Space};
 
 const BYTES: usize = 16 << 10;
 /// The larger blocks of another space, for slots that change hands.
 const LARGE: usize = 64 << 10;
 const COUNT: u32 = 60;
-const WAIT: Duration = Duration::from_secs(20);
 /// Spaces: one that is left alone, one that is cleared and written again, one of larger blocks.
 const LEFT: u32 = 0;
 const CLEARED: u32 = 1;
@@ -62,7 +60,7 @@ async fn read(daemon: &Running, rank: u32, generation: u64, keys: std::ops::Rang
     let space = open(&session, rank).await;
     assert!(space.generation() >= generation, "space {rank} went back to {}", space.generation());
     let names: Vec<[u8; 4]> = keys.clone().map(u32::to_le_bytes).collect();
-    let found = session.read_within(&space, &names, WAIT).await.unwrap();
+    let found = granted(&session, &space, &names).await;
     let mut there = BTreeSet::new();
     for (key, bytes) in keys.zip(found) {
         if let Some(bytes) = bytes {

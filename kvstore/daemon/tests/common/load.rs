@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use terrace_client::{ClientError, Durability, MatchMode, SealOutcome, Session, Space, Target};
 
-use super::{Random, Running, content, manifest_of};
+use super::{Random, Running, content, granted, manifest_of};
 
 pub(crate) const LOAD_BYTES: usize = 16 << 10;
 /// Blocks of one space. All spaces together fit the device, so that nothing is evicted.
@@ -83,7 +83,8 @@ impl Load {
 
     /// What came back. `every` reads all blocks, not a sample.
     pub(crate) async fn check(&self, daemon: &Running, random: &mut Random, every: bool) {
-        let session = daemon.session(random.percent(50)).await;
+        let lane = random.percent(50);
+        let session = daemon.session(lane).await;
         for promises in &self.spaces {
             let rank = promises.lock().unwrap().rank;
             let space = session.open_space(&manifest_of(rank, LOAD_BYTES)).await.unwrap();
@@ -91,16 +92,16 @@ impl Load {
                 let mut promises = promises.lock().unwrap();
                 promises.began(space.generation());
             }
-            self.check_space(&session, &space, &promises.clone(), random, every).await;
+            self.check_space((&session, lane), &space, promises, random, every).await;
         }
         session.close();
     }
 
     async fn check_space(
         &self,
-        session: &Session,
+        (session, lane): (&Session, bool),
         space: &Space,
-        promises: &Arc<Mutex<Promises>>,
+        promises: &Mutex<Promises>,
         random: &mut Random,
         every: bool,
     ) {
@@ -121,7 +122,11 @@ impl Load {
             all.into_iter().filter(|key| every || *key >= newest || random.percent(4)).collect();
         for keys in wanted.chunks(128) {
             let names: Vec<[u8; 4]> = keys.iter().map(|key| key.to_le_bytes()).collect();
-            let found = session.read_within(space, &names, WAIT).await.unwrap();
+            let found = if lane {
+                granted(session, space, &names).await
+            } else {
+                session.read_within(space, &names, WAIT).await.unwrap()
+            };
             let mut seen = self.seen.lock().unwrap();
             for (key, bytes) in keys.iter().zip(found) {
                 seen.checked += 1;

@@ -11,7 +11,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use terrace_client::wire::{self, InfoRequest, InfoResponse};
-use terrace_client::{Session, SpaceKind, SpaceManifest, Target};
+use terrace_client::{Outcome, ReadOptions, Session, Space, SpaceKind, SpaceManifest, Target};
 use terrace_core::{ByteCount, TokenCount};
 
 pub(crate) const BLOCK_BYTES: usize = 256 << 10;
@@ -273,4 +273,34 @@ pub(crate) fn content(rank: u32, generation: u64, key: u32, bytes: usize) -> Vec
 /// The manifest of a space with blocks of this many bytes.
 pub(crate) fn manifest_of(rank: u32, bytes: usize) -> SpaceManifest {
     SpaceManifest { block_bytes: ByteCount::new(bytes as u64), ..manifest(rank) }
+}
+
+/// Blocks as the daemon grants them, on the lane: nobody compares a checksum between the daemon and the test. What is
+/// throttled is asked for again.
+pub(crate) async fn granted(session: &Session, space: &Space, names: &[[u8; 4]]) -> Vec<Option<Vec<u8>>> {
+    let mut found = vec![None; names.len()];
+    let mut open: Vec<usize> = (0..names.len()).collect();
+    let deadline = Instant::now() + PATIENCE;
+    while !open.is_empty() && Instant::now() < deadline {
+        let wanted: Vec<[u8; 4]> = open.iter().map(|index| names[*index]).collect();
+        let options = ReadOptions { wait: PATIENCE, ..ReadOptions::default() };
+        let lease = session.lease_read(space, &wanted, options).await.unwrap();
+        let mut again = Vec::new();
+        for (index, grant) in open.iter().zip(&lease.grants) {
+            match grant {
+                Outcome::Granted(block) => {
+                    let mut bytes = vec![0; usize::try_from(block.length().get()).unwrap()];
+                    found[*index] = block.read_into(&mut bytes).is_ok().then_some(bytes);
+                }
+                Outcome::Throttled => again.push(*index),
+                Outcome::Promoting | Outcome::Missing(_) | Outcome::Exists => {}
+            }
+        }
+        lease.release().await.unwrap();
+        if again.len() == open.len() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        open = again;
+    }
+    found
 }
