@@ -6,6 +6,7 @@
 
 mod ask;
 mod blocks;
+mod catalog;
 mod lane;
 mod prompt;
 mod restart;
@@ -52,6 +53,8 @@ enum Suite {
     Lease,
     /// Put and get of model-sized blocks against memcpy
     Local,
+    /// A start with a million blocks, commits, and the rebuild of a lost catalog
+    Catalog,
 }
 
 /// One figure.
@@ -125,6 +128,7 @@ pub(crate) async fn run(options: Options, format: Format) -> anyhow::Result<Exit
         Suite::Worker => worker::run(&options)?,
         Suite::Lease => lane::lease(&options).await?,
         Suite::Local => lane::local(&options).await?,
+        Suite::Catalog => catalog::run(&options).await?,
     };
     match format {
         Format::Json => {

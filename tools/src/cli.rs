@@ -10,7 +10,7 @@ use clap::{Args, CommandFactory, Parser, Subcommand};
 use clap_complete::Shell;
 
 use crate::output::Format;
-use crate::{admin, bench, block, doctor, model, up};
+use crate::{admin, bench, block, doctor, inspect, model, scrub, up};
 
 /// Terrace: a KV-cache service for LLM inference
 #[derive(Debug, Parser)]
@@ -59,6 +59,12 @@ enum Command {
     Space(SpaceCommand),
     /// Make everything sealed so far durable
     Flush,
+    /// Read the copies on devices again and compare them
+    #[command(subcommand)]
+    Scrub(scrub::Command),
+    /// Look at devices and the catalog while no daemon runs
+    #[command(subcommand)]
+    Inspect(inspect::Command),
     /// What about this machine makes Terrace slower than need be, and how to mend it
     Doctor,
     /// The default model
@@ -146,6 +152,8 @@ impl Cli {
             Command::Tier(TierCommand::Ls) => runtime.block_on(admin::tiers(&target, format)),
             Command::Lease(LeaseCommand::Ls) => runtime.block_on(admin::leases(&target, format)),
             Command::Space(SpaceCommand::Ls) => runtime.block_on(admin::spaces(&target, format)),
+            Command::Scrub(command) => runtime.block_on(scrub::run(&target, format, command)),
+            Command::Inspect(command) => inspect::run(command, format),
             Command::Flush => runtime.block_on(admin::flush(&target, format)),
             Command::Block(BlockCommand::Stat(args)) => {
                 runtime.block_on(block::stat(&target, format, args.id))

@@ -9,6 +9,8 @@ mod connect;
 mod daemon_config;
 mod doctor;
 mod home;
+mod inspect;
 mod model;
 mod output;
+mod scrub;
 mod up;

@@ -140,8 +140,21 @@ pub enum Input {
     DeviceState { device: DeviceId, usable: bool },
     /// Nothing may be persisted (the catalog failed), or all is well again.
     Degraded { degraded: bool },
+    /// How copies on devices are to be read again, and when.
+    Scrub(Scrub),
     /// The deadline of [`crate::Core::next_deadline`] has passed.
     Tick,
+}
+
+/// When copies on devices are read again, and how fast.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Scrub {
+    /// Passes that begin by themselves, once a day at most; 0 is none.
+    Rate { bytes_per_second: ByteCount },
+    /// A pass begins now, in place of one that runs.
+    Start { bytes_per_second: ByteCount },
+    /// The pass that runs ends here.
+    Stop,
 }
 
 /// How a session moves bytes.
@@ -171,6 +184,8 @@ pub struct FoundBlock {
     pub frame: DiskFrame,
     /// Of two copies of one block the higher number is kept.
     pub write_sequence: u64,
+    /// How it was used before; nothing is known of what a scan found.
+    pub stats: UseStats,
 }
 
 /// What a client asks. Block ids are derived from keys by the shell.
@@ -504,7 +519,7 @@ pub enum Effect {
     CarveSlot { op: OpId, device: DeviceId, slot: u32, space: SpaceId, frame_bytes: ByteCount },
     /// Make durable: sync the devices of `put`, then apply puts and deletes in one
     /// synced batch. The shell groups what waits. Done: [`Done::Plain`].
-    Commit { op: OpId, put: Vec<(DiskFrame, BlockHeader)>, delete: Vec<BlockId> },
+    Commit { op: OpId, put: Vec<(DiskFrame, BlockHeader, UseStats)>, delete: Vec<BlockId> },
     /// Raise a space's lowest valid generation in the superblock, then delete its
     /// blocks from the catalog. Done: [`Done::Plain`].
     ClearSpace { op: OpId, space: SpaceId, tenant: TenantId, generation: u64 },
@@ -512,6 +527,9 @@ pub enum Effect {
     Verify { op: OpId, frame: FrameRef, expect: BlockHeader },
     /// Copy a payload between Pinned frames and compare the copy with its checksum. Done: [`Done::Plain`].
     Copy { op: OpId, source: FrameRef, target: FrameRef, expect: BlockHeader },
+    /// Read header page and payload of a copy into a buffer of the shell, and compare them as for
+    /// [`Effect::Read`], with [`IoClass::Scrub`]. Done: [`Done::Plain`].
+    Scrub { op: OpId, source: DiskFrame, source_offset: u64, expect: BlockHeader },
     /// Publish in the tenant's event stream.
     Publish { tenant: TenantId, event: Event },
 }

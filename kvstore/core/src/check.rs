@@ -20,6 +20,7 @@ struct Held {
     writes: u32,
     verifies: u32,
     copies: u32,
+    scrubs: u32,
     commits: u32,
     carvings: u32,
     creations: u32,
@@ -45,6 +46,7 @@ impl Core {
         assert_eq!(held.writes, self.writes_running, "writes are counted");
         assert_eq!(held.verifies, self.verifies_running, "verifications are counted");
         assert_eq!(held.copies, self.copies_running, "copies are counted");
+        assert_eq!(held.scrubs, self.scrubs_running(), "scrub reads are counted");
         assert_eq!(held.commits, u32::from(self.commit_running), "one commit runs at a time");
     }
 
@@ -79,6 +81,10 @@ impl Core {
                 Op::Copy { source, .. } => {
                     held.copies += 1;
                     *held.frames.entry(*source).or_default() += 1;
+                }
+                Op::Scrub { source, .. } => {
+                    held.scrubs += 1;
+                    *held.cells.entry(*source).or_default() += 1;
                 }
             }
         }

@@ -10,6 +10,7 @@ use crate::api::{BlockHeader, Config, Done, Effect, Fault, Input, Via};
 use crate::ids::{
     BlockId, ChunkId, DeviceId, DiskFrame, Fence, FrameRef, LeaseId, OpId, SessionId, TenantId,
 };
+use crate::scrub::Scrubber;
 use crate::state::block::{BlockIndex, BlockTable};
 use crate::state::chunk::ChunkTable;
 use crate::state::disk::Disks;
@@ -79,6 +80,10 @@ pub(crate) enum Op {
         fence: Fence,
         target: FrameRef,
     },
+    Scrub {
+        block: BlockIndex,
+        source: DiskFrame,
+    },
 }
 
 /// A written block on its way into the catalog.
@@ -120,6 +125,8 @@ pub(crate) enum Deadline {
     Retain(BlockIndex, BlockId),
     /// A paused activity is tried again.
     Retry,
+    /// The next copy is read again.
+    Scrub,
 }
 
 /// Decides where the blocks of one node live. See the crate's documentation.
@@ -181,6 +188,7 @@ pub struct Core {
     pub(crate) persist_paused_until: Now,
     pub(crate) degraded: bool,
     pub(crate) unpersisted: u64,
+    pub(crate) scrub: Scrubber,
 }
 
 impl Core {
@@ -233,6 +241,7 @@ impl Core {
             persist_paused_until: Now::default(),
             degraded: false,
             unpersisted: 0,
+            scrub: Scrubber::default(),
         }
     }
 
@@ -264,6 +273,7 @@ impl Core {
             }
             Input::DeviceState { device, usable } => self.device_state(device, usable),
             Input::Degraded { degraded } => self.set_degraded(degraded),
+            Input::Scrub(what) => self.scrub_told(what),
             Input::Tick => {}
         }
         self.pump();
@@ -300,6 +310,7 @@ impl Core {
                     self.emptying_due = true;
                     self.clear_again();
                 }
+                Deadline::Scrub => {}
             }
         }
         while let Some(&(at, block, id)) = self.due.front() {
@@ -329,6 +340,7 @@ impl Core {
             self.pump_writes();
             self.pump_commit();
             self.pump_reserve();
+            self.pump_scrub();
             if !self.memory_changed && !self.disk_changed {
                 break;
             }
@@ -357,6 +369,7 @@ impl Core {
             Op::Copy { block, source, fence, target } => {
                 self.copy_done(block, source, fence, target, outcome)
             }
+            Op::Scrub { block, source } => self.scrub_done(block, source, outcome),
         }
         self.emptying_due = true;
     }

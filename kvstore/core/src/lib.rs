@@ -19,6 +19,7 @@ mod reading;
 mod requests;
 mod residence;
 mod restore;
+mod scrub;
 mod state;
 mod units;
 mod view;
@@ -30,7 +31,7 @@ pub use crate::core::Core;
 pub use api::{
     Admission, BlockHeader, Config, Done, Durability, Effect, Event, Fault, FoundBlock, Grant, Input,
     IoClass, Limit, Limits, Locality, MapAccess, MatchMode, MissReason, Notice, Policy, Refusal, Reply,
-    Request, Residence, SealOutcome, UseStats, Via,
+    Request, Residence, Scrub, SealOutcome, UseStats, Via,
 };
 pub use checksum::{Checksum, Checksummer, checksum};
 pub use identity::{
@@ -41,6 +42,7 @@ pub use ids::{
     BadId, BlockId, ChunkId, DeviceId, DiskFrame, Fence, FrameRef, LeaseId, OpId, RequestId, SessionId,
     SpaceId, TenantId,
 };
+pub use scrub::ScrubView;
 pub use state::chunk::FrameCounts;
 pub use state::disk::DATA_START;
 pub use state::space::{HEADER_PAGE_BYTES, frame_bytes};

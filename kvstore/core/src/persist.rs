@@ -3,7 +3,7 @@
 //! A frame on a device goes Filling, Sealed, Evicting, Free. Its catalog entry
 //! is deleted before it is used again. What a failed write or sync covered is quarantined.
 
-use crate::api::{BlockHeader, Effect, Fault, IoClass, Via};
+use crate::api::{BlockHeader, Effect, Fault, IoClass, UseStats, Via};
 use crate::core::{Core, Deadline, Delete, Op, Put, RETRY_AFTER};
 use crate::ids::{BlockId, DeviceId, DiskFrame, Fence, FrameRef, OpId};
 use crate::policy::{Candidate, Choice, victim};
@@ -211,11 +211,16 @@ impl Core {
         if puts.is_empty() && deletes.is_empty() {
             return;
         }
-        let put = puts.iter().map(|put| (put.frame, put.header)).collect();
+        let put = puts.iter().map(|put| (put.frame, put.header, self.use_stats(put.block))).collect();
         let delete = deletes.iter().map(|delete| delete.id).collect();
         let op = self.start(Op::Commit { puts, deletes });
         self.commit_running = true;
         self.effects.push_back(Effect::Commit { op, put, delete });
+    }
+
+    /// What the catalog keeps of a block's past.
+    fn use_stats(&self, _block: BlockIndex) -> UseStats {
+        UseStats::default()
     }
 
     fn is_committing(&self, put: Put) -> bool {

@@ -66,6 +66,16 @@ pub struct Counters {
     pub restore_refused: u64,
     /// Spaces cleared.
     pub clears: u64,
+    /// Copies on devices that were read again and found whole.
+    pub scrub_blocks: u64,
+    /// Their payload.
+    pub scrub_bytes: u64,
+    /// Copies that were found damaged and dropped.
+    pub scrub_damaged: u64,
+    /// Copies that could not be read; they are kept.
+    pub scrub_unreadable: u64,
+    /// Passes over all devices that came to their end.
+    pub scrub_passes: u64,
 }
 
 /// What one block is and where.

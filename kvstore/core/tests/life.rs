@@ -125,7 +125,8 @@ impl Node {
             | Effect::Commit { op, .. }
             | Effect::ClearSpace { op, .. }
             | Effect::Verify { op, .. }
-            | Effect::Copy { op, .. } => Some(*op),
+            | Effect::Copy { op, .. }
+            | Effect::Scrub { op, .. } => Some(*op),
             _ => None,
         }
     }
@@ -231,6 +232,7 @@ fn a_block_is_written_read_persisted_and_restored() {
                 checksum: header.checksum,
                 frame: view.disk.expect("durable").0,
                 write_sequence: header.write_sequence,
+                stats: UseStats::default(),
             }
         })
         .collect();
@@ -403,6 +405,7 @@ fn a_damaged_disk_copy_is_a_miss_and_its_frame_is_quarantined() {
         checksum: Checksum::new(1),
         frame,
         write_sequence: 9,
+        stats: UseStats::default(),
     };
     node.tell(Input::BlocksFound { blocks: vec![found] });
     let op = node.lease_read(&[1]);
@@ -436,6 +439,7 @@ fn a_late_read_keeps_its_frame() {
         checksum: header.checksum,
         frame,
         write_sequence: header.write_sequence,
+        stats: UseStats::default(),
     };
     let mut node = Node::new();
     node.tell(Input::BlocksFound { blocks: vec![found] });
@@ -518,4 +522,92 @@ fn a_window_is_adopted_when_it_is_handed_back() {
         node.effects.iter().any(|effect| matches!(effect, Effect::AdoptWindow { chunk: of } if *of == chunk))
     );
     assert_eq!(node.call(1, Request::MapChunk { chunk }), Reply::MayMap { chunk, access: MapAccess::Read });
+}
+
+/// A byte that rots is found only by who looks: a pass must read every durable block once, at its rate,
+/// drop the damaged one, keep the one that cannot be read, and write the dropped one again from memory.
+#[test]
+fn a_scrub_reads_everything_once_and_drops_what_rotted() {
+    let mut node = Node::new();
+    node.write(1, &[1, 2, 3]);
+    node.after(1001);
+    node.run();
+    let places = |node: &Node| [1, 2, 3].map(|n| node.core.stat(block(n)).expect("known").disk);
+    let before = places(&node);
+    assert!(before.iter().all(Option::is_some));
+    // One frame a second.
+    let bytes_per_second = ByteCount::new(frame_bytes(ByteCount::new(BLOCK_BYTES)).expect("small").get());
+    node.tell(Input::Scrub(Scrub::Start { bytes_per_second }));
+    let mut read = Vec::new();
+    for _ in 0..3 {
+        assert!(node.effects.iter().filter(|effect| matches!(effect, Effect::Scrub { .. })).count() <= 1);
+        node.run_with(|effect| match effect {
+            Effect::Scrub { expect, .. } if expect.block == block(2) => Err(Fault::Checksum),
+            Effect::Scrub { expect, .. } if expect.block == block(3) => Err(Fault::Device),
+            _ => Ok(Done::Plain),
+        });
+        let counters = *node.core.counters();
+        read.push(counters.scrub_blocks + counters.scrub_damaged + counters.scrub_unreadable);
+        node.after(1000);
+    }
+    for _ in 0..2 {
+        node.run();
+        node.after(1000);
+    }
+    assert_eq!(read, [1, 2, 3], "one frame a second");
+    let counters = *node.core.counters();
+    let all = (counters.scrub_blocks, counters.scrub_damaged, counters.scrub_unreadable);
+    assert_eq!(all, (2, 1, 1), "the new copy of the damaged one lies behind it and is read as well");
+    assert_eq!((counters.scrub_passes, node.core.scrub_view().pass), (1, None));
+    let after = places(&node);
+    assert_eq!((after[0], after[2]), (before[0], before[2]), "what was not damaged stays");
+    assert!(after[1].is_some() && after[1] != before[1], "the damaged frame is not used again: {after:?}");
+}
+
+/// A pass must leave alone what is off limits: nothing is read at a rate of zero, from a device that
+/// is gone, from slots that are not scanned, and after it was stopped.
+#[test]
+fn a_scrub_reads_nothing_that_is_off_limits() {
+    let mut node = Node::new();
+    node.write(1, &[1, 2, 3]);
+    node.after(1001);
+    node.run();
+    let scrubs =
+        |node: &Node| node.effects.iter().filter(|effect| matches!(effect, Effect::Scrub { .. })).count();
+    let start = |bytes| Input::Scrub(Scrub::Start { bytes_per_second: ByteCount::new(bytes) });
+    node.tell(start(0));
+    assert_eq!(scrubs(&node), 0);
+    node.tell(Input::DeviceState { device: DeviceId::new(0), usable: false });
+    node.tell(start(1 << 30));
+    assert_eq!((scrubs(&node), node.core.counters().scrub_passes), (0, 1));
+    node.tell(Input::DeviceState { device: DeviceId::new(0), usable: true });
+    node.tell(Input::SlotsUnscanned { device: DeviceId::new(0), slots: (0..8).collect() });
+    node.tell(start(1 << 30));
+    assert_eq!((scrubs(&node), node.core.counters().scrub_passes), (0, 2));
+    node.tell(Input::SlotsScanned { device: DeviceId::new(0), slots: (0..8).collect() });
+    node.tell(start(1));
+    assert_eq!(scrubs(&node), 1);
+    node.tell(Input::Scrub(Scrub::Stop));
+    node.after(100_000_000);
+    assert_eq!(scrubs(&node), 1);
+    // Passes of their own begin some time after the start, and once a day.
+    node.run();
+    node.tell(Input::Scrub(Scrub::Rate { bytes_per_second: ByteCount::new(1 << 30) }));
+    assert_eq!(scrubs(&node), 0);
+    assert!(node.core.scrub_view().next_pass_in.is_some());
+    node.after(11 * 60 * 1000);
+    assert!(scrubs(&node) > 0);
+    node.run();
+    node.after(1000);
+    node.run();
+    assert_eq!(node.core.scrub_view().pass, None);
+    let passes = node.core.counters().scrub_passes;
+    node.after(60 * 60 * 1000);
+    node.run();
+    assert_eq!(node.core.counters().scrub_passes, passes, "one a day");
+    node.after(24 * 60 * 60 * 1000);
+    node.run();
+    node.after(1000);
+    node.run();
+    assert!(node.core.counters().scrub_passes > passes);
 }

@@ -25,6 +25,8 @@ pub(crate) const NAME_BYTES_MAX: usize = 128;
 const PINNED_AUTO_MAX: ByteCount = ByteCount::new(16 * GIB);
 /// Size of the default device where the disk has room for twice that.
 const DEVICE_AUTO_MAX: u64 = 4 * GIB;
+/// At this rate 345 GB are read again in a day.
+const SCRUB_DEFAULT: &str = "4MiB";
 
 /// Settings of one daemon, checked.
 #[derive(Clone, Debug)]
@@ -49,6 +51,8 @@ pub struct Config {
     pub window_idle: Micros,
     /// A recalled window that is not handed back for this long is replaced.
     pub window_recall_max: Micros,
+    /// Rate at which copies on devices are read again, once a day at most; 0 is never.
+    pub scrub_bytes_per_second: ByteCount,
     /// How devices are driven.
     pub io_backend: Backend,
     /// Filter of `tracing`.
@@ -192,6 +196,10 @@ impl Config {
             persist_delay: millis("persist_delay_ms", file.persist_delay_ms, 1000, 0..=3_600_000)?,
             window_idle: millis("window_idle_ms", file.window_idle_ms, 2000, 10..=3_600_000)?,
             window_recall_max: millis("window_recall_max_ms", file.window_recall_max_ms, 5000, 10..=600_000)?,
+            scrub_bytes_per_second: length(
+                "scrub_bytes_per_second",
+                file.scrub_bytes_per_second.as_deref().unwrap_or(SCRUB_DEFAULT),
+            )?,
             io_backend: backend(file.io_backend.as_deref().unwrap_or("auto"))?,
             log: file.log.unwrap_or_else(|| "info".to_owned()),
             tenants: tenants(file.tenant)?,
@@ -212,6 +220,7 @@ impl Config {
             format!("lane_socket      {}", self.lane_socket.display()),
             format!("metrics_listen   {}", self.metrics_listen),
             format!("persist_delay_ms {}", self.persist_delay.millis()),
+            format!("scrub per second {}", size::show(self.scrub_bytes_per_second)),
         ];
         for device in &self.devices {
             let bytes = ByteCount::new(u64::from(device.slots) * self.chunk_bytes.get());

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::watch;
 use tokio::task::{JoinHandle, JoinSet};
 
-use terrace_core::{Config as CoreConfig, TenantId};
+use terrace_core::{Config as CoreConfig, Input, Scrub, TenantId};
 use terrace_lane::{LaneError, LaneServer};
 use terrace_media::{CatalogState, DeviceConfig, Hooks, Media, MediaConfig, MediaError, OpenReport};
 
@@ -105,7 +105,7 @@ impl Daemon {
         let device_slots = core.device_slots.clone();
         let engine = Engine::new(core, Arc::new(media), events, spaces, &completions);
         let restored = tokio::task::spawn_blocking({
-            let (engine, device_slots) = (engine.clone(), device_slots.clone());
+            let engine = engine.clone();
             let incarnation = report.incarnation;
             move || (restore::from_catalog(&engine, &report, &device_slots), incarnation)
         });
@@ -129,14 +129,14 @@ impl Daemon {
             listeners: JoinSet::new(),
             chores: Vec::new(),
         };
-        daemon.keep_up(&config, scan.then_some(device_slots));
+        daemon.keep_up(&config, scan);
         daemon.listen(grpc_listener, metrics_listener, lane_server);
         let ready = daemon.status.ready_now();
         tracing::info!(ready_ms = ready.as_millis(), metrics = %daemon.metrics, "{daemon}");
         Ok(daemon)
     }
 
-    fn keep_up(&mut self, config: &Config, scan: Option<Vec<u32>>) {
+    fn keep_up(&mut self, config: &Config, scan: bool) {
         let engine = self.service.engine().clone();
         let ticking = engine.clone();
         self.chores.push(tokio::spawn(async move { ticking.tick().await }));
@@ -145,17 +145,16 @@ impl Daemon {
             config.pinned_bytes,
             config.chunk_bytes,
         )));
-        self.chores.push(tokio::spawn(upkeep::repair_catalog(engine.clone())));
+        let slots: Vec<u32> = config.devices.iter().map(|device| device.slots).collect();
+        let repair = upkeep::repair_catalog(engine.clone(), self.status.clone(), slots.clone());
+        self.chores.push(tokio::spawn(repair));
+        let bytes_per_second = config.scrub_bytes_per_second;
+        engine.submit(Input::Scrub(Scrub::Rate { bytes_per_second }));
         let status = self.status.clone();
         tokio::task::spawn_blocking(move || status.hbm_found(terrace_gpudirect::probe()));
-        if let Some(device_slots) = scan {
+        if scan {
             let status = self.status.clone();
-            tokio::task::spawn_blocking(move || {
-                if let Err(error) = restore::from_headers(&engine, &status, &device_slots) {
-                    tracing::error!(%error, "the scan stopped; blocks that it did not reach stay unknown");
-                    engine.catalog_failed();
-                }
-            });
+            tokio::task::spawn_blocking(move || restore::scan_to_the_end(&engine, &status, &slots));
         }
     }
 
@@ -192,6 +191,7 @@ impl Daemon {
     /// Persists what only memory holds, ends every session, and closes.
     pub async fn stop(mut self) {
         let deadline = Instant::now() + FLUSH_WITHIN;
+        self.service.engine().media().stop_scan();
         // Once with the sessions' windows still there, and once with what was sealed meanwhile.
         self.flush(deadline).await;
         self.stop.send_replace(true);

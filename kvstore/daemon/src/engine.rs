@@ -389,6 +389,11 @@ impl Engine {
                 let bytes = expect.length.get();
                 self.start(state, OpKind::Copy, bytes, MediaOp::Copy { op, source, target, expect });
             }
+            Effect::Scrub { op, source, source_offset, expect } => {
+                let bytes = expect.length.get();
+                let op = MediaOp::Scrub { op, source, source_offset, expect };
+                self.start(state, OpKind::Scrub, bytes, op);
+            }
         }
     }
 

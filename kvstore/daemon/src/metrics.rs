@@ -227,7 +227,7 @@ fn count(registry: &Registry, name: &str, help: &str, value: u64) -> Result<(), 
 }
 
 /// The core's counters with their metric names, for the page and for `info`.
-pub(crate) fn counted(counters: &Counters) -> [(&'static str, &'static str, u64); 26] {
+pub(crate) fn counted(counters: &Counters) -> [(&'static str, &'static str, u64); 31] {
     let c = counters;
     [
         ("terrace_hits_total", "Blocks of read leases granted at once.", c.hits),
@@ -256,6 +256,11 @@ pub(crate) fn counted(counters: &Counters) -> [(&'static str, &'static str, u64)
         ("terrace_restored_total", "Blocks found on devices and indexed.", c.restored),
         ("terrace_restore_refused_total", "Blocks found on devices and left alone.", c.restore_refused),
         ("terrace_clears_total", "Spaces cleared.", c.clears),
+        ("terrace_scrub_blocks_total", "Copies read again and found whole.", c.scrub_blocks),
+        ("terrace_scrub_bytes_total", "Payload bytes read again and found whole.", c.scrub_bytes),
+        ("terrace_scrub_damaged_total", "Copies found damaged by a scrub, and dropped.", c.scrub_damaged),
+        ("terrace_scrub_unreadable_total", "Copies that a scrub could not read.", c.scrub_unreadable),
+        ("terrace_scrub_passes_total", "Scrubs that came to their end.", c.scrub_passes),
     ]
 }
 

@@ -28,6 +28,8 @@ pub(crate) enum OpKind {
     Verify,
     /// Frame to frame.
     Copy,
+    /// A copy on a device read again.
+    Scrub,
 }
 
 impl OpKind {
@@ -42,6 +44,7 @@ impl OpKind {
             Self::ClearSpace => "clear_space",
             Self::Verify => "verify",
             Self::Copy => "copy",
+            Self::Scrub => "scrub",
         }
     }
 }

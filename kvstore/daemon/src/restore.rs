@@ -3,9 +3,11 @@
 //! From the catalog at once; from header pages in the background when the
 //! catalog was lost, while blocks are served.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::Duration;
 
-use terrace_core::{DeviceId, FoundBlock, Input, SpaceId};
+use terrace_core::{DeviceId, FoundBlock, Input, SpaceId, TenantId};
 use terrace_media::{CatalogError, FoundHeader, OpenReport, ScanPiece, SpaceRecord};
 
 use crate::engine::Engine;
@@ -13,6 +15,8 @@ use crate::status::Status;
 
 /// Blocks told to the core at once: the lock is held for some hundred microseconds.
 const BATCH: usize = 1024;
+/// How often a scan that waits for the repair of the catalog looks for it.
+const REPAIR_LOOK: Duration = Duration::from_millis(100);
 
 /// Tells what the catalog knows, before the first client. Blocks. True when a
 /// scan must follow, because the catalog does not know everything.
@@ -27,7 +31,8 @@ pub(crate) fn from_catalog(engine: &Engine, report: &OpenReport, device_slots: &
         let (device, slot, space, frame_bytes) = (carve.device, carve.slot, carve.space, carve.frame_bytes);
         engine.submit(Input::SlotCarved { device, slot, space, frame_bytes });
     }
-    let told = engine.media().blocks(BATCH, &mut |found| blocks_found(engine, &found));
+    let mut facts = BTreeMap::new();
+    let told = engine.media().blocks(BATCH, &mut |found| blocks_found(engine, &mut facts, &found));
     match told {
         Ok(blocks) => {
             tracing::info!(blocks, spaces = report.spaces.len(), "catalog read");
@@ -38,16 +43,36 @@ pub(crate) fn from_catalog(engine: &Engine, report: &OpenReport, device_slots: &
             if !report.scan_needed {
                 unscanned(engine, device_slots);
             }
+            if let Err(error) = engine.media().renew_catalog() {
+                tracing::error!(%error, "a new catalog cannot be made now");
+                engine.catalog_failed();
+            }
             true
         }
     }
 }
 
 /// Until they are scanned, blocks may lie in any slot.
-fn unscanned(engine: &Engine, device_slots: &[u32]) {
+pub(crate) fn unscanned(engine: &Engine, device_slots: &[u32]) {
     for (device, slots) in device_slots.iter().enumerate() {
         let device = DeviceId::new(u16::try_from(device).expect("the configuration allows 64 devices"));
         engine.submit(Input::SlotsUnscanned { device, slots: (0..*slots).collect() });
+    }
+}
+
+/// Scans every device, again after a failure of the catalog, until all is known. Blocks; clients are
+/// served meanwhile. One scan at a time: a second call returns at once, because the first goes on.
+pub(crate) fn scan_to_the_end(engine: &Arc<Engine>, status: &Status, device_slots: &[u32]) {
+    let Some(_one) = status.scan_alone() else { return };
+    while let Err(error) = from_headers(engine, status, device_slots) {
+        tracing::error!(%error, "the scan stopped; it goes on when the catalog works again");
+        engine.catalog_failed();
+        while engine.is_degraded() {
+            if engine.media().scan_stopped() {
+                return;
+            }
+            std::thread::sleep(REPAIR_LOOK);
+        }
     }
 }
 
@@ -55,11 +80,7 @@ fn unscanned(engine: &Engine, device_slots: &[u32]) {
 ///
 /// # Errors
 /// The catalog failed. What was found before is known.
-pub(crate) fn from_headers(
-    engine: &Arc<Engine>,
-    status: &Status,
-    device_slots: &[u32],
-) -> Result<(), CatalogError> {
+fn from_headers(engine: &Arc<Engine>, status: &Status, device_slots: &[u32]) -> Result<(), CatalogError> {
     // After a kill, a header page may be read back that only the drive's cache
     // holds. The core takes found blocks for durable, so make them that first.
     for device in engine.media().facts().devices {
@@ -78,6 +99,13 @@ pub(crate) fn from_headers(
     });
     status.scan_ends();
     let report = scanned?;
+    if !report.complete {
+        tracing::info!(
+            slots = report.slots,
+            "the scan of the devices was ended early; the next start repeats it"
+        );
+        return Ok(());
+    }
     tracing::info!(
         slots = report.slots,
         blocks = report.blocks,
@@ -100,8 +128,9 @@ fn slot_scanned(engine: &Engine, piece: &ScanPiece) {
         let (device, slot, space, frame_bytes) = (carve.device, carve.slot, carve.space, carve.frame_bytes);
         engine.submit(Input::SlotCarved { device, slot, space, frame_bytes });
     }
+    let mut facts = BTreeMap::new();
     for batch in piece.blocks.chunks(BATCH) {
-        blocks_found(engine, batch);
+        blocks_found(engine, &mut facts, batch);
     }
     engine.submit(Input::SlotsScanned { device: piece.device, slots: vec![piece.slot] });
 }
@@ -120,16 +149,15 @@ fn space_found(engine: &Engine, record: &SpaceRecord) {
     }
 }
 
-fn blocks_found(engine: &Engine, found: &[FoundHeader]) {
-    // Blocks of one space come together, so the last look-up mostly serves.
-    let mut last: Option<(SpaceId, Option<(terrace_core::TenantId, u64)>)> = None;
+/// Whose a space is and its lowest valid generation, if it is known.
+type SpaceFacts = BTreeMap<SpaceId, Option<(TenantId, u64)>>;
+
+fn blocks_found(engine: &Engine, known: &mut SpaceFacts, found: &[FoundHeader]) {
     let mut blocks = Vec::with_capacity(found.len());
-    for FoundHeader { frame, header } in found {
-        let facts = match last {
-            Some((space, facts)) if space == header.space => facts,
-            Some(_) | None => engine.spaces().one(header.space).map(|known| (known.tenant, known.generation)),
-        };
-        last = Some((header.space, facts));
+    for FoundHeader { frame, header, stats } in found {
+        let facts = known.entry(header.space).or_insert_with(|| {
+            engine.spaces().one(header.space).map(|known| (known.tenant, known.generation))
+        });
         let serves = facts
             .is_some_and(|(tenant, generation)| header.tenant == tenant && header.generation >= generation);
         if serves {
@@ -141,6 +169,7 @@ fn blocks_found(engine: &Engine, found: &[FoundHeader]) {
                 checksum: header.checksum,
                 frame: *frame,
                 write_sequence: header.write_sequence,
+                stats: *stats,
             });
         }
     }

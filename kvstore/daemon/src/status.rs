@@ -3,7 +3,7 @@
 
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, OnceLock, PoisonError};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 
 use terrace_core::ByteCount;
@@ -29,6 +29,7 @@ pub(crate) struct Status {
     notes: Mutex<Vec<String>>,
     slots_to_scan: AtomicU64,
     slots_scanned: AtomicU64,
+    scanning: Mutex<()>,
 }
 
 impl Status {
@@ -52,6 +53,7 @@ impl Status {
             notes: Mutex::new(notes),
             slots_to_scan: AtomicU64::new(0),
             slots_scanned: AtomicU64::new(0),
+            scanning: Mutex::new(()),
         }
     }
 
@@ -92,6 +94,15 @@ impl Status {
             Some(found @ HbmStatus::Present { .. }) => {
                 format!("{found}: Hbm tier off, because this version does not use device memory yet")
             }
+        }
+    }
+
+    /// The right to scan, unless somebody has it.
+    pub(crate) fn scan_alone(&self) -> Option<MutexGuard<'_, ()>> {
+        match self.scanning.try_lock() {
+            Ok(alone) => Some(alone),
+            Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
+            Err(TryLockError::WouldBlock) => None,
         }
     }
 

@@ -7,6 +7,8 @@ use terrace_core::{ByteCount, Input, MIB};
 use terrace_media::CatalogError;
 
 use crate::engine::Engine;
+use crate::restore;
+use crate::status::Status;
 
 /// How often the machine's memory is looked at.
 const MEMORY_PERIOD: Duration = Duration::from_secs(1);
@@ -37,8 +39,9 @@ pub(crate) async fn watch_memory(engine: Arc<Engine>, pinned: ByteCount, chunk: 
     }
 }
 
-/// Reopens the catalog after a failure, with growing pauses, until it works.
-pub(crate) async fn repair_catalog(engine: Arc<Engine>) {
+/// Reopens the catalog after a failure, with growing pauses, until it works. One that is damaged is replaced
+/// by a new one, and the devices are scanned for what it knew.
+pub(crate) async fn repair_catalog(engine: Arc<Engine>, status: Arc<Status>, device_slots: Vec<u32>) {
     loop {
         engine.in_trouble().await;
         let mut pause = REPAIR_PAUSE.0;
@@ -48,7 +51,16 @@ pub(crate) async fn repair_catalog(engine: Arc<Engine>) {
             let trying = engine.clone();
             let repaired = tokio::task::spawn_blocking(move || repair(&trying)).await;
             match repaired {
-                Ok(Ok(())) => break,
+                Ok(Ok(Repaired::Reopened)) => break,
+                Ok(Ok(Repaired::Renewed)) => {
+                    restore::unscanned(&engine, &device_slots);
+                    let (engine, status, device_slots) =
+                        (engine.clone(), status.clone(), device_slots.clone());
+                    tokio::task::spawn_blocking(move || {
+                        restore::scan_to_the_end(&engine, &status, &device_slots);
+                    });
+                    break;
+                }
                 Ok(Err(error @ CatalogError::NoRoom { .. })) => {
                     // To look for room costs nothing: durability comes back soon after it does.
                     pause = NO_ROOM_PAUSE;
@@ -63,13 +75,29 @@ pub(crate) async fn repair_catalog(engine: Arc<Engine>) {
     }
 }
 
-fn repair(engine: &Engine) -> Result<(), CatalogError> {
-    engine.media().reopen_catalog()?;
+/// How a catalog was brought back.
+enum Repaired {
+    /// All that it knew is there.
+    Reopened,
+    /// It is new, and knows the spaces.
+    Renewed,
+}
+
+fn repair(engine: &Engine) -> Result<Repaired, CatalogError> {
+    let repaired = match engine.media().reopen_catalog() {
+        Ok(()) => Repaired::Reopened,
+        Err(error) if error.is_damage() => {
+            tracing::error!(%error, "the catalog is damaged; a new one takes its place");
+            engine.media().renew_catalog()?;
+            Repaired::Renewed
+        }
+        Err(error) => return Err(error),
+    };
     // Spaces that were opened meanwhile are not in it yet.
     for (space, _) in engine.spaces().all() {
         if let Some(record) = engine.spaces().record(space) {
             engine.media().put_space(record)?;
         }
     }
-    Ok(())
+    Ok(repaired)
 }

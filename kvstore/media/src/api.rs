@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use terrace_core::{
     BlockHeader, BlockId, ByteCount, ChunkId, DeviceId, DiskFrame, Done, Fault, FrameRef, IoClass, OpId,
-    SpaceId, TenantId, Via,
+    SpaceId, TenantId, UseStats, Via,
 };
 
 use crate::catalog::CatalogError;
@@ -104,13 +104,15 @@ pub enum MediaOp {
     /// Writes a slot's chunk header and records it in the catalog.
     CarveSlot { op: OpId, device: DeviceId, slot: u32, space: SpaceId, frame_bytes: ByteCount },
     /// Syncs the devices of `put`, then one synced batch.
-    Commit { op: OpId, put: Vec<(DiskFrame, BlockHeader)>, delete: Vec<BlockId> },
+    Commit { op: OpId, put: Vec<(DiskFrame, BlockHeader, UseStats)>, delete: Vec<BlockId> },
     /// Raises the lowest valid generation in the superblocks, then deletes the older blocks from the catalog.
     ClearSpace { op: OpId, space: SpaceId, tenant: TenantId, generation: u64 },
     /// Compares a payload with its checksum.
     Verify { op: OpId, frame: FrameRef, expect: BlockHeader },
     /// Copies a payload and compares the copy.
     Copy { op: OpId, source: FrameRef, target: FrameRef, expect: BlockHeader },
+    /// Device to a buffer of media's own, verified.
+    Scrub { op: OpId, source: DiskFrame, source_offset: u64, expect: BlockHeader },
 }
 
 impl MediaOp {
@@ -125,7 +127,8 @@ impl MediaOp {
             | Self::Commit { op, .. }
             | Self::ClearSpace { op, .. }
             | Self::Verify { op, .. }
-            | Self::Copy { op, .. } => *op,
+            | Self::Copy { op, .. }
+            | Self::Scrub { op, .. } => *op,
         }
     }
 }
@@ -138,6 +141,8 @@ pub struct FoundHeader {
     pub frame: DiskFrame,
     /// What.
     pub header: BlockHeader,
+    /// How it was used, if the catalog knows.
+    pub stats: UseStats,
 }
 
 /// How a slot is carved.
@@ -229,6 +234,8 @@ pub struct ScanReport {
     pub damaged: u64,
     /// Slots that could not be read.
     pub unreadable: u64,
+    /// It came to its end; false after [`crate::Media::stop_scan`].
+    pub complete: bool,
 }
 
 /// State of one device.

@@ -12,12 +12,14 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 
 use terrace_core::{
-    BlockHeader, BlockId, DeviceId, DiskFrame, Done, Fault, IoClass, OpId, SpaceId, TenantId,
+    BlockHeader, BlockId, DeviceId, DiskFrame, Done, Fault, IoClass, OpId, SpaceId, TenantId, UseStats,
 };
 
 use crate::api::{Carve, Complete, FoundHeader, SpaceRecord};
 use crate::catalog::{Batch, Catalog, CatalogError};
 use crate::device::{IoBuffer, IoOp, IoRequest};
+use crate::open::first_entries;
+use crate::scan::Scanned;
 use crate::slots::Slots;
 
 /// Changes of one batch at most: bounds the memory of a group.
@@ -29,7 +31,7 @@ pub(crate) type Answer = mpsc::Sender<Result<(), CatalogError>>;
 pub(crate) enum Job {
     Commit {
         op: OpId,
-        put: Vec<(DiskFrame, BlockHeader)>,
+        put: Vec<(DiskFrame, BlockHeader, UseStats)>,
         delete: Vec<BlockId>,
     },
     /// A slot is about to be carved again: the catalog forgets how it was, then `then` is called.
@@ -54,11 +56,14 @@ pub(crate) enum Job {
         record: SpaceRecord,
         answer: Answer,
     },
-    /// What a scan found in one slot.
+    /// What a scan found in some slots.
     Restore {
-        carve: Option<(Carve, u64)>,
-        space: Option<SpaceRecord>,
-        blocks: Vec<FoundHeader>,
+        found: Arc<Vec<Scanned>>,
+        answer: Answer,
+    },
+    /// The catalog is damaged: a new one takes its place, and a scan must follow.
+    Renew {
+        spaces: Vec<SpaceRecord>,
         answer: Answer,
     },
     /// The scan is complete.
@@ -165,7 +170,7 @@ impl Committer {
                     answers.push((op, fault));
                     if fault.is_none() {
                         delete.iter().for_each(|block| batch.delete_block(*block));
-                        put.iter().for_each(|(frame, header)| batch.put_block(*frame, header));
+                        put.iter().for_each(|(frame, header, stats)| batch.put_block(*frame, header, *stats));
                     }
                 }
                 Job::Carve { op, carve, sequence } => {
@@ -179,6 +184,7 @@ impl Committer {
                 | Job::PutSpace { .. }
                 | Job::Restore { .. }
                 | Job::Scanned { .. }
+                | Job::Renew { .. }
                 | Job::Reopen { .. }
                 | Job::Close { .. } => unreachable!("take_group takes commits and carvings only"),
             }
@@ -212,8 +218,11 @@ impl Committer {
                 batch.put_space(&record);
                 respond(&answer, self.write(batch));
             }
-            Job::Restore { carve, space, blocks, answer } => {
-                respond(&answer, self.restore(carve, space, &blocks));
+            Job::Restore { found, answer } => {
+                let outcome = self.restore(&found);
+                // The caller goes on with it, and copies it if it is still shared.
+                drop(found);
+                respond(&answer, outcome);
             }
             Job::Scanned { answer } => {
                 let mut batch = Batch::default();
@@ -221,6 +230,7 @@ impl Committer {
                 respond(&answer, self.write(batch));
             }
             Job::Reopen { answer } => respond(&answer, self.catalog.reopen()),
+            Job::Renew { spaces, answer } => respond(&answer, self.renew(&spaces)),
             Job::Close { answer } => {
                 let mut batch = Batch::default();
                 batch.put_meta("clean", &[1]);
@@ -230,9 +240,21 @@ impl Committer {
         }
     }
 
+    fn renew(&self, spaces: &[SpaceRecord]) -> Result<(), CatalogError> {
+        let entries = first_entries(&self.slots, spaces, self.slots.incarnation());
+        let moved_to = self.catalog.renew(entries)?;
+        tracing::error!(moved_to = %moved_to.display(), "catalog damaged: rebuilding it from the devices");
+        Ok(())
+    }
+
     fn write(&self, batch: Batch) -> Result<(), CatalogError> {
         self.commits.batches.fetch_add(1, Ordering::Relaxed);
         self.catalog.write(batch)
+    }
+
+    fn write_unsynced(&self, batch: Batch) -> Result<(), CatalogError> {
+        self.commits.batches.fetch_add(1, Ordering::Relaxed);
+        self.catalog.write_unsynced(batch)
     }
 
     /// Syncs devices side by side. Returns those that failed.
@@ -307,40 +329,39 @@ impl Committer {
         Ok(Done::Plain)
     }
 
-    /// Adds what a scan found, unless the catalog knows something newer by now.
-    fn restore(
-        &self,
-        carve: Option<(Carve, u64)>,
-        space: Option<SpaceRecord>,
-        blocks: &[FoundHeader],
-    ) -> Result<(), CatalogError> {
+    /// Adds what a scan found, unless the catalog knows something newer by now. Not synced: until the scan
+    /// is complete, the next start repeats it.
+    fn restore(&self, found: &[Scanned]) -> Result<(), CatalogError> {
         let mut batch = Batch::default();
-        if let Some((carve, sequence)) = carve {
-            batch.put_carve(&carve, sequence);
-        }
-        if let Some(record) = space {
-            let known = self.catalog.spaces()?;
-            if known.get(&record.space).is_none_or(|known| known.generation < record.generation) {
-                batch.put_space(&record);
+        let mut known = self.catalog.spaces()?;
+        for scanned in found {
+            if let Some(carve) = &scanned.piece.carve {
+                batch.put_carve(carve, scanned.carve_sequence);
+            }
+            if let Some(record) = &scanned.piece.space
+                && known.get(&record.space).is_none_or(|known| known.generation < record.generation)
+            {
+                batch.put_space(record);
+                known.insert(record.space, record.clone());
             }
         }
         // The catalog does not show what waits in the batch.
         let mut newest: BTreeMap<BlockId, u64> = BTreeMap::new();
-        for found in blocks {
+        for found in found.iter().flat_map(|scanned| &scanned.piece.blocks) {
             let (block, sequence) = (found.header.block, found.header.write_sequence);
             let known = match newest.get(&block) {
                 Some(newest) => Some(*newest),
                 None => self.catalog.block(block)?.map(|known| known.header.write_sequence),
             };
             if known.is_none_or(|known| known < sequence) {
-                batch.put_block(found.frame, &found.header);
+                batch.put_block(found.frame, &found.header, found.stats);
                 newest.insert(block, sequence);
             }
             if batch.len() >= BATCH_CHANGES_MAX {
-                self.write(std::mem::take(&mut batch))?;
+                self.write_unsynced(std::mem::take(&mut batch))?;
             }
         }
-        self.write(batch)
+        self.write_unsynced(batch)
     }
 }
 
@@ -357,6 +378,7 @@ fn take_group(jobs: &mut VecDeque<Job>) -> Vec<Job> {
             | Job::PutSpace { .. }
             | Job::Restore { .. }
             | Job::Scanned { .. }
+            | Job::Renew { .. }
             | Job::Reopen { .. }
             | Job::Close { .. } => break,
         };
@@ -373,13 +395,14 @@ fn devices_of(jobs: &[Job]) -> BTreeSet<DeviceId> {
     let mut devices = BTreeSet::new();
     for job in jobs {
         match job {
-            Job::Commit { put, .. } => devices.extend(put.iter().map(|(frame, _)| frame.device)),
+            Job::Commit { put, .. } => devices.extend(put.iter().map(|(frame, ..)| frame.device)),
             Job::Carve { carve, .. } => drop(devices.insert(carve.device)),
             Job::Clear { .. }
             | Job::Uncarve { .. }
             | Job::PutSpace { .. }
             | Job::Restore { .. }
             | Job::Scanned { .. }
+            | Job::Renew { .. }
             | Job::Reopen { .. }
             | Job::Close { .. } => {}
         }

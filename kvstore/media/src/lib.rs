@@ -11,16 +11,22 @@ mod catalog;
 mod chunks;
 mod commit;
 mod device;
+mod entry;
 mod facts;
 mod faults;
+#[cfg(test)]
+mod golden;
 mod header;
+pub mod inspect;
 mod media;
 mod memfd;
 mod memory;
 mod open;
 mod scan;
+mod scrub;
 mod side;
 mod slots;
+mod strided;
 mod superblock;
 mod work;
 
@@ -37,4 +43,5 @@ pub use header::{
 };
 pub use media::Media;
 pub use memory::{Access, ChunkMemory, Holders, OutsideFrame, PAGE_BYTES, PageKind, Retired};
-pub use superblock::DATA_START;
+pub use strided::strided_reads;
+pub use superblock::{CopyState, DATA_START, SuperblockFacts};

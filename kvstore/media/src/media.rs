@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -24,14 +24,19 @@ use crate::facts;
 use crate::header::{SlotHeader, decode_header, encode_header};
 use crate::memory::{ChunkMemory, PAGE_BYTES};
 use crate::open::{OpenedCatalog, check_config, lock_directory, open_catalog};
-use crate::scan;
 use crate::slots::Slots;
 use crate::work::Workers;
+use crate::{scan, scrub};
 
 /// Bounce buffers that are kept for reuse.
 const BOUNCE_KEPT: usize = 8;
 /// How long a device may take to sync before its commits count as failed.
 const SYNC_PATIENCE: Duration = Duration::from_secs(30);
+
+/// Slots that a scan reads ahead of who takes them.
+const SCANNED_AHEAD: usize = 64;
+/// Blocks of a scan that go into the catalog together, if so many wait.
+const SCANNED_GROUP: usize = 8192;
 
 /// Everything that holds block bytes on this node. Dropped: operations that run
 /// are finished and answered; a commit that was not begun is not made.
@@ -48,6 +53,9 @@ pub struct Media {
     carve_sequence: AtomicU64,
     /// Slots that the catalog may say to be carved.
     carved: Mutex<BTreeSet<(DeviceId, u32)>>,
+    /// Slots that a scan has read in this life.
+    scanned: Mutex<BTreeSet<(DeviceId, u32)>>,
+    scan_stop: Arc<AtomicBool>,
     threads: Vec<JoinHandle<()>>,
     notes: Vec<String>,
     _lock: File,
@@ -62,6 +70,7 @@ impl Media {
     pub fn open(config: MediaConfig, complete: Complete) -> Result<(Self, OpenReport), MediaError> {
         check_config(&config)?;
         let lock = lock_directory(&config.data_dir)?;
+        catalog::check_format(&config.data_dir.join("catalog"))?;
         let mut notes = Vec::new();
         let slots = Slots::open(&config, &mut notes)?;
         let opened = open_catalog(&config, &slots, &mut notes)?;
@@ -118,6 +127,8 @@ impl Media {
             spaces: Mutex::new(spaces),
             carve_sequence: AtomicU64::new(carve_sequence),
             carved: Mutex::new(report.carves.iter().map(|carve| (carve.device, carve.slot)).collect()),
+            scanned: Mutex::default(),
+            scan_stop: Arc::default(),
             threads,
             notes,
             _lock: lock,
@@ -158,6 +169,9 @@ impl Media {
                 }));
             }
             MediaOp::Copy { op, source, target, expect } => self.copy(op, source, target, expect),
+            MediaOp::Scrub { op, source, source_offset, expect } => {
+                self.scrub(op, source, source_offset, expect)
+            }
         }
     }
 
@@ -218,25 +232,63 @@ impl Media {
 
     /// Reads the header pages of every slot and adds what it finds to the
     /// catalog, then tells `take`, slot by slot. Blocks until all is read; other
-    /// operations go on meanwhile.
+    /// operations go on meanwhile. After an error it may be called again, and goes on where it was.
     ///
     /// # Errors
     /// The catalog failed. What was found before was told.
     pub fn scan(&self, take: &mut dyn FnMut(ScanPiece)) -> Result<ScanReport, CatalogError> {
         let mut report = ScanReport::default();
-        for device in self.slots.ids() {
-            for slot in 0..self.slots.slots(device) {
-                let scanned = scan::slot(&self.slots, device, slot);
-                report.slots += 1;
-                report.damaged += scanned.damaged;
-                report.unreadable += u64::from(scanned.unreadable);
-                report.blocks += scanned.piece.blocks.len() as u64;
-                let piece = self.restore(scanned)?;
-                take(piece);
+        std::thread::scope(|scope| {
+            let (sender, receiver) = mpsc::sync_channel(SCANNED_AHEAD);
+            for device in self.slots.ids() {
+                let (sender, wanted) = (sender.clone(), self.unscanned(device));
+                scope.spawn(move || scan::device(&self.slots, device, &wanted, &self.scan_stop, &sender));
             }
+            drop(sender);
+            while let Ok(first) = receiver.recv() {
+                let mut blocks = first.piece.blocks.len();
+                let mut group = vec![first];
+                while blocks < SCANNED_GROUP
+                    && let Ok(next) = receiver.try_recv()
+                {
+                    blocks += next.piece.blocks.len();
+                    group.push(next);
+                }
+                for scanned in self.restore(group)? {
+                    report.slots += 1;
+                    report.damaged += scanned.damaged;
+                    report.unreadable += u64::from(scanned.unreadable);
+                    report.blocks += scanned.piece.blocks.len() as u64;
+                    self.note_scanned(scanned.piece.device, scanned.piece.slot);
+                    take(scanned.piece);
+                }
+            }
+            Ok(())
+        })?;
+        report.complete = self.slots.ids().all(|device| self.unscanned(device).is_empty());
+        if report.complete {
+            self.ask(|answer| Job::Scanned { answer })?;
         }
-        self.ask(|answer| Job::Scanned { answer })?;
         Ok(report)
+    }
+
+    /// Ends a scan early; the next start begins it anew.
+    pub fn stop_scan(&self) {
+        self.scan_stop.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether [`Self::stop_scan`] was called.
+    pub fn scan_stopped(&self) -> bool {
+        self.scan_stop.load(Ordering::Relaxed)
+    }
+
+    fn unscanned(&self, device: DeviceId) -> Vec<u32> {
+        let scanned = self.scanned.lock().unwrap_or_else(PoisonError::into_inner);
+        (0..self.slots.slots(device)).filter(|slot| !scanned.contains(&(device, *slot))).collect()
+    }
+
+    fn note_scanned(&self, device: DeviceId, slot: u32) {
+        self.scanned.lock().unwrap_or_else(PoisonError::into_inner).insert((device, slot));
     }
 
     /// Closes the catalog, opens it again and reads it through. Blocks.
@@ -245,6 +297,18 @@ impl Media {
     /// It is still not usable.
     pub fn reopen_catalog(&self) -> Result<(), CatalogError> {
         self.ask(|answer| Job::Reopen { answer })
+    }
+
+    /// Moves a damaged catalog aside and begins a new one with the spaces that are known. What else it knew is
+    /// to be found by [`Self::scan`], which reads every slot again. Blocks.
+    ///
+    /// # Errors
+    /// There is still none that can be used.
+    pub fn renew_catalog(&self) -> Result<(), CatalogError> {
+        let spaces = self.spaces.lock().unwrap_or_else(PoisonError::into_inner).values().cloned().collect();
+        self.ask(|answer| Job::Renew { spaces, answer })?;
+        self.scanned.lock().unwrap_or_else(PoisonError::into_inner).clear();
+        Ok(())
     }
 
     /// How everything is.
@@ -285,26 +349,24 @@ impl Media {
             && self.slots.allows(found.frame.device, &found.header)
     }
 
-    fn restore(&self, scanned: scan::Scanned) -> Result<ScanPiece, CatalogError> {
-        let scan::Scanned { mut piece, carve_sequence, .. } = scanned;
-        self.carve_sequence.fetch_max(carve_sequence, Ordering::Relaxed);
-        if piece.carve.is_some() {
-            self.note_carved(piece.device, piece.slot);
+    /// Adds what was found to the catalog, and says what of it counts.
+    fn restore(&self, mut group: Vec<scan::Scanned>) -> Result<Vec<scan::Scanned>, CatalogError> {
+        for scanned in &mut group {
+            self.carve_sequence.fetch_max(scanned.carve_sequence, Ordering::Relaxed);
+            let piece = &mut scanned.piece;
+            if piece.carve.is_some() {
+                self.note_carved(piece.device, piece.slot);
+            }
+            if let Some(record) = &mut piece.space {
+                record.generation = record.generation.max(self.slots.lowest(record.tenant, record.space));
+                let mut spaces = self.spaces.lock().unwrap_or_else(PoisonError::into_inner);
+                let known = spaces.entry(record.space).or_insert_with(|| record.clone());
+                known.generation = known.generation.max(record.generation);
+            }
         }
-        if let Some(record) = &mut piece.space {
-            record.generation = record.generation.max(self.slots.lowest(record.tenant, record.space));
-            let mut spaces = self.spaces.lock().unwrap_or_else(PoisonError::into_inner);
-            let known = spaces.entry(record.space).or_insert_with(|| record.clone());
-            known.generation = known.generation.max(record.generation);
-        }
-        let (carve, space, blocks) = (piece.carve, piece.space.clone(), piece.blocks.clone());
-        self.ask(|answer| Job::Restore {
-            carve: carve.map(|carve| (carve, carve_sequence)),
-            space,
-            blocks,
-            answer,
-        })?;
-        Ok(piece)
+        let group = Arc::new(group);
+        self.ask(|answer| Job::Restore { found: Arc::clone(&group), answer })?;
+        Ok(Arc::unwrap_or_clone(group))
     }
 
     /// True if the slot was known to be carved.
@@ -455,6 +517,18 @@ impl Media {
             drop((from, to));
             complete(op, outcome);
         }));
+    }
+
+    fn scrub(&self, op: OpId, source: DiskFrame, offset: u64, expect: BlockHeader) {
+        let bytes =
+            expect.length.round_up(PAGE_BYTES).and_then(|payload| payload.get().checked_add(PAGE_BYTES));
+        let inside = |bytes: &u64| self.slots.inside_slot(source.device, source.slot, offset, *bytes);
+        let (Some(bytes), Some(io)) = (bytes.filter(inside), self.slots.io(source.device)) else {
+            tracing::error!(%op, ?source, offset, "a scrub names a frame that does not exist");
+            return self.refuse(op, Fault::Device);
+        };
+        let tools = (Arc::clone(&self.bounces), self.workers.clone(), Arc::clone(&self.complete));
+        scrub::start(io, (op, offset, bytes), expect, tools);
     }
 
     fn carve(&self, op: OpId, carve: Carve) {

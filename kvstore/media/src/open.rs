@@ -68,14 +68,22 @@ pub(crate) fn open_catalog(
             (catalog, CatalogState::Damaged { reason: error.to_string(), moved_to }, loaded)
         }
     };
-    let rebuild = state != CatalogState::Opened && slots.ids().any(|device| !slots.fresh(device));
     let mut batch = Batch::default();
+    let mut carves = loaded.carves;
+    // A new catalog has the mark from its first batch on.
+    let mut rebuild = loaded.rebuild;
+    for device in slots.ids() {
+        rebuild |= replaced_device(&catalog, slots, device, &mut carves, &mut batch, notes)?;
+    }
+    if state == CatalogState::Opened && slots.incarnation() > loaded.incarnation {
+        notes.push("the catalog is of an earlier time than the devices: they are scanned".to_owned());
+        rebuild = true;
+    }
+    rebuild &= slots.ids().any(|device| !slots.fresh(device));
     if rebuild {
         batch.put_meta("rebuild", &[1]);
-    }
-    let mut carves = loaded.carves;
-    for device in slots.ids() {
-        replaced_device(&catalog, slots, device, &mut carves, &mut batch, notes)?;
+    } else {
+        batch.delete_meta("rebuild");
     }
     carves.retain(|(carve, _)| carve.slot < slots.slots(carve.device));
     let incarnation = loaded.incarnation.max(slots.incarnation()).saturating_add(1);
@@ -93,7 +101,7 @@ pub(crate) fn open_catalog(
         incarnation,
         spaces,
         carves: carves.into_iter().map(|(carve, _)| carve).collect(),
-        scan_needed: rebuild || loaded.rebuild,
+        scan_needed: rebuild,
         clean: loaded.clean,
         catalog: state,
         notes: Vec::new(),
@@ -120,7 +128,7 @@ fn load(catalog: &Catalog) -> Result<Loaded, CatalogError> {
     })
 }
 
-/// Forgets what the catalog says of a device that another one has replaced.
+/// Forgets what the catalog says of a device that another one has replaced. True if that must be scanned.
 fn replaced_device(
     catalog: &Catalog,
     slots: &Slots,
@@ -128,11 +136,13 @@ fn replaced_device(
     carves: &mut Vec<(Carve, u64)>,
     batch: &mut Batch,
     notes: &mut Vec<String>,
-) -> Result<(), CatalogError> {
-    let name = format!("device/{device}");
-    let Some(uuid) = slots.uuid(device) else { return Ok(()) };
-    match catalog.meta(&name)? {
-        Some(known) if known == uuid => return Ok(()),
+) -> Result<bool, CatalogError> {
+    let name = device_key(device);
+    let Some(uuid) = slots.uuid(device) else { return Ok(false) };
+    let known = catalog.meta(&name)?;
+    match &known {
+        Some(known) if *known == uuid => return Ok(false),
+        // Added since, or there is no catalog yet.
         None => {}
         Some(_) => {
             notes.push(format!("device {device} was replaced; the blocks of the old one are forgotten"));
@@ -144,11 +154,26 @@ fn replaced_device(
                 batch.delete_carve(device, carve.slot);
             }
             carves.retain(|(carve, _)| carve.device != device);
-            if !slots.fresh(device) {
-                batch.put_meta("rebuild", &[1]);
-            }
         }
     }
     batch.put_meta(&name, &uuid);
-    Ok(())
+    Ok(!slots.fresh(device))
+}
+
+/// Entry that names the uuid of a device.
+pub(crate) fn device_key(device: DeviceId) -> String {
+    format!("device/{device}")
+}
+
+/// What a catalog that takes the place of a damaged one begins with.
+pub(crate) fn first_entries(slots: &Slots, spaces: &[SpaceRecord], incarnation: u32) -> Batch {
+    let mut batch = Batch::default();
+    batch.put_meta("incarnation", &incarnation.to_le_bytes());
+    for device in slots.ids() {
+        if let Some(uuid) = slots.uuid(device) {
+            batch.put_meta(&device_key(device), &uuid);
+        }
+    }
+    spaces.iter().for_each(|record| batch.put_space(record));
+    batch
 }

@@ -9,7 +9,7 @@ use terrace_core::{BlockHeader, ByteCount, DeviceId, Fault, SpaceId, TenantId};
 use crate::api::{DeviceFacts, MediaConfig, MediaError};
 use crate::device::{BlockIo, Device, DeviceFile};
 use crate::side::SideIo;
-use crate::superblock::{DATA_START, Superblock};
+use crate::superblock::{CLEARED_MAX, DATA_START, Superblock};
 
 /// All devices of the node, by `DeviceId`.
 pub(crate) struct Slots {
@@ -127,10 +127,11 @@ impl Slots {
         offset >= start + crate::memory::PAGE_BYTES && end.is_some_and(|end| end <= start + self.chunk_bytes)
     }
 
-    /// May this header be served?
+    /// May this header be served? What any device knows of clears counts: a clear may have been cut short
+    /// between two of them, and a device may have come back from an earlier time.
     pub(crate) fn allows(&self, device: DeviceId, header: &BlockHeader) -> bool {
-        let Some(entry) = self.entry(device) else { return false };
-        lock(entry).allows(header.tenant, header.space, header.generation)
+        let allows = |entry: &Entry| lock(entry).allows(header.tenant, header.space, header.generation);
+        self.entry(device).is_some() && self.devices.iter().all(allows)
     }
 
     /// Lowest valid generation of a space, as the devices know it.
@@ -171,12 +172,22 @@ impl Slots {
         self.devices.iter().map(|entry| lock(entry).incarnation).max().unwrap_or(0)
     }
 
-    /// Records this life of the daemon on every device.
+    /// Records this life of the daemon on every device, and what the others know of clears.
     pub(crate) fn set_incarnation(&self, incarnation: u32) -> Result<(), MediaError> {
+        let mut cleared = std::collections::BTreeMap::new();
+        for entry in &self.devices {
+            for (space, lowest) in &lock(entry).cleared {
+                let known = cleared.entry(*space).or_insert(*lowest);
+                *known = (*known).max(*lowest);
+            }
+        }
         for entry in &self.devices {
             let mut superblock = lock(entry);
             let mut next = superblock.clone();
             next.incarnation = incarnation;
+            if cleared.len() <= CLEARED_MAX {
+                next.cleared.clone_from(&cleared);
+            }
             next.write(&entry.side, &entry.path)?;
             *superblock = next;
         }

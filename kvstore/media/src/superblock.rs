@@ -74,16 +74,101 @@ enum Copy {
     Foreign,
 }
 
+/// What a copy of a superblock holds, for inspection.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum CopyState {
+    /// A superblock.
+    Valid(SuperblockFacts),
+    /// One of this newer major format.
+    Newer(u32),
+    /// One that does not add up.
+    Damaged,
+    /// Only zeros.
+    Empty,
+    /// Something else.
+    Foreign,
+}
+
+impl CopyState {
+    /// What it says, if it is valid.
+    pub const fn facts(&self) -> Option<&SuperblockFacts> {
+        match self {
+            Self::Valid(facts) => Some(facts),
+            Self::Newer(_) | Self::Damaged | Self::Empty | Self::Foreign => None,
+        }
+    }
+
+    /// Its major format, if that is newer than ours.
+    pub const fn newer(&self) -> Option<u32> {
+        match self {
+            Self::Newer(found) => Some(*found),
+            Self::Valid(_) | Self::Damaged | Self::Empty | Self::Foreign => None,
+        }
+    }
+}
+
+/// What a superblock says, for inspection.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SuperblockFacts {
+    /// Identity of the device.
+    pub uuid: [u8; 16],
+    /// Its node.
+    pub node: [u8; 16],
+    /// Size of a slot.
+    pub chunk_bytes: ByteCount,
+    /// Slots.
+    pub slots: u32,
+    /// The life of the daemon that wrote it.
+    pub incarnation: u32,
+    /// Of two copies the higher one counts.
+    pub sequence: u64,
+    /// Lowest valid generation of each space that was cleared.
+    pub cleared: Vec<(TenantId, SpaceId, u64)>,
+}
+
+impl From<Copy> for CopyState {
+    fn from(copy: Copy) -> Self {
+        match copy {
+            Copy::Valid(found) => Self::Valid(SuperblockFacts {
+                uuid: found.uuid,
+                node: found.node,
+                chunk_bytes: found.chunk_bytes,
+                slots: found.slots,
+                incarnation: found.incarnation,
+                sequence: found.sequence,
+                cleared: found
+                    .cleared
+                    .into_iter()
+                    .map(|((tenant, space), lowest)| (tenant, space, lowest))
+                    .collect(),
+            }),
+            Copy::Newer(found) => Self::Newer(found),
+            Copy::Damaged => Self::Damaged,
+            Copy::Empty => Self::Empty,
+            Copy::Foreign => Self::Foreign,
+        }
+    }
+}
+
+fn read_copies(side: &SideIo, path: &Path) -> Result<[Copy; 2], MediaError> {
+    let failed = |source| MediaError::File { path: path.to_owned(), action: "read its superblock", source };
+    let one = |offset| -> Result<Copy, MediaError> {
+        let mut pages = side.read_many(&[(offset, COPY_BYTES)]).map_err(failed)?;
+        let page = pages.pop().unwrap_or_else(|| Ok(AlignedPages::new(COPY_BYTES))).map_err(failed)?;
+        Ok(decode(page.as_slice()))
+    };
+    Ok([one(0)?, one(COPY_BYTES)?])
+}
+
 impl Superblock {
+    /// Both copies, for inspection.
+    pub(crate) fn copies(side: &SideIo, path: &Path) -> Result<[CopyState; 2], MediaError> {
+        Ok(read_copies(side, path)?.map(CopyState::from))
+    }
+
     /// Reads the newer of the two copies; `None` if the whole area is zero.
     pub(crate) fn read(side: &SideIo, path: &Path) -> Result<Option<Self>, MediaError> {
-        let failed =
-            |source| MediaError::File { path: path.to_owned(), action: "read its superblock", source };
-        let pages = side.read_many(&[(0, COPY_BYTES), (COPY_BYTES, COPY_BYTES)]).map_err(failed)?;
-        let mut copies = Vec::with_capacity(2);
-        for page in pages {
-            copies.push(decode(page.map_err(failed)?.as_slice()));
-        }
+        let copies = read_copies(side, path)?;
         let newer = copies.iter().find_map(|copy| match copy {
             Copy::Newer(found) => Some(*found),
             Copy::Valid(_) | Copy::Damaged | Copy::Empty | Copy::Foreign => None,
@@ -165,6 +250,12 @@ fn decode(bytes: &[u8]) -> Copy {
         return Copy::Newer(major);
     }
     if u64_at(page, 96) != crc(&page[..96]) {
+        return Copy::Damaged;
+    }
+    let (chunk_bytes, slots) = (u64_at(page, 48), u32_at(page, 56));
+    // Where a slot lies is computed from these two everywhere.
+    let end = u64::from(slots).checked_mul(chunk_bytes).and_then(|bytes| bytes.checked_add(DATA_START));
+    if end.is_none_or(|end| end > i64::MAX as u64) {
         return Copy::Damaged;
     }
     let entries = u32_at(page, 72) as usize;
@@ -288,7 +379,49 @@ mod tests {
         assert_eq!(Superblock::read(&side, &path).unwrap().unwrap(), superblock);
     }
 
+    /// A superblock of the first format must be read for ever, and written as it was.
+    #[test]
+    fn golden_superblock() {
+        let mut superblock = Superblock { sequence: 12, ..example() };
+        superblock.cleared.insert((TenantId::from_bytes([8; 16]), SpaceId::from_bytes([9; 16])), 10);
+        let today = superblock.encode();
+        let golden = crate::golden::golden("superblock-1.0.bin", today.as_slice());
+        assert!(golden == today.as_slice());
+        assert_eq!(decode(&golden), Copy::Valid(superblock));
+    }
+
+    /// Slots that reach beyond what a file can hold would overflow wherever their place is computed.
+    #[test]
+    fn impossible_sizes_are_damage() {
+        for (chunk_bytes, slots) in [(u64::MAX, 9), (1 << 62, 9), (1 << 40, u32::MAX)] {
+            let superblock = Superblock { chunk_bytes: ByteCount::new(chunk_bytes), slots, ..example() };
+            assert_eq!(decode(superblock.encode().as_slice()), Copy::Damaged, "{chunk_bytes} x {slots}");
+        }
+    }
+
     proptest::proptest! {
+        /// Bytes with the right checksums but any fields must be survived as well, and take no more memory than
+        /// their table.
+        #[test]
+        fn decoding_survives_forged_fields(
+            fields in proptest::collection::vec(proptest::num::u8::ANY, 88), entries: u32, length in 0usize..9000,
+        ) {
+            let mut bytes = vec![0u8; HEADER + 4096];
+            bytes[..88].copy_from_slice(&fields);
+            bytes[..8].copy_from_slice(MAGIC);
+            bytes[8..12].copy_from_slice(&MAJOR.to_le_bytes());
+            bytes[72..76].copy_from_slice(&(entries % 200).to_le_bytes());
+            let table = (entries as usize % 200 * ENTRY).min(4096);
+            let sum = crc(&bytes[HEADER..HEADER + table]);
+            bytes[88..96].copy_from_slice(&sum.to_le_bytes());
+            let sum = crc(&bytes[..96]);
+            bytes[96..104].copy_from_slice(&sum.to_le_bytes());
+            if let Copy::Valid(found) = decode(&bytes) {
+                proptest::prop_assert!(found.cleared.len() * ENTRY <= bytes.len());
+            }
+            decode(&bytes[..length.min(bytes.len())]);
+        }
+
         /// Any bytes may lie where a superblock should be; decoding must survive them.
         #[test]
         fn decoding_survives_any_change(at in 0usize..8192, value: u8, cut in 0usize..8192) {

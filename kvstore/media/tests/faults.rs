@@ -238,7 +238,7 @@ fn the_batch_waits_for_the_sync() {
     assert_eq!(store.write(frame(1, 0), disk(0, 1), block, Via::Direct), Ok(Done::Plain));
     device.hold();
     let op = store.op();
-    store.media.start(MediaOp::Commit { op, put: vec![(disk(0, 1), block)], delete: vec![] });
+    store.media.start(MediaOp::Commit { op, put: puts(vec![(disk(0, 1), block)]), delete: vec![] });
     let deadline = Instant::now() + PATIENCE;
     while device.held() == 0 {
         assert!(Instant::now() < deadline, "no sync was asked for");

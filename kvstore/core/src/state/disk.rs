@@ -64,6 +64,8 @@ pub(crate) struct Slot {
     pub(crate) unscanned: bool,
     pub(crate) cells: Vec<DiskCell>,
     pub(crate) free: Vec<u32>,
+    /// Where each free frame is in `free`: a start takes a million of them by name.
+    places: Vec<u32>,
     pub(crate) counts: FrameCounts,
 }
 
@@ -74,6 +76,7 @@ impl Slot {
             unscanned: false,
             cells: Vec::new(),
             free: Vec::new(),
+            places: Vec::new(),
             counts: FrameCounts::default(),
         }
     }
@@ -83,6 +86,7 @@ impl Slot {
         assert!(self.counts.free == self.counts.total(), "only an empty slot is carved");
         self.cells = vec![DiskCell { state: DiskState::Free, busy: 0 }; frames as usize];
         self.free = (0..frames).rev().collect();
+        self.places = (0..frames).rev().collect();
         self.counts = FrameCounts { free: u64::from(frames), ..FrameCounts::default() };
     }
 
@@ -93,6 +97,7 @@ impl Slot {
         cell.state = state;
         *counted(&mut self.counts, state) += 1;
         if state == DiskState::Free {
+            self.places[index as usize] = count(self.free.len());
             self.free.push(index);
         }
     }
@@ -102,8 +107,13 @@ impl Slot {
         match wanted {
             None => self.free.pop(),
             Some(index) => {
-                let place = self.free.iter().rposition(|&free| free == index)?;
-                Some(self.free.remove(place))
+                let place = *self.places.get(index as usize)? as usize;
+                self.free.get(place).filter(|&&free| free == index)?;
+                self.free.swap_remove(place);
+                if let Some(&moved) = self.free.get(place) {
+                    self.places[moved as usize] = count(place);
+                }
+                Some(index)
             }
         }
     }

@@ -99,6 +99,7 @@ impl World {
             checksum: header.checksum,
             frame,
             write_sequence: header.write_sequence,
+            stats: UseStats::default(),
         }
     }
 

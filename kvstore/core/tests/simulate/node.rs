@@ -104,10 +104,12 @@ pub(crate) struct Seen {
     pub(crate) repeats: u64,
     pub(crate) lies: u64,
     pub(crate) lies_read: u64,
+    pub(crate) scrubbed: u64,
+    pub(crate) scrub_damaged: u64,
 }
 
 impl Seen {
-    fn fields(&self) -> [u64; 20] {
+    fn fields(&self) -> [u64; 22] {
         [
             self.reads,
             self.moved,
@@ -129,6 +131,8 @@ impl Seen {
             self.repeats,
             self.lies,
             self.lies_read,
+            self.scrubbed,
+            self.scrub_damaged,
         ]
     }
 
@@ -153,6 +157,8 @@ impl Seen {
         self.repeats += other.repeats;
         self.lies += other.lies;
         self.lies_read += other.lies_read;
+        self.scrubbed += other.scrubbed;
+        self.scrub_damaged += other.scrub_damaged;
     }
 
     pub(crate) fn assert_all(&self) {
@@ -168,6 +174,8 @@ impl Seen {
         self.copies += counters.copies;
         self.expired += counters.leases_expired;
         self.throttled += counters.throttled;
+        self.scrubbed += counters.scrub_blocks;
+        self.scrub_damaged += counters.scrub_damaged;
     }
 }
 
@@ -307,7 +315,12 @@ impl World {
 
     fn world_changes(&mut self) {
         let device = DeviceId::new(if self.random.percent(50) { 0 } else { 1 });
-        match self.random.below(6) {
+        match self.random.below(8) {
+            6 => self.rot(),
+            7 => {
+                let bytes_per_second = ByteCount::new(8192 * (1 + self.random.below(1000)));
+                self.tell(Input::Scrub(Scrub::Start { bytes_per_second }));
+            }
             0 => self.tell(Input::DeviceState { device, usable: false }),
             1 | 2 => self.tell(Input::DeviceState { device, usable: true }),
             3 => self.set_degraded(!self.degraded),
@@ -316,6 +329,17 @@ impl World {
                 self.tell(Input::MemoryLimit { bytes: ByteCount::new(chunks * CHUNK_BYTES) });
             }
             _ => self.set_degraded(false),
+        }
+    }
+
+    /// A byte on a device changes by itself.
+    fn rot(&mut self) {
+        let frames: Vec<DiskFrame> = self.cells.keys().copied().collect();
+        if !frames.is_empty() {
+            let frame = frames[self.random.index(frames.len())];
+            if let Some(cell) = self.cells.get_mut(&frame) {
+                cell.payload = GARBAGE;
+            }
         }
     }
 
@@ -385,6 +409,11 @@ impl World {
             }
             Effect::Copy { op, target, .. } => {
                 self.frame(*target).payload = GARBAGE;
+                (*op, None)
+            }
+            Effect::Scrub { op, source, expect, .. } => {
+                let entry = self.catalog.get(&expect.block).map(|(frame, _)| *frame);
+                assert_eq!(entry, Some(*source), "what is scrubbed is durable");
                 (*op, None)
             }
         };
@@ -488,6 +517,17 @@ impl World {
                 let sound = checksum_of(expect.block, payload) == expect.checksum;
                 if sound && !fails { Ok(Done::Plain) } else { Err(Fault::Checksum) }
             }
+            Effect::Scrub { source, expect, .. } => {
+                let cell = self.cells.get(source);
+                let sound = cell.is_some_and(|cell| {
+                    cell.header == *expect && checksum_of(expect.block, cell.payload) == expect.checksum
+                });
+                match (fails, sound) {
+                    (true, _) => Err(Fault::Device),
+                    (false, true) => Ok(Done::Plain),
+                    (false, false) => Err(Fault::Checksum),
+                }
+            }
             other => panic!("{other:?} is no slow effect"),
         }
     }
@@ -527,8 +567,13 @@ impl World {
         self.cells.insert(target, Cell { header, payload, synced: false, before });
     }
 
-    pub(crate) fn commit(&mut self, put: &[(DiskFrame, BlockHeader)], delete: &[BlockId], applied: bool) {
-        for (frame, header) in put {
+    pub(crate) fn commit(
+        &mut self,
+        put: &[(DiskFrame, BlockHeader, UseStats)],
+        delete: &[BlockId],
+        applied: bool,
+    ) {
+        for (frame, header, _) in put {
             let lied = self.lied.contains(frame);
             let Some(cell) = self.cells.get_mut(frame) else {
                 assert!(lied, "what is committed was written");
@@ -539,7 +584,7 @@ impl World {
             cell.before = None;
         }
         if applied {
-            for (frame, header) in put {
+            for (frame, header, _) in put {
                 self.committed.insert(header.block);
                 self.catalog.insert(header.block, (*frame, *header));
             }

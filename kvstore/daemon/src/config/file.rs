@@ -16,6 +16,7 @@ pub(super) struct File {
     pub(super) lane_socket: Option<PathBuf>,
     pub(super) metrics_listen: Option<String>,
     pub(super) persist_delay_ms: Option<u64>,
+    pub(super) scrub_bytes_per_second: Option<String>,
     pub(super) window_idle_ms: Option<u64>,
     pub(super) window_recall_max_ms: Option<u64>,
     pub(super) io_backend: Option<String>,

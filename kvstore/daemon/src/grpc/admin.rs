@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use tonic::{Request, Response, Status as Refused};
 
-use terrace_core::{FrameCounts, PinnedView, TierViews};
+use terrace_core::{ByteCount, Core, FrameCounts, Input, MIB, PinnedView, Scrub, TierViews};
 use terrace_media::{DeviceFacts, MediaFacts};
 use terrace_proto::v1::admin_service_server::AdminService;
 use terrace_proto::v1::{self, InfoRequest, InfoResponse};
@@ -19,6 +19,9 @@ use crate::status::Status;
 const LEASES_DEFAULT: u32 = 1000;
 /// Most leases that are listed.
 const LEASES_MAX: u32 = 10_000;
+
+/// Rate of a scrub that an operator starts when no rate is configured.
+const SCRUB_NOW: ByteCount = ByteCount::new(64 * MIB);
 
 type Answer<T> = Result<Response<T>, Refused>;
 
@@ -185,7 +188,7 @@ impl AdminService for Admin {
     }
 
     async fn list_spaces(&self, _request: Request<v1::ListSpacesRequest>) -> Answer<v1::ListSpacesResponse> {
-        let views = self.service.engine().view(terrace_core::Core::spaces);
+        let views = self.service.engine().view(Core::spaces);
         Ok(Response::new(v1::ListSpacesResponse {
             spaces: views.iter().map(|view| self.space(view)).collect(),
         }))
@@ -261,5 +264,38 @@ impl AdminService for Admin {
         let tenant = tenant.ok_or_else(|| CallError::internal("a daemon without tenants"))?;
         let (blocks, failed) = self.service.engine().flush(tenant).await.map_err(CallError::from)?;
         Ok(Response::new(v1::FlushResponse { blocks, failed }))
+    }
+
+    async fn scrub(&self, request: Request<v1::ScrubRequest>) -> Answer<v1::ScrubResponse> {
+        let engine = self.service.engine();
+        let asked = request.into_inner();
+        match asked.action() {
+            v1::ScrubAction::Unspecified => {}
+            v1::ScrubAction::Start => {
+                let configured = engine.view(Core::scrub_view).bytes_per_second;
+                let bytes_per_second = match (asked.bytes_per_second, configured.get()) {
+                    (0, 0) => SCRUB_NOW,
+                    (0, _) => configured,
+                    (asked, _) => ByteCount::new(asked),
+                };
+                engine.submit(Input::Scrub(Scrub::Start { bytes_per_second }));
+            }
+            v1::ScrubAction::Stop => engine.submit(Input::Scrub(Scrub::Stop)),
+        }
+        let (view, counters) = engine.view(|core| (core.scrub_view(), *core.counters()));
+        let (rate, done, all) = view.pass.unwrap_or_default();
+        Ok(Response::new(v1::ScrubResponse {
+            running: view.pass.is_some(),
+            bytes_per_second: rate.get(),
+            slots_done: done,
+            slots: all,
+            configured_bytes_per_second: view.bytes_per_second.get(),
+            next_pass_ms: view.next_pass_in.map(terrace_core::Micros::millis),
+            blocks: counters.scrub_blocks,
+            bytes: counters.scrub_bytes,
+            damaged: counters.scrub_damaged,
+            unreadable: counters.scrub_unreadable,
+            passes: counters.scrub_passes,
+        }))
     }
 }

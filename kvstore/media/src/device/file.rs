@@ -54,6 +54,27 @@ impl DeviceFile {
         Ok(Self { file, path: path.to_owned(), direct, fresh, missing_bytes })
     }
 
+    /// Opens what is there for reading only, locked against a daemon.
+    pub(crate) fn open_read_only(path: &Path) -> Result<Self, MediaError> {
+        let failed = |action| move |source| MediaError::File { path: path.to_owned(), action, source };
+        let mut options = OpenOptions::new();
+        options.read(true);
+        let (file, direct) = match options.clone().custom_flags(libc::O_DIRECT).open(path) {
+            Ok(file) => (file, true),
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
+                (options.open(path).map_err(failed("open it"))?, false)
+            }
+            Err(error) => return Err(failed("open it")(error)),
+        };
+        let facts = file.metadata().map_err(failed("look at it"))?;
+        if !facts.is_file() && !facts.file_type().is_block_device() {
+            let error = io::Error::new(io::ErrorKind::InvalidInput, "neither a file nor a block device");
+            return Err(failed("look at it")(error));
+        }
+        lock_exclusively(&file, path)?;
+        Ok(Self { file, path: path.to_owned(), direct, fresh: false, missing_bytes: 0 })
+    }
+
     /// Whatever lies at this path, without checks.
     #[cfg(test)]
     pub(super) fn unchecked(path: &Path) -> io::Result<Self> {

@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use terrace_core::{
     BlockHeader, BlockId, ByteCount, ChunkId, DeviceId, DiskFrame, Done, Fault, FrameRef, IoClass, OpId,
-    SpaceId, TenantId, Via, checksum,
+    SpaceId, TenantId, UseStats, Via, checksum,
 };
 use terrace_media::{
     Access, Backend, Complete, DeviceConfig, Hooks, Media, MediaConfig, MediaError, MediaOp, OpenReport,
@@ -145,7 +145,7 @@ impl Store {
         put: Vec<(DiskFrame, BlockHeader)>,
         delete: Vec<BlockId>,
     ) -> Result<Done, Fault> {
-        self.run(|op| MediaOp::Commit { op, put, delete })
+        self.run(|op| MediaOp::Commit { op, put: puts(put), delete })
     }
 
     /// Fills a frame, writes it and commits it.
@@ -171,6 +171,11 @@ impl Store {
         blocks.sort();
         blocks
     }
+}
+
+/// Blocks of whose past nothing is known.
+pub fn puts(put: Vec<(DiskFrame, BlockHeader)>) -> Vec<(DiskFrame, BlockHeader, UseStats)> {
+    put.into_iter().map(|(frame, header)| (frame, header, UseStats::default())).collect()
 }
 
 pub fn space() -> SpaceId {
