@@ -16,6 +16,8 @@ const MEMORY_PERIOD: Duration = Duration::from_secs(1);
 const HEADROOM_BYTES: u64 = 256 * MIB;
 /// First and longest pause between two tries to repair the catalog.
 const REPAIR_PAUSE: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(10));
+/// Pause before the next look at a disk that is full.
+const NO_ROOM_PAUSE: Duration = Duration::from_millis(500);
 
 /// Tells the core how much memory chunks may take, whenever that changes.
 /// Chunks that a dead daemon's clients still map come back to the machine when
@@ -58,6 +60,11 @@ pub(crate) async fn repair_catalog(engine: Arc<Engine>, status: Arc<Status>, dev
                         restore::scan_to_the_end(&engine, &status, &device_slots);
                     });
                     break;
+                }
+                Ok(Err(error @ CatalogError::NoRoom { .. })) => {
+                    // To look for room costs nothing: durability comes back soon after it does.
+                    pause = NO_ROOM_PAUSE;
+                    tracing::debug!(%error, "the catalog is still not usable");
                 }
                 Ok(Err(error)) => tracing::warn!(%error, "the catalog is still not usable"),
                 Err(error) => tracing::error!(%error, "repairing the catalog panicked"),

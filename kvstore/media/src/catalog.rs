@@ -260,6 +260,8 @@ impl Catalog {
 
     /// Closes, opens and reads everything; takes writes again if all is well.
     pub(crate) fn reopen(&self) -> Result<(), CatalogError> {
+        // Cheap, so that it can be asked often.
+        check_room(&self.path)?;
         self.failed.store(true, Ordering::Release);
         {
             let mut store = self.store.write().unwrap_or_else(PoisonError::into_inner);

@@ -1,14 +1,27 @@
 //! Devices that misbehave, in front of real ones, for tests here and of the
-//! daemon: [`FaultyDevice`] injects one fault at a time, [`VolatileDevice`]
-//! keeps live and durable bytes apart, so that a power cut can be made.
+//! daemon: [`FaultyDevice`] injects faults, one at a time or at random with
+//! [`Weather`]; [`VolatileDevice`] keeps live and durable bytes apart, so that a
+//! power cut can be made; [`cut_power`] does the same to a whole file system.
+
+mod power;
+mod volatile;
+mod weather;
 
 use std::collections::{BTreeMap, VecDeque};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
-use terrace_core::{Fault, IoClass};
+use terrace_core::{BlockId, Fault};
+
+pub use power::cut_power;
+pub use volatile::VolatileDevice;
+pub use weather::Weather;
 
 use crate::device::{AlignedPages, BlockIo, IoBuffer, IoFacts, IoOp, IoRequest};
-use crate::memory::PAGE_BYTES;
+use weather::Clouds;
+
+/// What a drive writes as a whole.
+const SECTOR: usize = 512;
 
 /// What goes wrong with a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -17,6 +30,9 @@ pub enum Injected {
     Short(u64),
     /// The first bytes (whole pages) are moved, and the device says that all is well.
     Torn(u64),
+    /// Of 64 sectors of 512 bytes each those are moved whose bit is set, and so on behind them; the device says
+    /// that all is well.
+    TornSectors(u64),
     /// All is moved, with the lowest bit of this byte flipped, and the device says that all is well.
     BitFlip(u64),
     /// Nothing is moved, and the device says so.
@@ -25,6 +41,30 @@ pub enum Injected {
     Misdirected(u64),
     /// Nothing is moved, and the device says that all is well.
     Lost,
+    /// A read gets what lay there before the last write (see [`FaultyDevice::remember`]).
+    Stale,
+    /// Nothing happens until [`FaultyDevice::release`].
+    Hang,
+    /// All is well, after this many times the time that it took.
+    Slow(u32),
+}
+
+impl Injected {
+    /// A word for counters.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Short(_) => "short",
+            Self::Torn(_) => "torn",
+            Self::TornSectors(_) => "torn sectors",
+            Self::BitFlip(_) => "bit flip",
+            Self::Fail(_) => "failed",
+            Self::Misdirected(_) => "misdirected",
+            Self::Lost => "lost",
+            Self::Stale => "stale",
+            Self::Hang => "hang",
+            Self::Slow(_) => "slow",
+        }
+    }
 }
 
 #[derive(Default)]
@@ -32,23 +72,49 @@ struct Plan {
     faults: VecDeque<(IoOp, Injected)>,
     holding: bool,
     held: Vec<IoRequest>,
+    clouds: Option<Clouds>,
+    counts: BTreeMap<(&'static str, &'static str), u64>,
+    /// Offsets whose contents are kept, oldest first: what was written last, and before that.
+    remembered: VecDeque<(u64, Vec<u8>, Option<Vec<u8>>)>,
+    remember_max: usize,
 }
 
-/// Passes requests on, but for those that meet a planned fault.
+/// Passes requests on, but for those that meet a fault.
 pub struct FaultyDevice {
     inner: Arc<dyn BlockIo>,
-    plan: Mutex<Plan>,
+    plan: Arc<Mutex<Plan>>,
 }
 
 impl FaultyDevice {
     /// Behaves well until told otherwise.
     pub fn new(inner: Arc<dyn BlockIo>) -> Self {
-        Self { inner, plan: Mutex::new(Plan::default()) }
+        Self { inner, plan: Arc::default() }
     }
 
     /// The next request of this kind meets this fault. Plans queue up.
     pub fn inject(&self, op: IoOp, fault: Injected) {
         self.plan().faults.push_back((op, fault));
+    }
+
+    /// From now on faults happen at random; `None` ends that.
+    pub fn set_weather(&self, weather: Option<Weather>) {
+        self.plan().clouds.get_or_insert_with(Clouds::new).set(weather);
+    }
+
+    /// From now on the contents of so many places are kept, for stale reads.
+    pub fn remember(&self, places: usize) {
+        self.plan().remember_max = places;
+    }
+
+    /// How many faults there were, by request (`read`, `write`, `sync`) and [`Injected::name`].
+    pub fn injected(&self) -> BTreeMap<(&'static str, &'static str), u64> {
+        self.plan().counts.clone()
+    }
+
+    /// Blocks whose copy here may be damaged, or was said to be: the device lied about a write of them, over them
+    /// or about a read of them, at random. Whoever relies on their durability may be disappointed.
+    pub fn harmed(&self) -> Vec<BlockId> {
+        self.plan().clouds.as_ref().map(|clouds| clouds.harmed.iter().copied().collect()).unwrap_or_default()
     }
 
     /// From now on requests wait (late completions).
@@ -72,25 +138,47 @@ impl FaultyDevice {
     }
 
     fn plan(&self) -> MutexGuard<'_, Plan> {
-        self.plan.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.plan)
     }
 
     fn pass(&self, request: IoRequest) {
         let planned = {
             let mut plan = self.plan();
             let position = plan.faults.iter().position(|(op, _)| *op == request.op);
-            position.and_then(|position| plan.faults.remove(position))
+            let planned = position.and_then(|position| plan.faults.remove(position)).map(|(_, fault)| fault);
+            let planned = match (planned, &mut plan.clouds) {
+                (None, Some(clouds)) => clouds.draw(&request),
+                (planned, _) => planned,
+            };
+            let planned = planned.filter(|fault| *fault != Injected::Stale || plan.is_older(request.offset));
+            if let Some(fault) = planned {
+                *plan.counts.entry((name(request.op), fault.name())).or_default() += 1;
+            }
+            plan.keep(&request);
+            planned
         };
         match planned {
             None => self.inner.submit(request),
-            Some((_, fault)) => self.misbehave(request, fault),
+            Some(fault) => self.misbehave(request, fault),
         }
     }
 
     fn misbehave(&self, mut request: IoRequest, fault: Injected) {
+        if request.op == IoOp::Read && lies(fault) {
+            self.note_harm(&mut request);
+        }
         match fault {
             Injected::Short(bytes) => self.partly(request, bytes, Err(Fault::Device)),
             Injected::Torn(bytes) => self.partly(request, bytes, Ok(())),
+            Injected::TornSectors(pattern) if request.op == IoOp::Write => self.tear(request, pattern),
+            Injected::TornSectors(pattern) => {
+                // The sectors that do not come keep what was in the buffer.
+                let before = content(&request);
+                self.changed(request, move |arrived| {
+                    let Some(before) = before else { return };
+                    mix(arrived.as_mut_slice(), before.as_slice(), !pattern);
+                });
+            }
             Injected::Fail(fault) => answer(request, Err(fault)),
             Injected::Lost => answer(request, Ok(())),
             Injected::Misdirected(offset) => {
@@ -100,34 +188,26 @@ impl FaultyDevice {
             Injected::BitFlip(byte) if request.op == IoOp::Write => {
                 let Some(mut pages) = content(&request) else { return answer(request, Err(Fault::Device)) };
                 flip(&mut pages, byte);
-                let IoRequest { op, offset, bytes, buffer, class, done } = request;
-                let done = Box::new(move |_: IoBuffer, outcome| done(buffer, outcome));
-                self.inner.submit(IoRequest {
-                    op,
-                    offset,
-                    bytes,
-                    buffer: IoBuffer::Pages(pages),
-                    class,
-                    done,
+                self.inner.submit(instead(request, pages));
+            }
+            Injected::BitFlip(byte) => self.changed(request, move |pages| flip(pages, byte)),
+            Injected::Stale => {
+                let older = self.plan().older(request.offset);
+                self.changed(request, move |pages| {
+                    let Some(older) = older else { return };
+                    let bytes = older.len().min(pages.as_slice().len());
+                    pages.as_mut_slice()[..bytes].copy_from_slice(&older[..bytes]);
                 });
             }
-            Injected::BitFlip(byte) => {
-                let done = request.done;
-                let bytes = request.bytes;
+            Injected::Hang => self.plan().held.push(request),
+            Injected::Slow(times) => {
+                let (began, done) = (Instant::now(), request.done);
                 request.done = Box::new(move |buffer, outcome| {
-                    let mut copy = IoRequest {
-                        op: IoOp::Read,
-                        offset: 0,
-                        bytes,
-                        buffer,
-                        class: IoClass::Scrub,
-                        done: Box::new(|_, _| {}),
-                    };
-                    if let Some(mut pages) = content(&copy) {
-                        flip(&mut pages, byte);
-                        overwrite(&mut copy.buffer, pages.as_slice());
-                    }
-                    done(copy.buffer, outcome);
+                    let more = began.elapsed() * times.saturating_sub(1);
+                    std::thread::spawn(move || {
+                        std::thread::sleep(more);
+                        done(buffer, outcome);
+                    });
                 });
                 self.inner.submit(request);
             }
@@ -143,6 +223,80 @@ impl FaultyDevice {
         let done = request.done;
         request.done = Box::new(move |buffer, moved| done(buffer, moved.and(outcome)));
         self.inner.submit(request);
+    }
+
+    /// A read whose bytes are changed on the way.
+    fn changed(&self, mut request: IoRequest, change: impl FnOnce(&mut AlignedPages) + Send + 'static) {
+        let (done, bytes) = (request.done, request.bytes);
+        request.done = Box::new(move |mut buffer, outcome| {
+            let mut pages = AlignedPages::new(bytes);
+            if read_buffer(&buffer, pages.as_mut_slice()) {
+                change(&mut pages);
+                overwrite(&mut buffer, pages.as_slice());
+            }
+            done(buffer, outcome);
+        });
+        self.inner.submit(request);
+    }
+
+    /// A write that changes some sectors only: the others are read first.
+    fn tear(&self, request: IoRequest, pattern: u64) {
+        let Some(new) = content(&request) else { return answer(request, Err(Fault::Device)) };
+        let (inner, offset, bytes, class) =
+            (Arc::clone(&self.inner), request.offset, request.bytes, request.class);
+        let done = move |buffer: IoBuffer, outcome: Result<(), Fault>| {
+            let Some(mut pages) = buffer.into_pages().filter(|_| outcome.is_ok()) else {
+                return answer(request, Err(Fault::Device));
+            };
+            mix(pages.as_mut_slice(), new.as_slice(), pattern);
+            inner.submit(instead(request, pages));
+        };
+        let buffer = IoBuffer::Pages(AlignedPages::new(bytes));
+        self.inner.submit(IoRequest { op: IoOp::Read, offset, bytes, buffer, class, done: Box::new(done) });
+    }
+
+    /// Whose block this read is about to lie about is known when it has arrived.
+    fn note_harm(&self, request: &mut IoRequest) {
+        let plan = Arc::clone(&self.plan);
+        let bytes = request.bytes;
+        let done = std::mem::replace(&mut request.done, Box::new(|_, _| {}));
+        let offset = request.offset;
+        request.done = Box::new(move |buffer, outcome| {
+            if let Some(clouds) = &mut lock(&plan).clouds {
+                let mut page = AlignedPages::new(bytes);
+                read_buffer(&buffer, page.as_mut_slice());
+                clouds.read_harmed(offset, page.as_slice());
+            }
+            done(buffer, outcome);
+        });
+    }
+}
+
+impl Plan {
+    fn keep(&mut self, request: &IoRequest) {
+        if request.op != IoOp::Write || self.remember_max == 0 {
+            return;
+        }
+        let Some(pages) = content(request) else { return };
+        let pages = pages.as_slice().to_vec();
+        match self.remembered.iter_mut().find(|(offset, ..)| *offset == request.offset) {
+            Some((_, last, older)) => *older = Some(std::mem::replace(last, pages)),
+            None => {
+                if self.remembered.len() >= self.remember_max {
+                    self.remembered.pop_front();
+                }
+                self.remembered.push_back((request.offset, pages, None));
+            }
+        }
+    }
+
+    fn older(&self, offset: u64) -> Option<Vec<u8>> {
+        let found = self.remembered.iter().find(|(place, ..)| *place == offset);
+        found.and_then(|(.., older)| older.clone())
+    }
+
+    fn is_older(&self, offset: u64) -> bool {
+        self.remembered.iter().any(|(place, _, older)| *place == offset && older.is_some())
     }
 }
 
@@ -163,104 +317,46 @@ impl BlockIo for FaultyDevice {
     }
 }
 
-/// Keeps writes in memory until a sync, as a drive's cache may; [`Self::cut`] loses them.
-pub struct VolatileDevice {
-    inner: Arc<dyn BlockIo>,
-    cache: Arc<Mutex<BTreeMap<u64, Vec<u8>>>>,
+/// Does the device say that all is well when it is not?
+fn lies(fault: Injected) -> bool {
+    match fault {
+        Injected::Torn(_)
+        | Injected::TornSectors(_)
+        | Injected::BitFlip(_)
+        | Injected::Misdirected(_)
+        | Injected::Lost
+        | Injected::Stale => true,
+        Injected::Short(_) | Injected::Fail(_) | Injected::Hang | Injected::Slow(_) => false,
+    }
 }
 
-impl VolatileDevice {
-    /// Starts with an empty cache.
-    pub fn new(inner: Arc<dyn BlockIo>) -> Self {
-        Self { inner, cache: Arc::default() }
+fn name(op: IoOp) -> &'static str {
+    match op {
+        IoOp::Read => "read",
+        IoOp::Write => "write",
+        IoOp::Sync => "sync",
+        IoOp::Forget(_) => "forget",
     }
+}
 
-    /// The power goes: what was not synced is gone.
-    pub fn cut(&self) {
-        lock(&self.cache).clear();
-    }
+fn lock<T>(shared: &Mutex<T>) -> MutexGuard<'_, T> {
+    shared.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
-    /// The power goes while some of the cache is being written: every second page survives.
-    pub fn cut_unevenly(&self) {
-        let survivors: Vec<_> = std::mem::take(&mut *lock(&self.cache)).into_iter().step_by(2).collect();
-        for (offset, page) in survivors {
-            let _ = self.write_now(offset, &page);
+/// A write of other pages than its own.
+fn instead(request: IoRequest, pages: AlignedPages) -> IoRequest {
+    let IoRequest { op, offset, bytes, buffer, class, done } = request;
+    let done = Box::new(move |_: IoBuffer, outcome| done(buffer, outcome));
+    IoRequest { op, offset, bytes, buffer: IoBuffer::Pages(pages), class, done }
+}
+
+/// Puts those sectors of `from` into `to` whose bit is set.
+fn mix(to: &mut [u8], from: &[u8], pattern: u64) {
+    for (number, (to, from)) in to.chunks_exact_mut(SECTOR).zip(from.chunks_exact(SECTOR)).enumerate() {
+        if pattern >> (number % 64) & 1 == 1 {
+            to.copy_from_slice(from);
         }
     }
-
-    fn write_now(&self, offset: u64, page: &[u8]) -> Result<(), Fault> {
-        write_through(&self.inner, offset, page)
-    }
-}
-
-fn write_through(inner: &Arc<dyn BlockIo>, offset: u64, page: &[u8]) -> Result<(), Fault> {
-    let (sender, receiver) = mpsc::channel();
-    let mut pages = AlignedPages::new(PAGE_BYTES);
-    pages.as_mut_slice().copy_from_slice(page);
-    inner.submit(IoRequest {
-        op: IoOp::Write,
-        offset,
-        bytes: PAGE_BYTES,
-        buffer: IoBuffer::Pages(pages),
-        class: IoClass::DecodeFetch,
-        done: Box::new(move |_, outcome| {
-            let _ = sender.send(outcome);
-        }),
-    });
-    receiver.recv().unwrap_or(Err(Fault::Device))
-}
-
-impl BlockIo for VolatileDevice {
-    fn submit(&self, mut request: IoRequest) {
-        match request.op {
-            IoOp::Forget(_) => self.inner.submit(request),
-            IoOp::Write => {
-                let Some(pages) = content(&request) else { return answer(request, Err(Fault::Device)) };
-                let mut cache = lock(&self.cache);
-                for (number, page) in pages.as_slice().chunks_exact(4096).enumerate() {
-                    cache.insert(request.offset + number as u64 * PAGE_BYTES, page.to_vec());
-                }
-                drop(cache);
-                answer(request, Ok(()));
-            }
-            IoOp::Read => {
-                let (cache, done) = (Arc::clone(&self.cache), request.done);
-                let (offset, bytes) = (request.offset, request.bytes);
-                request.done = Box::new(move |mut buffer, outcome| {
-                    let mut copy = AlignedPages::new(bytes);
-                    read_buffer(&buffer, copy.as_mut_slice());
-                    for (number, page) in copy.as_mut_slice().chunks_exact_mut(4096).enumerate() {
-                        if let Some(newer) = lock(&cache).get(&(offset + number as u64 * PAGE_BYTES)) {
-                            page.copy_from_slice(newer);
-                        }
-                    }
-                    overwrite(&mut buffer, copy.as_slice());
-                    done(buffer, outcome);
-                });
-                self.inner.submit(request);
-            }
-            IoOp::Sync => {
-                let (inner, cache) = (Arc::clone(&self.inner), std::mem::take(&mut *lock(&self.cache)));
-                // Waits for the inner device, which its own threads must not.
-                std::thread::spawn(move || {
-                    let written =
-                        cache.iter().try_for_each(|(offset, page)| write_through(&inner, *offset, page));
-                    match written {
-                        Ok(()) => inner.submit(request),
-                        Err(fault) => answer(request, Err(fault)),
-                    }
-                });
-            }
-        }
-    }
-
-    fn facts(&self) -> IoFacts {
-        self.inner.facts()
-    }
-}
-
-fn lock(cache: &Mutex<BTreeMap<u64, Vec<u8>>>) -> MutexGuard<'_, BTreeMap<u64, Vec<u8>>> {
-    cache.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Not from the caller's thread: it may hold the lock that `done` takes.

@@ -90,10 +90,16 @@ pub(crate) fn open_catalog(
     batch.put_meta("incarnation", &incarnation.to_le_bytes());
     batch.delete_meta("clean");
     catalog.write(batch)?;
+    let mut spaces = loaded.spaces;
+    for record in &mut spaces {
+        // The superblocks know of a clear first, and a crash may come between. Blocks of an older generation than
+        // theirs would be durable in this life and gone in the next.
+        record.generation = record.generation.max(slots.lowest(record.tenant, record.space));
+    }
     let carve_sequence = carves.iter().map(|(_, sequence)| *sequence).max().unwrap_or(0);
     let report = OpenReport {
         incarnation,
-        spaces: loaded.spaces,
+        spaces,
         carves: carves.into_iter().map(|(carve, _)| carve).collect(),
         scan_needed: rebuild,
         clean: loaded.clean,

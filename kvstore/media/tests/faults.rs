@@ -5,6 +5,7 @@
 
 mod common;
 
+use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Mutex, mpsc};
 use std::time::{Duration, Instant};
 
@@ -12,6 +13,7 @@ use common::*;
 use terrace_core::{BlockHeader, Done, Fault, IoClass, Via};
 use terrace_media::{
     Access, Backend, BlockIo, FaultyDevice, Injected, IoOp, MediaConfig, MediaOp, VolatileDevice,
+    decode_header,
 };
 
 /// A configuration whose device is wrapped, and the wrapper once the store is open.
@@ -53,11 +55,16 @@ fn writes_that_lie_are_found_out_by_reads() {
     for backend in BACKENDS {
         let folder = folder();
         let (mut store, device) = faulty(&folder, backend);
-        let elsewhere = store.offset(disk(0, 9));
+        let elsewhere = store.offset(disk(0, 15));
         let lies = [
             Injected::Torn(4096),
             Injected::Torn(8192),
             Injected::Torn(FRAME_BYTES - 4096),
+            // The header's sector is the first of eight in its page: without it, alone, and with every second one.
+            Injected::TornSectors(!1),
+            Injected::TornSectors(1),
+            Injected::TornSectors(0x5555_5555_5555_5555),
+            Injected::TornSectors(!(1 << 63)),
             Injected::BitFlip(20),
             Injected::BitFlip(4096),
             Injected::BitFlip(4096 + BLOCK_BYTES - 1),
@@ -91,6 +98,9 @@ fn reads_that_lie_are_found_out() {
         let (start, wrong) = (store.offset(disk(0, 1)), store.offset(disk(0, 2)));
         let lies = [
             (Injected::Torn(8192), Fault::Checksum),
+            (Injected::TornSectors(!1), Fault::Checksum),
+            (Injected::TornSectors(1), Fault::Checksum),
+            (Injected::TornSectors(!(1 << 63)), Fault::Checksum),
             (Injected::Short(8192), Fault::Device),
             (Injected::BitFlip(4096 + 77), Fault::Checksum),
             (Injected::Misdirected(wrong), Fault::Checksum),
@@ -106,6 +116,80 @@ fn reads_that_lie_are_found_out() {
             assert_eq!(store.read(disk(0, 1), frame(1, 5), block), Ok(Done::Plain), "{backend:?} {lie:?}");
         }
     }
+}
+
+/// A write that went to another place harms two blocks: the one that is not where it should be, and the one
+/// that was there. Neither may be served from the wrong place.
+#[test]
+fn a_misdirected_write_harms_two_and_fools_nobody() {
+    for backend in BACKENDS {
+        let folder = folder();
+        let (mut store, device) = faulty(&folder, backend);
+        let victim = prepared(&store, 1);
+        assert_eq!(store.write(frame(1, 0), disk(0, 1), victim, Via::Direct), Ok(Done::Plain));
+        let bystander = prepared(&store, 3);
+        assert_eq!(store.write(frame(1, 0), disk(0, 3), bystander, Via::Direct), Ok(Done::Plain));
+        let block = prepared(&store, 2);
+        device.inject(IoOp::Write, Injected::Misdirected(store.offset(disk(0, 1))));
+        assert_eq!(store.write(frame(1, 0), disk(0, 2), block, Via::Direct), Ok(Done::Plain));
+        assert_eq!(store.read(disk(0, 2), frame(1, 5), block), Err(Fault::Checksum), "{backend:?}");
+        assert_eq!(store.read(disk(0, 1), frame(1, 5), victim), Err(Fault::Checksum), "{backend:?}");
+        assert_eq!(store.read(disk(0, 3), frame(1, 5), bystander), Ok(Done::Plain), "{backend:?}");
+        assert_eq!(store.payload(frame(1, 5)), payload(3));
+    }
+}
+
+/// A stale read gives a whole and sound block: the one that lay there before. It may be another block, or an
+/// earlier copy of the same one; neither is what was written last.
+#[test]
+fn a_stale_read_is_found_out() {
+    for backend in BACKENDS {
+        let folder = folder();
+        let (mut store, device) = faulty(&folder, backend);
+        device.remember(4);
+        for before in [2, 1] {
+            let older = prepared(&store, before);
+            assert_eq!(store.write(frame(1, 0), disk(0, 1), older, Via::Direct), Ok(Done::Plain));
+            let block = prepared(&store, 1);
+            let block = BlockHeader { write_sequence: 77, ..block };
+            assert_eq!(store.write(frame(1, 0), disk(0, 1), block, Via::Direct), Ok(Done::Plain));
+            device.inject(IoOp::Read, Injected::Stale);
+            assert_eq!(store.read(disk(0, 1), frame(1, 5), block), Err(Fault::Checksum), "{backend:?}");
+            assert_eq!(store.read(disk(0, 1), frame(1, 5), block), Ok(Done::Plain), "{backend:?}");
+        }
+        assert_eq!(device.injected()[&("read", "stale")], 2, "both reads were stale");
+    }
+}
+
+/// One flipped bit of a header page, whichever it is, must be found out: all 32,768 of them, on the device.
+#[test]
+fn every_bit_of_a_header_page_counts() {
+    let folder = folder();
+    let (mut store, _) = faulty(&folder, Backend::Auto);
+    let block = prepared(&store, 1);
+    assert_eq!(store.write(frame(1, 0), disk(0, 1), block, Via::Direct), Ok(Done::Plain));
+    let start = store.offset(disk(0, 1));
+    let raw = std::fs::File::options().read(true).write(true).open(device_path(&folder)).unwrap();
+    let mut page = [0u8; 4096];
+    raw.read_exact_at(&mut page, start).unwrap();
+    assert_eq!(decode_header(&page), Ok(block));
+    for bit in 0..4096 * 8 {
+        page[bit / 8] ^= 1 << (bit % 8);
+        assert!(decode_header(&page).is_err(), "bit {bit} may flip unseen");
+        page[bit / 8] ^= 1 << (bit % 8);
+    }
+    // And through the whole way of a read, for one bit of each field and many of the payload.
+    let fields = [0, 8, 10, 12, 16, 32, 48, 64, 80, 88, 96, 104, 112, 120, 4095];
+    let payload_bytes = (0..400).map(|number| 4096 + number * 499 % BLOCK_BYTES);
+    for (number, at) in fields.into_iter().chain(payload_bytes).enumerate() {
+        let mut byte = [0u8];
+        raw.read_exact_at(&mut byte, start + at).unwrap();
+        let flipped = [byte[0] ^ 1 << (number % 8)];
+        raw.write_all_at(&flipped, start + at).unwrap();
+        assert_eq!(store.read(disk(0, 1), frame(1, 5), block), Err(Fault::Checksum), "byte {at}");
+        raw.write_all_at(&byte, start + at).unwrap();
+    }
+    assert_eq!(store.read(disk(0, 1), frame(1, 5), block), Ok(Done::Plain));
 }
 
 /// Failures that a device admits must arrive as what they are.

@@ -376,7 +376,7 @@ fn serve_meanwhile(dir: &Path, node: [u8; 16], kind: Kind, count: u64) -> anyhow
         let (expect, source) = (kind.header(number, Some(&payload)), kind.frame(number)?);
         let source_offset =
             store.frame_offset(source, ByteCount::new(SCAN_FRAME_BYTES)).context("there is no such frame")?;
-        let (target, class) = (FrameRef { chunk: ChunkId::new(1), index: 0 }, IoClass::Fetch);
+        let (target, class) = (FrameRef { chunk: ChunkId::new(1), index: 0 }, IoClass::DecodeFetch);
         let op = OpId::new(1_000_000 + round);
         let began = Instant::now();
         store.start(MediaOp::Read { op, source, source_offset, target, expect, class });

@@ -8,6 +8,7 @@
 
 mod client;
 mod crash;
+mod lies;
 mod node;
 mod random;
 

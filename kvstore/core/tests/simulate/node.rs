@@ -108,12 +108,14 @@ pub(crate) struct Seen {
     pub(crate) repeats: u64,
     pub(crate) promoted: u64,
     pub(crate) cancelled: u64,
+    pub(crate) lies: u64,
+    pub(crate) lies_read: u64,
     pub(crate) scrubbed: u64,
     pub(crate) scrub_damaged: u64,
 }
 
 impl Seen {
-    fn fields(&self) -> [u64; 22] {
+    fn fields(&self) -> [u64; 24] {
         [
             self.reads,
             self.moved,
@@ -135,6 +137,8 @@ impl Seen {
             self.repeats,
             self.promoted,
             self.cancelled,
+            self.lies,
+            self.lies_read,
             self.scrubbed,
             self.scrub_damaged,
         ]
@@ -161,6 +165,8 @@ impl Seen {
         self.repeats += other.repeats;
         self.promoted += other.promoted;
         self.cancelled += other.cancelled;
+        self.lies += other.lies;
+        self.lies_read += other.lies_read;
         self.scrubbed += other.scrubbed;
         self.scrub_damaged += other.scrub_damaged;
     }
@@ -207,6 +213,8 @@ pub(crate) struct World {
     pub(crate) cells: BTreeMap<DiskFrame, Cell>,
     pub(crate) catalog: BTreeMap<BlockId, (DiskFrame, BlockHeader)>,
     pub(crate) carved: BTreeMap<(DeviceId, u32), SpaceId>,
+    /// Frames that do not hold what their device says.
+    pub(crate) lied: BTreeSet<DiskFrame>,
     pub(crate) pending: Vec<Pending>,
     pub(crate) spaces: Vec<Space>,
     /// Checksums under which a block was ever sealed.
@@ -251,6 +259,7 @@ impl World {
             cells: BTreeMap::new(),
             catalog: BTreeMap::new(),
             carved: BTreeMap::new(),
+            lied: BTreeSet::new(),
             pending: Vec::new(),
             spaces,
             sealed: BTreeMap::new(),
@@ -502,6 +511,7 @@ impl World {
                 let (header, payload) = found.unwrap_or((*expect, GARBAGE));
                 self.frame(*target).payload = payload;
                 let sound = header == *expect && checksum_of(expect.block, payload) == expect.checksum;
+                self.seen.lies_read += u64::from(self.lied.contains(source));
                 match (fails, self.random.percent(50)) {
                     (true, true) => Err(Fault::Device),
                     (true, false) => Err(Fault::Checksum),
@@ -577,7 +587,11 @@ impl World {
         if via == Via::Bounce && !sound {
             return Err(Fault::Checksum);
         }
-        self.write_cell(target, *header, if fails { GARBAGE } else { payload });
+        if fails {
+            self.write_cell(target, *header, GARBAGE);
+        } else {
+            self.write_or_lie(target, *header, payload);
+        }
         match (fails, self.random.percent(30)) {
             (true, true) => Err(Fault::NoSpace),
             (true, false) => Err(Fault::Device),
@@ -600,8 +614,12 @@ impl World {
         applied: bool,
     ) {
         for (frame, header, _) in put {
-            let cell = self.cells.get_mut(frame).expect("what is committed was written");
-            assert!(cell.header == *header, "{frame:?}: the catalog is told of what was written");
+            let lied = self.lied.contains(frame);
+            let Some(cell) = self.cells.get_mut(frame) else {
+                assert!(lied, "what is committed was written");
+                continue;
+            };
+            assert!(lied || cell.header == *header, "{frame:?}: the catalog is told of what was written");
             cell.synced = true;
             cell.before = None;
         }

@@ -3,13 +3,15 @@
 #![allow(dead_code, reason = "each test file uses its part")]
 #![allow(clippy::unwrap_used, reason = "a test ends there, and says where")]
 
+pub(crate) mod load;
+
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use terrace_client::wire::{self, InfoRequest, InfoResponse};
-use terrace_client::{Session, SpaceKind, SpaceManifest, Target};
+use terrace_client::{Outcome, ReadOptions, Session, Space, SpaceKind, SpaceManifest, Target};
 use terrace_core::{ByteCount, TokenCount};
 
 pub(crate) const BLOCK_BYTES: usize = 256 << 10;
@@ -144,6 +146,20 @@ impl Running {
         assert_eq!(self.info().await.unpersisted_bytes, 0);
     }
 
+    /// Waits until every slot has been looked at, if the catalog was lost.
+    pub(crate) async fn scanned(&self) {
+        let began = Instant::now();
+        loop {
+            let info = self.info().await;
+            let waits = info.tiers.iter().any(|tier| tier.note.contains("not scanned yet"));
+            if !waits && info.scan_done >= 1.0 {
+                return;
+            }
+            assert!(began.elapsed() < PATIENCE, "the scan does not end");
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+
     pub(crate) fn kill(mut self) {
         self.child.kill().unwrap();
         self.child.wait().unwrap();
@@ -199,4 +215,92 @@ pub(crate) fn payload(key: [u8; 4], life: u8) -> Vec<u8> {
 
 pub(crate) fn payloads(keys: &[[u8; 4]], life: u8) -> Vec<Vec<u8>> {
     keys.iter().map(|key| payload(*key, life)).collect()
+}
+
+/// A small seeded generator, so that a run follows from the seed that it prints.
+pub(crate) struct Random(u64);
+
+impl Random {
+    pub(crate) fn new(seed: u64) -> Self {
+        Self(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
+    }
+
+    pub(crate) fn next(&mut self) -> u64 {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
+    }
+
+    /// A number below `end`, which is not zero.
+    pub(crate) fn below(&mut self, end: u32) -> u32 {
+        u32::try_from((self.next() >> 11) % u64::from(end)).unwrap()
+    }
+
+    pub(crate) fn percent(&mut self, chance: u32) -> bool {
+        self.below(100) < chance
+    }
+}
+
+/// The seed of a random test: from the environment, or of this moment. Always printed.
+pub(crate) fn seed(name: &str) -> u64 {
+    let chosen = std::env::var(name).ok().and_then(|text| text.parse().ok());
+    let now = || std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().subsec_nanos();
+    let seed = chosen.unwrap_or_else(|| u64::from(now()));
+    eprintln!("{name}={seed}");
+    seed
+}
+
+/// How often something is done: from the environment, or so often.
+pub(crate) fn times(name: &str, short: u32) -> u32 {
+    std::env::var(name).ok().and_then(|text| text.parse().ok()).unwrap_or(short)
+}
+
+/// Bytes that follow from space, generation and key alone, and are no other block's.
+pub(crate) fn content(rank: u32, generation: u64, key: u32, bytes: usize) -> Vec<u8> {
+    let mut random = Random::new((u64::from(rank) << 56) ^ (generation << 32) ^ u64::from(key));
+    // The first numbers of neighbouring seeds are alike.
+    random.next();
+    random.next();
+    let mut content = Vec::with_capacity(bytes + 8);
+    while content.len() < bytes {
+        content.extend_from_slice(&random.next().to_le_bytes());
+    }
+    content.truncate(bytes);
+    content
+}
+
+/// The manifest of a space with blocks of this many bytes.
+pub(crate) fn manifest_of(rank: u32, bytes: usize) -> SpaceManifest {
+    SpaceManifest { block_bytes: ByteCount::new(bytes as u64), ..manifest(rank) }
+}
+
+/// Blocks as the daemon grants them, on the lane: nobody compares a checksum between the daemon and the test. What is
+/// throttled is asked for again.
+pub(crate) async fn granted(session: &Session, space: &Space, names: &[[u8; 4]]) -> Vec<Option<Vec<u8>>> {
+    let mut found = vec![None; names.len()];
+    let mut open: Vec<usize> = (0..names.len()).collect();
+    let deadline = Instant::now() + PATIENCE;
+    while !open.is_empty() && Instant::now() < deadline {
+        let wanted: Vec<[u8; 4]> = open.iter().map(|index| names[*index]).collect();
+        let options = ReadOptions { wait: PATIENCE, ..ReadOptions::default() };
+        let lease = session.lease_read(space, &wanted, options).await.unwrap();
+        let mut again = Vec::new();
+        for (index, grant) in open.iter().zip(&lease.grants) {
+            match grant {
+                Outcome::Granted(block) => {
+                    let mut bytes = vec![0; usize::try_from(block.length().get()).unwrap()];
+                    found[*index] = block.read_into(&mut bytes).is_ok().then_some(bytes);
+                }
+                Outcome::Throttled => again.push(*index),
+                Outcome::Promoting | Outcome::Missing(_) | Outcome::Exists => {}
+            }
+        }
+        lease.release().await.unwrap();
+        if again.len() == open.len() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        open = again;
+    }
+    found
 }
