@@ -138,6 +138,15 @@ impl Line {
         Self { limit: Some(limit), ratio: Some(ratio), bar: Some(bar), ok, ..Self::plain(name, value, unit) }
     }
 
+    /// Says it on standard error, while the others are still measured.
+    pub(crate) fn say(&self) {
+        let compared = match (self.limit, self.ratio) {
+            (Some(limit), Some(ratio)) => format!(" ({limit:.4}: {ratio:.3})"),
+            _ => String::new(),
+        };
+        eprintln!("{} {:.4} {}{compared}", self.name, self.value, self.unit);
+    }
+
     /// A figure beside another of the same run, without a bar.
     pub(crate) fn compared(name: &str, value: f64, limit: f64, unit: &'static str) -> Self {
         Self { limit: Some(limit), ratio: Some(value / limit), ..Self::plain(name, value, unit) }

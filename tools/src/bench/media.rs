@@ -31,7 +31,6 @@ const CPU_MAX: f64 = 0.025;
 const CPU_DEPTH: usize = 16;
 
 pub(super) async fn run(options: &Options) -> anyhow::Result<Vec<Line>> {
-    let mut lines = churn::run(options).await?;
     let dir = stand::temp_dir(options)?;
     let path = dir.path().to_owned();
     // It blocks for minutes.
@@ -42,8 +41,9 @@ pub(super) async fn run(options: &Options) -> anyhow::Result<Vec<Line>> {
         }
         anyhow::Ok(lines)
     });
-    lines.extend(measured.await??);
+    let mut lines = measured.await??;
     drop(dir);
+    lines.extend(churn::run(options).await?);
     Ok(lines)
 }
 
@@ -62,9 +62,13 @@ fn one_size(dir: &std::path::Path, block_bytes: u64) -> anyhow::Result<Vec<Line>
     let name = block_bytes.to_string();
     let checksum = rig.checksum_seconds_per_gib()?;
     let mut lines = vec![Line::plain(&format!("media_{name}_checksum_cpu"), checksum, "s/GiB")];
+    // It takes minutes: what is known already is said.
+    let say = |lines: &[Line]| lines.iter().for_each(Line::say);
+    say(&lines);
     for kind in [Kind::Read, Kind::Write] {
         for depth in DEPTHS {
             let rounds = compare(&mut rig, kind, depth)?;
+            let known = lines.len();
             lines.extend(judge(&rounds, &format!("media_{name}_{}_{depth}", kind.label()), kind));
             if kind == Kind::Read {
                 let cpu = median(&rounds.media_cpu);
@@ -75,6 +79,7 @@ fn one_size(dir: &std::path::Path, block_bytes: u64) -> anyhow::Result<Vec<Line>
                     Line::plain(&cpu_name, cpu, "s/GiB")
                 });
             }
+            say(&lines[known..]);
         }
     }
     Ok(lines)

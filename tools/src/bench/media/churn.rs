@@ -10,10 +10,9 @@ use terrace_proto::v1::{FlushRequest, InfoRequest};
 use super::{Line, Options, blocks, stand};
 
 /// Payloads, and whether the bar is for them.
-const SIZES: [(u64, bool); 4] =
-    [(4 * KIB, false), (64 * KIB, false), (blocks::MODEL_BLOCK_BYTES, true), (2 * MIB, true)];
+const SIZES: [(u64, bool); 3] = [(64 * KIB, false), (blocks::MODEL_BLOCK_BYTES, true), (2 * MIB, true)];
 /// Nvme tier, small so that it turns over quickly.
-const NVME_BYTES: u64 = 256 * MIB;
+const NVME_BYTES: u64 = 192 * MIB;
 const CAPACITIES: u64 = 10;
 /// For blocks that are far from the bar, less says as much.
 const CAPACITIES_SMALL: u64 = 2;
@@ -27,11 +26,13 @@ pub(super) async fn run(options: &Options) -> anyhow::Result<Vec<Line>> {
         let capacities = if judged { CAPACITIES } else { CAPACITIES_SMALL };
         let ratio = amplification(options, block_bytes, NVME_BYTES * capacities).await?;
         let name = format!("write_amplification_{block_bytes}");
-        lines.push(if judged {
+        let line = if judged {
             Line::at_most(&name, ratio, AMPLIFICATION_MAX, "times")
         } else {
             Line::plain(&name, ratio, "times")
-        });
+        };
+        line.say();
+        lines.push(line);
     }
     Ok(lines)
 }
