@@ -98,12 +98,18 @@ macro_rules! dense_id {
             pub const NOBODY: Self = Self(<$inner>::MAX);
 
             /// From a raw number of the wire or a counter.
-            pub fn new(raw: u64) -> Self {
-                <$raw>::try_from(raw).ok().and_then(<$inner>::new).map_or(Self::NOBODY, Self)
+            #[allow(clippy::cast_possible_truncation, reason = "numbers that do not fit were told apart before")]
+            pub const fn new(raw: u64) -> Self {
+                if raw > <$raw>::MAX as u64 {
+                    return Self::NOBODY;
+                }
+                match <$inner>::new(raw as $raw) {
+                    Some(inner) => Self(inner),
+                    None => Self::NOBODY,
+                }
             }
 
             /// The raw number, for wire fields and metrics only.
-            #[expect(clippy::allow_attributes, reason = "the conversion is the identity for 64 bits")]
             #[allow(clippy::useless_conversion, reason = "the conversion is the identity for 64 bits")]
             pub fn get(self) -> u64 {
                 u64::from(self.0.get())

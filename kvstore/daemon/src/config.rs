@@ -191,6 +191,12 @@ impl Config {
         let lane_socket = file.lane_socket.unwrap_or_else(|| file.data_dir.join("lane.sock"));
         let limits = limits(&file.limits, pinned_bytes)?;
         let devices = devices(&file.data_dir, file.device, chunk_bytes, &mut notes)?;
+        let admission = admission(
+            file.admission.as_deref().unwrap_or("learned"),
+            file.write_bytes_per_day.as_deref(),
+            &devices,
+            chunk_bytes,
+        )?;
         Ok(Self {
             pinned_bytes,
             chunk_bytes,
@@ -203,12 +209,7 @@ impl Config {
             )?,
             persist_delay: millis("persist_delay_ms", file.persist_delay_ms, 1000, 0..=3_600_000)?,
             policy: policy(file.policy.as_deref().unwrap_or("duel"))?,
-            admission: admission(
-                file.admission.as_deref().unwrap_or("learned"),
-                file.write_bytes_per_day.as_deref(),
-                &devices,
-                chunk_bytes,
-            )?,
+            admission,
             placement: placement(file.placement.as_deref().unwrap_or("inclusive"))?,
             window_idle: millis("window_idle_ms", file.window_idle_ms, 2000, 10..=3_600_000)?,
             window_recall_max: millis("window_recall_max_ms", file.window_recall_max_ms, 5000, 10..=600_000)?,

@@ -36,13 +36,13 @@ impl Node {
     async fn start(folder: &Path) -> Self {
         let devices = Arc::new(Mutex::new(Vec::new()));
         let keep = Arc::clone(&devices);
-        let mut hooks = Hooks::default();
-        hooks.wrap_device = Some(Box::new(move |_, inner| {
+        let wrap_device: terrace_media::WrapDevice = Box::new(move |_, inner| {
             let device = Arc::new(FaultyDevice::new(inner));
             device.remember(512);
             keep.lock().unwrap().push(Arc::clone(&device));
             device
-        }));
+        });
+        let hooks = Hooks { wrap_device: Some(wrap_device), ..Hooks::default() };
         let daemon = Daemon::start(config(folder), hooks).await.unwrap();
         let devices = std::mem::take(&mut *devices.lock().unwrap());
         assert_eq!(devices.len(), DEVICES);
@@ -115,7 +115,7 @@ fn config(folder: &Path) -> Config {
 
 /// Who reads in place, without a check of its own.
 fn is_lane(rank: u32) -> bool {
-    rank % 2 == 0
+    rank.is_multiple_of(2)
 }
 
 /// What one session knows: which keys exist, in which generation, and which of them are durable.

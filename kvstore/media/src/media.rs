@@ -84,11 +84,8 @@ impl Media {
         slots.set_incarnation(incarnation)?;
         let (catalog, slots) = (Arc::new(catalog), Arc::new(slots));
         let complete = Arc::new(complete);
-        let failed = |source| MediaError::File {
-            path: config.data_dir.clone(),
-            action: "start threads for it",
-            source,
-        };
+        let dir = &config.data_dir;
+        let failed = |source| MediaError::File { path: dir.clone(), action: "start threads for it", source };
         let (workers, mut threads) = Workers::start(config.checkers).map_err(failed)?;
         let (table, wishes) = (Arc::new(ChunkTable::default()), Arc::new(Wishes::default()));
         let maker = ChunkMaker {

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use common::*;
 use terrace_core::{
-    BlockHeader, ByteCount, ChunkId, DeviceId, DiskFrame, Done, Fault, FrameRef, IoClass, OpId, Via,
+    BlockHeader, ByteCount, ChunkId, DeviceId, DiskFrame, Done, Fault, FrameRef, IoClass, OpId, UseStats, Via,
 };
 use terrace_media::{
     Access, Backend, BlockIo, DeviceConfig, FaultyDevice, IoFacts, IoOp, IoRequest, Media, MediaConfig,
@@ -287,13 +287,17 @@ fn a_sync_is_not_waited_for_when_its_device_is_out() {
     let (commit, read) = (three.op(), three.op());
     let (target, _) = three.target(BAD, 0);
     let began = Instant::now();
-    three.media.start(MediaOp::Commit { op: commit, put: vec![(target, three.header)], delete: vec![] });
+    three.media.start(MediaOp::Commit {
+        op: commit,
+        put: vec![(target, three.header, UseStats::default())],
+        delete: vec![],
+    });
     three.read(read, BAD, frame(2, 0));
     assert_eq!(three.answer(), (commit, Err(Fault::Device)));
     assert!(began.elapsed() < Duration::from_secs(20), "the sync's own patience is 30 seconds");
     let (good, _) = three.target(DeviceId::new(0), 0);
     let header = three.header;
-    three.run(|op| MediaOp::Commit { op, put: vec![(good, header)], delete: vec![] });
+    three.run(|op| MediaOp::Commit { op, put: vec![(good, header, UseStats::default())], delete: vec![] });
     three.bad.release();
     assert_eq!(three.answer(), (read, Ok(Done::Plain)));
 }

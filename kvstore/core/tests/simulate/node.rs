@@ -425,13 +425,17 @@ impl World {
                 (*op, None)
             }
             Effect::Scrub { op, source, expect, .. } => {
-                let entry = self.catalog.get(&expect.block).map(|(frame, _)| *frame);
-                assert_eq!(entry, Some(*source), "what is scrubbed is durable");
+                self.assert_durable(expect.block, *source);
                 (*op, None)
             }
         };
         let delay = if self.random.percent(4) { 150 } else { 0 };
         self.pending.push(Pending { op, effect, sample, not_before: self.steps + delay, cancelled: false });
+    }
+
+    fn assert_durable(&self, block: BlockId, source: DiskFrame) {
+        let entry = self.catalog.get(&block).map(|(frame, _)| *frame);
+        assert_eq!(entry, Some(source), "what is scrubbed is durable");
     }
 
     fn promoted(&mut self, op: OpId, to: IoClass) {

@@ -271,7 +271,7 @@ impl AdminService for Admin {
             "" => None,
             name => Some(self.service.tenants().named(name).ok_or_else(|| unknown_tenant(name))?.id),
         };
-        let mut curves = self.service.engine().view(terrace_core::Core::curves);
+        let mut curves = self.service.engine().view(Core::curves);
         curves.retain(|curve| curve.tenant == tenant && tier.is_none_or(|tier| tier == curve.tier));
         curves.sort_by_key(|curve| curve.tier);
         let curves = curves.iter().map(|curve| convert::curve_to_wire(curve, &request.tenant)).collect();

@@ -10,8 +10,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail, ensure};
 use terrace_core::{
     Admission, BlockId, ByteCount, Checksum, Config, Core, Done, Durability, Effect, GIB, Grant, Input,
-    LeaseId, Limits, Locality, MIB, MatchMode, Micros, Notice, Now, Placement, Policy, Reply, Request,
-    RequestId, SealOutcome, SessionId, SpaceId, TenantId, TokenCount, frame_bytes,
+    LeaseId, Limits, Locality, MIB, MatchMode, Micros, Notice, Now, Placement, Policy, Purpose, Reply,
+    Request, RequestId, SealOutcome, SessionId, SpaceId, TenantId, TokenCount, frame_bytes,
 };
 
 /// Blocks of one chain, which is one request.
@@ -178,8 +178,13 @@ impl Shard {
             Look::Never => None,
         };
         // Whoever waits for no promotion names a time that is past.
-        let lease =
-            Request::LeaseRead { repeat: self.requests, blocks, ttl: None, answer_by: Now::default() };
+        let lease = Request::LeaseRead {
+            repeat: self.requests,
+            blocks,
+            ttl: None,
+            answer_by: Now::default(),
+            purpose: Purpose::Prefill,
+        };
         let (reply, lease) = self.call(session, lease)?;
         let Reply::Leased { lease: granted, blocks, .. } = reply else {
             bail!("a read lease is answered {reply:?}");
@@ -247,6 +252,9 @@ impl Shard {
             Effect::Notify { notice, .. } => bail!("the core says {notice:?}"),
             Effect::SetFence { .. } | Effect::Publish { .. } | Effect::AdoptWindow { .. } => {}
             Effect::Read { .. }
+            | Effect::Promote { .. }
+            | Effect::Cancel { .. }
+            | Effect::Scrub { .. }
             | Effect::Write { .. }
             | Effect::CarveSlot { .. }
             | Effect::Commit { .. }
