@@ -137,6 +137,8 @@ impl Core {
 
     /// Indexes what survived. What does not fit the tables is left alone: a cache may miss.
     pub(crate) fn blocks_found(&mut self, blocks: &[FoundBlock]) {
+        self.blocks.warm(blocks.iter().map(|found| found.block));
+        self.blocks.warm(blocks.iter().filter_map(|found| found.parent));
         for found in blocks {
             self.write_sequence = self.write_sequence.max(found.write_sequence);
             if self.index_found(found) {

@@ -49,7 +49,7 @@ impl Core {
         else {
             return Some(Reply::Throttled(Limit::Leases));
         };
-        self.blocks.warm(&blocks);
+        self.blocks.warm(blocks.iter().copied());
         self.writes(asker.session, &blocks, parent, space);
         let can_wait = self.may_wait();
         let patience = self.now.after(self.config.limits.lease_ttl_default);

@@ -389,8 +389,8 @@ impl BlockTable {
     }
 
     /// Many blocks will be looked for, of which few are there.
-    pub(crate) fn warm(&self, ids: &[BlockId]) {
-        self.index.warm(ids.iter().map(|&id| tag(id)));
+    pub(crate) fn warm(&self, ids: impl Iterator<Item = BlockId>) {
+        self.index.warm(ids.map(tag));
     }
 
     /// The entry of the block that comes after `before` in a prefix: mostly its
@@ -504,13 +504,16 @@ impl BlockTable {
     pub(crate) fn cut_circles(&mut self) -> u64 {
         // The walk in which an entry was seen first; zero is not yet.
         let mut seen = vec![0u32; self.entries.len()];
+        // Side by side, so that the walks stay in the cache.
+        let parent_of = |entry: &Option<Block>| entry.as_ref().and_then(|block| block.parent);
+        let parents: Vec<Option<BlockIndex>> = self.entries.iter().map(parent_of).collect();
         let mut cut = 0;
         for start in (0..self.end()).map(BlockIndex::new) {
             let walk = start.get() + 1;
-            let mut next = self.try_at(start).map(|_| start);
+            let mut next = Some(start);
             while let Some(index) = next.filter(|index| seen[index.place()] == 0) {
                 seen[index.place()] = walk;
-                next = self.at(index).parent;
+                next = parents[index.place()];
             }
             let Some(again) = next.filter(|index| seen[index.place()] == walk) else { continue };
             self.detach(again);
