@@ -4,12 +4,14 @@
 //! every machine.
 
 use std::path::Path;
+use std::time::Instant;
 
 use anyhow::{Context, bail};
 use indicatif::ProgressBar;
-use terrace_core::{Admission, HEADER_PAGE_BYTES, Placement, Policy};
+use terrace_core::policy::{Costs, Replay};
+use terrace_core::{Admission, BlockCount, BlockId, HEADER_PAGE_BYTES, Placement, Policy, TokenCount};
 
-use super::Line;
+use super::{Line, median};
 use crate::sim::node::{DeviceModel, Hardware};
 use crate::sim::options::{FRAMES_READY, SWEEP_PERCENT};
 use crate::sim::profile::Profile;
@@ -23,6 +25,14 @@ use crate::sim::{parallel, reference};
 const POINTS_BELOW_LRU_MAX: f64 = 0.3;
 /// Most points that a replay may differ from one by another simulator.
 const POINTS_FROM_REFERENCE_MAX: f64 = 0.3;
+/// Replays whose rate is taken.
+const RATE_ROUNDS: u32 = 5;
+/// Millions of block references a second that the policy code must take.
+const RATE_MIN: f64 = 2.0;
+/// Shares of the distinct blocks that Pinned holds beside an Nvme tier of 20 %. What a block is worth
+/// shows while it is in memory: a small Pinned gives admission little to go by, and has no bar.
+const PINNED_PERCENT: f64 = 15.0;
+const PINNED_PERCENT_SMALL: f64 = 2.0;
 /// Bytes of a GiB.
 const GIB: f64 = 1_073_741_824.0;
 
@@ -67,8 +77,34 @@ pub(super) fn eviction(traces: &Path) -> anyhow::Result<Vec<Line>> {
         let outcomes = parallel::in_order(&jobs, parallel::cores(), replay);
         let (lru, duel) = outcomes.split_at(SWEEP_PERCENT.len());
         lines.extend(compare(&case, lru, duel));
+        lines.push(rate(&case, &trace));
     }
     Ok(lines)
+}
+
+/// How many block references a second the policy code takes, lists and both shadows, on one thread
+/// at a size of 1 %: the median of several replays.
+fn rate(case: &Case, trace: &Trace) -> Line {
+    let frames = Size::Share(0.01).frames(1, trace.distinct());
+    let costs = Costs {
+        block_tokens: TokenCount::new(trace.tokens_per_block),
+        linear: Profile::REFERENCE.linear,
+        quadratic: Profile::REFERENCE.quadratic,
+    };
+    let prompts: Vec<Vec<BlockId>> = trace.asks.iter().map(|ask| trace.blocks(ask)).collect();
+    let references: u64 = prompts.iter().map(|prompt| prompt.len() as u64).sum();
+    let mut rates = Vec::new();
+    for _ in 0..RATE_ROUNDS {
+        let capacity = BlockCount::new(u32::try_from(frames).unwrap_or(u32::MAX));
+        let mut replay = Replay::new(Policy::Duel, capacity, costs);
+        let began = Instant::now();
+        for prompt in &prompts {
+            std::hint::black_box(replay.request(prompt));
+        }
+        rates.push(float(references) / 1e6 / began.elapsed().as_secs_f64());
+    }
+    let name = format!("{}: references by the policy code", case.file);
+    Line::at_least(&name, median(&rates), RATE_MIN, "M/s")
 }
 
 fn compare(case: &Case, lru: &[Outcome], duel: &[Outcome]) -> Vec<Line> {
@@ -98,30 +134,39 @@ fn compare(case: &Case, lru: &[Outcome], duel: &[Outcome]) -> Vec<Line> {
     lines
 }
 
-/// Bytes written and hits of a node with a small Pinned and a larger Nvme tier.
+/// Bytes written and hits of a node with an Nvme tier of 20 %.
 ///
 /// # Errors
 /// When the trace is missing or damaged.
 pub(super) fn admission(traces: &Path) -> anyhow::Result<Vec<Line>> {
     let trace = read(traces, CONVERSATION.file)?;
     let rules = [Admission::All, Admission::Learned { bytes_per_day: None }];
-    let replay =
-        |&rule: &Admission| serve::replay(&trace, node(&trace, rule), service(), &ProgressBar::hidden());
-    let outcomes = parallel::in_order(&rules, parallel::cores(), replay);
-    let [all, learned] = &outcomes[..] else { bail!("two replays have two outcomes") };
-    let (all_bytes, bytes) = (float(all.traffic.bytes_written), float(learned.traffic.bytes_written));
-    let lost = (all.token_ratio() - learned.token_ratio()) * 100.0;
-    Ok(vec![
-        Line::plain("writing all: token hits", all.token_ratio() * 100.0, "%"),
-        Line::plain("writing all: GiB to Nvme", all_bytes / GIB, "GiB"),
-        Line::compared("learned: token hits", learned.token_ratio() * 100.0, all.token_ratio() * 100.0, "%"),
-        Line::at_most("learned: share of these bytes", bytes / all_bytes * 100.0, 50.0, "%"),
-        Line::at_most("learned: token hits lost", lost.max(0.01), 1.0, "points"),
-    ])
+    let mut lines = Vec::new();
+    for pinned in [PINNED_PERCENT, PINNED_PERCENT_SMALL] {
+        let replay = |&rule: &Admission| {
+            serve::replay(&trace, node(&trace, rule, pinned), service(), &ProgressBar::hidden())
+        };
+        let outcomes = parallel::in_order(&rules, parallel::cores(), replay);
+        let [all, learned] = &outcomes[..] else { bail!("two replays have two outcomes") };
+        let share = float(learned.traffic.bytes_written) / float(all.traffic.bytes_written) * 100.0;
+        let (plain, best) = (all.token_ratio() * 100.0, learned.token_ratio() * 100.0);
+        let name = |what: &str| format!("Pinned {pinned} %: {what}");
+        lines.push(Line::plain(&name("hits, writing all"), plain, "%"));
+        lines.push(Line::plain(&name("GiB, writing all"), float(all.traffic.bytes_written) / GIB, "GiB"));
+        lines.push(Line::compared(&name("hits, learned"), best, plain, "%"));
+        if pinned == PINNED_PERCENT {
+            lines.push(Line::at_most(&name("share of the bytes, learned"), share, 50.0, "%"));
+            lines.push(Line::at_most(&name("hits lost, learned"), (plain - best).max(0.01), 1.0, "points"));
+        } else {
+            lines.push(Line::compared(&name("share of the bytes, learned"), share, 100.0, "%"));
+            lines.push(Line::plain(&name("hits lost, learned"), plain - best, "points"));
+        }
+    }
+    Ok(lines)
 }
 
-/// Pinned holds 2 % of the distinct blocks, Nvme 20 % of them on four devices.
-fn node(trace: &Trace, admission: Admission) -> Hardware {
+/// Pinned holds this share of the distinct blocks, Nvme 20 % of them on four devices.
+fn node(trace: &Trace, admission: Admission, pinned_percent: f64) -> Hardware {
     let block_bytes = u64::from(trace.tokens_per_block) * Profile::REFERENCE.bytes_per_token;
     let frames = |percent: f64| Size::Share(percent / 100.0).frames(1, trace.distinct());
     let per_chunk = 16;
@@ -130,7 +175,7 @@ fn node(trace: &Trace, admission: Admission) -> Hardware {
     Hardware {
         block_bytes,
         chunk_bytes,
-        pinned_chunks: frames(2.0) / per_chunk,
+        pinned_chunks: frames(pinned_percent) / per_chunk,
         device_slots: vec![slots; 4],
         device: DeviceModel { read_rate: 6.0 * GIB, write_rate: 3.0 * GIB, latency: 100 },
         memory_rate: 10.0 * GIB,
