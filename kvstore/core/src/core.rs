@@ -207,6 +207,8 @@ pub struct Core {
     /// Blocks of the catalog are coming in, and nobody is served yet.
     pub(crate) restoring: bool,
     pub(crate) memory_limit: u64,
+    /// No frame by frame look for something to evict before.
+    pub(crate) sweep_next: Now,
     /// The space whose pool was taken from last.
     pub(crate) pool_space: Option<SpaceIndex>,
     pub(crate) create_paused_until: Now,
@@ -276,6 +278,7 @@ impl Core {
             disk_changed: false,
             restoring: false,
             memory_limit,
+            sweep_next: Now::default(),
             pool_space: None,
             create_paused_until: Now::default(),
             persist_paused_until: Now::default(),

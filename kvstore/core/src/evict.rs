@@ -19,12 +19,15 @@ use crate::state::chunk::{ChunkKind, FrameState};
 use crate::state::count;
 use crate::state::session::Asked;
 use crate::state::space::{Space, SpaceIndex};
-use crate::units::BlockCount;
+use crate::units::{BlockCount, Micros};
 
 /// Busy blocks that S3-FIFO moves on before a choice gives up.
 const S3_BUSY_MAX: u32 = 64;
 /// Frames that are looked at when no list has anything to give.
 const SWEEP_MAX: u32 = 4096;
+/// Pause between two such looks, which take some hundred microseconds: mostly the lists have nothing
+/// because all is being written, and the next answer of a device helps.
+const SWEEP_PAUSE: Micros = Micros::from_millis(10);
 /// Requests between two looks at how many blocks a tier holds.
 const RESIZE_EVERY: u32 = 1024;
 /// Gone blocks whose past is remembered, for each that a small tier holds; at
@@ -354,6 +357,17 @@ impl Core {
         }
     }
 
+    /// What to do for a free frame of the space's pool, when somebody waits for it.
+    pub(crate) fn pinned_victim_now(&mut self, space: SpaceIndex) -> Choice {
+        match self.pinned_victim(space) {
+            Choice::Nothing if self.now >= self.sweep_next => {
+                self.sweep_next = self.now.after(SWEEP_PAUSE);
+                self.sweep(space, self.is_persisting())
+            }
+            choice => choice,
+        }
+    }
+
     /// What to do for a free frame of the space's pool.
     pub(crate) fn pinned_victim(&mut self, space: SpaceIndex) -> Choice {
         let keep = self.is_persisting();
@@ -366,7 +380,7 @@ impl Core {
         if let Some(index) = self.victim(space, Tier::Pinned, Core::is_busy_in_pinned) {
             return Choice::Demote(index);
         }
-        self.sweep(space, keep)
+        Choice::Nothing
     }
 
     /// A block of the space whose Nvme copy may go.

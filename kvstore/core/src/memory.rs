@@ -285,7 +285,7 @@ impl Core {
 
     /// Evicts one block of the space's pool, or has it written first.
     fn evict_pinned(&mut self, space: SpaceIndex) -> Choice {
-        let choice = self.pinned_victim(space);
+        let choice = self.pinned_victim_now(space);
         match choice {
             Choice::Evict(index) => self.evict_from_pinned(index),
             Choice::Demote(index) => self.demote(index),
