@@ -41,8 +41,6 @@ pub struct Config {
     pub policy: Policy,
     /// Which sealed blocks are copied to Nvme.
     pub admission: Admission,
-    /// Whether a promoted block stays in Nvme.
-    pub placement: Placement,
     /// Limits.
     pub limits: Limits,
 }
@@ -72,17 +70,6 @@ pub enum Admission {
         /// Bytes that may be written in a day; `None` is as many as pay off.
         bytes_per_day: Option<ByteCount>,
     },
-}
-
-/// Where a block is that was in both tiers.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Placement {
-    /// Sealed blocks are copied to Nvme within the delay, and promoted blocks stay there: it
-    /// survives a crash, and leaves Pinned at once.
-    Inclusive,
-    /// A block is written when it leaves Pinned, and leaves Nvme when it is promoted: more
-    /// blocks fit, each is written again whenever it comes down, and a crash loses Pinned.
-    Exclusive,
 }
 
 /// What a block's past says about its future. Kept in the catalog beside the

@@ -34,8 +34,8 @@ mod writing;
 pub use crate::core::Core;
 pub use api::{
     Admission, BlockHeader, Config, Done, Durability, Effect, Event, Fault, FoundBlock, Grant, Input,
-    IoClass, Limit, Limits, Locality, MapAccess, MatchMode, MissReason, Notice, Placement, Policy, Purpose,
-    Refusal, Reply, Request, Residence, Scrub, SealOutcome, UseStats, Via,
+    IoClass, Limit, Limits, Locality, MapAccess, MatchMode, MissReason, Notice, Policy, Purpose, Refusal,
+    Reply, Request, Residence, Scrub, SealOutcome, UseStats, Via,
 };
 pub use checksum::{Checksum, Checksummer, checksum};
 pub use cost::ComputeCost;

@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 
-use crate::api::{BlockHeader, Effect, Fault, IoClass, Placement, Via};
+use crate::api::{BlockHeader, Effect, Fault, IoClass, Via};
 use crate::core::{Core, Deadline, Delete, Op, Put, RETRY_AFTER};
 use crate::ids::{BlockId, DeviceId, DiskFrame, Fence, FrameRef};
 use crate::policy::{Choice, Devices};
@@ -32,7 +32,7 @@ enum DiskAllocated {
 impl Core {
     /// Whether sealed blocks are copied to Nvme without being asked to.
     pub(crate) fn is_written_behind(&self) -> bool {
-        !self.disks.devices.is_empty() && self.config.placement == Placement::Inclusive
+        !self.disks.devices.is_empty()
     }
 
     /// Copies a sealed block to Nvme, if it is likely enough to come back. `added`:
@@ -335,7 +335,7 @@ impl Core {
     }
 
     /// Evicts a block from Nvme. Its frame is used again after the commit.
-    pub(crate) fn evict_from_nvme(&mut self, index: BlockIndex) {
+    fn evict_from_nvme(&mut self, index: BlockIndex) {
         let Nvme::Sealed { frame, .. } = self.blocks.at(index).nvme else { return };
         self.counters.evictions_nvme += 1;
         self.delete_copy(index, frame, DiskState::Evicting);

@@ -1,6 +1,6 @@
 //! Read leases: what is there is pinned, what is not is promoted or verified.
 
-use crate::api::{Effect, Grant, IoClass, Limit, MissReason, Placement, Reply, Residence};
+use crate::api::{Effect, Grant, IoClass, Limit, MissReason, Reply, Residence};
 use crate::core::{Core, Op};
 use crate::evict::Relist;
 use crate::ids::{BlockId, DiskFrame, Fence, FrameRef, LeaseId, OpId, SessionId, TenantId};
@@ -356,9 +356,6 @@ impl Core {
             Ok(()) if fits => {
                 self.seal_frame(index, target, true, 0);
                 self.counters.promotions += 1;
-                if self.config.placement == Placement::Exclusive {
-                    self.evict_from_nvme(index);
-                }
             }
             Ok(()) => {}
             Err(crate::api::Fault::Checksum) => {

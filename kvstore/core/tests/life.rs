@@ -19,7 +19,6 @@ fn config() -> Config {
         frames_ready_min: 0,
         policy: Policy::Lru,
         admission: Admission::All,
-        placement: Placement::Inclusive,
         limits: Limits {
             blocks: 10_000,
             spaces: 8,

@@ -10,7 +10,7 @@ pub(crate) mod size;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
-use terrace_core::{Admission, ByteCount, GIB, Limits, MIB, Micros, Placement, Policy};
+use terrace_core::{Admission, ByteCount, GIB, Limits, MIB, Micros, Policy};
 use terrace_media::Backend;
 
 use file::{File, LimitsFile};
@@ -53,8 +53,6 @@ pub struct Config {
     pub policy: Policy,
     /// Which sealed blocks are copied to the devices.
     pub admission: Admission,
-    /// Whether promoted blocks stay there.
-    pub placement: Placement,
     /// A window without a write for this long is recalled.
     pub window_idle: Micros,
     /// A recalled window that is not handed back for this long is replaced.
@@ -210,7 +208,6 @@ impl Config {
             persist_delay: millis("persist_delay_ms", file.persist_delay_ms, 1000, 0..=3_600_000)?,
             policy: policy(file.policy.as_deref().unwrap_or("duel"))?,
             admission,
-            placement: placement(file.placement.as_deref().unwrap_or("inclusive"))?,
             window_idle: millis("window_idle_ms", file.window_idle_ms, 2000, 10..=3_600_000)?,
             window_recall_max: millis("window_recall_max_ms", file.window_recall_max_ms, 5000, 10..=600_000)?,
             scrub_bytes_per_second: length(
@@ -283,14 +280,6 @@ fn admission(
         "all" if bytes_per_day.is_none() => Ok(Admission::All),
         "all" => Err(bad("write_bytes_per_day", "needs admission = \"learned\": \"all\" writes every block")),
         other => Err(bad("admission", format!("`{other}`; allowed are learned and all"))),
-    }
-}
-
-fn placement(text: &str) -> Result<Placement, ConfigError> {
-    match text {
-        "inclusive" => Ok(Placement::Inclusive),
-        "exclusive" => Ok(Placement::Exclusive),
-        other => Err(bad("placement", format!("`{other}`; allowed are inclusive and exclusive"))),
     }
 }
 

@@ -332,7 +332,6 @@ fn core_config(config: &Config, incarnation: u32) -> CoreConfig {
         frames_ready_min: FRAMES_READY_MIN,
         policy: config.policy,
         admission: config.admission,
-        placement: config.placement,
         limits: config.limits.clone(),
     }
 }

@@ -9,7 +9,7 @@ use std::time::Instant;
 use anyhow::{Context, bail};
 use indicatif::ProgressBar;
 use terrace_core::policy::{Costs, Replay};
-use terrace_core::{Admission, BlockCount, BlockId, HEADER_PAGE_BYTES, Placement, Policy, TokenCount};
+use terrace_core::{Admission, BlockCount, BlockId, HEADER_PAGE_BYTES, Policy, TokenCount};
 
 use super::{Line, median};
 use crate::sim::node::{DeviceModel, Hardware};
@@ -186,7 +186,6 @@ fn node(trace: &Trace, admission: Admission, pinned_percent: f64) -> Hardware {
         patience: 30_000_000,
         policy: Policy::Duel,
         admission,
-        placement: Placement::Inclusive,
         cost: Profile::REFERENCE.block_cost(trace.tokens_per_block),
     }
 }

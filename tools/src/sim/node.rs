@@ -10,8 +10,8 @@ use std::collections::{BTreeMap, BinaryHeap, VecDeque};
 
 use terrace_core::{
     Admission, ByteCount, ComputeCost, Config, Core, Counters, DeviceId, Done, Effect, Fault,
-    HEADER_PAGE_BYTES, Input, IoClass, Limits, Locality, Micros, Now, OpId, Placement, Policy, Reply,
-    Request, RequestId, SessionId, SpaceId, TenantId, TierViews, TokenCount,
+    HEADER_PAGE_BYTES, Input, IoClass, Limits, Locality, Micros, Now, OpId, Policy, Reply, Request,
+    RequestId, SessionId, SpaceId, TenantId, TierViews, TokenCount,
 };
 
 /// A commit of the catalog: sync and batch.
@@ -59,8 +59,6 @@ pub(crate) struct Hardware {
     pub(crate) policy: Policy,
     /// What is copied to Nvme.
     pub(crate) admission: Admission,
-    /// Whether a promoted block stays in Nvme.
-    pub(crate) placement: Placement,
     /// What computing a block costs.
     pub(crate) cost: ComputeCost,
 }
@@ -404,7 +402,6 @@ fn config(hardware: &Hardware) -> Config {
         frames_ready_min: hardware.frames_ready,
         policy: hardware.policy,
         admission: hardware.admission,
-        placement: hardware.placement,
         limits: Limits {
             blocks: u32::MAX,
             spaces: 1,

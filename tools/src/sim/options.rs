@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::{bail, ensure};
 use clap::{Args, ValueEnum};
-use terrace_core::{Admission, ByteCount, HEADER_PAGE_BYTES, Placement, Policy};
+use terrace_core::{Admission, ByteCount, HEADER_PAGE_BYTES, Policy};
 
 use super::node::{DeviceModel, Hardware};
 use super::profile::{BYTES_PER_TOKEN, FLOPS_PER_SECOND, LINEAR_FLOPS, Profile, QUADRATIC_FLOPS};
@@ -53,9 +53,6 @@ pub(crate) struct Options {
     /// Which sealed blocks are copied to Nvme
     #[arg(long, value_enum, default_value_t = AdmissionName::Learned)]
     pub(crate) admission: AdmissionName,
-    /// Whether a block that is brought to Pinned stays in Nvme
-    #[arg(long, value_enum, default_value_t = PlacementName::Inclusive)]
-    pub(crate) placement: PlacementName,
     /// Most bytes that learned admission writes in a day
     #[arg(long, value_name = "SIZE")]
     pub(crate) write_budget: Option<Size>,
@@ -159,15 +156,6 @@ pub(crate) enum AdmissionName {
     All,
     /// Those that are likely enough to come back
     Learned,
-}
-
-/// A placement on the command line.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub(crate) enum PlacementName {
-    /// It stays: it survives a crash, and leaves Pinned at once
-    Inclusive,
-    /// It goes: more blocks fit, and each is written again when it leaves Pinned
-    Exclusive,
 }
 
 /// A way to replay.
@@ -326,10 +314,6 @@ impl Options {
             patience: 30_000_000,
             policy,
             admission: self.admission(),
-            placement: match self.placement {
-                PlacementName::Inclusive => Placement::Inclusive,
-                PlacementName::Exclusive => Placement::Exclusive,
-            },
             cost: self.profile().block_cost(trace.tokens_per_block),
         })
     }

@@ -10,7 +10,7 @@
 use indicatif::ProgressBar;
 use terrace_core::{
     Admission, BlockId, ByteCount, Checksum, Durability, Grant, HEADER_PAGE_BYTES, LeaseId, MatchMode, Now,
-    Placement, Policy, Purpose, Reply, Request,
+    Policy, Purpose, Reply, Request,
 };
 
 use super::node::{DeviceModel, Hardware, LEASE_TTL, Node, micros};
@@ -58,7 +58,6 @@ fn hardware(trace: &Trace, frames: u64, block_bytes: u64, policy: Policy, profil
         patience: 1_000_000,
         policy,
         admission: Admission::All,
-        placement: Placement::Inclusive,
         cost: profile.block_cost(trace.tokens_per_block),
     }
 }

@@ -28,7 +28,6 @@ pub(crate) fn config(incarnation: u32) -> Config {
         frames_ready_min: 0,
         policy: Policy::Lru,
         admission: Admission::All,
-        placement: Placement::Inclusive,
         limits: Limits {
             blocks: 110,
             spaces: 8,

@@ -19,7 +19,6 @@ pub(super) struct File {
     pub(super) policy: Option<String>,
     pub(super) admission: Option<String>,
     pub(super) write_bytes_per_day: Option<String>,
-    pub(super) placement: Option<String>,
     pub(super) scrub_bytes_per_second: Option<String>,
     pub(super) window_idle_ms: Option<u64>,
     pub(super) window_recall_max_ms: Option<u64>,

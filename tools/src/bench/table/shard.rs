@@ -10,8 +10,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail, ensure};
 use terrace_core::{
     Admission, BlockId, ByteCount, Checksum, Config, Core, Done, Durability, Effect, GIB, Grant, Input,
-    LeaseId, Limits, Locality, MIB, MatchMode, Micros, Notice, Now, Placement, Policy, Purpose, Reply,
-    Request, RequestId, SealOutcome, SessionId, SpaceId, TenantId, TokenCount, frame_bytes,
+    LeaseId, Limits, Locality, MIB, MatchMode, Micros, Notice, Now, Policy, Purpose, Reply, Request,
+    RequestId, SealOutcome, SessionId, SpaceId, TenantId, TokenCount, frame_bytes,
 };
 
 /// Blocks of one chain, which is one request.
@@ -288,7 +288,6 @@ fn config(shape: Shape, chunks: u64, capacity: u64) -> anyhow::Result<Config> {
         frames_ready_min: 0,
         policy: shape.policy,
         admission: Admission::All,
-        placement: Placement::Inclusive,
         limits: Limits {
             blocks: u32::try_from(capacity * 2).context("too many blocks for one shard")?,
             spaces: 16,

@@ -1,6 +1,6 @@
 //! The node with a clock: times that can be worked out by hand, and its consistency.
 
-use terrace_core::{Admission, HEADER_PAGE_BYTES, Placement, Policy};
+use terrace_core::{Admission, HEADER_PAGE_BYTES, Policy};
 
 use super::super::node::DeviceModel;
 use super::super::reference::tests::{conversations, trace_of};
@@ -34,7 +34,6 @@ fn hardware(pinned: u64, nvme: u32) -> Hardware {
         patience: 30_000_000,
         policy: Policy::Lru,
         admission: Admission::All,
-        placement: Placement::Inclusive,
         cost: SERVICE.profile.block_cost(16),
     }
 }
