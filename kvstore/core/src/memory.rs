@@ -239,6 +239,35 @@ impl Core {
             eligible.then_some(ChunkFacts { chunk, sealed: counts.sealed, touched: held.touched })
         });
         let Some(id) = cheapest_chunk(facts) else { return false };
+        self.retire(id);
+        true
+    }
+
+    /// A space that has evicted a chunk's worth of its blocks gets a chunk of
+    /// another, if nothing in that was used since the last of them was: so memory
+    /// follows the mix of models.
+    fn rebalance(&mut self, space: SpaceIndex, victim: BlockIndex) {
+        let idle = self.blocks.at(victim).idle(self.now);
+        let held = self.spaces.at_mut(space);
+        held.evicted += 1;
+        if held.evicted < held.frames_per_chunk || !self.emptying.is_empty() {
+            return;
+        }
+        held.evicted = 0;
+        let colder = self.chunks.iter().filter(|(_, chunk)| {
+            chunk.space != space
+                && chunk.kind == ChunkKind::Pool
+                && chunk.counts.pinned == 0
+                && chunk.counts.filling == 0
+                && chunk.reserved_until <= self.now
+                && self.now.since(chunk.touched) > idle
+        });
+        if let Some((id, _)) = colder.min_by_key(|&(id, chunk)| (chunk.touched, id)) {
+            self.retire(id);
+        }
+    }
+
+    fn retire(&mut self, id: ChunkId) {
         let chunk = self.chunks.at_mut(id);
         chunk.kind = ChunkKind::Retiring;
         let space = chunk.space;
@@ -246,7 +275,6 @@ impl Core {
         self.emptying.insert(id);
         self.emptying_due = true;
         self.counters.chunks_retired += 1;
-        true
     }
 
     /// Keeps memory ready for windows while the pool is full.
@@ -274,7 +302,10 @@ impl Core {
         let mut free: usize = open.map(|&chunk| self.chunks.at(chunk).free.len()).sum();
         while free < wanted {
             match self.pinned_victim(space) {
-                Choice::Evict(index) => self.evict_from_pinned(index),
+                Choice::Evict(index) => {
+                    self.rebalance(space, index);
+                    self.evict_from_pinned(index);
+                }
                 // It is written before it is needed.
                 Choice::Demote(index) if !self.blocks.at(index).is_urgent() => self.demote(index),
                 Choice::Demote(_) | Choice::Nothing => return,
@@ -287,7 +318,10 @@ impl Core {
     fn evict_pinned(&mut self, space: SpaceIndex) -> Choice {
         let choice = self.pinned_victim_now(space);
         match choice {
-            Choice::Evict(index) => self.evict_from_pinned(index),
+            Choice::Evict(index) => {
+                self.rebalance(space, index);
+                self.evict_from_pinned(index);
+            }
             Choice::Demote(index) => self.demote(index),
             Choice::Nothing => {}
         }

@@ -44,6 +44,7 @@ impl Core {
             clearing: 0,
             pool_open: std::collections::BTreeSet::new(),
             pool_creating: 0,
+            evicted: 0,
             chunks: 0,
             slots_open: vec![std::collections::BTreeSet::new(); devices],
             slots_carving: vec![0; devices],

@@ -31,6 +31,8 @@ pub(crate) struct Space {
     pub(crate) pool_open: BTreeSet<ChunkId>,
     /// Pool chunks being created.
     pub(crate) pool_creating: u32,
+    /// Blocks evicted from Pinned since a chunk of another space was looked for.
+    pub(crate) evicted: u32,
     /// Chunks alive, of any kind.
     pub(crate) chunks: u32,
     /// Slots with free frames, by device.
