@@ -4,7 +4,7 @@
 //! The shell calls [`crate::Core::handle`] with an input and then performs every
 //! effect of [`crate::Core::poll_effect`] **in order, before the next input**.
 //! "Performs" means starts: slow effects name an [`OpId`] and are answered by
-//! [`Input::OpDone`]. [`Effect::SetFence`] is performed at once: when the shell
+//! [`Input::OpDone`]. [`Effect::SetFences`] is performed at once: when the shell
 //! starts any later effect, readers already see the new fence.
 
 use crate::checksum::Checksum;
@@ -519,8 +519,8 @@ pub enum Effect {
     /// shell gave up waiting for a foreign mapping: then [`Fault::StillMapped`],
     /// and a later [`Input::MemoryLimit`] says what is left.
     DropChunk { op: OpId, chunk: ChunkId },
-    /// Store a fence in the fence page, release order, at once.
-    SetFence { frame: FrameRef, fence: Fence },
+    /// Store fences in the fence page, release order, at once. Before all other effects of an input.
+    SetFences { fences: Vec<(FrameRef, Fence)> },
     /// Read header page and payload from a device into a Pinned frame; compare
     /// the header with `expect` and the payload with its checksum.
     /// Done: [`Done::Plain`].
@@ -564,8 +564,8 @@ pub enum Effect {
     /// Read header page and payload of a copy into a buffer of the shell, and compare them as for
     /// [`Effect::Read`], with [`IoClass::Scrub`]. Done: [`Done::Plain`].
     Scrub { op: OpId, source: DiskFrame, source_offset: u64, expect: BlockHeader },
-    /// Publish in the tenant's event stream.
-    Publish { tenant: TenantId, event: Event },
+    /// Publish in the tenants' event streams, in this order. After all other effects of an input.
+    Publish { events: Vec<(TenantId, Event)> },
 }
 
 /// All that a frame's header page says, but for its own checksum.

@@ -32,7 +32,7 @@ impl Core {
                 lease.cleared = true;
             }
         }
-        self.effects.push_back(Effect::Publish { tenant, event: Event::Cleared { space: id } });
+        self.events.push((tenant, Event::Cleared { space: id }));
         self.counters.clears += 1;
         let wait = self.wait(asker, None, WaitKind::Clear { generation, blocks });
         if let Some(wait) = self.waits.get_mut(&wait) {

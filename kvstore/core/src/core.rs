@@ -6,7 +6,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
-use crate::api::{Admission, BlockHeader, Config, Done, Effect, Fault, Input, IoClass, Via};
+use crate::api::{Admission, BlockHeader, Config, Done, Effect, Event, Fault, Input, IoClass, Via};
 use crate::curves::CurveBooks;
 use crate::evict::Duels;
 use crate::ids::{
@@ -153,6 +153,9 @@ pub struct Core {
     /// `None` admits everything.
     pub(crate) admit: Option<Admit>,
     pub(crate) effects: VecDeque<Effect>,
+    /// Fences that moved; and what is to be published. One effect each.
+    pub(crate) fences: Vec<(FrameRef, Fence)>,
+    pub(crate) events: Vec<(TenantId, Event)>,
     pub(crate) counters: Counters,
 
     pub(crate) blocks: BlockTable,
@@ -239,6 +242,8 @@ impl Core {
             curves,
             admit,
             effects: VecDeque::new(),
+            fences: Vec::new(),
+            events: Vec::new(),
             counters: Counters::default(),
             blocks: BlockTable::default(),
             spaces: SpaceTable::default(),
@@ -338,7 +343,14 @@ impl Core {
 
     /// The next thing to do. Drain it after each [`Core::handle`].
     pub fn poll_effect(&mut self) -> Option<Effect> {
-        self.effects.pop_front()
+        if !self.fences.is_empty() {
+            return Some(Effect::SetFences { fences: std::mem::take(&mut self.fences) });
+        }
+        let next = self.effects.pop_front();
+        if next.is_none() && !self.events.is_empty() {
+            return Some(Effect::Publish { events: std::mem::take(&mut self.events) });
+        }
+        next
     }
 
     /// When [`Input::Tick`] is wanted at the latest. Stale after any input.

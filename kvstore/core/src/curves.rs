@@ -2,7 +2,7 @@
 
 use crate::core::Core;
 use crate::ids::TenantId;
-use crate::policy::{self, Curves, Lookup};
+use crate::policy::{self, Asked, Curves, Lookup};
 use crate::units::ByteCount;
 
 /// A tier that has curves.
@@ -67,18 +67,26 @@ impl CurveBooks {
         }
     }
 
-    /// A tenant's request for a prefix, head first.
+    /// A tenant's request for a prefix of so many blocks, head first. Those that
+    /// [`CurveBooks::shift`] leaves out may be missing from `blocks`.
     pub(crate) fn request(
         &mut self,
         tenant: TenantId,
-        blocks: impl Iterator<Item = Lookup> + Clone,
+        asked: Asked,
         count: u64,
+        blocks: impl Iterator<Item = Lookup> + Clone,
     ) {
         self.references += count;
-        self.pinned.request(tenant, blocks.clone());
+        self.pinned.request(tenant, asked, blocks.clone());
         if self.sizes.1 > 0 {
-            self.nvme.request(tenant, blocks);
+            self.nvme.request(tenant, asked, blocks);
         }
+    }
+
+    /// A tenant's block is looked at only if so many leading bits of its key are zero.
+    pub(crate) fn shift(&self, tenant: TenantId) -> u32 {
+        let nvme = if self.sizes.1 > 0 { self.nvme.shift(tenant) } else { u32::MAX };
+        self.pinned.shift(tenant).min(nvme)
     }
 }
 

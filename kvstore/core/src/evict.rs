@@ -7,16 +7,16 @@ use crate::api::{Policy, Residence};
 use crate::core::Core;
 use crate::cost::ComputeCost;
 use crate::ids::{BlockId, SessionId};
-use crate::policy::Choice;
-use crate::policy::Lookup;
 use crate::policy::class::Class;
 use crate::policy::duel::{Duel, Leader};
 use crate::policy::ghost::Step;
 use crate::policy::queues::{Facts, Links, Look, Place, Queues, Slab};
 use crate::policy::s3fifo::S3Fifo;
+use crate::policy::{self, Choice, Lookup};
 use crate::state::block::{Arriving, Block, BlockIndex, BlockTable, Nvme, WRITE_FAULTS_MAX};
-use crate::state::chunk::{ChunkKind, FrameState};
+use crate::state::chunk::{ChunkKind, ChunkTable, FrameState};
 use crate::state::count;
+use crate::state::disk::Disks;
 use crate::state::session::Asked;
 use crate::state::space::{Space, SpaceIndex};
 use crate::units::{BlockCount, Micros};
@@ -109,7 +109,6 @@ impl Worth {
 struct Listed<'a> {
     blocks: &'a mut BlockTable,
     tier: Tier,
-    worth: Worth,
 }
 
 impl Look for Listed<'_> {
@@ -118,7 +117,9 @@ impl Look for Listed<'_> {
     }
 
     fn facts(&self, index: u32) -> Facts {
-        facts_of(self.blocks.at(BlockIndex::new(index)), self.tier, self.worth)
+        // A place in the lists depends on class and last use only.
+        let block = self.blocks.at(BlockIndex::new(index));
+        Facts { class: Class::of(block.stats()), used: block.used, worth: 0.0 }
     }
 }
 
@@ -130,10 +131,6 @@ impl Slab for Listed<'_> {
             Tier::Nvme => &mut block.listed_nvme,
         }
     }
-}
-
-fn facts_of(block: &Block, tier: Tier, worth: Worth) -> Facts {
-    Facts { class: Class::of(block.stats()), used: block.used, worth: worth.of(block, tier) }
 }
 
 /// Whether a policy goes by last use; the others go by arrival.
@@ -149,16 +146,25 @@ impl Core {
     /// evicted. In Pinned: its copy is in a chunk of the pool, no lease pins it,
     /// no child is in Pinned. In Nvme: its copy is sealed, no child is in either tier.
     pub(crate) fn relist(&mut self, index: BlockIndex, how: Relist) {
-        for tier in [Tier::Pinned, Tier::Nvme] {
-            let wanted = self.place_of(index, tier);
-            let block = self.blocks.at(index);
-            let listed = block.links(tier).is_listed();
-            let stays = how == Relist::Keep || !is_by_use(self.config.policy);
-            match wanted {
-                None if !listed => {}
-                Some(_) if listed && stays => {}
-                None | Some(_) => self.list(index, tier, wanted),
-            }
+        let block = self.blocks.at(index);
+        let pinned = block.pinned.is_some() || block.listed_pinned.is_listed();
+        let nvme = matches!(block.nvme, Nvme::Sealed { .. }) || block.listed_nvme.is_listed();
+        if pinned {
+            self.relist_in(index, Tier::Pinned, how);
+        }
+        if nvme {
+            self.relist_in(index, Tier::Nvme, how);
+        }
+    }
+
+    fn relist_in(&mut self, index: BlockIndex, tier: Tier, how: Relist) {
+        let wanted = self.place_of(index, tier);
+        let listed = self.blocks.at(index).links(tier).is_listed();
+        let stays = how == Relist::Keep || !is_by_use(self.config.policy);
+        match wanted {
+            None if !listed => {}
+            Some(_) if listed && stays => {}
+            None | Some(_) => self.list(index, tier, wanted),
         }
     }
 
@@ -200,11 +206,7 @@ impl Core {
 
     /// The table and the lists of one tier of a space, apart.
     fn listed(&mut self, space: SpaceIndex, tier: Tier) -> (Listed<'_>, &mut Evictable) {
-        let load_seconds = self.load_seconds_idle(space);
-        let held = self.spaces.at_mut(space);
-        let worth = worth_of(held, load_seconds);
-        let evictable = held.evictable(tier);
-        (Listed { blocks: &mut self.blocks, tier, worth }, evictable)
+        (Listed { blocks: &mut self.blocks, tier }, self.spaces.at_mut(space).evictable(tier))
     }
 
     /// A block was used: what is listed moves, S3-FIFO counts.
@@ -286,24 +288,31 @@ impl Core {
         self.learn(blocks, depth, space);
     }
 
+    /// Tells the curves and the shadows what was asked for. Each of them looks at a sample of the blocks only.
     fn learn(&mut self, blocks: &[BlockId], first_depth: u32, space: SpaceIndex) {
         let held = self.spaces.at(space);
         let (tenant, size, tokens) = (held.tenant, held.frame_bytes.get(), held.block_tokens.get());
         let cost = held.compute.cost();
-        let lookup = |(&block, depth): (&BlockId, u32)| Lookup {
-            key: Step::key_of(block),
-            size,
-            tokens,
-            seconds: narrow(cost.seconds(depth)),
-        };
-        self.curves.request(tenant, blocks.iter().zip(first_depth..).map(lookup), blocks.len() as u64);
-        if !matches!(self.config.policy, Policy::Duel | Policy::Learned) {
+        let duels = matches!(self.config.policy, Policy::Duel | Policy::Learned);
+        let nvme = self.disks.any_usable();
+        let mut shift = self.curves.shift(tenant);
+        if duels {
+            shift = shift.min(self.duels.pinned.shift());
+            shift = if nvme { shift.min(self.duels.nvme.shift()) } else { shift };
+        }
+        let keys = blocks.iter().map(|&block| Step::key_of(block)).zip(first_depth..);
+        let watched: Vec<(u64, u32)> = keys.filter(|(key, _)| key.leading_zeros() >= shift).collect();
+        let lookup =
+            |&(key, depth): &(u64, u32)| Lookup { key, size, tokens, seconds: narrow(cost.seconds(depth)) };
+        let asked = asked_of(cost, tokens, first_depth, blocks.len());
+        let count = blocks.len() as u64;
+        self.curves.request(tenant, asked, count, watched.iter().map(lookup));
+        if !duels {
             return;
         }
         let worth = worth_of(self.spaces.at(space), self.load_seconds_idle(space));
-        let nvme = self.disks.any_usable();
         let steps = |tier: Tier| {
-            blocks.iter().zip(first_depth..).map(move |(&block, depth)| {
+            watched.iter().map(move |&(key, depth)| {
                 let compute = worth.compute.seconds(depth);
                 let seconds = match tier {
                     Tier::Pinned if nvme => worth.load_seconds,
@@ -316,12 +325,12 @@ impl Core {
                     Tier::Nvme => worth.compute.first_seconds - worth.load_seconds,
                 };
                 let per_byte = narrow((first / worth.bytes).max(WORTH_MIN));
-                Step { key: Step::key_of(block), seconds: narrow(seconds), worth: per_byte }
+                Step { key, seconds: narrow(seconds), worth: per_byte }
             })
         };
-        self.duels.pinned.request(steps(Tier::Pinned));
+        self.duels.pinned.request(count, steps(Tier::Pinned));
         if nvme {
-            self.duels.nvme.request(steps(Tier::Nvme));
+            self.duels.nvme.request(count, steps(Tier::Nvme));
         }
         if self.duels.sized == (1, 1) || self.tick.is_multiple_of(RESIZE_EVERY) {
             self.resize_duels();
@@ -371,13 +380,16 @@ impl Core {
     /// What to do for a free frame of the space's pool.
     pub(crate) fn pinned_victim(&mut self, space: SpaceIndex) -> Choice {
         let keep = self.is_persisting();
-        let at_once = self.victim(space, Tier::Pinned, |core, block| {
-            core.is_busy_in_pinned(block) || core.must_be_written(block, keep)
+        let at_once = self.victim(space, Tier::Pinned, |frames, block| {
+            frames.is_busy_in_pinned(block) || must_be_written(block, keep)
         });
         if let Some(index) = at_once {
             return Choice::Evict(index);
         }
-        if let Some(index) = self.victim(space, Tier::Pinned, Core::is_busy_in_pinned) {
+        if keep
+            && let Some(index) =
+                self.victim(space, Tier::Pinned, |frames, block| frames.is_busy_in_pinned(block))
+        {
             return Choice::Demote(index);
         }
         Choice::Nothing
@@ -385,61 +397,40 @@ impl Core {
 
     /// A block of the space whose Nvme copy may go.
     pub(crate) fn nvme_victim(&mut self, space: SpaceIndex) -> Choice {
-        match self.victim(space, Tier::Nvme, Core::is_busy_in_nvme) {
+        match self.victim(space, Tier::Nvme, |frames, block| frames.is_busy_in_nvme(block)) {
             Some(index) => Choice::Evict(index),
             None => Choice::Nothing,
         }
     }
 
-    fn is_busy_in_pinned(&self, block: &Block) -> bool {
-        let Some(frame) = block.pinned else { return true };
-        let chunk = self.chunks.at(frame.chunk);
-        let cell = &chunk.frames[frame.index as usize];
-        chunk.kind != ChunkKind::Pool
-            || cell.busy > 0
-            || !matches!(cell.state, FrameState::Sealed { pins: 0, .. })
-            || block.arriving() != Arriving::No
-    }
-
-    fn is_busy_in_nvme(&self, block: &Block) -> bool {
-        let busy = match block.nvme {
-            Nvme::Sealed { frame, .. } => self.disks.cell(frame).is_none_or(|cell| cell.busy > 0),
-            Nvme::None | Nvme::Writing { .. } | Nvme::Committing { .. } | Nvme::Deleting => true,
-        };
-        busy || block.arriving() != Arriving::No
-    }
-
-    /// No slower tier has it, and one should.
-    fn must_be_written(&self, block: &Block, keep: bool) -> bool {
-        !block.residence().nvme && keep && !block.is_refused() && block.write_faults() < WRITE_FAULTS_MAX
+    fn frames(&self) -> Frames<'_> {
+        Frames { chunks: &self.chunks, disks: &self.disks }
     }
 
     fn victim(
         &mut self,
         space: SpaceIndex,
         tier: Tier,
-        busy: impl Fn(&Core, &Block) -> bool,
+        busy: impl Fn(&Frames<'_>, &Block) -> bool,
     ) -> Option<BlockIndex> {
         if self.config.policy == Policy::S3Fifo {
             return self.s3_victim(space, tier, busy);
         }
-        // The lists are taken out for the time of the look, so that `busy` may see everything else.
-        let load_seconds = self.load_seconds_idle(space);
-        let worth = worth_of(self.spaces.at(space), load_seconds);
         let leader = match self.config.policy {
             Policy::Learned => Leader::Learned,
             Policy::Duel => self.duels.of(tier).leader(),
             Policy::Lru | Policy::Fifo | Policy::S3Fifo => Leader::Lru,
         };
+        let worth = worth_of(self.spaces.at(space), self.load_seconds_idle(space));
         let tick = self.tick;
-        let mut queues = std::mem::take(&mut self.spaces.at_mut(space).evictable(tier).queues);
-        let seen = Seen { core: self, tier, worth };
-        let is_busy = |index: u32| busy(self, self.blocks.at(BlockIndex::new(index)));
+        let seen = Seen { blocks: &self.blocks, tier, worth };
+        let frames = Frames { chunks: &self.chunks, disks: &self.disks };
+        let is_busy = |index: u32| busy(&frames, seen.blocks.at(BlockIndex::new(index)));
+        let queues = &mut self.spaces.at_mut(space).evictable(tier).queues;
         let found = match leader {
             Leader::Lru => queues.coldest(&seen, tick, is_busy),
             Leader::Learned => queues.least(&seen, self.duels.of(tier).hazards(), tick, is_busy),
         };
-        self.spaces.at_mut(space).evictable(tier).queues = queues;
         found.map(BlockIndex::new)
     }
 
@@ -447,13 +438,13 @@ impl Core {
         &mut self,
         space: SpaceIndex,
         tier: Tier,
-        busy: impl Fn(&Core, &Block) -> bool,
+        busy: impl Fn(&Frames<'_>, &Block) -> bool,
     ) -> Option<BlockIndex> {
         let tick = self.tick;
         for _ in 0..S3_BUSY_MAX {
             let (mut slab, evictable) = self.listed(space, tier);
             let index = BlockIndex::new(evictable.s3.victim(&mut slab, |_| false)?.index);
-            if !busy(self, self.blocks.at(index)) {
+            if !busy(&self.frames(), self.blocks.at(index)) {
                 return Some(index);
             }
             let (mut slab, evictable) = self.listed(space, tier);
@@ -480,10 +471,10 @@ impl Core {
                 if looked > SWEEP_MAX {
                     return demote;
                 }
-                if self.is_busy_in_pinned(block) {
+                if self.frames().is_busy_in_pinned(block) {
                     continue;
                 }
-                if !self.must_be_written(block, keep) {
+                if !must_be_written(block, keep) {
                     return Choice::Evict(index);
                 }
                 demote = Choice::Demote(index);
@@ -518,25 +509,68 @@ impl Core {
 
 /// The residency table as it is only looked at.
 struct Seen<'a> {
-    core: &'a Core,
+    blocks: &'a BlockTable,
     tier: Tier,
     worth: Worth,
 }
 
 impl Look for Seen<'_> {
     fn links(&self, index: u32) -> Links {
-        self.core.blocks.at(BlockIndex::new(index)).links(self.tier)
+        self.blocks.at(BlockIndex::new(index)).links(self.tier)
     }
 
     fn facts(&self, index: u32) -> Facts {
-        facts_of(self.core.blocks.at(BlockIndex::new(index)), self.tier, self.worth)
+        let block = self.blocks.at(BlockIndex::new(index));
+        let worth = self.worth.of(block, self.tier);
+        Facts { class: Class::of(block.stats()), used: block.used, worth }
     }
+}
+
+/// Where copies are, for a look at whether one may go.
+struct Frames<'a> {
+    chunks: &'a ChunkTable,
+    disks: &'a Disks,
+}
+
+impl Frames<'_> {
+    fn is_busy_in_pinned(&self, block: &Block) -> bool {
+        let Some(frame) = block.pinned else { return true };
+        let chunk = self.chunks.at(frame.chunk);
+        let cell = &chunk.frames[frame.index as usize];
+        chunk.kind != ChunkKind::Pool
+            || cell.busy > 0
+            || !matches!(cell.state, FrameState::Sealed { pins: 0, .. })
+            || block.arriving() != Arriving::No
+    }
+
+    fn is_busy_in_nvme(&self, block: &Block) -> bool {
+        let busy = match block.nvme {
+            Nvme::Sealed { frame, .. } => self.disks.cell(frame).is_none_or(|cell| cell.busy > 0),
+            Nvme::None | Nvme::Writing { .. } | Nvme::Committing { .. } | Nvme::Deleting => true,
+        };
+        busy || block.arriving() != Arriving::No
+    }
+}
+
+/// No slower tier has it, and one should.
+fn must_be_written(block: &Block, keep: bool) -> bool {
+    !block.residence().nvme && keep && !block.is_refused() && block.write_faults() < WRITE_FAULTS_MAX
 }
 
 /// Of how many blocks the past is remembered, for a tier that holds so many: of a
 /// small tier's many times as many, for they come back long after they left it.
 fn pasts(blocks: u32) -> u32 {
     blocks.saturating_mul(PASTS_REACH).clamp(PASTS_MIN, PASTS_SMALL.max(blocks))
+}
+
+/// What a whole request asks for.
+fn asked_of(cost: ComputeCost, tokens: u32, first_depth: u32, blocks: usize) -> policy::Asked {
+    let blocks = f64::from(count(blocks));
+    let depths = blocks * f64::from(first_depth) + blocks * (blocks - 1.0).max(0.0) / 2.0;
+    policy::Asked {
+        tokens: blocks * f64::from(tokens),
+        seconds: blocks * cost.first_seconds + depths * cost.slope_seconds,
+    }
 }
 
 fn worth_of(space: &Space, load_seconds: f64) -> Worth {

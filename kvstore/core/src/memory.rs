@@ -146,13 +146,20 @@ impl Core {
             self.create_chunk(space, None);
             return Allocated::Wait;
         }
-        match self.evict_pinned(space) {
-            Choice::Evict(_) => {
-                if let Some(frame) = self.take_free_pool_frame(space) {
+        match self.pinned_victim_now(space) {
+            Choice::Evict(index) => {
+                self.rebalance(space, index);
+                self.counters.evictions_pinned += 1;
+                let frame = self.take_pinned(index);
+                self.blocks.remove_if_gone(index);
+                if let Some(frame) = frame {
                     return Allocated::Frame(frame);
                 }
             }
-            Choice::Demote(_) => return Allocated::Wait,
+            Choice::Demote(index) => {
+                self.demote(index);
+                return Allocated::Wait;
+            }
             Choice::Nothing => {}
         }
         if self.may_create(Reserve::Used) {
@@ -198,9 +205,8 @@ impl Core {
                 | ChunkKind::Dropping => {}
             }
         }
-        if let Some(chunk) = found {
-            let index = self.chunks.at_mut(chunk).take_free().expect("the window has a free frame");
-            return Allocated::Frame(FrameRef { chunk, index });
+        if let Some(frame) = found.and_then(|window| self.take_from_window(window)) {
+            return Allocated::Frame(frame);
         }
         if creating {
             return Allocated::Wait;
@@ -213,6 +219,15 @@ impl Core {
             return Allocated::Wait;
         }
         self.wait_for_memory()
+    }
+
+    /// A free frame of a window that is being filled.
+    pub(crate) fn take_from_window(&mut self, id: ChunkId) -> Option<FrameRef> {
+        let chunk = self.chunks.at_mut(id);
+        if !matches!(chunk.kind, ChunkKind::Window { recalled: false, .. }) {
+            return None;
+        }
+        chunk.take_free().map(|index| FrameRef { chunk: id, index })
     }
 
     /// Is memory on its way, or can some be freed?
@@ -312,20 +327,6 @@ impl Core {
             }
             free += 1;
         }
-    }
-
-    /// Evicts one block of the space's pool, or has it written first.
-    fn evict_pinned(&mut self, space: SpaceIndex) -> Choice {
-        let choice = self.pinned_victim_now(space);
-        match choice {
-            Choice::Evict(index) => {
-                self.rebalance(space, index);
-                self.evict_from_pinned(index);
-            }
-            Choice::Demote(index) => self.demote(index),
-            Choice::Nothing => {}
-        }
-        choice
     }
 
     fn evict_from_pinned(&mut self, index: BlockIndex) {

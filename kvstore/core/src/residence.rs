@@ -14,6 +14,8 @@ use crate::state::chunk::{ChunkKind, FrameState};
 pub(crate) enum Vacate {
     /// It can be used again.
     Free,
+    /// The caller uses it again at once, unless an operation still reads from it.
+    Take,
     /// A client may still write into it.
     Quarantine,
 }
@@ -76,7 +78,7 @@ impl Core {
         } else {
             Event::Moved { space, block: id, tiers: after }
         };
-        self.effects.push_back(Effect::Publish { tenant, event });
+        self.events.push((tenant, event));
     }
 
     /// Marks a block as used now.
@@ -120,9 +122,20 @@ impl Core {
 
     /// Ends the Pinned copy: readers see the fence move before the frame can be used again.
     pub(crate) fn drop_pinned(&mut self, index: BlockIndex) {
-        let Some(frame) = self.blocks.at(index).pinned else { return };
-        self.vacate(frame, Vacate::Free);
+        self.end_pinned(index, Vacate::Free);
+    }
+
+    /// The same, for the sake of its frame, which is the caller's now. `None`: an operation still reads from it.
+    pub(crate) fn take_pinned(&mut self, index: BlockIndex) -> Option<FrameRef> {
+        self.end_pinned(index, Vacate::Take)
+            .filter(|&frame| self.chunks.frame(frame).is_some_and(|cell| cell.state == FrameState::Free))
+    }
+
+    fn end_pinned(&mut self, index: BlockIndex, how: Vacate) -> Option<FrameRef> {
+        let frame = self.blocks.at(index).pinned?;
+        self.vacate(frame, how);
         self.transition(index, |block| block.pinned = None);
+        Some(frame)
     }
 
     /// Ends what a frame is being filled with.
@@ -142,10 +155,11 @@ impl Core {
         let cell = &mut chunk.frames[frame.index as usize];
         cell.fence = cell.fence.next();
         let (fence, busy) = (cell.fence, cell.busy > 0);
-        self.effects.push_back(Effect::SetFence { frame, fence });
+        self.fences.push((frame, fence));
         match how {
             Vacate::Quarantine => chunk.set(frame.index, FrameState::Quarantined),
-            Vacate::Free if busy => chunk.set(frame.index, FrameState::Evicting),
+            Vacate::Free | Vacate::Take if busy => chunk.set(frame.index, FrameState::Evicting),
+            Vacate::Take => chunk.take(frame.index),
             Vacate::Free => self.free_frame(frame),
         }
         self.emptying_due = true;

@@ -5,7 +5,7 @@ use crate::checksum::Checksum;
 use crate::core::Core;
 use crate::cost::seconds;
 use crate::evict::Relist;
-use crate::ids::{BlockId, FrameRef, LeaseId, SpaceId, TenantId};
+use crate::ids::{BlockId, ChunkId, FrameRef, LeaseId, SessionId, SpaceId, TenantId};
 use crate::memory::Allocated;
 use crate::residence::Vacate;
 use crate::state::block::{BlockIndex, Nvme};
@@ -25,6 +25,38 @@ enum Step {
     Settled(Grant),
     /// Memory is on its way.
     Wait,
+}
+
+/// A write lease whose blocks are being granted: read off once for all of them,
+/// and written back after the last.
+struct Writing {
+    lease: LeaseId,
+    session: SessionId,
+    space: SpaceIndex,
+    frame_bytes: u64,
+    /// Of a block's payload.
+    length: ByteCount,
+    /// Blocks go through windows of the session.
+    local: bool,
+    /// Where its last frame came from.
+    window: Option<ChunkId>,
+    items: Vec<Option<Held>>,
+    tenant: TenantId,
+    /// Bytes that its tenant may yet lease.
+    allowance: u64,
+    /// Bytes of `items` that its tenant is not charged for yet.
+    owed: u64,
+}
+
+/// Whose blocks are being sealed.
+#[derive(Clone, Copy)]
+struct Sealing {
+    lease: LeaseId,
+    local: bool,
+    /// Blocks that its session's last request computes.
+    added: u32,
+    /// They are copied to Nvme.
+    persist: bool,
 }
 
 /// Position in the lease, length, checksum.
@@ -97,22 +129,7 @@ impl Core {
         let Some(mut wait) = self.waits.remove(&id) else { return };
         let mut settled = true;
         if let WaitKind::Write { lease, grants, blocks, parent } = &mut wait.kind {
-            let mut above = parent.map(|parent| (parent, None));
-            if let Some(&last) = grants.len().checked_sub(1).and_then(|last| blocks.get(last)) {
-                above = Some((last, None));
-            }
-            while let Some(&block) = blocks.get(grants.len()) {
-                match self.step_write(*lease, grants.len(), block, above) {
-                    (Step::Wait, _) => {
-                        settled = false;
-                        break;
-                    }
-                    (Step::Settled(grant), index) => {
-                        grants.push(grant);
-                        above = Some((block, index));
-                    }
-                }
-            }
+            settled = self.grant_writes(*lease, grants, blocks, *parent);
         }
         self.waits.insert(id, wait);
         if settled {
@@ -120,28 +137,81 @@ impl Core {
         }
     }
 
+    /// False: the next block has to wait for memory.
+    fn grant_writes(
+        &mut self,
+        lease: LeaseId,
+        grants: &mut Vec<Grant>,
+        blocks: &[BlockId],
+        parent: Option<BlockId>,
+    ) -> bool {
+        let Some(mut writing) = self.begin_writing(lease) else {
+            grants.resize(blocks.len(), Grant::Throttled);
+            return true;
+        };
+        if self.leases.get(&lease).is_some_and(|lease| lease.cleared) {
+            grants.resize(blocks.len(), Grant::Missing(MissReason::Unknown));
+        }
+        let mut above = parent.map(|parent| (parent, None));
+        if let Some(&last) = grants.len().checked_sub(1).and_then(|last| blocks.get(last)) {
+            above = Some((last, None));
+        }
+        let mut settled = true;
+        while let Some(&block) = blocks.get(grants.len()) {
+            match self.step_write(&mut writing, grants.len(), block, above) {
+                (Step::Wait, _) => {
+                    settled = false;
+                    break;
+                }
+                (Step::Settled(grant), index) => {
+                    grants.push(grant);
+                    above = Some((block, index));
+                }
+            }
+        }
+        self.charge(writing.tenant, writing.owed);
+        if let Some(lease) = self.leases.get_mut(&lease) {
+            lease.items = writing.items;
+        }
+        settled
+    }
+
+    fn begin_writing(&mut self, id: LeaseId) -> Option<Writing> {
+        let lease = self.leases.get_mut(&id)?;
+        let (session, tenant) = (lease.session, lease.tenant);
+        let LeaseKind::Write { space } = lease.kind else { return None };
+        let items = std::mem::take(&mut lease.items);
+        let held = self.spaces.at(space);
+        Some(Writing {
+            lease: id,
+            session,
+            space,
+            frame_bytes: held.frame_bytes.get(),
+            length: held.block_bytes,
+            local: self.is_local(session),
+            window: None,
+            items,
+            tenant,
+            allowance: self.lease_allowance(tenant),
+            owed: 0,
+        })
+    }
+
     /// One block of a write lease. `above` is the block before it, and its entry
     /// if it was at hand.
     fn step_write(
         &mut self,
-        id: LeaseId,
+        writing: &mut Writing,
         position: usize,
         block: BlockId,
         above: Option<(BlockId, Option<BlockIndex>)>,
     ) -> (Step, Option<BlockIndex>) {
         let throttled = (Step::Settled(Grant::Throttled), None);
-        let Some(lease) = self.leases.get(&id) else { return throttled };
-        let (session, tenant) = (lease.session, lease.tenant);
-        let LeaseKind::Write { space } = lease.kind else { return throttled };
-        let unknown = (Step::Settled(Grant::Missing(MissReason::Unknown)), None);
-        if lease.cleared {
-            return unknown;
-        }
         let above = above.map(|(above, index)| (above, index.filter(|&index| self.is_entry(index, above))));
         let found = self.blocks.find_after(above.and_then(|(_, index)| index), block);
         if let Some(index) = found {
-            if self.blocks.at(index).space != space {
-                return unknown;
+            if self.blocks.at(index).space != writing.space {
+                return (Step::Settled(Grant::Missing(MissReason::Unknown)), None);
             }
             let there = self.residence(index);
             if there.pinned || there.nvme {
@@ -151,23 +221,41 @@ impl Core {
                 return throttled;
             }
         }
-        let bytes = self.spaces.at(space).frame_bytes.get();
         // Room for the block and, perhaps, for its parent.
-        if self.blocks.len() + 2 > self.config.limits.blocks || !self.may_lease(tenant, bytes) {
+        if self.blocks.len() + 2 > self.config.limits.blocks || writing.allowance < writing.frame_bytes {
             return throttled;
         }
-        let taken = if self.is_local(session) {
-            self.take_window_frame(session, space)
-        } else {
-            self.take_pool_frame(space)
-        };
-        let frame = match taken {
+        let frame = match self.take_frame(writing) {
             Allocated::Frame(frame) => frame,
             Allocated::Wait => return (Step::Wait, None),
             Allocated::Never => return throttled,
         };
-        let index = self.enter(block, space, above);
-        (Step::Settled(self.reserve(id, position, index, frame, bytes)), Some(index))
+        let now = self.now;
+        let index = match found {
+            None => self.blocks.insert(block, writing.space, now),
+            // What was evicted for the frame may have been all that kept the entry.
+            Some(_) => self.blocks.find_or_insert(block, writing.space, now),
+        };
+        self.link(index, block, above);
+        (Step::Settled(self.reserve(writing, position, index, frame)), Some(index))
+    }
+
+    /// A frame for the lease, which its tenant may have.
+    fn take_frame(&mut self, writing: &mut Writing) -> Allocated {
+        if !writing.local {
+            return self.take_pool_frame(writing.space);
+        }
+        if let Some(frame) = writing.window.and_then(|window| self.take_from_window(window)) {
+            return Allocated::Frame(frame);
+        }
+        self.charge(writing.tenant, std::mem::take(&mut writing.owed));
+        let taken = self.take_window_frame(writing.session, writing.space);
+        writing.allowance = self.lease_allowance(writing.tenant);
+        writing.window = match taken {
+            Allocated::Frame(frame) => Some(frame.chunk),
+            Allocated::Wait | Allocated::Never => None,
+        };
+        taken
     }
 
     /// Is this still the entry of this block?
@@ -183,12 +271,18 @@ impl Core {
         space: SpaceIndex,
         above: Option<(BlockId, Option<BlockIndex>)>,
     ) -> BlockIndex {
-        let now = self.now;
-        let index = self.blocks.find_or_insert(block, space, now);
-        let Some((parent, hint)) = above.filter(|&(parent, _)| parent != block) else { return index };
-        if self.blocks.at(index).parent.is_some() {
-            return index;
+        let index = self.blocks.find_or_insert(block, space, self.now);
+        self.link(index, block, above);
+        index
+    }
+
+    fn link(&mut self, index: BlockIndex, block: BlockId, above: Option<(BlockId, Option<BlockIndex>)>) {
+        let Some((parent, hint)) = above.filter(|&(parent, _)| parent != block) else { return };
+        let entry = self.blocks.at(index);
+        if entry.parent.is_some() {
+            return;
         }
+        let (space, now) = (entry.space, self.now);
         let hint = hint.filter(|&hint| self.is_entry(hint, parent));
         let above = hint.unwrap_or_else(|| self.blocks.find_or_insert(parent, space, now));
         if self.restoring {
@@ -203,7 +297,6 @@ impl Core {
             self.relist(above, Relist::Keep);
         }
         self.blocks.remove_if_gone(above);
-        index
     }
 
     /// A block's depth follows from its parent, and so does its turn: a parent
@@ -219,28 +312,24 @@ impl Core {
 
     fn reserve(
         &mut self,
-        id: LeaseId,
+        writing: &mut Writing,
         position: usize,
         index: BlockIndex,
         frame: FrameRef,
-        bytes: u64,
     ) -> Grant {
-        let now = self.now;
         let chunk = self.chunks.at_mut(frame.chunk);
-        chunk.set(frame.index, FrameState::Filling { block: index, filler: Filler::Lease(id.into()) });
-        chunk.touched = now;
+        let filler = Filler::Lease(writing.lease.into());
+        chunk.set(frame.index, FrameState::Filling { block: index, filler });
+        chunk.touched = self.now;
         let fence = chunk.frames[frame.index as usize].fence;
         let entry = self.blocks.at_mut(index);
         entry.filling += 1;
-        let (block, space) = (entry.id, entry.space);
-        if let Some(lease) = self.leases.get_mut(&id) {
-            let tenant = lease.tenant;
-            lease.items[position] = Some(Held { frame, fence, bytes });
-            self.charge(tenant, bytes);
-        }
-        let length = self.spaces.at(space).block_bytes;
+        let bytes = writing.frame_bytes;
+        writing.items[position] = Some(Held { frame, fence, bytes });
+        writing.owed += bytes;
+        writing.allowance -= bytes;
         let offset = u64::from(frame.index) * bytes + HEADER_PAGE_BYTES;
-        Grant::Granted { block, frame, fence, offset, length, checksum: None }
+        Grant::Granted { block: entry.id, frame, fence, offset, length: writing.length, checksum: None }
     }
 
     pub(crate) fn seal(
@@ -254,7 +343,7 @@ impl Core {
             return Some(Reply::Refused(refusal));
         }
         if durability == Durability::Readable {
-            let sealed: Vec<_> = parts.iter().map(|part| self.seal_one(id, *part)).collect();
+            let sealed = self.seal_all(id, parts);
             self.computed(id, &sealed);
             return Some(Reply::Sealed {
                 outcomes: sealed.into_iter().map(|(outcome, _)| outcome).collect(),
@@ -267,7 +356,7 @@ impl Core {
         if let Some(wait) = self.waits.get_mut(&wait) {
             wait.pending = count(parts.len()) + 1;
         }
-        let sealed: Vec<_> = parts.iter().map(|part| self.seal_one(id, *part)).collect();
+        let sealed = self.seal_all(id, parts);
         self.computed(id, &sealed);
         for (place, (outcome, block)) in sealed.into_iter().enumerate() {
             if let Some(WaitKind::Seal { outcomes }) = self.waits.get_mut(&wait).map(|wait| &mut wait.kind) {
@@ -327,20 +416,44 @@ impl Core {
         }
     }
 
-    /// Publishes one block. The block is given back when it is sealed.
-    fn seal_one(&mut self, id: LeaseId, part: SealedPart) -> (SealOutcome, Option<BlockIndex>) {
-        // The length was compared with the space's.
-        let (position, _, checksum) = part;
+    /// Publishes blocks, in this order. Each is given back when it is sealed.
+    fn seal_all(&mut self, id: LeaseId, parts: &[SealedPart]) -> Vec<(SealOutcome, Option<BlockIndex>)> {
+        let Some(lease) = self.leases.get_mut(&id) else { return Vec::new() };
+        let (session, items) = (lease.session, std::mem::take(&mut lease.items));
+        let asked = self.sessions.get(&session).and_then(|open| open.asked);
+        let sealing = Sealing {
+            lease: id,
+            local: self.is_local(session),
+            added: asked.map_or(1, |asked| asked.added),
+            persist: self.is_written_behind(),
+        };
+        // The lengths were compared with the space's.
+        let sealed = parts
+            .iter()
+            .map(|&(position, _, checksum)| self.seal_one(sealing, items[position as usize], checksum))
+            .collect();
+        if let Some(lease) = self.leases.get_mut(&id) {
+            lease.items = items;
+        }
+        sealed
+    }
+
+    fn seal_one(
+        &mut self,
+        sealing: Sealing,
+        item: Option<Held>,
+        checksum: Checksum,
+    ) -> (SealOutcome, Option<BlockIndex>) {
         let lost = (SealOutcome::Lost, None);
-        let Some(lease) = self.leases.get(&id) else { return lost };
-        let Some(held) = lease.items[position as usize] else { return lost };
-        let session = lease.session;
+        let Some(held) = item else { return lost };
         let Some(cell) = self.chunks.frame(held.frame).filter(|cell| cell.fence == held.fence) else {
             return lost;
         };
         match cell.state {
-            FrameState::Filling { block: index, filler: Filler::Lease(filler) } if filler == id.into() => {
-                let outcome = self.publish_frame(index, held.frame, checksum, session);
+            FrameState::Filling { block: index, filler: Filler::Lease(filler) }
+                if filler == sealing.lease.into() =>
+            {
+                let outcome = self.publish_frame(index, held.frame, checksum, sealing);
                 match outcome {
                     SealOutcome::Conflict | SealOutcome::Lost => (outcome, None),
                     SealOutcome::Sealed | SealOutcome::Already | SealOutcome::NotDurable => {
@@ -368,7 +481,7 @@ impl Core {
         index: BlockIndex,
         frame: FrameRef,
         checksum: Checksum,
-        session: crate::ids::SessionId,
+        sealing: Sealing,
     ) -> SealOutcome {
         let block = self.blocks.at(index);
         let before = block.seal();
@@ -383,22 +496,21 @@ impl Core {
             self.counters.seal_conflicts += 1;
             return SealOutcome::Conflict;
         }
-        // The daemon compared a streamed block's bytes when it stored them.
-        let local = self.is_local(session);
         if before.is_none() {
             self.blocks.at_mut(index).set_seal(Some(checksum));
         }
-        self.seal_frame(index, frame, !local, 1);
-        self.window_settled(frame.chunk);
+        // The daemon compared a streamed block's bytes when it stored them.
+        self.seal_frame(index, frame, !sealing.local, 1);
+        if sealing.local {
+            self.window_settled(frame.chunk);
+        }
         if before.is_some() {
             return SealOutcome::Already;
         }
         self.counters.seals += 1;
-        if self.blocks.at(index).nvme == Nvme::None && self.is_written_behind() {
-            let id = self.blocks.at(index).id;
-            let added =
-                self.sessions.get(&session).and_then(|open| open.asked).map_or(1, |asked| asked.added);
-            self.consider(index, id, added);
+        let block = self.blocks.at(index);
+        if sealing.persist && block.nvme == Nvme::None {
+            self.consider(index, block.id, sealing.added);
         }
         SealOutcome::Sealed
     }

@@ -218,7 +218,8 @@ fn two_tiers(trace: &Trace, fast: usize, slow: usize, mut admit: Option<Admit>) 
         hits += found;
         asked += request.len();
         let key = Step::key_of;
-        duel.request(request.iter().map(|&block| Step { key: key(block), seconds: 1.0, worth: 1.0 }));
+        let steps = request.iter().map(|&block| Step { key: key(block), seconds: 1.0, worth: 1.0 });
+        duel.request(request.len() as u64, steps);
         let prompt = u32::try_from(request.len()).expect("a short prompt");
         for &block in request.iter().rev() {
             let uses = stats.get(&block).map_or(0, |stats| stats.uses.saturating_add(1));

@@ -353,9 +353,13 @@ impl Engine {
                     mailbox.notices = mpsc::channel(1).0;
                 }
             }
-            Effect::SetFence { frame, fence } => self.media.set_fence(frame, fence),
+            Effect::SetFences { fences } => {
+                fences.into_iter().for_each(|(frame, fence)| self.media.set_fence(frame, fence));
+            }
             Effect::AdoptWindow { chunk } => self.media.adopt_window(chunk),
-            Effect::Publish { tenant, event } => self.events.publish(tenant, event),
+            Effect::Publish { events } => {
+                events.into_iter().for_each(|(tenant, event)| self.events.publish(tenant, event));
+            }
             Effect::Promote { op, device, class } => self.media.promote(op, device, class),
             Effect::Cancel { op, device } => self.media.cancel(op, device),
             Effect::CreateChunk { op, chunk, tenant: _, owner, frame_bytes, frames } => {

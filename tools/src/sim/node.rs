@@ -284,7 +284,7 @@ impl Node {
             Effect::Reply { session: _, request, reply } => self.replies.push_back((request, reply)),
             Effect::Notify { .. }
             | Effect::AdoptWindow { .. }
-            | Effect::SetFence { .. }
+            | Effect::SetFences { .. }
             | Effect::Publish { .. } => {}
             Effect::CreateChunk { op, .. } => self.instant.push_back((op, Ok(Done::ChunkCreated))),
             Effect::DropChunk { op, .. } | Effect::CarveSlot { op, .. } | Effect::Verify { op, .. } => {

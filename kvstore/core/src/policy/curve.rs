@@ -33,6 +33,15 @@ pub struct Lookup {
     pub seconds: f32,
 }
 
+/// What a whole request asks for: known without a look at each block.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Asked {
+    /// Tokens of all blocks.
+    pub tokens: f64,
+    /// Seconds that all blocks take.
+    pub seconds: f64,
+}
+
 /// What a tier of one size would bring.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct CurvePoint {
@@ -119,19 +128,20 @@ impl Curve {
         self.sampled = Sums::default();
     }
 
-    /// A request for a prefix, head first.
-    pub fn request(&mut self, blocks: impl Iterator<Item = Lookup>) {
+    /// A request for a prefix: what all of it asks for, and its blocks, head first. Blocks
+    /// that are not sampled at the present rate may be left out.
+    pub fn request(&mut self, asked: Asked, blocks: impl Iterator<Item = Lookup>) {
         self.requests = self.requests.wrapping_add(1);
         if self.requests.is_multiple_of(DECAY_EVERY) {
             self.decay();
         }
         self.path.clear();
+        self.asked.add(Sums { tokens: asked.tokens, seconds: asked.seconds }, 1.0);
         for block in blocks {
-            let own = Sums { tokens: f64::from(block.tokens), seconds: f64::from(block.seconds) };
-            self.asked.add(own, 1.0);
             if block.key.leading_zeros() < self.shift || self.path.len() >= self.entries_max {
                 continue;
             }
+            let own = Sums { tokens: f64::from(block.tokens), seconds: f64::from(block.seconds) };
             let scale = self.scale();
             self.sampled.add(own, scale);
             match self.index.find(hash(block.key), |&slot| self.entries[slot as usize].key == block.key) {
@@ -182,6 +192,11 @@ impl Curve {
     /// One of how many blocks is sampled now.
     pub fn sampled_one_of(&self) -> u64 {
         1 << self.shift.min(63)
+    }
+
+    /// A block is sampled now if so many leading bits of its key are zero.
+    pub(crate) fn shift(&self) -> u32 {
+        self.shift
     }
 
     /// Share of the blocks that are sampled now.

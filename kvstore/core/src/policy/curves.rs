@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use crate::ids::TenantId;
-use crate::policy::curve::{Curve, CurvePoint, Lookup};
+use crate::policy::curve::{Asked, Curve, CurvePoint, Lookup};
 
 /// Sampled blocks of the curve over all (670 KB), and of a tenant's (170 KB).
 const ENTRIES_ALL: u32 = 8192;
@@ -32,13 +32,27 @@ impl Curves {
         self.tenants.values_mut().for_each(|curve| curve.resize(size));
     }
 
-    /// A tenant's request for a prefix, head first.
-    pub fn request(&mut self, tenant: TenantId, blocks: impl Iterator<Item = Lookup> + Clone) {
-        self.all.request(blocks.clone());
+    /// A tenant's request for a prefix: what all of it asks for, and its blocks, head first, of which those
+    /// that [`Curves::shift`] leaves out may be missing.
+    pub fn request(&mut self, tenant: TenantId, asked: Asked, blocks: impl Iterator<Item = Lookup> + Clone) {
+        self.all.request(asked, blocks.clone());
         if self.tenants.len() < TENANTS_MAX || self.tenants.contains_key(&tenant) {
             let size = self.size;
-            self.tenants.entry(tenant).or_insert_with(|| Curve::new(size, ENTRIES_TENANT)).request(blocks);
+            self.tenants
+                .entry(tenant)
+                .or_insert_with(|| Curve::new(size, ENTRIES_TENANT))
+                .request(asked, blocks);
         }
+    }
+
+    /// A tenant's block is looked at only if so many leading bits of its key are zero.
+    pub(crate) fn shift(&self, tenant: TenantId) -> u32 {
+        let own = match self.tenants.get(&tenant) {
+            Some(curve) => curve.shift(),
+            None if self.tenants.len() < TENANTS_MAX => 0,
+            None => u32::MAX,
+        };
+        own.min(self.all.shift())
     }
 
     /// The curve of a tenant, or over all.

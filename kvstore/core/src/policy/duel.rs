@@ -47,9 +47,10 @@ impl Duel {
         self.ghost.resize(capacity);
     }
 
-    /// A request for a prefix, head first; what is missing counts as computed and kept.
-    pub fn request(&mut self, steps: impl Iterator<Item = Step>) {
-        let saved = self.ghost.request(steps, &mut self.hazards);
+    /// A request for a prefix of so many blocks, head first; what is missing counts as computed and kept. Blocks
+    /// that [`Duel::shift`] leaves out may be missing from `steps`.
+    pub fn request(&mut self, blocks: u64, steps: impl Iterator<Item = Step>) {
+        let saved = self.ghost.request(blocks, steps, &mut self.hazards);
         self.scores.lru = self.scores.lru * KEEP + saved.lru;
         self.scores.learned = self.scores.learned * KEEP + saved.learned;
         let (own, other, next) = match self.leader {
@@ -60,6 +61,11 @@ impl Duel {
             self.leader = next;
             self.changes += 1;
         }
+    }
+
+    /// A block is looked at only if so many leading bits of its key are zero.
+    pub(crate) fn shift(&self) -> u32 {
+        self.ghost.shift()
     }
 
     /// The order to follow now.

@@ -204,14 +204,17 @@ impl Ghost {
         self.shift
     }
 
-    /// A request for a prefix, head first. What is missing counts as computed and kept.
-    pub(crate) fn request(&mut self, steps: impl Iterator<Item = Step>, hazards: &mut Hazards) -> Saved {
+    /// A request for a prefix of so many blocks, head first. What is missing counts as computed and kept.
+    pub(crate) fn request(
+        &mut self,
+        blocks: u64,
+        steps: impl Iterator<Item = Step>,
+        hazards: &mut Hazards,
+    ) -> Saved {
         self.tick = self.tick.next();
         self.grow_older(hazards);
-        let mut length = 0;
-        let steps = steps.inspect(|_| length += 1);
         let saved = self.take_path(steps, hazards);
-        self.count_new(length, hazards);
+        self.count_new(blocks, hazards);
         for at in (0..self.path.len()).rev() {
             let index = self.path[at];
             self.make_hottest(index, hazards);

@@ -25,6 +25,12 @@ impl History {
         Self { sets: vec![[0; WAYS]; entries as usize / WAYS] }
     }
 
+    /// Brings what is remembered of these blocks into the cache. The loads do not wait for each other.
+    pub(crate) fn warm(&self, blocks: impl Iterator<Item = BlockId>) {
+        let sets = blocks.fold(0, |all, block| all ^ self.sets[self.place(block).0][0]);
+        std::hint::black_box(sets);
+    }
+
     /// A block leaves its last tier.
     pub(crate) fn remember(&mut self, block: BlockId, stats: UseStats) {
         let (at, tag) = self.place(block);

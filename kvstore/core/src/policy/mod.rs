@@ -22,7 +22,7 @@ pub(crate) mod replay;
 pub(crate) mod s3fifo;
 
 pub use admission::{Admit, Devices, WriteBudget};
-pub use curve::{CURVE_POINTS, Curve, CurvePoint, Lookup};
+pub use curve::{Asked, CURVE_POINTS, Curve, CurvePoint, Lookup};
 pub use curves::Curves;
 pub use duel::{Duel, Leader};
 pub use ghost::Step;

@@ -177,11 +177,12 @@ impl Replay {
         self.enlist_path();
         if matches!(self.policy, Policy::Learned | Policy::Duel) {
             let costs = self.costs;
-            self.duel.request(blocks.iter().zip(0..).map(|(&block, depth)| Step {
+            let steps = blocks.iter().zip(0..).map(|(&block, depth)| Step {
                 key: Step::key_of(block),
                 seconds: narrow(costs.of_block(depth)),
                 worth: 1.0,
-            }));
+            });
+            self.duel.request(blocks.len() as u64, steps);
         }
         while self.resident > self.capacity {
             if !self.evict() {

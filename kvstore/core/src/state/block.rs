@@ -389,8 +389,11 @@ impl BlockTable {
     }
 
     /// Many blocks will be looked for, of which few are there.
-    pub(crate) fn warm(&self, ids: impl Iterator<Item = BlockId>) {
-        self.index.warm(ids.map(tag));
+    pub(crate) fn warm(&self, ids: impl Iterator<Item = BlockId> + Clone) {
+        self.index.warm(ids.clone().map(tag));
+        if let Some(history) = &self.history {
+            history.warm(ids);
+        }
     }
 
     /// The entry of the block that comes after `before` in a prefix: mostly its
@@ -420,9 +423,12 @@ impl BlockTable {
 
     /// The entry of a block; a new one if it has none.
     pub(crate) fn find_or_insert(&mut self, id: BlockId, space: SpaceIndex, now: Now) -> BlockIndex {
-        if let Some(found) = self.find(id) {
-            return found;
-        }
+        self.find(id).unwrap_or_else(|| self.insert(id, space, now))
+    }
+
+    /// A new entry, of a block that has none.
+    pub(crate) fn insert(&mut self, id: BlockId, space: SpaceIndex, now: Now) -> BlockIndex {
+        debug_assert!(self.find(id).is_none(), "a block has one entry");
         let index = self.free.pop().unwrap_or_else(|| BlockIndex::new(count(self.entries.len())));
         self.index.insert(tag(id), index.get());
         let mut block = Block::new(id, space, now);
@@ -458,9 +464,8 @@ impl BlockTable {
             self.entries[index.place()] = None;
             self.free.push(index);
             if let Some(parent) = next {
-                let above = tag(self.at(parent).id);
                 // A leaf's parent is mostly the next to go.
-                self.index.warm(std::iter::once(above));
+                self.warm(std::iter::once(self.at(parent).id));
                 let parent = self.at_mut(parent);
                 assert!(parent.children > 0, "a child is counted once by its parent");
                 parent.children -= 1;

@@ -151,6 +151,14 @@ impl Chunk {
         }
     }
 
+    /// Empties a frame for the caller, who sets its state at once.
+    pub(crate) fn take(&mut self, index: u32) {
+        let frame = &mut self.frames[index as usize];
+        self.counts.add(frame.state, -1);
+        frame.state = FrameState::Free;
+        self.counts.add(FrameState::Free, 1);
+    }
+
     /// Takes a free frame. The caller sets its state at once.
     pub(crate) fn take_free(&mut self) -> Option<u32> {
         let index = self.free.pop()?;

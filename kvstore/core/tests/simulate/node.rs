@@ -365,10 +365,12 @@ impl World {
                 return self.replied(*session, *request, reply.clone());
             }
             Effect::Notify { session, notice } => return self.notified(*session, notice.clone()),
-            Effect::SetFence { frame, fence } => {
-                let cell = self.frame(*frame);
-                assert_eq!(cell.fence + 1, fence.get(), "{frame:?}: a fence moves by one");
-                cell.fence = fence.get();
+            Effect::SetFences { fences } => {
+                for (frame, fence) in fences {
+                    let cell = self.frame(*frame);
+                    assert_eq!(cell.fence + 1, fence.get(), "{frame:?}: a fence moves by one");
+                    cell.fence = fence.get();
+                }
                 return;
             }
             Effect::AdoptWindow { chunk } => {
@@ -376,7 +378,9 @@ impl World {
                 assert!(held.owner.take().is_some(), "only a window is adopted");
                 return;
             }
-            Effect::Publish { event, .. } => return self.published(event.clone()),
+            Effect::Publish { events } => {
+                return events.iter().for_each(|(_, event)| self.published(event.clone()));
+            }
             Effect::Promote { op, class, .. } => return self.promoted(*op, *class),
             Effect::Cancel { op, .. } => return self.cancelled(*op),
             Effect::CreateChunk { op, chunk, tenant, owner, frames, .. } => {

@@ -250,7 +250,7 @@ impl Shard {
                 });
             }
             Effect::Notify { notice, .. } => bail!("the core says {notice:?}"),
-            Effect::SetFence { .. } | Effect::Publish { .. } | Effect::AdoptWindow { .. } => {}
+            Effect::SetFences { .. } | Effect::Publish { .. } | Effect::AdoptWindow { .. } => {}
             Effect::Read { .. }
             | Effect::Promote { .. }
             | Effect::Cancel { .. }

@@ -10,6 +10,11 @@ fn bits(number: u64) -> u64 {
     mixed ^ (mixed >> 31)
 }
 
+fn asked(blocks: usize) -> Asked {
+    let blocks = f64::from(u32::try_from(blocks).unwrap());
+    Asked { tokens: 10.0 * blocks, seconds: 0.5 * blocks }
+}
+
 fn lookup(number: u64) -> Lookup {
     Lookup { key: bits(number), size: 1, tokens: 10, seconds: 0.5 }
 }
@@ -55,7 +60,7 @@ fn unsampled_the_curve_is_exact_at_every_size() {
     let requests = requests(1500, 120);
     let mut curve = Curve::new(400, 1 << 14);
     for request in &requests {
-        curve.request(request.iter().map(|&number| lookup(number)));
+        curve.request(asked(request.len()), request.iter().map(|&number| lookup(number)));
     }
     assert_eq!(curve.sampled_one_of(), 1);
     let mut before = 0.0;
@@ -77,8 +82,8 @@ fn a_sample_of_a_sixteenth_is_near() {
     let mut curve = Curve::new(8000, 1500);
     let mut full = Curve::new(8000, 1 << 17);
     for request in &requests {
-        curve.request(request.iter().map(|&number| lookup(number)));
-        full.request(request.iter().map(|&number| lookup(number)));
+        curve.request(asked(request.len()), request.iter().map(|&number| lookup(number)));
+        full.request(asked(request.len()), request.iter().map(|&number| lookup(number)));
         assert!(curve.entries.len() <= 2 * 1500 && curve.places.len() < curve.tree.len());
     }
     assert!(curve.sampled_one_of() >= 8, "sampled one of {}", curve.sampled_one_of());
@@ -93,7 +98,7 @@ fn a_sample_of_a_sixteenth_is_near() {
 fn what_no_size_would_hold_is_forgotten() {
     let mut curve = Curve::new(100, 1024);
     for number in 0..50_000 {
-        curve.request([lookup(number)].into_iter());
+        curve.request(asked(1), [lookup(number)].into_iter());
     }
     assert_eq!(curve.sampled_one_of(), 1, "400 blocks matter, 1,024 can be kept");
 }

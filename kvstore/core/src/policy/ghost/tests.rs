@@ -67,7 +67,7 @@ fn the_lru_shadow_is_leaf_only_lru() {
         let mut naive = Naive::default();
         for n in 0..1500 {
             let keys = request(n, 300);
-            let saved = ghost.request(steps(&keys), &mut hazards);
+            let saved = ghost.request(keys.len() as u64, steps(&keys), &mut hazards);
             let wanted = naive.request(&keys, capacity as usize);
             assert_eq!(saved.lru, wanted as f64, "request {n} with {capacity} blocks");
             check(&ghost);
@@ -108,11 +108,11 @@ fn the_learned_shadow_keeps_what_comes_back() {
     for n in 0..6000u64 {
         let hot = n % 200;
         let scan: Vec<u64> = (0..5).map(|at| bits(1 << 50 | (n * 10 + at))).collect();
-        ghost.request(steps(&scan), &mut hazards);
+        ghost.request(scan.len() as u64, steps(&scan), &mut hazards);
         if n % 4 == 0 {
             // 50 chains in turn: LRU would need 50 * 2 + 50 * 4 * 5 blocks.
             let chain: Vec<u64> = (0..2).map(|at| bits(1 << 51 | (hot / 4 * 10 + at))).collect();
-            let saved = ghost.request(steps(&chain), &mut hazards);
+            let saved = ghost.request(chain.len() as u64, steps(&chain), &mut hazards);
             sum.lru += saved.lru;
             sum.learned += saved.learned;
         }
@@ -133,7 +133,10 @@ fn a_sampled_ghost_is_bounded_and_near() {
     for n in 0..30_000 {
         let keys = request(n, 3000);
         asked += keys.len() as f64;
-        let (a, b) = (full.request(steps(&keys), &mut h1), sampled.request(steps(&keys), &mut h2));
+        let (a, b) = (
+            full.request(keys.len() as u64, steps(&keys), &mut h1),
+            sampled.request(keys.len() as u64, steps(&keys), &mut h2),
+        );
         (s1.lru, s1.learned) = (s1.lru + a.lru, s1.learned + a.learned);
         (s2.lru, s2.learned) = (s2.lru + 4.0 * b.lru, s2.learned + 4.0 * b.learned);
     }
@@ -150,7 +153,12 @@ fn a_sampled_ghost_is_bounded_and_near() {
 fn the_ghost_is_deterministic() {
     let run = || {
         let (mut ghost, mut hazards) = (Ghost::new(BlockCount::new(64)), Hazards::new());
-        (0..3000).map(|n| ghost.request(steps(&request(n, 400)), &mut hazards)).collect::<Vec<_>>()
+        (0..3000)
+            .map(|n| {
+                let keys = request(n, 400);
+                ghost.request(keys.len() as u64, steps(&keys), &mut hazards)
+            })
+            .collect::<Vec<_>>()
     };
     assert_eq!(run(), run());
 }
@@ -160,14 +168,14 @@ fn the_ghost_is_deterministic() {
 fn a_part_of_a_prefix_uses_all_before_it() {
     let (mut ghost, mut hazards) = (Ghost::new(BlockCount::new(50)), Hazards::new());
     let chain: Vec<u64> = (0..6).map(bits).collect();
-    ghost.request(steps(&chain), &mut hazards);
+    ghost.request(chain.len() as u64, steps(&chain), &mut hazards);
     for n in 0..20_000u64 {
-        ghost.request(steps(&chain[3..]), &mut hazards);
-        ghost.request(steps(&[bits(1 << 40 | n), bits(1 << 42 | n)]), &mut hazards);
+        ghost.request(chain.len() as u64 - 3, steps(&chain[3..]), &mut hazards);
+        ghost.request(2, steps(&[bits(1 << 40 | n), bits(1 << 42 | n)]), &mut hazards);
         if n % 1000 == 0 {
             check(&ghost);
             // Another predecessor than before: it ends the prefix.
-            ghost.request(steps(&[chain[0], chain[4], chain[2]]), &mut hazards);
+            ghost.request(3, steps(&[chain[0], chain[4], chain[2]]), &mut hazards);
         }
     }
     assert!(ghost.find(chain[0]).is_some(), "used with every part");
