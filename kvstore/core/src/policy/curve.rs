@@ -145,6 +145,8 @@ impl Curve {
             let scale = self.scale();
             self.sampled.add(own, scale);
             match self.index.find(hash(block.key), |&slot| self.entries[slot as usize].key == block.key) {
+                // The request names it twice.
+                Some(&slot) if self.entries[slot as usize].place == NONE => {}
                 Some(&slot) => {
                     if let Some(point) = self.point_of(slot, scale) {
                         self.hits[point].add(own, scale);

@@ -129,7 +129,13 @@ impl World {
         let start = if self.random.percent(60) { 0 } else { self.random.index(8) };
         let end = start + 1 + self.random.index(8 - start);
         let parent = (start > 0 && self.random.percent(80)).then(|| chain[start - 1]);
-        (id, chain[start..end].to_vec(), parent)
+        let mut blocks = chain[start..end].to_vec();
+        if self.random.percent(3) {
+            // Nobody forbids to name a block twice.
+            let twice = blocks[self.random.index(blocks.len())];
+            blocks.insert(self.random.index(blocks.len() + 1), twice);
+        }
+        (id, blocks, parent)
     }
 
     fn repeat(&mut self, session: SessionId) -> u64 {

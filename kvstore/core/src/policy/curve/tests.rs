@@ -102,3 +102,14 @@ fn what_no_size_would_hold_is_forgotten() {
     }
     assert_eq!(curve.sampled_one_of(), 1, "400 blocks matter, 1,024 can be kept");
 }
+
+/// A client may name a block twice in one request: that is neither a hit nor a reason to fall over.
+#[test]
+fn a_block_named_twice_is_new_once() {
+    let mut curve = Curve::new(1000, 64);
+    curve.request(asked(3), [lookup(7), lookup(8), lookup(7)].into_iter());
+    assert!(curve.points().iter().all(|point| point.token_hits == 0.0), "{:?}", curve.points());
+    curve.request(asked(2), [lookup(7), lookup(7)].into_iter());
+    let last = curve.points()[CURVE_POINTS - 1];
+    assert!(last.token_hits > 0.0, "the second request finds it: {last:?}");
+}
