@@ -212,6 +212,8 @@ pub struct Core {
     pub(crate) memory_limit: u64,
     /// No frame by frame look for something to evict before.
     pub(crate) sweep_next: Now,
+    /// Of the next to be evicted so many are in the processor's cache.
+    pub(crate) warm_victims: u32,
     /// The space whose pool was taken from last.
     pub(crate) pool_space: Option<SpaceIndex>,
     pub(crate) create_paused_until: Now,
@@ -284,6 +286,7 @@ impl Core {
             restoring: false,
             memory_limit,
             sweep_next: Now::default(),
+            warm_victims: 0,
             pool_space: None,
             create_paused_until: Now::default(),
             persist_paused_until: Now::default(),
@@ -344,11 +347,11 @@ impl Core {
     /// The next thing to do. Drain it after each [`Core::handle`].
     pub fn poll_effect(&mut self) -> Option<Effect> {
         if !self.fences.is_empty() {
-            return Some(Effect::SetFences { fences: std::mem::take(&mut self.fences) });
+            return Some(Effect::SetFences { fences: take_all(&mut self.fences) });
         }
         let next = self.effects.pop_front();
         if next.is_none() && !self.events.is_empty() {
-            return Some(Effect::Publish { events: std::mem::take(&mut self.events) });
+            return Some(Effect::Publish { events: take_all(&mut self.events) });
         }
         next
     }
@@ -507,4 +510,10 @@ impl Core {
         assert!(held.leased_bytes >= bytes, "a tenant gives back what it was charged");
         held.leased_bytes -= bytes;
     }
+}
+
+/// Empties a list that will be as long again soon.
+fn take_all<T>(list: &mut Vec<T>) -> Vec<T> {
+    let next = Vec::with_capacity(list.len());
+    std::mem::replace(list, next)
 }

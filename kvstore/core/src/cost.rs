@@ -22,7 +22,7 @@ const RATE_WEIGHT: f64 = 1.0 / 16.0;
 /// Seconds to compute one block that has `depth` blocks before it:
 /// `first + slope * depth`. Prefill is linear in a prompt's length but for
 /// attention, which is quadratic: so a block's own cost is linear in its depth.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct ComputeCost {
     /// Of the first block of a prompt.
     pub first_seconds: f64,

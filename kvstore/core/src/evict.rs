@@ -86,7 +86,7 @@ impl Duels {
 /// What a use of a block saves, per byte. The same for all depths of a space: to
 /// weigh deep blocks by what they cost more took nine points of hits from agent
 /// traffic and saved no second, for they are also those that come back least.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Worth {
     compute: ComputeCost,
     load_seconds: f64,
@@ -229,9 +229,6 @@ impl Core {
 
     /// A copy came into a tier or left it: S3-FIFO counts what it holds.
     pub(crate) fn count_copies(&mut self, index: BlockIndex, before: Residence, after: Residence) {
-        if self.config.policy != Policy::S3Fifo {
-            return;
-        }
         let block = self.blocks.at(index);
         let (space, remembered) = (block.space, block.uses > 0);
         for (tier, was, is) in
@@ -395,6 +392,24 @@ impl Core {
         Choice::Nothing
     }
 
+    /// The parent of a block that leaves Pinned now, if it is the next to go: a leaf from then on, and to every
+    /// order of eviction what this block was.
+    pub(crate) fn heir(&self, index: BlockIndex) -> Option<BlockIndex> {
+        let block = self.blocks.at(index);
+        let parent = block.parent?;
+        let above = self.blocks.at(parent);
+        let same = above.used == block.used
+            && Class::of(above.stats()) == Class::of(block.stats())
+            && above.residence().nvme == block.residence().nvme
+            && above.space == block.space;
+        let free = above.children_pinned == 1
+            && !above.is_retained()
+            && !block.is_retained()
+            && !must_be_written(above, self.is_persisting())
+            && self.config.policy != Policy::S3Fifo;
+        (same && free && !self.frames().is_busy_in_pinned(above)).then_some(parent)
+    }
+
     /// A block of the space whose Nvme copy may go.
     pub(crate) fn nvme_victim(&mut self, space: SpaceIndex) -> Choice {
         match self.victim(space, Tier::Nvme, |frames, block| frames.is_busy_in_nvme(block)) {
@@ -421,7 +436,11 @@ impl Core {
             Policy::Duel => self.duels.of(tier).leader(),
             Policy::Lru | Policy::Fifo | Policy::S3Fifo => Leader::Lru,
         };
-        let worth = worth_of(self.spaces.at(space), self.load_seconds_idle(space));
+        let worth = match leader {
+            Leader::Learned => worth_of(self.spaces.at(space), self.load_seconds_idle(space)),
+            // Goes by age alone.
+            Leader::Lru => Worth::default(),
+        };
         let tick = self.tick;
         let seen = Seen { blocks: &self.blocks, tier, worth };
         let frames = Frames { chunks: &self.chunks, disks: &self.disks };

@@ -15,6 +15,9 @@ use crate::state::space::SpaceIndex;
 /// Copies between chunks at one time.
 const COPIES_MAX: u32 = 16;
 
+/// Blocks whose eviction is prepared at a time.
+const WARM_VICTIMS_MAX: usize = 64;
+
 /// What became of the wish for a frame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Allocated {
@@ -132,6 +135,18 @@ impl Core {
 
     /// A frame of the daemon's own chunks: a free one, a new chunk's, or an evicted block's.
     pub(crate) fn take_pool_frame(&mut self, space: SpaceIndex) -> Allocated {
+        let mut frames = Vec::new();
+        self.take_pool_frames(space, 1, &mut frames)
+    }
+
+    /// The same, for a caller that wants more of them: what else of a path is evicted with it is put into `more`.
+    /// The caller fills those at once too, or frees them.
+    pub(crate) fn take_pool_frames(
+        &mut self,
+        space: SpaceIndex,
+        wanted: usize,
+        more: &mut Vec<FrameRef>,
+    ) -> Allocated {
         self.pool_space = Some(space);
         if let Some(frame) = self.take_free_pool_frame(space) {
             return Allocated::Frame(frame);
@@ -148,11 +163,15 @@ impl Core {
         }
         match self.pinned_victim_now(space) {
             Choice::Evict(index) => {
-                self.rebalance(space, index);
-                self.counters.evictions_pinned += 1;
-                let frame = self.take_pinned(index);
-                self.blocks.remove_if_gone(index);
-                if let Some(frame) = frame {
+                if self.warm_victims == 0 {
+                    self.warm_victims = self.blocks.warm_path(index, wanted.min(WARM_VICTIMS_MAX));
+                }
+                self.evict_path(index, wanted.min(WARM_VICTIMS_MAX), more);
+                let evicted = count(more.len());
+                self.warm_victims = self.warm_victims.saturating_sub(evicted);
+                // The path's own order: its leaf first.
+                more.reverse();
+                if let Some(frame) = more.pop() {
                     return Allocated::Frame(frame);
                 }
             }
@@ -261,14 +280,14 @@ impl Core {
     /// A space that has evicted a chunk's worth of its blocks gets a chunk of
     /// another, if nothing in that was used since the last of them was: so memory
     /// follows the mix of models.
-    fn rebalance(&mut self, space: SpaceIndex, victim: BlockIndex) {
-        let idle = self.blocks.at(victim).idle(self.now);
+    pub(crate) fn rebalance(&mut self, space: SpaceIndex, victim: BlockIndex) {
         let held = self.spaces.at_mut(space);
         held.evicted += 1;
         if held.evicted < held.frames_per_chunk || !self.emptying.is_empty() {
             return;
         }
         held.evicted = 0;
+        let idle = self.blocks.at(victim).idle(self.now);
         let colder = self.chunks.iter().filter(|(_, chunk)| {
             chunk.space != space
                 && chunk.kind == ChunkKind::Pool

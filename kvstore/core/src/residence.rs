@@ -2,7 +2,7 @@
 //! [`Core::transition`], so that child counts, recency lists, quotas and the
 //! event stream cannot disagree with the residency table.
 
-use crate::api::{Effect, Event, Residence};
+use crate::api::{Effect, Event, Policy, Residence};
 use crate::core::Core;
 use crate::evict::{Relist, is_by_use};
 use crate::ids::{BlockId, Fence, FrameRef};
@@ -23,19 +23,31 @@ pub(crate) enum Vacate {
 impl Core {
     /// Changes a block's copies and everything that follows from them.
     pub(crate) fn transition(&mut self, index: BlockIndex, change: impl FnOnce(&mut Block)) {
+        if let Some(parent) = self.change(index, change) {
+            self.relist(parent, Relist::Keep);
+        }
+        self.relist(index, Relist::Keep);
+    }
+
+    /// The same, but for the lists. The parent is given back if it may have to move in them.
+    fn change(&mut self, index: BlockIndex, change: impl FnOnce(&mut Block)) -> Option<BlockIndex> {
         let block = self.blocks.at_mut(index);
         let before = block.residence();
         change(block);
         let after = block.residence();
         let (space, parent, id) = (block.space, block.parent, block.id);
+        let mut moves = None;
         if before != after {
             if let Some(parent) = parent {
                 let above = self.blocks.at_mut(parent);
                 let was_leaf = above.leaf_of();
                 adjust(&mut above.children_pinned, before.pinned, after.pinned);
                 adjust(&mut above.children_nvme, before.nvme, after.nvme);
-                if above.leaf_of() != was_leaf {
-                    self.relist(parent, Relist::Keep);
+                let (leaf_pinned, leaf) = above.leaf_of();
+                let there = above.residence();
+                let may_be_listed = leaf_pinned && there.pinned || leaf && there.nvme;
+                if (leaf_pinned, leaf) != was_leaf && (may_be_listed || above.is_listed()) {
+                    moves = Some(parent);
                 }
             }
             let held = self.spaces.at_mut(space);
@@ -47,22 +59,29 @@ impl Core {
                 (true, false) => self.unpersisted -= length,
                 (true, true) | (false, false) => {}
             }
-            self.count_copies(index, before, after);
+            if self.config.policy == Policy::S3Fifo {
+                self.count_copies(index, before, after);
+            }
             if !self.restoring {
                 self.publish_change(index, before, after);
             }
         }
         if after == Residence::default() {
-            self.unretain(index);
-            // A copy that is on its way to a device may outlive the one it was made from.
             let block = self.blocks.at_mut(index);
-            if !block.nvme.is_coming() {
+            // A copy that is on its way to a device may outlive the one it was made from.
+            let coming = block.nvme.is_coming();
+            if !coming {
                 block.set_seal(None);
+            }
+            if block.is_retained() {
+                self.unretain(index);
+            }
+            if !coming && !self.durables.is_empty() {
                 self.durable(index, false);
             }
         }
-        self.relist(index, Relist::Keep);
         debug_assert!(self.blocks.at(index).id == id, "a transition does not change identities");
+        moves
     }
 
     fn publish_change(&mut self, index: BlockIndex, before: Residence, after: Residence) {
@@ -117,25 +136,43 @@ impl Core {
         assert!(block.filling > 0, "a filling frame is counted by its block");
         block.filling -= 1;
         block.touch(tick, now);
-        self.transition(index, |block| block.pinned = Some(frame));
+        if let Some(parent) = self.change(index, |block| block.pinned = Some(frame)) {
+            self.relist(parent, Relist::Keep);
+        }
+        // A lease that pins it keeps it off the list of Pinned.
+        if pins == 0 || matches!(self.blocks.at(index).nvme, Nvme::Sealed { .. }) {
+            self.relist(index, Relist::Keep);
+        }
     }
 
     /// Ends the Pinned copy: readers see the fence move before the frame can be used again.
     pub(crate) fn drop_pinned(&mut self, index: BlockIndex) {
-        self.end_pinned(index, Vacate::Free);
-    }
-
-    /// The same, for the sake of its frame, which is the caller's now. `None`: an operation still reads from it.
-    pub(crate) fn take_pinned(&mut self, index: BlockIndex) -> Option<FrameRef> {
-        self.end_pinned(index, Vacate::Take)
-            .filter(|&frame| self.chunks.frame(frame).is_some_and(|cell| cell.state == FrameState::Free))
-    }
-
-    fn end_pinned(&mut self, index: BlockIndex, how: Vacate) -> Option<FrameRef> {
-        let frame = self.blocks.at(index).pinned?;
-        self.vacate(frame, how);
+        let Some(frame) = self.blocks.at(index).pinned else { return };
+        self.vacate(frame, Vacate::Free);
         self.transition(index, |block| block.pinned = None);
-        Some(frame)
+    }
+
+    /// Evicts a leaf for the sake of its frame, and then its ancestors, as long as each is the next to go for
+    /// certain, up to `wanted` frames. They are the caller's, who fills them at once.
+    pub(crate) fn evict_path(&mut self, leaf: BlockIndex, wanted: usize, frames: &mut Vec<FrameRef>) {
+        let mut next = Some(leaf);
+        while let Some(index) = next {
+            let Some(frame) = self.blocks.at(index).pinned else { return };
+            next = if frames.len() + 1 < wanted { self.heir(index) } else { None };
+            self.rebalance(self.blocks.at(index).space, index);
+            self.counters.evictions_pinned += 1;
+            if self.vacate(frame, Vacate::Take) {
+                frames.push(frame);
+            }
+            let parent = self.change(index, |block| block.pinned = None);
+            if let Some(parent) = parent.filter(|&parent| next != Some(parent)) {
+                self.relist(parent, Relist::Keep);
+            }
+            if self.blocks.at(index).is_listed() {
+                self.relist(index, Relist::Keep);
+            }
+            self.blocks.remove_if_gone(index);
+        }
     }
 
     /// Ends what a frame is being filled with.
@@ -149,8 +186,8 @@ impl Core {
         self.blocks.remove_if_gone(block);
     }
 
-    /// Bumps the fence of a frame, then takes what it holds away.
-    pub(crate) fn vacate(&mut self, frame: FrameRef, how: Vacate) {
+    /// Bumps the fence of a frame, then takes what it holds away. False: it is not free yet.
+    pub(crate) fn vacate(&mut self, frame: FrameRef, how: Vacate) -> bool {
         let chunk = self.chunks.at_mut(frame.chunk);
         let cell = &mut chunk.frames[frame.index as usize];
         cell.fence = cell.fence.next();
@@ -163,9 +200,10 @@ impl Core {
             Vacate::Free => self.free_frame(frame),
         }
         self.emptying_due = true;
+        how != Vacate::Quarantine && !busy
     }
 
-    /// Nothing refers to the frame any more.
+    /// Nothing refers to the frame any more, or whoever took it does not use it after all.
     pub(crate) fn free_frame(&mut self, frame: FrameRef) {
         let chunk = self.chunks.at_mut(frame.chunk);
         assert!(chunk.frames[frame.index as usize].busy == 0, "a frame is freed after its last operation");

@@ -38,6 +38,8 @@ struct Writing {
     length: ByteCount,
     /// Blocks go through windows of the session.
     local: bool,
+    /// Evicted for it, and not used yet.
+    frames: Vec<FrameRef>,
     /// Where its last frame came from.
     window: Option<ChunkId>,
     items: Vec<Option<Held>>,
@@ -170,6 +172,7 @@ impl Core {
             }
         }
         self.charge(writing.tenant, writing.owed);
+        writing.frames.into_iter().for_each(|frame| self.free_frame(frame));
         if let Some(lease) = self.leases.get_mut(&lease) {
             lease.items = writing.items;
         }
@@ -189,6 +192,7 @@ impl Core {
             frame_bytes: held.frame_bytes.get(),
             length: held.block_bytes,
             local: self.is_local(session),
+            frames: Vec::new(),
             window: None,
             items,
             tenant,
@@ -225,7 +229,8 @@ impl Core {
         if self.blocks.len() + 2 > self.config.limits.blocks || writing.allowance < writing.frame_bytes {
             return throttled;
         }
-        let frame = match self.take_frame(writing) {
+        let wanted = writing.items.len() - position;
+        let frame = match self.take_frame(writing, wanted) {
             Allocated::Frame(frame) => frame,
             Allocated::Wait => return (Step::Wait, None),
             Allocated::Never => return throttled,
@@ -240,10 +245,13 @@ impl Core {
         (Step::Settled(self.reserve(writing, position, index, frame)), Some(index))
     }
 
-    /// A frame for the lease, which its tenant may have.
-    fn take_frame(&mut self, writing: &mut Writing) -> Allocated {
+    /// A frame for the lease, which its tenant may have; `wanted` at most come after it, itself included.
+    fn take_frame(&mut self, writing: &mut Writing, wanted: usize) -> Allocated {
+        if let Some(frame) = writing.frames.pop() {
+            return Allocated::Frame(frame);
+        }
         if !writing.local {
-            return self.take_pool_frame(writing.space);
+            return self.take_pool_frames(writing.space, wanted, &mut writing.frames);
         }
         if let Some(frame) = writing.window.and_then(|window| self.take_from_window(window)) {
             return Allocated::Frame(frame);
@@ -292,11 +300,13 @@ impl Core {
         }
         if self.blocks.at(index).parent == Some(above) {
             self.inherit(index, above);
+            if self.blocks.at(above).is_listed() {
+                self.relist(above, Relist::Keep);
+            }
+        } else {
+            // It may have been entered for this block.
+            self.blocks.remove_if_gone(above);
         }
-        if self.blocks.at(above).is_listed() {
-            self.relist(above, Relist::Keep);
-        }
-        self.blocks.remove_if_gone(above);
     }
 
     /// A block's depth follows from its parent, and so does its turn: a parent

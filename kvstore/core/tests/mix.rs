@@ -164,6 +164,7 @@ fn memory_and_slots_follow_the_model_mix() {
             assert!(u64::from(to.chunks) >= CHUNKS - 1, "{policy:?}: {} of {CHUNKS} chunks moved", to.chunks);
             assert!(from.chunks <= 1, "{policy:?}: {} chunks stayed", from.chunks);
             let frames = u64::from(SLOTS) * ((CHUNK_BYTES - 4096) / to.frame_bytes.get());
+            println!("{policy:?} {towards}: {} of {frames}", to.blocks_nvme);
             assert!(
                 to.blocks_nvme * 10 >= frames * 8,
                 "{policy:?}: {} of {frames} disk frames",

@@ -34,10 +34,15 @@ impl History {
     /// A block leaves its last tier.
     pub(crate) fn remember(&mut self, block: BlockId, stats: UseStats) {
         let (at, tag) = self.place(block);
-        let set = &mut self.sets[at];
-        let old = set.iter().position(|&entry| entry >> 16 == tag).unwrap_or(WAYS - 1);
-        set.copy_within(0..old, 1);
-        set[0] = tag << 16 | u64::from(stats.turn) << 8 | u64::from(stats.uses.saturating_add(1).max(1));
+        let mut moved =
+            tag << 16 | u64::from(stats.turn) << 8 | u64::from(stats.uses.saturating_add(1).max(1));
+        // To the front; what was there moves on, as far as the place of the old entry, a free one, or the end.
+        for entry in &mut self.sets[at] {
+            moved = std::mem::replace(entry, moved);
+            if moved >> 16 == tag || moved == 0 {
+                break;
+            }
+        }
     }
 
     /// What it had earned, if it is remembered; its depth is not kept.

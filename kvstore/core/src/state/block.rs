@@ -396,6 +396,19 @@ impl BlockTable {
         }
     }
 
+    /// A block leaves its last tier soon, and after it its ancestors up to one that more hangs on. Brings what
+    /// that will touch into the cache, of so many blocks at most. How many that are.
+    pub(crate) fn warm_path(&self, leaf: BlockIndex, limit: usize) -> u32 {
+        let mut ids = Vec::with_capacity(limit);
+        let mut next = Some(leaf);
+        while let Some(block) = next.map(|index| self.at(index)).filter(|_| ids.len() < limit) {
+            ids.push(block.id);
+            next = block.parent.filter(|&parent| self.at(parent).children == 1);
+        }
+        self.warm(ids.iter().copied());
+        count(ids.len())
+    }
+
     /// The entry of the block that comes after `before` in a prefix: mostly its
     /// last child, which is found without hashing.
     pub(crate) fn find_after(&self, before: Option<BlockIndex>, id: BlockId) -> Option<BlockIndex> {
@@ -464,8 +477,6 @@ impl BlockTable {
             self.entries[index.place()] = None;
             self.free.push(index);
             if let Some(parent) = next {
-                // A leaf's parent is mostly the next to go.
-                self.warm(std::iter::once(self.at(parent).id));
                 let parent = self.at_mut(parent);
                 assert!(parent.children > 0, "a child is counted once by its parent");
                 parent.children -= 1;

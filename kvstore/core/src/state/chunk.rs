@@ -143,9 +143,9 @@ impl Chunk {
     /// Changes a frame's state and the counts with it.
     pub(crate) fn set(&mut self, index: u32, state: FrameState) {
         let frame = &mut self.frames[index as usize];
-        self.counts.add(frame.state, -1);
+        self.counts.leave(frame.state);
         frame.state = state;
-        self.counts.add(state, 1);
+        self.counts.join(state);
         if state == FrameState::Free {
             self.free.push(index);
         }
@@ -154,9 +154,9 @@ impl Chunk {
     /// Empties a frame for the caller, who sets its state at once.
     pub(crate) fn take(&mut self, index: u32) {
         let frame = &mut self.frames[index as usize];
-        self.counts.add(frame.state, -1);
+        self.counts.leave(frame.state);
         frame.state = FrameState::Free;
-        self.counts.add(FrameState::Free, 1);
+        self.counts.join(FrameState::Free);
     }
 
     /// Takes a free frame. The caller sets its state at once.
@@ -180,20 +180,32 @@ impl Chunk {
 }
 
 impl FrameCounts {
-    fn add(&mut self, state: FrameState, by: i64) {
-        let field = match state {
-            FrameState::Free => &mut self.free,
-            FrameState::Filling { .. } => &mut self.filling,
+    /// A frame comes into this state.
+    fn join(&mut self, state: FrameState) {
+        match state {
+            FrameState::Free => self.free += 1,
+            FrameState::Filling { .. } => self.filling += 1,
             FrameState::Sealed { pins, .. } => {
-                if pins > 0 {
-                    self.pinned = self.pinned.checked_add_signed(by).expect("a pinned frame is counted");
-                }
-                &mut self.sealed
+                self.sealed += 1;
+                self.pinned += u64::from(pins > 0);
             }
-            FrameState::Evicting => &mut self.evicting,
-            FrameState::Quarantined => &mut self.quarantined,
-        };
-        *field = field.checked_add_signed(by).expect("a frame is counted in its state");
+            FrameState::Evicting => self.evicting += 1,
+            FrameState::Quarantined => self.quarantined += 1,
+        }
+    }
+
+    /// A frame was in this state.
+    fn leave(&mut self, state: FrameState) {
+        match state {
+            FrameState::Free => self.free -= 1,
+            FrameState::Filling { .. } => self.filling -= 1,
+            FrameState::Sealed { pins, .. } => {
+                self.sealed -= 1;
+                self.pinned -= u64::from(pins > 0);
+            }
+            FrameState::Evicting => self.evicting -= 1,
+            FrameState::Quarantined => self.quarantined -= 1,
+        }
     }
 
     /// Adds another chunk's counts.
@@ -220,6 +232,8 @@ pub(crate) struct ChunkTable {
     index: Index,
     order: BTreeMap<ChunkId, u32>,
     created: u64,
+    /// The chunk that was used last, and its slot: mostly the next one too.
+    last: Option<(ChunkId, u32)>,
 }
 
 /// Ids are counted: their low bits are as even as can be.
@@ -239,7 +253,10 @@ impl ChunkTable {
     }
 
     fn slot(&self, id: ChunkId) -> Option<usize> {
-        self.index.find(tag(id), |_| true).map(|slot| slot as usize)
+        match self.last {
+            Some((last, slot)) if last == id => Some(slot as usize),
+            Some(_) | None => self.index.find(tag(id), |_| true).map(|slot| slot as usize),
+        }
     }
 
     pub(crate) fn find(&self, id: ChunkId) -> Option<&Chunk> {
@@ -252,6 +269,7 @@ impl ChunkTable {
 
     pub(crate) fn at_mut(&mut self, id: ChunkId) -> &mut Chunk {
         let slot = self.slot(id).expect("a chunk is used only while it is alive");
+        self.last = Some((id, count(slot)));
         self.slots[slot].as_mut().expect("the index names slots in use")
     }
 
@@ -278,6 +296,7 @@ impl ChunkTable {
     pub(crate) fn remove(&mut self, id: ChunkId) -> Chunk {
         let slot = self.order.remove(&id).expect("a chunk is removed once");
         self.index.remove(tag(id), slot);
+        self.last = None;
         self.free.push(slot);
         self.slots[slot as usize].take().expect("the index names slots in use")
     }
