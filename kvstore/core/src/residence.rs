@@ -38,8 +38,10 @@ impl Core {
         let (space, parent, id) = (block.space, block.parent, block.id);
         let mut moves = None;
         if before != after {
+            let mut parent_id = None;
             if let Some(parent) = parent {
                 let above = self.blocks.at_mut(parent);
+                parent_id = Some(above.id);
                 let was_leaf = above.leaf_of();
                 adjust(&mut above.children_pinned, before.pinned, after.pinned);
                 adjust(&mut above.children_nvme, before.nvme, after.nvme);
@@ -52,6 +54,18 @@ impl Core {
             }
             let held = self.spaces.at_mut(space);
             let length = held.block_bytes.get();
+            if !self.restoring {
+                let (space, none) = (held.id, Residence::default());
+                let event = if before == none {
+                    let length = held.block_bytes;
+                    Event::Sealed { space, block: id, parent: parent_id, length, tiers: after }
+                } else if after == none {
+                    Event::Evicted { space, block: id }
+                } else {
+                    Event::Moved { space, block: id, tiers: after }
+                };
+                self.events.push((held.tenant, event));
+            }
             adjust(&mut held.blocks_pinned, before.pinned, after.pinned);
             adjust(&mut held.blocks_nvme, before.nvme, after.nvme);
             match (is_unpersisted(before), is_unpersisted(after)) {
@@ -61,9 +75,6 @@ impl Core {
             }
             if self.config.policy == Policy::S3Fifo {
                 self.count_copies(index, before, after);
-            }
-            if !self.restoring {
-                self.publish_change(index, before, after);
             }
         }
         if after == Residence::default() {
@@ -82,22 +93,6 @@ impl Core {
         }
         debug_assert!(self.blocks.at(index).id == id, "a transition does not change identities");
         moves
-    }
-
-    fn publish_change(&mut self, index: BlockIndex, before: Residence, after: Residence) {
-        let block = self.blocks.at(index);
-        let held = self.spaces.at(block.space);
-        let (tenant, space, id) = (held.tenant, held.id, block.id);
-        let none = Residence::default();
-        let event = if before == none {
-            let parent = block.parent.map(|parent| self.blocks.at(parent).id);
-            Event::Sealed { space, block: id, parent, length: held.block_bytes, tiers: after }
-        } else if after == none {
-            Event::Evicted { space, block: id }
-        } else {
-            Event::Moved { space, block: id, tiers: after }
-        };
-        self.events.push((tenant, event));
     }
 
     /// Marks a block as used now.

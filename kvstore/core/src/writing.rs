@@ -353,11 +353,9 @@ impl Core {
             return Some(Reply::Refused(refusal));
         }
         if durability == Durability::Readable {
-            let sealed = self.seal_all(id, parts);
-            self.computed(id, &sealed);
-            return Some(Reply::Sealed {
-                outcomes: sealed.into_iter().map(|(outcome, _)| outcome).collect(),
-            });
+            let mut outcomes = Vec::with_capacity(parts.len());
+            self.seal_all(id, parts, |outcome, _| outcomes.push(outcome));
+            return Some(Reply::Sealed { outcomes });
         }
         if !self.may_wait() {
             return Some(Reply::Throttled(Limit::RequestsWaiting));
@@ -366,8 +364,8 @@ impl Core {
         if let Some(wait) = self.waits.get_mut(&wait) {
             wait.pending = count(parts.len()) + 1;
         }
-        let sealed = self.seal_all(id, parts);
-        self.computed(id, &sealed);
+        let mut sealed = Vec::with_capacity(parts.len());
+        self.seal_all(id, parts, |outcome, block| sealed.push((outcome, block)));
         for (place, (outcome, block)) in sealed.into_iter().enumerate() {
             if let Some(WaitKind::Seal { outcomes }) = self.waits.get_mut(&wait).map(|wait| &mut wait.kind) {
                 outcomes[place] = outcome;
@@ -376,20 +374,6 @@ impl Core {
         }
         self.part_done(wait);
         None
-    }
-
-    /// What was sealed now was computed since the lease was granted or last sealed in.
-    fn computed(&mut self, id: LeaseId, sealed: &[(SealOutcome, Option<BlockIndex>)]) {
-        let now = self.now;
-        let Some(lease) = self.leases.get_mut(&id) else { return };
-        let took = seconds(now.since(std::mem::replace(&mut lease.mark, now)));
-        let LeaseKind::Write { space } = lease.kind else { return };
-        let fresh = sealed.iter().filter(|(outcome, _)| *outcome == SealOutcome::Sealed);
-        let depths = fresh.filter_map(|&(_, index)| Some(self.blocks.at(index?).depth));
-        let (blocks, depths) = depths.fold((0u32, 0u64), |(n, sum), depth| (n + 1, sum + u64::from(depth)));
-        let Some(mean) = depths.checked_div(u64::from(blocks)) else { return };
-        let mean = u32::try_from(mean).unwrap_or(u32::MAX);
-        self.spaces.at_mut(space).compute.observe(mean, took / f64::from(blocks));
     }
 
     /// Everything is checked before anything changes.
@@ -426,10 +410,18 @@ impl Core {
         }
     }
 
-    /// Publishes blocks, in this order. Each is given back when it is sealed.
-    fn seal_all(&mut self, id: LeaseId, parts: &[SealedPart]) -> Vec<(SealOutcome, Option<BlockIndex>)> {
-        let Some(lease) = self.leases.get_mut(&id) else { return Vec::new() };
+    /// Publishes blocks, in this order, and tells what became of each. It is given back when it is sealed. What was
+    /// sealed now was computed since the lease was granted or last sealed in.
+    fn seal_all(
+        &mut self,
+        id: LeaseId,
+        parts: &[SealedPart],
+        mut tell: impl FnMut(SealOutcome, Option<BlockIndex>),
+    ) {
+        let Some(lease) = self.leases.get_mut(&id) else { return };
+        let LeaseKind::Write { space } = lease.kind else { return };
         let (session, items) = (lease.session, std::mem::take(&mut lease.items));
+        let took = seconds(self.now.since(std::mem::replace(&mut lease.mark, self.now)));
         let asked = self.sessions.get(&session).and_then(|open| open.asked);
         let sealing = Sealing {
             lease: id,
@@ -437,15 +429,23 @@ impl Core {
             added: asked.map_or(1, |asked| asked.added),
             persist: self.is_written_behind(),
         };
+        let (mut fresh, mut depths) = (0u32, 0u64);
         // The lengths were compared with the space's.
-        let sealed = parts
-            .iter()
-            .map(|&(position, _, checksum)| self.seal_one(sealing, items[position as usize], checksum))
-            .collect();
+        for &(position, _, checksum) in parts {
+            let (outcome, block) = self.seal_one(sealing, items[position as usize], checksum);
+            if let (SealOutcome::Sealed, Some(index)) = (outcome, block) {
+                fresh += 1;
+                depths += u64::from(self.blocks.at(index).depth);
+            }
+            tell(outcome, block);
+        }
         if let Some(lease) = self.leases.get_mut(&id) {
             lease.items = items;
         }
-        sealed
+        if let Some(mean) = depths.checked_div(u64::from(fresh)) {
+            let mean = u32::try_from(mean).unwrap_or(u32::MAX);
+            self.spaces.at_mut(space).compute.observe(mean, took / f64::from(fresh));
+        }
     }
 
     fn seal_one(

@@ -15,19 +15,23 @@ const ENTRIES_MAX: u32 = 1 << 22;
 #[derive(Clone, Debug)]
 pub(crate) struct History {
     /// Tag in the high 48 bits, then turn, then uses plus one in a byte each; zero is empty.
-    sets: Vec<[u64; WAYS]>,
+    sets: Vec<Set>,
 }
+
+#[derive(Clone, Debug)]
+#[repr(align(64))]
+struct Set([u64; WAYS]);
 
 impl History {
     /// Remembers about this many blocks.
     pub(crate) fn new(blocks: u32) -> Self {
         let entries = blocks.clamp(64, ENTRIES_MAX).next_power_of_two();
-        Self { sets: vec![[0; WAYS]; entries as usize / WAYS] }
+        Self { sets: vec![Set([0; WAYS]); entries as usize / WAYS] }
     }
 
     /// Brings what is remembered of these blocks into the cache. The loads do not wait for each other.
     pub(crate) fn warm(&self, blocks: impl Iterator<Item = BlockId>) {
-        let sets = blocks.fold(0, |all, block| all ^ self.sets[self.place(block).0][0]);
+        let sets = blocks.fold(0, |all, block| all ^ self.sets[self.place(block).0].0[0]);
         std::hint::black_box(sets);
     }
 
@@ -37,7 +41,7 @@ impl History {
         let mut moved =
             tag << 16 | u64::from(stats.turn) << 8 | u64::from(stats.uses.saturating_add(1).max(1));
         // To the front; what was there moves on, as far as the place of the old entry, a free one, or the end.
-        for entry in &mut self.sets[at] {
+        for entry in &mut self.sets[at].0 {
             moved = std::mem::replace(entry, moved);
             if moved >> 16 == tag || moved == 0 {
                 break;
@@ -48,7 +52,7 @@ impl History {
     /// What it had earned, if it is remembered; its depth is not kept.
     pub(crate) fn recall(&self, block: BlockId) -> Option<UseStats> {
         let (at, tag) = self.place(block);
-        let &entry = self.sets[at].iter().find(|&&entry| entry >> 16 == tag)?;
+        let &entry = self.sets[at].0.iter().find(|&&entry| entry >> 16 == tag)?;
         let [uses, turn, ..] = entry.to_le_bytes();
         Some(UseStats { depth: 0, turn, uses: uses - 1 })
     }

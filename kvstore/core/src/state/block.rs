@@ -399,6 +399,16 @@ impl BlockTable {
     /// A block leaves its last tier soon, and after it its ancestors up to one that more hangs on. Brings what
     /// that will touch into the cache, of so many blocks at most. How many that are.
     pub(crate) fn warm_path(&self, leaf: BlockIndex, limit: usize) -> u32 {
+        // Paths are mostly written in one go, and lie in the table as in the forest: the loads of their entries
+        // do not wait for each other, as those of the walk would.
+        if let Some(parent) = self.at(leaf).parent {
+            let (from, towards) = (leaf.place(), parent.place());
+            let marks = (0..limit).filter_map(|nth| {
+                let at = if towards < from { from.checked_sub(nth)? } else { from + nth };
+                self.entries.get(at)?.as_ref().map(|block| block.marks)
+            });
+            std::hint::black_box(marks.fold(0, |all, marks| all ^ marks));
+        }
         let mut ids = Vec::with_capacity(limit);
         let mut next = Some(leaf);
         while let Some(block) = next.map(|index| self.at(index)).filter(|_| ids.len() < limit) {
