@@ -358,6 +358,14 @@ impl World {
         self.tell(Input::Degraded { degraded });
     }
 
+    fn fences_moved(&mut self, fences: &[(FrameRef, Fence)]) {
+        for (frame, fence) in fences {
+            let cell = self.frame(*frame);
+            assert_eq!(cell.fence + 1, fence.get(), "{frame:?}: a fence moves by one");
+            cell.fence = fence.get();
+        }
+    }
+
     /// Starts an effect. What is fast happens now.
     fn perform(&mut self, effect: Effect) {
         let (op, sample) = match &effect {
@@ -365,14 +373,7 @@ impl World {
                 return self.replied(*session, *request, reply.clone());
             }
             Effect::Notify { session, notice } => return self.notified(*session, notice.clone()),
-            Effect::SetFences { fences } => {
-                for (frame, fence) in fences {
-                    let cell = self.frame(*frame);
-                    assert_eq!(cell.fence + 1, fence.get(), "{frame:?}: a fence moves by one");
-                    cell.fence = fence.get();
-                }
-                return;
-            }
+            Effect::SetFences { fences } => return self.fences_moved(fences),
             Effect::AdoptWindow { chunk } => {
                 let held = self.chunks.get_mut(chunk).expect("an adopted window is alive");
                 assert!(held.owner.take().is_some(), "only a window is adopted");
