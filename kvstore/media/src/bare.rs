@@ -2,8 +2,8 @@
 //! what kernel and device give with nothing of ours in between.
 //!
 //! It uses what the device threads use (registered chunks and files,
-//! SINGLE_ISSUER and DEFER_TASKRUN, O_DIRECT) and neither looks at the bytes nor
-//! tells anybody. Not for the daemon.
+//! SINGLE_ISSUER and DEFER_TASKRUN, O_DIRECT), looks at the bytes only if it is told
+//! to, and tells nobody. Not for the daemon.
 
 use std::collections::VecDeque;
 use std::fs::{File, OpenOptions};
@@ -15,6 +15,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use io_uring::{IoUring, opcode, types};
+use terrace_core::BlockHeader;
 
 use crate::memory::ChunkMemory;
 
@@ -25,6 +26,8 @@ const ENTRIES: u32 = 128;
 pub enum BareOp {
     /// Device to memory.
     Read,
+    /// The same, and the payload is compared with the checksum while the device works on what comes next.
+    ReadChecked,
     /// Memory to device.
     Write,
 }
@@ -67,7 +70,7 @@ impl BareLoop {
     }
 
     /// Moves one frame an offset, `depth` at once, and says how long all took.
-    /// `frames` are (chunk, frame), used in turn; at least `depth` of them.
+    /// `frames` are (chunk, frame), used in turn; at least `depth` of them. What is checked holds the block `expect`.
     ///
     /// # Errors
     /// If an I/O fails or is cut short, or a frame does not hold `bytes`.
@@ -78,6 +81,7 @@ impl BareLoop {
         bytes: u32,
         frames: &[(usize, u32)],
         depth: usize,
+        expect: &BlockHeader,
     ) -> io::Result<Duration> {
         let mut addresses = Vec::with_capacity(frames.len());
         for (chunk, frame) in frames {
@@ -87,71 +91,85 @@ impl BareLoop {
             let slot = u16::try_from(*chunk).map_err(io::Error::other)?;
             addresses.push((memory.frame(*frame).map_err(io::Error::other)?, slot));
         }
+        let check = |place: usize| {
+            let (chunk, frame) = frames[place];
+            self.chunks[chunk].verify(frame, expect).unwrap_or(false)
+        };
         let began = Instant::now();
-        let outcome = self.drive(op, offsets, bytes, &addresses, depth);
+        let outcome = drive(&mut self.ring, op, offsets, bytes, &addresses, depth, check);
         let took = began.elapsed();
         outcome.map(|()| took)
     }
+}
 
-    fn drive(
-        &mut self,
-        op: BareOp,
-        offsets: &[u64],
-        bytes: u32,
-        addresses: &[(*mut u8, u16)],
-        depth: usize,
-    ) -> io::Result<()> {
-        let mut next = offsets.iter();
-        let mut free: VecDeque<usize> = (0..addresses.len()).collect();
-        let mut running = 0usize;
-        let mut failed = None;
-        while running < depth
-            && let Some(place) = free.pop_front()
-            && let Some(offset) = next.next()
-        {
-            self.push(op, *offset, bytes, addresses[place], place)?;
-            running += 1;
-        }
-        while running > 0 {
-            match self.ring.submit_and_wait(1) {
-                Err(error) if error.kind() != io::ErrorKind::Interrupted => return Err(error),
-                Ok(_) | Err(_) => {}
-            }
-            let completions: Vec<_> = self.ring.completion().collect();
-            for completion in completions {
-                running -= 1;
-                if u32::try_from(completion.result()) != Ok(bytes) {
-                    failed = Some(io::Error::other(format!("an I/O answered {}", completion.result())));
-                }
-                free.push_back(usize::try_from(completion.user_data()).map_err(io::Error::other)?);
-                if let Some(offset) = next.next().filter(|_| failed.is_none())
-                    && let Some(place) = free.pop_front()
-                {
-                    self.push(op, *offset, bytes, addresses[place], place)?;
-                    running += 1;
-                }
-            }
-        }
-        failed.map_or(Ok(()), Err)
+fn drive(
+    ring: &mut IoUring,
+    op: BareOp,
+    offsets: &[u64],
+    bytes: u32,
+    addresses: &[(*mut u8, u16)],
+    depth: usize,
+    check: impl Fn(usize) -> bool,
+) -> io::Result<()> {
+    let mut next = offsets.iter();
+    let mut free: VecDeque<usize> = (0..addresses.len()).collect();
+    let mut unchecked = Vec::new();
+    let mut running = 0usize;
+    let mut failed = None;
+    while running < depth
+        && let Some(place) = free.pop_front()
+        && let Some(offset) = next.next()
+    {
+        push(ring, op, *offset, bytes, addresses[place], place)?;
+        running += 1;
     }
+    while running > 0 || !unchecked.is_empty() {
+        match ring.submit_and_wait(usize::from(unchecked.is_empty())) {
+            Err(error) if error.kind() != io::ErrorKind::Interrupted => return Err(error),
+            Ok(_) | Err(_) => {}
+        }
+        for place in unchecked.drain(..) {
+            if op == BareOp::ReadChecked && !check(place) {
+                failed = Some(io::Error::other("a frame holds other bytes"));
+            }
+            free.push_back(place);
+        }
+        let completions: Vec<_> = ring.completion().collect();
+        for completion in completions {
+            running -= 1;
+            if u32::try_from(completion.result()) != Ok(bytes) {
+                failed = Some(io::Error::other(format!("an I/O answered {}", completion.result())));
+            }
+            unchecked.push(usize::try_from(completion.user_data()).map_err(io::Error::other)?);
+            if let Some(offset) = next.next().filter(|_| failed.is_none())
+                && let Some(place) = free.pop_front()
+            {
+                push(ring, op, *offset, bytes, addresses[place], place)?;
+                running += 1;
+            }
+        }
+    }
+    failed.map_or(Ok(()), Err)
+}
 
-    fn push(
-        &mut self,
-        op: BareOp,
-        offset: u64,
-        bytes: u32,
-        (address, slot): (*mut u8, u16),
-        place: usize,
-    ) -> io::Result<()> {
-        let file = types::Fixed(0);
-        let entry = match op {
-            BareOp::Read => opcode::ReadFixed::new(file, address, bytes, slot).offset(offset).build(),
-            BareOp::Write => opcode::WriteFixed::new(file, address, bytes, slot).offset(offset).build(),
-        };
-        // SAFETY: the address is inside a chunk that `self` holds, with room for `bytes`; `drive` leaves only when
-        // nothing runs, but for an error of the ring itself, after which `Drop` keeps the chunks.
-        unsafe { self.ring.submission().push(&entry.user_data(place as u64)) }.map_err(io::Error::other)
-    }
+fn push(
+    ring: &mut IoUring,
+    op: BareOp,
+    offset: u64,
+    bytes: u32,
+    (address, slot): (*mut u8, u16),
+    place: usize,
+) -> io::Result<()> {
+    let file = types::Fixed(0);
+    let entry = match op {
+        BareOp::Read | BareOp::ReadChecked => {
+            opcode::ReadFixed::new(file, address, bytes, slot).offset(offset).build()
+        }
+        BareOp::Write => opcode::WriteFixed::new(file, address, bytes, slot).offset(offset).build(),
+    };
+    // SAFETY: the address is inside a chunk that the loop holds, with room for `bytes`; `drive` leaves only when
+    // nothing runs, but for an error of the ring itself, after which `Drop` keeps the chunks.
+    unsafe { ring.submission().push(&entry.user_data(place as u64)) }.map_err(io::Error::other)
 }
 
 impl Drop for BareLoop {

@@ -44,6 +44,14 @@ impl Kind {
             Self::Write => "write",
         }
     }
+
+    /// The same without anything of ours.
+    pub(super) fn bare(self) -> BareOp {
+        match self {
+            Self::Read => BareOp::Read,
+            Self::Write => BareOp::Write,
+        }
+    }
 }
 
 /// One block on the device.
@@ -256,22 +264,19 @@ impl Rig {
         Ok(finished.duration_since(began).as_secs_f64())
     }
 
-    /// Seconds of the bare loop for as many blocks at the same places.
+    /// Seconds of a bare loop for as many blocks at the same places.
     pub(super) fn bare(
         &mut self,
-        kind: Kind,
+        op: BareOp,
         depth: usize,
         count: usize,
         round: usize,
     ) -> anyhow::Result<f64> {
         let offsets: Vec<u64> = self.some(count, round).iter().map(|place| place.offset).collect();
         let frames: Vec<(usize, u32)> = (0..FRAMES).map(|frame| (0, frame)).collect();
-        let op = match kind {
-            Kind::Read => BareOp::Read,
-            Kind::Write => BareOp::Write,
-        };
+        let expect = self.places[0].header;
         let mut ring = BareLoop::new(&self.path, vec![Arc::clone(&self.memory)])?;
-        Ok(ring.run(op, &offsets, u32::try_from(self.frame)?, &frames, depth)?.as_secs_f64())
+        Ok(ring.run(op, &offsets, u32::try_from(self.frame)?, &frames, depth, &expect)?.as_secs_f64())
     }
 
     /// CPU seconds a GiB of the checksum by itself, of blocks that just came from
@@ -279,7 +284,7 @@ impl Rig {
     pub(super) fn checksum_seconds_per_gib(&mut self) -> anyhow::Result<f64> {
         let mut rounds = Vec::new();
         for round in 0..CHECKSUM_ROUNDS {
-            self.bare(Kind::Read, 4, FRAMES as usize, round)?;
+            self.bare(BareOp::Read, 4, FRAMES as usize, round)?;
             let before = cpu_time();
             for index in 0..FRAMES {
                 let header = self.places[index as usize].header;
