@@ -11,7 +11,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use terrace_client::wire::{self, InfoRequest, InfoResponse};
-use terrace_client::{Outcome, ReadOptions, Session, Space, SpaceKind, SpaceManifest, Target};
+use terrace_client::{ClientError, Outcome, ReadOptions, Session, Space, SpaceKind, SpaceManifest, Target};
 use terrace_core::{ByteCount, TokenCount};
 
 pub(crate) const BLOCK_BYTES: usize = 256 << 10;
@@ -284,7 +284,14 @@ pub(crate) async fn granted(session: &Session, space: &Space, names: &[[u8; 4]])
     while !open.is_empty() && Instant::now() < deadline {
         let wanted: Vec<[u8; 4]> = open.iter().map(|index| names[*index]).collect();
         let options = ReadOptions { wait: PATIENCE, ..ReadOptions::default() };
-        let lease = session.lease_read(space, &wanted, options).await.unwrap();
+        let lease = match session.lease_read(space, &wanted, options).await {
+            Ok(lease) => lease,
+            Err(ClientError::Throttled { .. }) => {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+                continue;
+            }
+            Err(error) => panic!("a read lease is refused: {error}"),
+        };
         let mut again = Vec::new();
         for (index, grant) in open.iter().zip(&lease.grants) {
             match grant {
