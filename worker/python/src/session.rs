@@ -13,7 +13,7 @@ use terrace_client::{
 
 use crate::arguments::{Keys, Manifest, Payload, durability, match_mode, purpose, span};
 use crate::block::Block;
-use crate::errors::{ForkedError, invalid};
+use crate::errors::invalid;
 use crate::lease::{ReadLease, WriteLease};
 use crate::owned::Owned;
 use crate::results::{Match, Prefetched, seal_word};
@@ -370,11 +370,6 @@ impl Calls {
             }
             Err(_) => "Session(of the parent process)".to_owned(),
         }
-    }
-
-    // A copy of a session would be a second owner in another process.
-    fn __reduce__(&self) -> PyResult<()> {
-        Err(ForkedError::new_err("a session cannot be pickled; connect again where it is needed"))
     }
 }
 

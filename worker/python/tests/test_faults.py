@@ -101,6 +101,9 @@ def test_a_forked_child_gets_an_error(lane: terrace_kv.Session, daemon: Daemon) 
     assert frame is not None
     child = os.fork()
     if child == 0:
+        # A child that hangs must not stay.
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(int(PATIENCE))
         code = 1
         try:
             for use in (
@@ -136,7 +139,7 @@ def test_a_forked_child_gets_an_error(lane: terrace_kv.Session, daemon: Daemon) 
 
 def test_a_session_is_not_pickled(lane: terrace_kv.Session) -> None:
     """A session in another process by pickle is no session: it must be refused where it is pickled."""
-    with pytest.raises(terrace_kv.ForkedError, match="pickled"):
+    with pytest.raises(TypeError, match="cannot pickle"):
         pickle.dumps(lane)
     refused = terrace_kv.Refused("no", "NotFound")
     assert pickle.loads(pickle.dumps(refused)).code == "NotFound", "errors cross processes"
@@ -160,7 +163,7 @@ def test_ctrl_c_ends_a_waiting_call(daemon: Daemon) -> None:
     daemon.expect_quiet()
 
 
-@pytest.mark.parametrize("end", ["return", "exit", "error", "daemon-thread", "asyncio"])
+@pytest.mark.parametrize("end", ["return", "exit", "error", "daemon-thread", "asyncio", "busy"])
 def test_the_interpreter_ends_with_everything_open(daemon: Daemon, end: str) -> None:
     """Ending with sessions, views and calls open hangs or crashes the interpreter."""
     program = """
@@ -195,6 +198,15 @@ def test_the_interpreter_ends_with_everything_open(daemon: Daemon, end: str) -> 
                     own.read(there, keys(2))
                 own.watch()
             asyncio.run(leave())
+        if sys.argv[3] == "busy":
+            # Results come while the interpreter goes.
+            async def flood():
+                own = await terrace_kv.connect_async(sys.argv[1], sys.argv[2])
+                there = await own.open_space(manifest())
+                for _ in range(3000):
+                    own.exists(there, keys(2))
+            loop = asyncio.new_event_loop()
+            loop.run_until_complete(flood())
     """
     done = run_python(program, daemon.socket, daemon.grpc, end)
     expected = {"exit": 3, "error": 1}.get(end, 0)
