@@ -81,7 +81,7 @@ def test_a_killed_daemon_ends_waiting_calls(daemon: Daemon) -> None:
         session = await terrace_kv.connect_async(daemon.socket, daemon.grpc)
         stream = await session.watch()
         wait = asyncio.ensure_future(anext(stream))
-        await asyncio.sleep(0.05)
+        await asyncio.sleep(0)
         os.kill(daemon.process.pid, signal.SIGKILL)
         with pytest.raises((terrace_kv.SessionEnded, terrace_kv.Refused, StopAsyncIteration)):
             await asyncio.wait_for(wait, PATIENCE)
@@ -148,15 +148,16 @@ def test_a_session_is_not_pickled(lane: terrace_kv.Session) -> None:
 def test_ctrl_c_ends_a_waiting_call(daemon: Daemon) -> None:
     """A call that waits cannot be interrupted."""
     program = """
-        import sys, threading, _thread, terrace_kv
+        import os, signal, sys, threading, terrace_kv
+        from conftest import manifest
         session = terrace_kv.connect(sys.argv[1], sys.argv[2])
         stream = session.watch()
-        threading.Timer(0.2, lambda: __import__("os").kill(__import__("os").getpid(), 2)).start()
         try:
+            threading.Timer(0.2, os.kill, [os.getpid(), signal.SIGINT]).start()
             next(stream)
         except KeyboardInterrupt:
             print("interrupted")
-        print(session.exists(session.open_space(__import__("conftest").manifest()), [b"k"])[0])
+        print(session.exists(session.open_space(manifest()), [b"k"])[0])
     """
     done = run_python(program, daemon.socket, daemon.grpc)
     assert (done.returncode, done.stdout.split()) == (0, ["interrupted", "0"]), done.stderr
@@ -242,6 +243,7 @@ def test_a_stopped_daemon_does_not_stop_other_threads(daemon: Daemon, lane: terr
     """A call to a daemon that hangs holds the interpreter: other threads must run meanwhile."""
     space = lane.open_space(manifest())
     os.kill(daemon.process.pid, signal.SIGSTOP)
+    assert os.WIFSTOPPED(os.waitpid(daemon.process.pid, os.WUNTRACED)[1]), "all of its threads have stopped"
     answered = threading.Event()
 
     def ask() -> None:
