@@ -46,8 +46,6 @@ pub(crate) struct GrpcLink {
     session: MetadataValue<Ascii>,
     status: Arc<Status>,
     next_request: AtomicU64,
-    // Ends the Session stream, and with it the session, when dropped.
-    _opening: mpsc::Sender<SessionRequest>,
     task: AbortHandle,
 }
 
@@ -89,9 +87,9 @@ impl GrpcLink {
         let session = MetadataValue::try_from(hex(&facts.session))
             .map_err(|_| ClientError::Protocol { detail: "a session token that is no metadata" })?;
         let status = Arc::new(Status::new());
-        let task = tokio::spawn(hold(notices, Arc::clone(&status))).abort_handle();
+        let task = tokio::spawn(hold(opening, notices, Arc::clone(&status))).abort_handle();
         let next_request = AtomicU64::new(1);
-        let link = Self { client, session, status, next_request, _opening: opening, task };
+        let link = Self { client, session, status, next_request, task };
         Ok((Arc::new(link), facts))
     }
 
@@ -105,7 +103,7 @@ impl GrpcLink {
 
     pub(crate) fn close(&self) {
         self.status.close();
-        // Dropping the stream of notices resets it, which ends the session.
+        // Both halves of the Session stream go with the task, which ends the session.
         self.task.abort();
     }
 
@@ -198,7 +196,11 @@ impl GrpcLink {
 }
 
 /// Holds the Session stream open until it ends.
-async fn hold(mut notices: Streaming<SessionResponse>, status: Arc<Status>) {
+async fn hold(
+    _opening: mpsc::Sender<SessionRequest>,
+    mut notices: Streaming<SessionResponse>,
+    status: Arc<Status>,
+) {
     loop {
         match notices.message().await {
             Ok(Some(message)) => match message.notice {

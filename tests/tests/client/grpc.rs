@@ -42,7 +42,7 @@ async fn both_transports_carry_the_same_bytes() {
 }
 
 // Without a socket the client must still get through; a session over gRPC must
-// end when it is dropped.
+// end when it is dropped, and when it is closed while somebody still has it.
 #[tokio::test(flavor = "multi_thread")]
 async fn it_falls_back_to_grpc() {
     let daemon = Daemon::start("");
@@ -53,6 +53,12 @@ async fn it_falls_back_to_grpc() {
     assert_eq!(daemon.info().await.sessions, 1);
     drop(session);
     until("the session is gone", async || daemon.info().await.sessions == 0).await;
+
+    let session = Session::connect(&daemon.remote()).await.unwrap();
+    assert_eq!(daemon.info().await.sessions, 1);
+    session.close();
+    until("the closed session is gone", async || daemon.info().await.sessions == 0).await;
+    drop(session);
 }
 
 // A session over gRPC must notice that its daemon was killed.

@@ -1,0 +1,516 @@
+//! Blocks as objects of the buffer protocol. All unsafe code of the package is here.
+//!
+//! A view (`memoryview`, `numpy.frombuffer`, `torch.frombuffer`) points straight
+//! at the mapping or the copy. While one exists, what keeps its bytes in place
+//! (mapping, lease, write permission) stays, even after the block was closed.
+
+use std::ffi::c_int;
+use std::ptr;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use pyo3::buffer::PyUntypedBuffer;
+use pyo3::exceptions::PyBufferError;
+use pyo3::ffi;
+use pyo3::prelude::*;
+use pyo3::types::PyBytes;
+
+use terrace_client::{BadBlock, BlockId, Checksum, ReadBlock, SharedBytes, Stale};
+use terrace_core::Checksummer;
+
+use crate::errors::{bad_block, closed, in_use, invalid, stale};
+use crate::lease::Writing;
+use crate::owned::Owned;
+
+// Stays in the first-level cache between being copied, summed and copied on.
+const PIECE_BYTES: usize = 16 << 10;
+
+/// Where the bytes of a sealed block are.
+#[derive(Clone, Debug)]
+pub(crate) enum Source {
+    /// In shared memory, pinned by a lease.
+    Leased { block: ReadBlock, generation: u64 },
+    /// In memory of our own, compared with their checksum when they came.
+    Copied { block: BlockId, bytes: Arc<Vec<u8>> },
+}
+
+/// A sealed block with its views. Shared by its lease and its Python objects.
+#[derive(Debug)]
+pub(crate) struct Held {
+    state: Mutex<State>,
+}
+
+#[derive(Debug)]
+struct State {
+    source: Option<Source>,
+    closed: bool,
+    views: usize,
+}
+
+impl Held {
+    pub(crate) fn new(source: Source) -> Arc<Self> {
+        Arc::new(Self { state: Mutex::new(State { source: Some(source), closed: false, views: 0 }) })
+    }
+
+    // Only ever locked for a moment and with the interpreter held.
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Where the bytes are.
+    ///
+    /// # Errors
+    /// `ClosedError`.
+    fn source(&self) -> PyResult<Source> {
+        let state = self.state();
+        match &state.source {
+            Some(source) if !state.closed => Ok(source.clone()),
+            Some(_) | None => Err(closed("block")),
+        }
+    }
+
+    pub(crate) fn is_closed(&self) -> bool {
+        self.state().closed
+    }
+
+    pub(crate) fn views(&self) -> usize {
+        self.state().views
+    }
+
+    /// Whether what was read until now was the block; `None` if it was closed.
+    pub(crate) fn is_valid(&self) -> Option<bool> {
+        self.source().ok().map(|source| source.is_valid())
+    }
+
+    /// Refuses further use. What its views need goes with the last of them.
+    pub(crate) fn close(&self) {
+        let mut state = self.state();
+        state.closed = true;
+        let done = if state.views == 0 { state.source.take() } else { None };
+        drop(state);
+        drop(done);
+    }
+
+    fn add_view(&self) -> PyResult<Source> {
+        let source = self.source()?;
+        if !source.is_valid() {
+            return Err(stale());
+        }
+        self.state().views += 1;
+        Ok(source)
+    }
+
+    fn end_view(&self) {
+        let mut state = self.state();
+        state.views = state.views.saturating_sub(1);
+        let done = if state.closed && state.views == 0 { state.source.take() } else { None };
+        drop(state);
+        drop(done);
+    }
+}
+
+impl Source {
+    fn is_valid(&self) -> bool {
+        match self {
+            Self::Leased { block, .. } => block.is_valid(),
+            Self::Copied { .. } => true,
+        }
+    }
+
+    fn length(&self) -> usize {
+        match self {
+            Self::Leased { block, .. } => block.bytes().len(),
+            Self::Copied { bytes, .. } => bytes.len(),
+        }
+    }
+
+    fn id(&self) -> BlockId {
+        match self {
+            Self::Leased { block, .. } => block.id(),
+            Self::Copied { block, .. } => *block,
+        }
+    }
+
+    fn start(&self) -> *const u8 {
+        match self {
+            Self::Leased { block, .. } => block.bytes().as_ptr(),
+            Self::Copied { bytes, .. } => bytes.as_ptr(),
+        }
+    }
+
+    /// Copies the block to `target` and judges the copy.
+    ///
+    /// # Safety
+    /// `target` is valid for as many stores as the block has bytes.
+    unsafe fn copy_out(&self, target: *mut u8) -> Result<(), BadBlock> {
+        match self {
+            Self::Copied { bytes, .. } => {
+                // SAFETY: the vector is ours and unchanging; the caller vouches for
+                // `target`, which is no part of it, because nobody gets a writable view of it.
+                unsafe { ptr::copy_nonoverlapping(bytes.as_ptr(), target, bytes.len()) };
+                Ok(())
+            }
+            Self::Leased { block, generation } => {
+                // SAFETY: `target` holds the whole block, as the caller vouches.
+                let found = unsafe { copy_and_sum(block, *generation, target) };
+                if !block.is_valid() {
+                    return Err(Stale.into());
+                }
+                if found != block.checksum() {
+                    return Err(BadBlock::Checksum { expected: block.checksum().get(), found: found.get() });
+                }
+                Ok(())
+            }
+        }
+    }
+}
+
+/// Copies a block out and sums what was copied, piece by piece by way of memory
+/// that nobody else sees, so that the sum is that of the copy.
+///
+/// # Safety
+/// `target` is valid for as many stores as the block has bytes.
+unsafe fn copy_and_sum(block: &ReadBlock, generation: u64, target: *mut u8) -> Checksum {
+    let bytes = block.bytes();
+    let mut summer = Checksummer::new(block.id(), block.length(), generation);
+    let mut buffer = [0u8; PIECE_BYTES];
+    let mut offset = 0;
+    while offset < bytes.len() {
+        let piece = &mut buffer[..PIECE_BYTES.min(bytes.len() - offset)];
+        bytes.part(offset, piece.len()).copy_to(piece);
+        summer.update(piece);
+        // SAFETY: `offset` and the piece lie inside the block's length, for which
+        // the caller vouches; `buffer` is on our stack, so the two do not overlap.
+        unsafe { ptr::copy_nonoverlapping(piece.as_ptr(), target.add(offset), piece.len()) };
+        offset += piece.len();
+    }
+    summer.finish()
+}
+
+/// An address that goes with a closure to where the interpreter is released.
+struct Address(*mut u8);
+
+// SAFETY: an address is a number; whoever follows it says why it may.
+unsafe impl Send for Address {}
+
+impl Address {
+    // A method, so that closures take the whole and not the pointer alone.
+    fn get(&self) -> *mut u8 {
+        self.0
+    }
+}
+
+/// Contiguous bytes of a Python object, held in place.
+struct Span {
+    buffer: PyUntypedBuffer,
+}
+
+impl Span {
+    fn of(object: &Bound<'_, PyAny>) -> PyResult<Self> {
+        let buffer = PyUntypedBuffer::get(object)?;
+        if !buffer.is_c_contiguous() {
+            return Err(PyBufferError::new_err("a C-contiguous buffer is needed; copy it first"));
+        }
+        Ok(Self { buffer })
+    }
+
+    fn length(&self) -> usize {
+        self.buffer.len_bytes()
+    }
+
+    fn address(&self) -> Address {
+        Address(self.buffer.buf_ptr().cast())
+    }
+
+    fn expect_length(&self, expected: usize) -> PyResult<()> {
+        let found = self.length();
+        if found == expected {
+            return Ok(());
+        }
+        Err(invalid(format!("the buffer has {found} bytes; this space's blocks have {expected}")))
+    }
+}
+
+/// A copy of the bytes of any contiguous buffer.
+///
+/// # Errors
+/// An object without a contiguous buffer.
+pub(crate) fn copy_in(object: &Bound<'_, PyAny>) -> PyResult<Vec<u8>> {
+    let span = Span::of(object)?;
+    let (address, length) = (span.address(), span.length());
+    let copied = object.py().detach(move || {
+        let mut bytes = Vec::<u8>::with_capacity(length);
+        // SAFETY: `span` keeps `length` bytes at the address until we are back; the
+        // vector is new and has room for them, and is full afterwards. Another
+        // thread may store into the source meanwhile: what is copied is then any mix, in u8.
+        unsafe {
+            ptr::copy_nonoverlapping(address.get().cast_const(), bytes.as_mut_ptr(), length);
+            bytes.set_len(length);
+        }
+        bytes
+    });
+    drop(span);
+    Ok(copied)
+}
+
+/// Fills in a view.
+///
+/// # Safety
+/// `view` is the one that CPython asked with, and `length` bytes from `start` on
+/// stay valid (for stores too, unless `readonly`) until it releases the view.
+unsafe fn export(
+    view: *mut ffi::Py_buffer,
+    owner: &Bound<'_, PyAny>,
+    start: *mut u8,
+    length: usize,
+    readonly: bool,
+    flags: c_int,
+) -> PyResult<()> {
+    let length = isize::try_from(length).map_err(|_| PyBufferError::new_err("longer than memory"))?;
+    // SAFETY: `view` is writable, as the caller vouches; the protocol wants its
+    // owner null if this fails. The rest is plain arguments; the owner is counted.
+    let answer = unsafe {
+        (*view).obj = ptr::null_mut();
+        ffi::PyBuffer_FillInfo(view, owner.as_ptr(), start.cast(), length, c_int::from(readonly), flags)
+    };
+    if answer == 0 { Ok(()) } else { Err(PyErr::fetch(owner.py())) }
+}
+
+fn check_asked(view: *mut ffi::Py_buffer) -> PyResult<()> {
+    if view.is_null() { Err(PyBufferError::new_err("no view to fill in")) } else { Ok(()) }
+}
+
+/// A sealed block; see the package's stubs.
+#[pyclass(frozen, module = "terrace_kv")]
+#[derive(Debug)]
+pub(crate) struct Block {
+    held: Owned<Arc<Held>>,
+    id: BlockId,
+    length: usize,
+}
+
+impl Block {
+    /// # Errors
+    /// `ClosedError`.
+    pub(crate) fn new(held: &Arc<Held>) -> PyResult<Self> {
+        let source = held.source()?;
+        Ok(Self { held: Owned::new(Arc::clone(held)), id: source.id(), length: source.length() })
+    }
+
+    pub(crate) fn copied(block: BlockId, bytes: Vec<u8>) -> PyResult<Self> {
+        Self::new(&Held::new(Source::Copied { block, bytes: Arc::new(bytes) }))
+    }
+
+    fn copy_to(&self, py: Python<'_>, address: Address) -> PyResult<()> {
+        let source = self.held.here()?.source()?;
+        // SAFETY: both callers pass memory of `self.length` bytes that they keep in place.
+        let copied = py.detach(move || unsafe { source.copy_out(address.get()) });
+        copied.map_err(bad_block)
+    }
+}
+
+#[pymethods]
+impl Block {
+    /// Identity, 16 bytes.
+    #[getter]
+    fn id<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {
+        PyBytes::new(py, &self.id.to_bytes())
+    }
+
+    /// Payload length in bytes.
+    #[getter]
+    fn nbytes(&self) -> usize {
+        self.length
+    }
+
+    /// Whether `close` was called or a `with` ended.
+    #[getter]
+    fn closed(&self) -> PyResult<bool> {
+        Ok(self.held.here()?.is_closed())
+    }
+
+    /// Whether everything read until now was the block.
+    #[getter]
+    fn valid(&self) -> PyResult<bool> {
+        Ok(self.held.here()?.source()?.is_valid())
+    }
+
+    /// Raises `StaleBlock` unless everything read until now was the block.
+    fn check(&self) -> PyResult<()> {
+        if self.valid()? { Ok(()) } else { Err(stale()) }
+    }
+
+    /// Compares the bytes in place with the sealed checksum.
+    fn verify(&self, py: Python<'_>) -> PyResult<()> {
+        match self.held.here()?.source()? {
+            Source::Leased { block, .. } => py.detach(move || block.verify()).map_err(bad_block),
+            // Compared when they came.
+            Source::Copied { .. } => Ok(()),
+        }
+    }
+
+    /// Copies the block into a writable buffer of `nbytes` bytes and compares the copy with the checksum.
+    fn read_into(&self, target: &Bound<'_, PyAny>) -> PyResult<()> {
+        let span = Span::of(target)?;
+        if span.buffer.readonly() {
+            return Err(PyBufferError::new_err("the target is read-only"));
+        }
+        span.expect_length(self.length)?;
+        self.copy_to(target.py(), span.address())
+    }
+
+    /// A copy that was compared with the checksum.
+    fn to_bytes<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyBytes>> {
+        PyBytes::new_with(py, self.length, |target| self.copy_to(py, Address(target.as_mut_ptr())))
+    }
+
+    /// Refuses further use, and ends the lease with the last view.
+    fn close(&self) -> PyResult<()> {
+        self.held.here()?.close();
+        Ok(())
+    }
+
+    fn __enter__(slf: Bound<'_, Self>) -> PyResult<Bound<'_, Self>> {
+        slf.get().held.here()?.source()?;
+        Ok(slf)
+    }
+
+    fn __exit__(
+        &self,
+        kind: &Bound<'_, PyAny>,
+        _error: &Bound<'_, PyAny>,
+        _traceback: &Bound<'_, PyAny>,
+    ) -> PyResult<()> {
+        let held = self.held.here()?;
+        let fresh = held.is_valid().unwrap_or(true);
+        held.close();
+        if kind.is_none() && !fresh { Err(stale()) } else { Ok(()) }
+    }
+
+    fn __len__(&self) -> usize {
+        self.length
+    }
+
+    fn __repr__(&self) -> String {
+        let state = match self.held.here() {
+            Ok(held) if held.is_closed() => ", closed",
+            Ok(_) => "",
+            Err(_) => ", of the parent process",
+        };
+        format!("Block(id={}, nbytes={}{state})", self.id, self.length)
+    }
+
+    // CPython passes a view to fill in, and what the caller of it wants.
+    unsafe fn __getbuffer__(slf: Bound<'_, Self>, view: *mut ffi::Py_buffer, flags: c_int) -> PyResult<()> {
+        check_asked(view)?;
+        let block = slf.get();
+        let held = block.held.here()?;
+        let start = held.add_view()?.start().cast_mut();
+        // SAFETY: the view is CPython's. The bytes stay mapped while `held` has its
+        // source, which it keeps until `end_view`; nobody may store into them.
+        let exported = unsafe { export(view, slf.as_any(), start, block.length, true, flags) };
+        if exported.is_err() {
+            held.end_view();
+        }
+        exported
+    }
+
+    unsafe fn __releasebuffer__(&self, _view: *mut ffi::Py_buffer) {
+        if let Ok(held) = self.held.here() {
+            held.end_view();
+        }
+    }
+}
+
+/// A block to be filled; see the package's stubs.
+#[pyclass(frozen, module = "terrace_kv")]
+#[derive(Debug)]
+pub(crate) struct WriteBlock {
+    writing: Owned<Arc<Writing>>,
+    index: usize,
+    id: BlockId,
+    length: usize,
+}
+
+impl WriteBlock {
+    pub(crate) fn new(writing: &Arc<Writing>, index: usize, id: BlockId, length: usize) -> Self {
+        Self { writing: Owned::new(Arc::clone(writing)), index, id, length }
+    }
+}
+
+#[pymethods]
+impl WriteBlock {
+    /// Identity, 16 bytes.
+    #[getter]
+    fn id<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {
+        PyBytes::new(py, &self.id.to_bytes())
+    }
+
+    /// Position in the lease.
+    #[getter]
+    fn index(&self) -> usize {
+        self.index
+    }
+
+    /// Payload length in bytes.
+    #[getter]
+    fn nbytes(&self) -> usize {
+        self.length
+    }
+
+    /// Copies `nbytes` bytes in.
+    fn fill(&self, source: &Bound<'_, PyAny>) -> PyResult<()> {
+        let span = Span::of(source)?;
+        span.expect_length(self.length)?;
+        let writing = self.writing.here()?;
+        let frame: SharedBytes = writing.add_view(self.index)?;
+        let (address, length) = (span.address(), self.length);
+        source.py().detach(move || {
+            let target = frame.as_ptr().cast_mut();
+            // SAFETY: `span` keeps the source, and our view the frame and its write
+            // permission, until we are back. Both have `length` bytes; they may
+            // overlap, if the source is a view of this frame.
+            unsafe { ptr::copy(address.get().cast_const(), target, length) };
+        });
+        writing.end_view(self.index);
+        Ok(())
+    }
+
+    fn __len__(&self) -> usize {
+        self.length
+    }
+
+    fn __repr__(&self) -> String {
+        format!("WriteBlock(index={}, id={}, nbytes={})", self.index, self.id, self.length)
+    }
+
+    unsafe fn __getbuffer__(slf: Bound<'_, Self>, view: *mut ffi::Py_buffer, flags: c_int) -> PyResult<()> {
+        check_asked(view)?;
+        let block = slf.get();
+        let writing = block.writing.here()?;
+        let start = writing.add_view(block.index)?.as_ptr().cast_mut();
+        // SAFETY: the view is CPython's. The frame stays mapped and writable while
+        // `writing` counts a view of it: until then it refuses to seal or abort
+        // the block, and keeps the lease, whose writer keeps the permission.
+        let exported = unsafe { export(view, slf.as_any(), start, block.length, false, flags) };
+        if exported.is_err() {
+            writing.end_view(block.index);
+        }
+        exported
+    }
+
+    unsafe fn __releasebuffer__(&self, _view: *mut ffi::Py_buffer) {
+        if let Ok(writing) = self.writing.here() {
+            writing.end_view(self.index);
+        }
+    }
+}
+
+/// Views of a read lease that forbid to end it now.
+pub(crate) fn refuse_views(views: usize) -> PyResult<()> {
+    if views == 0 {
+        return Ok(());
+    }
+    Err(in_use(format!(
+        "{views} views of this lease's blocks are alive; delete the arrays and tensors first"
+    )))
+}

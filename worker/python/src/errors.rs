@@ -1,0 +1,98 @@
+//! Errors of the client as exceptions of `terrace_kv`.
+
+use pyo3::{PyErr, import_exception};
+
+use terrace_client::{BadBlock, ClientError, Stale};
+
+import_exception!(terrace_kv._errors, BufferInUse);
+import_exception!(terrace_kv._errors, ClosedError);
+import_exception!(terrace_kv._errors, ConnectError);
+import_exception!(terrace_kv._errors, CorruptBlock);
+import_exception!(terrace_kv._errors, ForkedError);
+import_exception!(terrace_kv._errors, InvalidArgument);
+import_exception!(terrace_kv._errors, NoAnswer);
+import_exception!(terrace_kv._errors, ProtocolError);
+import_exception!(terrace_kv._errors, Refused);
+import_exception!(terrace_kv._errors, SessionEnded);
+import_exception!(terrace_kv._errors, StaleBlock);
+import_exception!(terrace_kv._errors, Throttled);
+import_exception!(terrace_kv._errors, Unsupported);
+
+/// Why a call failed, before the interpreter is needed to say so.
+#[derive(Debug)]
+pub(crate) enum Failure {
+    Client(ClientError),
+    /// The named object was closed before the call, or while it ran.
+    Closed(&'static str),
+}
+
+impl From<ClientError> for Failure {
+    fn from(error: ClientError) -> Self {
+        Self::Client(error)
+    }
+}
+
+impl From<Failure> for PyErr {
+    fn from(failure: Failure) -> Self {
+        match failure {
+            Failure::Client(error) => from_client(&error),
+            Failure::Closed(what) => closed(what),
+        }
+    }
+}
+
+fn from_client(error: &ClientError) -> PyErr {
+    let text = error.to_string();
+    match error {
+        ClientError::NoTarget | ClientError::BadAddress { .. } | ClientError::Unreachable { .. } => {
+            ConnectError::new_err(text)
+        }
+        ClientError::Disconnected => SessionEnded::new_err(text),
+        ClientError::NoAnswer { .. } => NoAnswer::new_err(text),
+        ClientError::Refused { code, .. } => Refused::new_err((text, format!("{code:?}"))),
+        ClientError::Throttled { .. } => Throttled::new_err(text),
+        ClientError::NeedsLane { .. } | ClientError::NeedsGrpc { .. } => Unsupported::new_err(text),
+        ClientError::ForeignSpace
+        | ClientError::EmptyBundle
+        | ClientError::BadKey { .. }
+        | ClientError::TooManyBlocks { .. }
+        | ClientError::Unpaired { .. }
+        | ClientError::WrongLength { .. }
+        | ClientError::NotWritable { .. }
+        | ClientError::Lane(_) => InvalidArgument::new_err(text),
+        ClientError::Map(_) | ClientError::Protocol { .. } => ProtocolError::new_err(text),
+    }
+}
+
+/// An argument that cannot be meant.
+pub(crate) fn invalid(text: impl Into<String>) -> PyErr {
+    InvalidArgument::new_err(text.into())
+}
+
+/// `what` was closed.
+pub(crate) fn closed(what: &'static str) -> PyErr {
+    ClosedError::new_err(format!("this {what} was closed"))
+}
+
+/// Views forbid what was asked.
+pub(crate) fn in_use(text: impl Into<String>) -> PyErr {
+    BufferInUse::new_err(text.into())
+}
+
+/// A fence moved.
+pub(crate) fn stale() -> PyErr {
+    StaleBlock::new_err(Stale.to_string())
+}
+
+/// A copy that is not the block.
+pub(crate) fn bad_block(error: BadBlock) -> PyErr {
+    match error {
+        BadBlock::Stale(_) => stale(),
+        BadBlock::Checksum { .. } => CorruptBlock::new_err(error.to_string()),
+    }
+}
+
+/// A child uses its parent's object.
+pub(crate) fn forked() -> PyErr {
+    ForkedError::new_err("this object belongs to the parent process; connect again in the forked child")
+}
