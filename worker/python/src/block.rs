@@ -3,6 +3,8 @@
 //! A view (`memoryview`, `numpy.frombuffer`, `torch.frombuffer`) points straight
 //! at the mapping or the copy. While one exists, what keeps its bytes in place
 //! (mapping, lease, write permission) stays, even after the block was closed.
+//! Each view has a [`View`] as its owner and ends with it, not when it is
+//! released: torch releases at once, and keeps the owner while it uses the memory.
 
 use std::ffi::c_int;
 use std::ptr;
@@ -252,11 +254,42 @@ pub(crate) fn copy_in(object: &Bound<'_, PyAny>) -> PyResult<Vec<u8>> {
     Ok(copied)
 }
 
+/// What a view keeps in place.
+#[derive(Debug)]
+enum Hold {
+    Sealed(Arc<Held>),
+    Writable { writing: Arc<Writing>, index: usize },
+}
+
+/// The owner of one view, counted already; ends it when collected.
+#[pyclass(frozen, module = "terrace_kv._native")]
+#[derive(Debug)]
+struct View {
+    hold: Owned<Hold>,
+}
+
+impl View {
+    fn new(py: Python<'_>, hold: Hold) -> PyResult<Bound<'_, Self>> {
+        Bound::new(py, Self { hold: Owned::new(hold) })
+    }
+}
+
+impl Drop for View {
+    fn drop(&mut self) {
+        match self.hold.here() {
+            Ok(Hold::Sealed(held)) => held.end_view(),
+            Ok(Hold::Writable { writing, index }) => writing.end_view(*index),
+            // A child's copy: the view is the parent's.
+            Err(_) => {}
+        }
+    }
+}
+
 /// Fills in a view.
 ///
 /// # Safety
 /// `view` is the one that CPython asked with, and `length` bytes from `start` on
-/// stay valid (for stores too, unless `readonly`) until it releases the view.
+/// stay valid (for stores too, unless `readonly`) while `owner` lives.
 unsafe fn export(
     view: *mut ffi::Py_buffer,
     owner: &Bound<'_, PyAny>,
@@ -405,20 +438,15 @@ impl Block {
         let block = slf.get();
         let held = block.held.here()?;
         let start = held.add_view()?.start().cast_mut();
+        let owner = View::new(slf.py(), Hold::Sealed(Arc::clone(held)))?;
         // SAFETY: the view is CPython's. The bytes stay mapped while `held` has its
-        // source, which it keeps until `end_view`; nobody may store into them.
-        let exported = unsafe { export(view, slf.as_any(), start, block.length, true, flags) };
-        if exported.is_err() {
-            held.end_view();
-        }
-        exported
+        // source, which it keeps until the owner ends the view; nobody may store into them.
+        unsafe { export(view, owner.as_any(), start, block.length, true, flags) }
     }
 
-    unsafe fn __releasebuffer__(&self, _view: *mut ffi::Py_buffer) {
-        if let Ok(held) = self.held.here() {
-            held.end_view();
-        }
-    }
+    // Views end with their owner. That this exists tells numpy to keep a
+    // memoryview, and with it the owner, and not the block alone.
+    unsafe fn __releasebuffer__(&self, _view: *mut ffi::Py_buffer) {}
 }
 
 /// A block to be filled; see the package's stubs.
@@ -488,21 +516,18 @@ impl WriteBlock {
         let block = slf.get();
         let writing = block.writing.here()?;
         let start = writing.add_view(block.index)?.as_ptr().cast_mut();
+        let hold = Hold::Writable { writing: Arc::clone(writing), index: block.index };
+        let owner = View::new(slf.py(), hold)?;
         // SAFETY: the view is CPython's. The frame stays mapped and writable while
-        // `writing` counts a view of it: until then it refuses to seal or abort
-        // the block, and keeps the lease, whose writer keeps the permission.
-        let exported = unsafe { export(view, slf.as_any(), start, block.length, false, flags) };
-        if exported.is_err() {
-            writing.end_view(block.index);
-        }
-        exported
+        // `writing` counts a view of it, which it does until the owner ends it: until
+        // then it refuses to seal or abort the block, and keeps the lease, whose
+        // writer keeps the permission.
+        unsafe { export(view, owner.as_any(), start, block.length, false, flags) }
     }
 
-    unsafe fn __releasebuffer__(&self, _view: *mut ffi::Py_buffer) {
-        if let Ok(writing) = self.writing.here() {
-            writing.end_view(self.index);
-        }
-    }
+    // Views end with their owner. That this exists tells numpy to keep a
+    // memoryview, and with it the owner, and not the block alone.
+    unsafe fn __releasebuffer__(&self, _view: *mut ffi::Py_buffer) {}
 }
 
 /// Views of a read lease that forbid to end it now.

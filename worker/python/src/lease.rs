@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use pyo3::prelude::*;
 use pyo3::types::{PyIterator, PyList};
 
-use terrace_client::{BlockId, Outcome, SealOutcome, SharedBytes};
+use terrace_client::{BlockId, ClientError, Outcome, SealOutcome, SharedBytes};
 
 use crate::arguments::durability;
 use crate::block::{Block, Held, Source, WriteBlock, refuse_views};
@@ -211,8 +211,10 @@ enum Frame {
         bytes: SharedBytes,
         views: usize,
     },
-    /// A seal began: nobody stores any more. It may be tried again.
-    Sealing,
+    /// A seal began: nobody stores any more, unless the daemon refuses it.
+    Sealing {
+        bytes: SharedBytes,
+    },
     /// Published, or lost: what readers start from, and those that were handed out.
     Sealed {
         source: Option<Source>,
@@ -229,7 +231,7 @@ impl Frame {
             Self::Sealed { readers, .. } => {
                 readers.iter().filter_map(Weak::upgrade).map(|held| held.views()).sum()
             }
-            Self::NotGranted | Self::Sealing | Self::Aborted => 0,
+            Self::NotGranted | Self::Sealing { .. } | Self::Aborted => 0,
         }
     }
 }
@@ -263,7 +265,7 @@ impl Writing {
                 *views += 1;
                 Ok(bytes.clone())
             }
-            Some(Frame::Sealing | Frame::Sealed { .. }) => {
+            Some(Frame::Sealing { .. } | Frame::Sealed { .. }) => {
                 Err(in_use(format!("block {index} was sealed; read it by `lease.reader({index})`")))
             }
             Some(Frame::Aborted) => Err(closed("block")),
@@ -315,7 +317,7 @@ impl Writing {
         for index in &indexes {
             let views = match table.frames.get(*index as usize) {
                 Some(Frame::Writable { views, .. }) => *views,
-                Some(Frame::NotGranted | Frame::Sealing | Frame::Sealed { .. } | Frame::Aborted) => 0,
+                Some(Frame::NotGranted | Frame::Sealing { .. } | Frame::Sealed { .. } | Frame::Aborted) => 0,
                 None => return Err(invalid(format!("the lease has no block {index}"))),
             };
             if views > 0 {
@@ -327,11 +329,11 @@ impl Writing {
         Ok(indexes)
     }
 
-    fn mark(&self, indexes: &[u32], mut next: impl FnMut(u32) -> Frame) {
+    fn mark(&self, indexes: &[u32], mut next: impl FnMut(u32, Frame) -> Frame) {
         let mut table = self.table();
         for index in indexes {
             if let Some(frame) = table.frames.get_mut(*index as usize) {
-                *frame = next(*index);
+                *frame = next(*index, std::mem::replace(frame, Frame::Aborted));
             }
         }
     }
@@ -341,7 +343,7 @@ impl Writing {
         let table = self.table();
         for index in indexes {
             match table.frames.get(*index as usize) {
-                Some(Frame::Writable { .. } | Frame::Sealing) => {}
+                Some(Frame::Writable { .. } | Frame::Sealing { .. }) => {}
                 Some(Frame::NotGranted | Frame::Sealed { .. } | Frame::Aborted) | None => {
                     return Err(invalid(format!(
                         "block {index} of this lease cannot be sealed: not granted, or sealed or aborted before"
@@ -350,7 +352,12 @@ impl Writing {
             }
         }
         drop(table);
-        self.mark(indexes, |_| Frame::Sealing);
+        self.mark(indexes, |_, frame| match frame {
+            Frame::Writable { bytes, .. } => Frame::Sealing { bytes },
+            same @ (Frame::NotGranted | Frame::Sealing { .. } | Frame::Sealed { .. } | Frame::Aborted) => {
+                same
+            }
+        });
         Ok(())
     }
 
@@ -364,12 +371,25 @@ impl Writing {
             Some(open) => open.seal(&indexes, durability).await.map_err(Failure::from),
             None => Err(Failure::Closed("write lease")),
         };
-        if let (Ok(_), Some(open)) = (&outcomes, lease.as_ref()) {
-            let generation = self.generation;
-            self.mark(&indexes, |index| {
-                let source = open.reader(index).map(|block| Source::Leased { block, generation });
-                Frame::Sealed { source, readers: Vec::new() }
-            });
+        match (&outcomes, lease.as_ref()) {
+            (Ok(_), Some(open)) => {
+                let generation = self.generation;
+                self.mark(&indexes, |index, _| {
+                    let source = open.reader(index).map(|block| Source::Leased { block, generation });
+                    Frame::Sealed { source, readers: Vec::new() }
+                });
+            }
+            // Nothing was sealed. After other errors it may have been.
+            (Err(Failure::Client(ClientError::Refused { .. } | ClientError::Throttled { .. })), _) => {
+                self.mark(&indexes, |_, frame| match frame {
+                    Frame::Sealing { bytes } => Frame::Writable { bytes, views: 0 },
+                    same @ (Frame::NotGranted
+                    | Frame::Writable { .. }
+                    | Frame::Sealed { .. }
+                    | Frame::Aborted) => same,
+                });
+            }
+            (Ok(_) | Err(_), _) => {}
         }
         drop(lease);
         self.settle();
@@ -491,7 +511,7 @@ impl WriteLease {
         let table = writing.table();
         indexes.retain(|index| matches!(table.frames.get(*index as usize), Some(Frame::Writable { .. })));
         drop(table);
-        writing.mark(&indexes, |_| Frame::Aborted);
+        writing.mark(&indexes, |_, _| Frame::Aborted);
         let call = Arc::clone(writing).abort(indexes);
         self.engine.run(py, self.mode, call, |py, aborted| Ok(aborted.into_pyobject(py)?.into_any().unbind()))
     }
@@ -512,7 +532,7 @@ impl WriteLease {
             Some(
                 Frame::NotGranted
                 | Frame::Writable { .. }
-                | Frame::Sealing
+                | Frame::Sealing { .. }
                 | Frame::Sealed { source: None, .. }
                 | Frame::Aborted,
             )

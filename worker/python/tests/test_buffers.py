@@ -3,6 +3,7 @@
 import ctypes
 import gc
 import threading
+import warnings
 
 import numpy as np
 import pytest
@@ -50,19 +51,50 @@ def test_views_show_the_bytes(lane: terrace_kv.Session, space: terrace_kv.Space,
     daemon.expect_leases(0)
 
 
-def test_a_torch_tensor_is_no_copy(lane: terrace_kv.Session, space: terrace_kv.Space, daemon: Daemon) -> None:
-    """A tensor is a copy, or lets go of its lease while it lives."""
+def test_torch_tensors_are_no_copies(lane: terrace_kv.Session, daemon: Daemon) -> None:
+    """A tensor is a copy, or its memory goes while it lives: torch keeps a buffer's owner, not the buffer."""
     torch = pytest.importorskip("torch", reason="torch is not installed: its tensors were NOT tested")
-    (block,) = lane.lease_read(space, keys(1)).blocks
-    assert block is not None
-    tensor = torch.frombuffer(block, dtype=torch.uint8)
-    assert tensor.data_ptr() == np.frombuffer(block, np.uint8).ctypes.data
-    del block
+    space = lane.open_space(manifest())
+    expected = torch.arange(BLOCK_BYTES // 2, dtype=torch.int16)
+    with lane.lease_write(space, keys(1), wait=5.0) as writing:
+        tensor = torch.frombuffer(writing.blocks[0], dtype=torch.int16)
+        tensor.copy_(expected)
+        with pytest.raises(terrace_kv.BufferInUse):
+            writing.seal()
+        del tensor
+        assert writing.seal() == ["sealed"]
+    with lane.lease_read(space, keys(1)) as reading, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given buffer is not writable")
+        tensor = torch.frombuffer(reading.blocks[0], dtype=torch.int16)
+        assert tensor.data_ptr() == np.frombuffer(reading.blocks[0], np.uint8).ctypes.data
+        with pytest.raises(terrace_kv.BufferInUse):
+            reading.release()
     gc.collect()
     assert daemon.info().leases == 1
-    assert tensor.numpy().tobytes() == payload(keys(1)[0])
+    assert torch.equal(tensor, expected)
     del tensor
     daemon.expect_leases(0)
+
+
+def test_a_view_lives_as_long_as_its_owner(lane: terrace_kv.Session, space: terrace_kv.Space, daemon: Daemon) -> None:
+    """As torch does it: the buffer is released at once, its owner kept, and the memory used on."""
+    lease = lane.lease_read(space, keys(1))
+    with memoryview(lease.blocks[0]) as view:
+        owner = view.obj
+    with pytest.raises(terrace_kv.BufferInUse):
+        lease.release()
+    lease.close()
+    gc.collect()
+    assert daemon.info().leases == 1
+    del owner
+    daemon.expect_leases(0)
+    with lane.lease_write(space, [b"new"]) as writing:
+        with memoryview(writing.blocks[0]) as view:
+            owner = view.obj
+        with pytest.raises(terrace_kv.BufferInUse):
+            writing.seal()
+        del owner, view
+        assert writing.seal() == ["sealed"]
 
 
 def test_a_lease_lives_as_long_as_its_last_view(

@@ -239,6 +239,37 @@ def test_a_full_tenant_is_throttled_and_recovers(folder: Path, wire: SimpleNames
         running.kill()
 
 
+def test_a_throttled_seal_can_be_tried_again(folder: Path, wire: SimpleNamespace) -> None:
+    """A block that the daemon did not take can be neither written nor sealed: seal more at once than may wait."""
+
+    async def work() -> None:
+        async with await terrace_kv.connect_async(running.socket) as session:
+            space = await session.open_space(manifest())
+            names = keys(16)
+            leases = [await session.lease_write(space, [name], wait=5.0) for name in names]
+            for lease in leases:
+                for block in lease:
+                    block.fill(payload(b"first"))
+            sealed = await asyncio.gather(
+                *(lease.seal(durability="durable") for lease in leases), return_exceptions=True
+            )
+            throttled = [at for at, outcome in enumerate(sealed) if isinstance(outcome, terrace_kv.Throttled)]
+            assert throttled, f"all at once was not too much: {sealed}"
+            for at in throttled:
+                for block in leases[at]:
+                    block.fill(payload(names[at]))
+                assert await leases[at].seal() == ["sealed"]
+            found = await session.read(space, names)
+            expected = [payload(name if at in throttled else b"first") for at, name in enumerate(names)]
+            assert [bytes(block) if block else None for block in found] == expected
+
+    running = Daemon(folder, wire, extra="[limits]\nrequests_waiting = 1\n")
+    try:
+        asyncio.run(asyncio.wait_for(work(), PATIENCE))
+    finally:
+        running.kill()
+
+
 def test_a_stopped_daemon_does_not_stop_other_threads(daemon: Daemon, lane: terrace_kv.Session) -> None:
     """A call to a daemon that hangs holds the interpreter: other threads must run meanwhile."""
     space = lane.open_space(manifest())

@@ -434,7 +434,7 @@ class WriteLease:
     def seal(self, indexes: Sequence[int] | None = None, *, durability: Durability = "readable") -> list[SealOutcome]:
         """Publishes the blocks at these positions, or all that can be written, with the checksums of what is in
         their frames now. From here on they are immutable, whatever the outcome; they stay pinned until the
-        lease ends. May be tried again after :class:`Throttled`.
+        lease ends. After :class:`Throttled` or :class:`Refused` nothing was sealed, and they can be written again.
 
         Raises :class:`BufferInUse` while a view of one is alive, :class:`InvalidArgument` for a position that
         cannot be sealed.
