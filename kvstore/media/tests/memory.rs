@@ -77,6 +77,12 @@ fn a_reader_cannot_write() {
     let mapped = Mapped::new(&fd, READ).unwrap();
     memory.copy_in(0, 10, b"y").unwrap();
     assert_eq!(mapped.byte(4096 + 10), b'y');
+    let fences = Mapped::new(&memory.share_fences().unwrap(), READ).unwrap();
+    for mapped in [&mapped, &fences] {
+        // SAFETY: our own mapping; nothing but its protection would change.
+        let raised = unsafe { libc::mprotect(mapped.0, 4096, WRITE) };
+        assert_eq!(raised, -1, "a mapping for reading became one for writing");
+    }
     assert!(memory.share_writable().is_err());
 }
 
