@@ -150,6 +150,8 @@ def test_ctrl_c_ends_a_waiting_call(daemon: Daemon) -> None:
     program = """
         import os, signal, sys, threading, terrace_kv
         from conftest import manifest
+        # Whoever runs the tests in the background may have left it ignored.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         session = terrace_kv.connect(sys.argv[1], sys.argv[2])
         stream = session.watch()
         try:
