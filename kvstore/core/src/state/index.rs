@@ -73,8 +73,8 @@ impl Index {
 
     /// Adds a slot that is not in the index.
     pub(crate) fn insert(&mut self, tag: u32, slot: u32) {
-        // Half full at most: then a search that finds nothing looks at two cells.
-        if (self.used + 1) * 2 > self.cells.len() {
+        // Five eighths full at most: then a search that finds nothing looks at four cells, and at two in the middle.
+        if (self.used + 1) * 8 > self.cells.len() * 5 {
             self.grow();
         }
         self.used += 1;
