@@ -15,23 +15,25 @@ const ENTRIES_MAX: u32 = 1 << 22;
 #[derive(Clone, Debug)]
 pub(crate) struct History {
     /// Tag in the high 48 bits, then turn, then uses plus one in a byte each; zero is empty.
-    sets: Vec<Set>,
+    words: Vec<u64>,
+    /// Words before the first set, so that each lies in one cache line. Aligned memory would be written when it is
+    /// asked for; this is the kernel's until it is used.
+    skew: usize,
+    sets: usize,
 }
-
-#[derive(Clone, Debug)]
-#[repr(align(64))]
-struct Set([u64; WAYS]);
 
 impl History {
     /// Remembers about this many blocks.
     pub(crate) fn new(blocks: u32) -> Self {
         let entries = blocks.clamp(64, ENTRIES_MAX).next_power_of_two();
-        Self { sets: vec![Set([0; WAYS]); entries as usize / WAYS] }
+        let words = vec![0u64; entries as usize + WAYS];
+        let skew = words.as_ptr().align_offset(size_of::<[u64; WAYS]>()).min(WAYS);
+        Self { words, skew, sets: entries as usize / WAYS }
     }
 
     /// Brings what is remembered of these blocks into the cache. The loads do not wait for each other.
     pub(crate) fn warm(&self, blocks: impl Iterator<Item = BlockId>) {
-        let sets = blocks.fold(0, |all, block| all ^ self.sets[self.place(block).0].0[0]);
+        let sets = blocks.fold(0, |all, block| all ^ self.words[self.place(block).0]);
         std::hint::black_box(sets);
     }
 
@@ -41,7 +43,7 @@ impl History {
         let mut moved =
             tag << 16 | u64::from(stats.turn) << 8 | u64::from(stats.uses.saturating_add(1).max(1));
         // To the front; what was there moves on, as far as the place of the old entry, a free one, or the end.
-        for entry in &mut self.sets[at].0 {
+        for entry in &mut self.words[at..at + WAYS] {
             moved = std::mem::replace(entry, moved);
             if moved >> 16 == tag || moved == 0 {
                 break;
@@ -52,16 +54,16 @@ impl History {
     /// What it had earned, if it is remembered; its depth is not kept.
     pub(crate) fn recall(&self, block: BlockId) -> Option<UseStats> {
         let (at, tag) = self.place(block);
-        let &entry = self.sets[at].0.iter().find(|&&entry| entry >> 16 == tag)?;
+        let &entry = self.words[at..at + WAYS].iter().find(|&&entry| entry >> 16 == tag)?;
         let [uses, turn, ..] = entry.to_le_bytes();
         Some(UseStats { depth: 0, turn, uses: uses - 1 })
     }
 
-    /// Its set, and a tag that is not zero.
+    /// Where its set begins, and a tag that is not zero.
     #[expect(clippy::cast_possible_truncation, reason = "uniform bits: any of them will do")]
     fn place(&self, block: BlockId) -> (usize, u64) {
         let bits = block.as_u128();
-        let at = (bits >> 64) as usize & (self.sets.len() - 1);
+        let at = self.skew + ((bits >> 64) as usize & (self.sets - 1)) * WAYS;
         (at, ((bits as u64) >> 16).max(1))
     }
 }
