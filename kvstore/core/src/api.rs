@@ -7,6 +7,8 @@
 //! [`Input::OpDone`]. [`Effect::SetFences`] is performed at once: when the shell
 //! starts any later effect, readers already see the new fence.
 
+use std::sync::Arc;
+
 use crate::checksum::Checksum;
 use crate::cost::ComputeCost;
 use crate::ids::{
@@ -497,8 +499,8 @@ pub enum Refusal {
 /// What the shell must do next, in order.
 #[derive(Debug)]
 pub enum Effect {
-    /// Answer a request. The shell drops it if the session is gone.
-    Reply { session: SessionId, request: RequestId, reply: Reply },
+    /// Answer a request. The shell drops it if the session is gone. Shared with what is remembered for repeats.
+    Reply { session: SessionId, request: RequestId, reply: Arc<Reply> },
     /// Tell a session something it did not ask for.
     Notify { session: SessionId, notice: Notice },
     /// Make a chunk: memfd, populate, map, seal. `owner` is the session that may write (a window).

@@ -9,7 +9,7 @@ use crate::core::{Core, Deadline};
 use crate::evict::{Relist, is_by_use};
 use crate::ids::{LeaseId, SessionId, TenantId};
 use crate::residence::Vacate;
-use crate::state::chunk::{ChunkKind, Filler, FrameState};
+use crate::state::chunk::{ChunkKind, Filler, Frame, FrameState};
 use crate::state::count;
 use crate::state::session::{Held, Lease, LeaseKind, Repeats, Session};
 use crate::units::Micros;
@@ -254,16 +254,15 @@ impl Core {
     }
 
     /// Unpins what a lease held, or ends what it was filling. The caller uncharges the tenant.
+    #[inline(always)]
     fn let_go(&mut self, held: Held, how: LeaseEnd) {
         let frame = held.frame;
-        let Some(cell) = self.chunks.frame(frame).filter(|cell| cell.fence == held.fence) else { return };
-        match cell.state {
-            FrameState::Sealed { block, pins, verified } => {
-                assert!(pins > 0, "a leased block is pinned");
-                let pins = pins - 1;
-                let chunk = self.chunks.at_mut(frame.chunk);
-                chunk.set(frame.index, FrameState::Sealed { block, pins, verified });
-                if pins == 0 {
+        let Some(chunk) = self.chunks.find_mut(frame.chunk) else { return };
+        let cell = chunk.frames.get(frame.index as usize).filter(|cell| cell.fence == held.fence);
+        let Some(&Frame { state, .. }) = cell else { return };
+        match state {
+            FrameState::Sealed { block, .. } => {
+                if chunk.unpin(frame.index) {
                     let (tick, now) = (self.tick, self.now);
                     let by_use = is_by_use(self.config.policy);
                     let entry = self.blocks.at_mut(block);
@@ -278,8 +277,7 @@ impl Core {
                 }
             }
             FrameState::Filling { .. } => {
-                let windowed =
-                    !matches!(self.chunks.at(frame.chunk).kind, ChunkKind::Pool | ChunkKind::Retiring);
+                let windowed = !matches!(chunk.kind, ChunkKind::Pool | ChunkKind::Retiring);
                 let how = match how {
                     LeaseEnd::Abandoned if windowed => Vacate::Quarantine,
                     LeaseEnd::Abandoned | LeaseEnd::Released => Vacate::Free,

@@ -11,6 +11,7 @@ use crate::state::block::{Arriving, BlockIndex, Nvme, WRITE_FAULTS_MAX};
 use crate::state::chunk::{Chunk, ChunkKind, Filler, FrameState};
 use crate::state::count;
 use crate::state::space::SpaceIndex;
+use crate::units::Micros;
 
 /// Copies between chunks at one time.
 const COPIES_MAX: u32 = 16;
@@ -280,14 +281,19 @@ impl Core {
     /// A space that has evicted a chunk's worth of its blocks gets a chunk of
     /// another, if nothing in that was used since the last of them was: so memory
     /// follows the mix of models.
-    pub(crate) fn rebalance(&mut self, space: SpaceIndex, victim: BlockIndex) {
+    /// `idle` is how long the block that goes now was not used.
+    #[inline(always)]
+    pub(crate) fn rebalance(&mut self, space: SpaceIndex, idle: Micros) {
         let held = self.spaces.at_mut(space);
         held.evicted += 1;
-        if held.evicted < held.frames_per_chunk || !self.emptying.is_empty() {
-            return;
+        if held.evicted >= held.frames_per_chunk && self.emptying.is_empty() {
+            held.evicted = 0;
+            self.take_chunk_for(space, idle);
         }
-        held.evicted = 0;
-        let idle = self.blocks.at(victim).idle(self.now);
+    }
+
+    #[cold]
+    fn take_chunk_for(&mut self, space: SpaceIndex, idle: Micros) {
         let colder = self.chunks.iter().filter(|(_, chunk)| {
             chunk.space != space
                 && chunk.kind == ChunkKind::Pool
@@ -337,7 +343,8 @@ impl Core {
         while free < wanted {
             match self.pinned_victim(space) {
                 Choice::Evict(index) => {
-                    self.rebalance(space, index);
+                    let idle = self.blocks.at(index).idle(self.now);
+                    self.rebalance(space, idle);
                     self.evict_from_pinned(index);
                 }
                 // It is written before it is needed.
@@ -430,9 +437,7 @@ impl Core {
         let expect = self.header_of(index, 0);
         let fence = self.hold_frame(source);
         let op = self.start(Op::Copy { block: index, source, fence, target });
-        self.chunks
-            .at_mut(target.chunk)
-            .set(target.index, FrameState::Filling { block: index, filler: Filler::Op(op.into()) });
+        self.chunks.at_mut(target.chunk).fill(target.index, index, Filler::Op(op.into()));
         self.blocks.at_mut(index).filling += 1;
         self.copies_running += 1;
         self.effects.push_back(Effect::Copy { op, source, target, expect });
@@ -469,7 +474,7 @@ impl Core {
     fn move_copy(&mut self, index: BlockIndex, target: FrameRef) {
         let Some(old) = self.blocks.at(index).pinned else { return };
         let chunk = self.chunks.at_mut(target.chunk);
-        chunk.set(target.index, FrameState::Sealed { block: index, pins: 0, verified: true });
+        chunk.seal(target.index, index, true, 0);
         self.blocks.at_mut(index).filling -= 1;
         self.vacate(old, Vacate::Free);
         self.transition(index, |block| block.pinned = Some(target));

@@ -226,7 +226,7 @@ impl Core {
         let now = self.now;
         let chunk = self.chunks.at_mut(frame.chunk);
         let cell = &chunk.frames[frame.index as usize];
-        let FrameState::Sealed { block: _, pins, verified } = cell.state else { return None };
+        let FrameState::Sealed { block: _, pins: _, verified } = cell.state else { return None };
         if !verified && chunk.sealer != Some(holder.session) {
             return None;
         }
@@ -235,7 +235,7 @@ impl Core {
         }
         holder.allowance -= bytes;
         let fence = cell.fence;
-        chunk.set(frame.index, FrameState::Sealed { block: index, pins: pins + 1, verified });
+        chunk.pin(frame.index);
         chunk.touched = now;
         if listed {
             self.relist(index, Relist::Keep);
@@ -321,7 +321,7 @@ impl Core {
         let op = self.start(Op::Read { block, source, target, sent: self.now, class, stuck: false });
         self.disks.device_mut(source.device).load.sent(frame_bytes.get());
         let chunk = self.chunks.at_mut(target.chunk);
-        chunk.set(target.index, FrameState::Filling { block, filler: Filler::Op(op.into()) });
+        chunk.fill(target.index, block, Filler::Op(op.into()));
         let entry = self.blocks.at_mut(block);
         entry.filling += 1;
         entry.set_arriving(Arriving::Reading(op.into()));

@@ -2,6 +2,7 @@
 //! their own files.
 
 use std::hash::{Hash, Hasher};
+use std::sync::Arc;
 
 use crate::api::{Effect, IoClass, Limit, MapAccess, MatchMode, Refusal, Reply, Request, Residence};
 use crate::core::{Core, Deadline};
@@ -50,12 +51,12 @@ impl Core {
                 open.repeats.begin(repeat, content, limit);
                 return false;
             }
-            Seen::Differs => Reply::Refused(Refusal::RepeatDiffers { repeat }),
+            Seen::Differs => Arc::new(Reply::Refused(Refusal::RepeatDiffers { repeat })),
             Seen::Same => match open.repeats.answer_mut(repeat) {
                 None => return false,
-                Some(Answer::Given(reply)) => reply.clone(),
+                Some(Answer::Given(reply)) => Arc::clone(reply),
                 Some(Answer::Waiting(also)) if also.len() >= REPEATS_WAITING_MAX => {
-                    Reply::Throttled(Limit::RequestsWaiting)
+                    Arc::new(Reply::Throttled(Limit::RequestsWaiting))
                 }
                 Some(Answer::Waiting(also)) => {
                     also.push(request);

@@ -8,16 +8,24 @@ use crate::evict::{Relist, is_by_use};
 use crate::ids::{BlockId, Fence, FrameRef};
 use crate::state::block::{Block, BlockIndex, Nvme};
 use crate::state::chunk::{ChunkKind, FrameState};
+use crate::state::space::SpaceIndex;
 
 /// What becomes of a frame that holds nothing valid any more.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Vacate {
     /// It can be used again.
     Free,
-    /// The caller uses it again at once, unless an operation still reads from it.
-    Take,
     /// A client may still write into it.
     Quarantine,
+}
+
+/// The block whose copies change.
+#[derive(Clone, Copy)]
+struct Who {
+    index: BlockIndex,
+    id: BlockId,
+    space: SpaceIndex,
+    parent: Option<BlockIndex>,
 }
 
 impl Core {
@@ -35,64 +43,73 @@ impl Core {
         let before = block.residence();
         change(block);
         let after = block.residence();
-        let (space, parent, id) = (block.space, block.parent, block.id);
-        let mut moves = None;
-        if before != after {
-            let mut parent_id = None;
-            if let Some(parent) = parent {
-                let above = self.blocks.at_mut(parent);
-                parent_id = Some(above.id);
-                let was_leaf = above.leaf_of();
-                adjust(&mut above.children_pinned, before.pinned, after.pinned);
-                adjust(&mut above.children_nvme, before.nvme, after.nvme);
-                let (leaf_pinned, leaf) = above.leaf_of();
+        let who = Who { index, id: block.id, space: block.space, parent: block.parent };
+        let moves = if before == after { None } else { self.changed(who, before, after) };
+        if after == Residence::default() {
+            self.left(index);
+        }
+        moves
+    }
+
+    /// The copies of a block were others before. The parent is given back if it may have to move in the lists.
+    #[inline(always)]
+    fn changed(&mut self, who: Who, before: Residence, after: Residence) -> Option<BlockIndex> {
+        let Who { index, id, space, parent } = who;
+        let (mut parent_id, mut moves) = (None, None);
+        if let Some(parent) = parent {
+            let above = self.blocks.at_mut(parent);
+            parent_id = Some(above.id);
+            let was_leaf = above.leaf_of();
+            adjust(&mut above.children_pinned, before.pinned, after.pinned);
+            adjust(&mut above.children_nvme, before.nvme, after.nvme);
+            let (leaf_pinned, leaf) = above.leaf_of();
+            if (leaf_pinned, leaf) != was_leaf {
                 let there = above.residence();
                 let may_be_listed = leaf_pinned && there.pinned || leaf && there.nvme;
-                if (leaf_pinned, leaf) != was_leaf && (may_be_listed || above.is_listed()) {
-                    moves = Some(parent);
-                }
-            }
-            let held = self.spaces.at_mut(space);
-            let length = held.block_bytes.get();
-            if !self.restoring {
-                let (space, none) = (held.id, Residence::default());
-                let event = if before == none {
-                    let length = held.block_bytes;
-                    Event::Sealed { space, block: id, parent: parent_id, length, tiers: after }
-                } else if after == none {
-                    Event::Evicted { space, block: id }
-                } else {
-                    Event::Moved { space, block: id, tiers: after }
-                };
-                self.events.push((held.tenant, event));
-            }
-            adjust(&mut held.blocks_pinned, before.pinned, after.pinned);
-            adjust(&mut held.blocks_nvme, before.nvme, after.nvme);
-            match (is_unpersisted(before), is_unpersisted(after)) {
-                (false, true) => self.unpersisted += length,
-                (true, false) => self.unpersisted -= length,
-                (true, true) | (false, false) => {}
-            }
-            if self.config.policy == Policy::S3Fifo {
-                self.count_copies(index, before, after);
+                moves = (may_be_listed || above.is_listed()).then_some(parent);
             }
         }
-        if after == Residence::default() {
-            let block = self.blocks.at_mut(index);
-            // A copy that is on its way to a device may outlive the one it was made from.
-            let coming = block.nvme.is_coming();
-            if !coming {
-                block.set_seal(None);
-            }
-            if block.is_retained() {
-                self.unretain(index);
-            }
-            if !coming && !self.durables.is_empty() {
-                self.durable(index, false);
-            }
+        let held = self.spaces.at_mut(space);
+        let length = held.block_bytes.get();
+        if !self.restoring {
+            let (space, none) = (held.id, Residence::default());
+            let event = if before == none {
+                let length = held.block_bytes;
+                Event::Sealed { space, block: id, parent: parent_id, length, tiers: after }
+            } else if after == none {
+                Event::Evicted { space, block: id }
+            } else {
+                Event::Moved { space, block: id, tiers: after }
+            };
+            self.events.push((held.tenant, event));
         }
-        debug_assert!(self.blocks.at(index).id == id, "a transition does not change identities");
+        adjust(&mut held.blocks_pinned, before.pinned, after.pinned);
+        adjust(&mut held.blocks_nvme, before.nvme, after.nvme);
+        match (is_unpersisted(before), is_unpersisted(after)) {
+            (false, true) => self.unpersisted += length,
+            (true, false) => self.unpersisted -= length,
+            (true, true) | (false, false) => {}
+        }
+        if self.config.policy == Policy::S3Fifo {
+            self.count_copies(index, before, after);
+        }
         moves
+    }
+
+    /// No tier holds the block any more.
+    fn left(&mut self, index: BlockIndex) {
+        let block = self.blocks.at_mut(index);
+        // A copy that is on its way to a device may outlive the one it was made from.
+        let coming = block.nvme.is_coming();
+        if !coming {
+            block.set_seal(None);
+        }
+        if block.is_retained() {
+            self.unretain(index);
+        }
+        if !coming && !self.durables.is_empty() {
+            self.durable(index, false);
+        }
     }
 
     /// Marks a block as used now.
@@ -116,14 +133,10 @@ impl Core {
     }
 
     /// The frame's bytes become the block's Pinned copy. The frame was filled for it.
+    #[inline(always)]
     pub(crate) fn seal_frame(&mut self, index: BlockIndex, frame: FrameRef, verified: bool, pins: u32) {
         let chunk = self.chunks.at_mut(frame.chunk);
-        let filling = chunk.frames[frame.index as usize].state;
-        assert!(
-            matches!(filling, FrameState::Filling { block, .. } if block == index),
-            "only a frame filled for the block is sealed"
-        );
-        chunk.set(frame.index, FrameState::Sealed { block: index, pins, verified });
+        chunk.seal(frame.index, index, verified, pins);
         chunk.touched = self.now;
         let (tick, now) = (self.tick, self.now);
         let block = self.blocks.at_mut(index);
@@ -131,11 +144,15 @@ impl Core {
         assert!(block.filling > 0, "a filling frame is counted by its block");
         block.filling -= 1;
         block.touch(tick, now);
-        if let Some(parent) = self.change(index, |block| block.pinned = Some(frame)) {
+        let Residence { nvme, .. } = block.residence();
+        block.pinned = Some(frame);
+        let who = Who { index, id: block.id, space: block.space, parent: block.parent };
+        let (before, after) = (Residence { pinned: false, nvme }, Residence { pinned: true, nvme });
+        if let Some(parent) = self.changed(who, before, after) {
             self.relist(parent, Relist::Keep);
         }
         // A lease that pins it keeps it off the list of Pinned.
-        if pins == 0 || matches!(self.blocks.at(index).nvme, Nvme::Sealed { .. }) {
+        if pins == 0 || nvme {
             self.relist(index, Relist::Keep);
         }
     }
@@ -150,24 +167,39 @@ impl Core {
     /// Evicts a leaf for the sake of its frame, and then its ancestors, as long as each is the next to go for
     /// certain, up to `wanted` frames. They are the caller's, who fills them at once.
     pub(crate) fn evict_path(&mut self, leaf: BlockIndex, wanted: usize, frames: &mut Vec<FrameRef>) {
+        let coldest = self.blocks.at(leaf);
+        let (space, idle) = (coldest.space, coldest.idle(self.now));
+        let mut evicted = 0u32;
         let mut next = Some(leaf);
         while let Some(index) = next {
-            let Some(frame) = self.blocks.at(index).pinned else { return };
             next = if frames.len() + 1 < wanted { self.heir(index) } else { None };
-            self.rebalance(self.blocks.at(index).space, index);
-            self.counters.evictions_pinned += 1;
-            if self.vacate(frame, Vacate::Take) {
+            let block = self.blocks.at_mut(index);
+            let Some(frame) = block.pinned.take() else { break };
+            let Residence { nvme, .. } = block.residence();
+            let listed = block.is_listed();
+            let who = Who { index, id: block.id, space: block.space, parent: block.parent };
+            evicted += 1;
+            self.rebalance(space, idle);
+            let (fence, free) = self.chunks.at_mut(frame.chunk).evict(frame.index);
+            self.fences.push((frame, fence));
+            if free {
                 frames.push(frame);
             }
-            let parent = self.change(index, |block| block.pinned = None);
+            let (before, after) = (Residence { pinned: true, nvme }, Residence { pinned: false, nvme });
+            let parent = self.changed(who, before, after);
             if let Some(parent) = parent.filter(|&parent| next != Some(parent)) {
                 self.relist(parent, Relist::Keep);
             }
-            if self.blocks.at(index).is_listed() {
+            if !nvme {
+                self.left(index);
+            }
+            if listed {
                 self.relist(index, Relist::Keep);
             }
             self.blocks.remove_if_gone(index);
         }
+        self.emptying_due = true;
+        self.counters.evictions_pinned += u64::from(evicted);
     }
 
     /// Ends what a frame is being filled with.
@@ -181,8 +213,8 @@ impl Core {
         self.blocks.remove_if_gone(block);
     }
 
-    /// Bumps the fence of a frame, then takes what it holds away. False: it is not free yet.
-    pub(crate) fn vacate(&mut self, frame: FrameRef, how: Vacate) -> bool {
+    /// Bumps the fence of a frame, then takes what it holds away.
+    pub(crate) fn vacate(&mut self, frame: FrameRef, how: Vacate) {
         let chunk = self.chunks.at_mut(frame.chunk);
         let cell = &mut chunk.frames[frame.index as usize];
         cell.fence = cell.fence.next();
@@ -190,12 +222,10 @@ impl Core {
         self.fences.push((frame, fence));
         match how {
             Vacate::Quarantine => chunk.set(frame.index, FrameState::Quarantined),
-            Vacate::Free | Vacate::Take if busy => chunk.set(frame.index, FrameState::Evicting),
-            Vacate::Take => chunk.take(frame.index),
+            Vacate::Free if busy => chunk.set(frame.index, FrameState::Evicting),
             Vacate::Free => self.free_frame(frame),
         }
         self.emptying_due = true;
-        how != Vacate::Quarantine && !busy
     }
 
     /// Nothing refers to the frame any more, or whoever took it does not use it after all.

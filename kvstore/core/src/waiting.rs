@@ -1,5 +1,7 @@
 //! Requests that wait, and how each gets its one answer.
 
+use std::sync::Arc;
+
 use crate::api::{Effect, Grant, IoClass, Limit, MissReason, Reply, SealOutcome};
 use crate::core::{Core, Deadline};
 use crate::ids::{BlockId, LeaseId, RequestId, SessionId};
@@ -62,9 +64,10 @@ impl Core {
         if matches!(reply, Reply::Throttled(_)) {
             self.counters.throttled += 1;
         }
+        let reply = Arc::new(reply);
         if let (Some(repeat), Some(open)) = (repeat, self.sessions.get_mut(&session)) {
             for request in open.repeats.finish(repeat, &reply) {
-                self.effects.push_back(Effect::Reply { session, request, reply: reply.clone() });
+                self.effects.push_back(Effect::Reply { session, request, reply: Arc::clone(&reply) });
             }
         }
         self.effects.push_back(Effect::Reply { session, request, reply });

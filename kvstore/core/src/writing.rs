@@ -202,7 +202,8 @@ impl Core {
     }
 
     /// One block of a write lease. `above` is the block before it, and its entry
-    /// if it was at hand.
+    /// if it is at hand.
+    #[inline(always)]
     fn step_write(
         &mut self,
         writing: &mut Writing,
@@ -211,7 +212,6 @@ impl Core {
         above: Option<(BlockId, Option<BlockIndex>)>,
     ) -> (Step, Option<BlockIndex>) {
         let throttled = (Step::Settled(Grant::Throttled), None);
-        let above = above.map(|(above, index)| (above, index.filter(|&index| self.is_entry(index, above))));
         let found = self.blocks.find_after(above.and_then(|(_, index)| index), block);
         if let Some(index) = found {
             if self.blocks.at(index).space != writing.space {
@@ -284,6 +284,7 @@ impl Core {
         index
     }
 
+    #[inline(always)]
     fn link(&mut self, index: BlockIndex, block: BlockId, above: Option<(BlockId, Option<BlockIndex>)>) {
         let Some((parent, hint)) = above.filter(|&(parent, _)| parent != block) else { return };
         let entry = self.blocks.at(index);
@@ -293,33 +294,20 @@ impl Core {
         let (space, now) = (entry.space, self.now);
         let hint = hint.filter(|&hint| self.is_entry(hint, parent));
         let above = hint.unwrap_or_else(|| self.blocks.find_or_insert(parent, space, now));
-        if self.restoring {
-            self.blocks.attach_unchecked(index, above);
+        let attached = if self.restoring {
+            self.blocks.attach_unchecked(index, above)
         } else {
-            self.blocks.attach(index, above);
-        }
-        if self.blocks.at(index).parent == Some(above) {
-            self.inherit(index, above);
-            if self.blocks.at(above).is_listed() {
-                self.relist(above, Relist::Keep);
-            }
-        } else {
+            self.blocks.attach(index, above)
+        };
+        if !attached {
             // It may have been entered for this block.
             self.blocks.remove_if_gone(above);
+        } else if self.blocks.at(above).is_listed() {
+            self.relist(above, Relist::Keep);
         }
     }
 
-    /// A block's depth follows from its parent, and so does its turn: a parent
-    /// that was used since it was sealed had ended an earlier request.
-    fn inherit(&mut self, index: BlockIndex, above: BlockIndex) {
-        let parent = self.blocks.at(above).stats();
-        let block = self.blocks.at_mut(index);
-        block.depth = parent.depth.saturating_add(1);
-        if block.uses == 0 {
-            block.turn = parent.turn.saturating_add(u8::from(parent.uses > 0));
-        }
-    }
-
+    #[inline(always)]
     fn reserve(
         &mut self,
         writing: &mut Writing,
@@ -328,10 +316,8 @@ impl Core {
         frame: FrameRef,
     ) -> Grant {
         let chunk = self.chunks.at_mut(frame.chunk);
-        let filler = Filler::Lease(writing.lease.into());
-        chunk.set(frame.index, FrameState::Filling { block: index, filler });
+        let fence = chunk.fill(frame.index, index, Filler::Lease(writing.lease.into()));
         chunk.touched = self.now;
-        let fence = chunk.frames[frame.index as usize].fence;
         let entry = self.blocks.at_mut(index);
         entry.filling += 1;
         let bytes = writing.frame_bytes;
@@ -448,6 +434,7 @@ impl Core {
         }
     }
 
+    #[inline(always)]
     fn seal_one(
         &mut self,
         sealing: Sealing,
@@ -486,6 +473,7 @@ impl Core {
     }
 
     /// The first seal of a block wins. A second one is a repetition or a conflict; its frame is given back.
+    #[inline(always)]
     fn publish_frame(
         &mut self,
         index: BlockIndex,
@@ -493,11 +481,10 @@ impl Core {
         checksum: Checksum,
         sealing: Sealing,
     ) -> SealOutcome {
-        let block = self.blocks.at(index);
+        let block = self.blocks.at_mut(index);
         let before = block.seal();
-        let resident = block.pinned.is_some();
         let same = before.is_none_or(|seal| seal == checksum);
-        if !same || resident {
+        if !same || block.pinned.is_some() {
             self.abandon_filling(frame, Vacate::Free);
             if same {
                 self.counters.seals_repeated += 1;
@@ -506,9 +493,7 @@ impl Core {
             self.counters.seal_conflicts += 1;
             return SealOutcome::Conflict;
         }
-        if before.is_none() {
-            self.blocks.at_mut(index).set_seal(Some(checksum));
-        }
+        block.set_seal(Some(checksum));
         // The daemon compared a streamed block's bytes when it stored them.
         self.seal_frame(index, frame, !sealing.local, 1);
         if sealing.local {
@@ -518,9 +503,11 @@ impl Core {
             return SealOutcome::Already;
         }
         self.counters.seals += 1;
-        let block = self.blocks.at(index);
-        if sealing.persist && block.nvme == Nvme::None {
-            self.consider(index, block.id, sealing.added);
+        if sealing.persist {
+            let block = self.blocks.at(index);
+            if block.nvme == Nvme::None {
+                self.consider(index, block.id, sealing.added);
+            }
         }
         SealOutcome::Sealed
     }

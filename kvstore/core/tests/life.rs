@@ -99,7 +99,7 @@ impl Node {
 
     fn reply(&mut self, wanted: RequestId) -> Option<Reply> {
         self.effects.iter().find_map(|effect| match effect {
-            Effect::Reply { request, reply, .. } if *request == wanted => Some(reply.clone()),
+            Effect::Reply { request, reply, .. } if *request == wanted => Some(Reply::clone(reply)),
             _ => None,
         })
     }

@@ -1,6 +1,8 @@
 //! The model mix changes: memory and slots carved for one space must serve
 //! another while both go on, without a write that is turned away.
 
+use std::sync::Arc;
+
 use terrace_core::*;
 
 const CHUNK_BYTES: u64 = 2 * MIB;
@@ -84,7 +86,7 @@ impl Node {
             self.core.handle(Now::from_micros(self.now), input);
             while let Some(effect) = self.core.poll_effect() {
                 match effect {
-                    Effect::Reply { reply: answer, .. } => reply = Some(answer),
+                    Effect::Reply { reply: answer, .. } => reply = Some(Arc::unwrap_or_clone(answer)),
                     Effect::CreateChunk { op, .. } => {
                         inputs.push_back(Input::OpDone { op, outcome: Ok(Done::ChunkCreated) });
                     }

@@ -50,7 +50,7 @@ struct State {
 }
 
 struct Mailbox {
-    pending: HashMap<RequestId, oneshot::Sender<Reply>>,
+    pending: HashMap<RequestId, oneshot::Sender<Arc<Reply>>>,
     notices: mpsc::Sender<Notice>,
 }
 
@@ -174,7 +174,8 @@ impl Engine {
             self.handle(&mut state, Input::Request { session, request, op });
             answer
         };
-        answer.await.map_err(|_| Gone)
+        // Copied here at most, and not by the core: it is remembered for repeats.
+        answer.await.map(Arc::unwrap_or_clone).map_err(|_| Gone)
     }
 
     /// Asks the core, and lets the answer go.

@@ -7,6 +7,7 @@
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BinaryHeap, VecDeque};
+use std::sync::Arc;
 
 use terrace_core::{
     Admission, ByteCount, ComputeCost, Config, Core, Counters, DeviceId, Done, Effect, Fault,
@@ -281,7 +282,9 @@ impl Node {
     /// Starts an effect. Fences, events and mappings have nobody to tell here.
     fn perform(&mut self, effect: Effect) {
         match effect {
-            Effect::Reply { session: _, request, reply } => self.replies.push_back((request, reply)),
+            Effect::Reply { session: _, request, reply } => {
+                self.replies.push_back((request, Arc::unwrap_or_clone(reply)));
+            }
             Effect::Notify { .. }
             | Effect::AdoptWindow { .. }
             | Effect::SetFences { .. }

@@ -454,12 +454,9 @@ impl BlockTable {
         debug_assert!(self.find(id).is_none(), "a block has one entry");
         let index = self.free.pop().unwrap_or_else(|| BlockIndex::new(count(self.entries.len())));
         self.index.insert(tag(id), index.get());
-        let mut block = Block::new(id, space, now);
-        if let Some(past) = self.history.as_ref().and_then(|history| history.recall(id)) {
-            block.uses = past.uses.saturating_add(1);
-            block.turn = past.turn;
-        }
-        let block = Some(block);
+        let past = self.history.as_ref().and_then(|history| history.recall(id));
+        let (uses, turn) = past.map_or((0, 0), |past| (past.uses.saturating_add(1), past.turn));
+        let block = Some(Block { uses, turn, ..Block::new(id, space, now) });
         if index.place() == self.entries.len() {
             self.entries.push(block);
         } else {
@@ -476,8 +473,7 @@ impl BlockTable {
             if !block.is_gone() {
                 return;
             }
-            assert!(!block.listed_pinned.is_listed(), "a block without a Pinned copy is in no Pinned list");
-            assert!(!block.listed_nvme.is_listed(), "a block without an Nvme copy is in no Nvme list");
+            assert!(!block.is_listed(), "a block without a copy is in no list");
             next = block.parent;
             let (id, stats) = (block.id, block.stats());
             if let Some(history) = &mut self.history {
@@ -495,33 +491,40 @@ impl BlockTable {
         }
     }
 
-    /// Records the parent of an entry that has none. Refuses what would make a
-    /// cycle: then the entry stays a root.
-    pub(crate) fn attach(&mut self, child: BlockIndex, parent: BlockIndex) {
-        let entry = self.at(child);
-        if entry.parent.is_some() || child == parent {
-            return;
-        }
-        if entry.children > 0 && self.has_ancestor(parent, child) {
-            return;
-        }
-        self.attach_unchecked(child, parent);
+    /// Records the parent of an entry that has none. False: that would make a
+    /// cycle, or is none of its space's. Then the entry stays a root.
+    pub(crate) fn attach(&mut self, child: BlockIndex, parent: BlockIndex) -> bool {
+        let closes = self.at(child).children > 0 && self.has_ancestor(parent, child);
+        !closes && self.attach_unchecked(child, parent)
     }
 
     /// Records a parent that may close a circle. [`BlockTable::cut_circles`]
     /// follows before anybody walks the forest.
-    pub(crate) fn attach_unchecked(&mut self, child: BlockIndex, parent: BlockIndex) {
-        let entry = self.at(child);
-        if entry.parent.is_some() || child == parent || self.at(parent).space != entry.space {
-            return;
+    ///
+    /// A block's depth follows from its parent, and so does its turn: a parent
+    /// that was used since it was sealed had ended an earlier request.
+    pub(crate) fn attach_unchecked(&mut self, child: BlockIndex, parent: BlockIndex) -> bool {
+        let (index, below) = (child, self.at(child));
+        let (space, residence) = (below.space, below.residence());
+        if below.parent.is_some() || child == parent {
+            return false;
         }
-        let residence = entry.residence();
-        self.at_mut(child).parent = Some(parent);
-        let parent = self.at_mut(parent);
-        parent.child = Some(child);
-        parent.children += 1;
-        parent.children_pinned += u32::from(residence.pinned);
-        parent.children_nvme += u32::from(residence.nvme);
+        let above = self.at_mut(parent);
+        if above.space != space {
+            return false;
+        }
+        above.child = Some(child);
+        above.children += 1;
+        above.children_pinned += u32::from(residence.pinned);
+        above.children_nvme += u32::from(residence.nvme);
+        let stats = above.stats();
+        let block = self.at_mut(index);
+        block.parent = Some(parent);
+        block.depth = stats.depth.saturating_add(1);
+        if block.uses == 0 {
+            block.turn = stats.turn.saturating_add(u8::from(stats.uses > 0));
+        }
+        true
     }
 
     /// Makes a root of one entry of each circle of parents. One walk over the table,

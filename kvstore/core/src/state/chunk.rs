@@ -151,12 +151,69 @@ impl Chunk {
         }
     }
 
-    /// Empties a frame for the caller, who sets its state at once.
-    pub(crate) fn take(&mut self, index: u32) {
+    /// Ends what a frame holds, and gives it to the caller, who sets its state at once. False: operations still
+    /// read from it.
+    pub(crate) fn evict(&mut self, index: u32) -> (Fence, bool) {
         let frame = &mut self.frames[index as usize];
-        self.counts.leave(frame.state);
-        frame.state = FrameState::Free;
-        self.counts.join(FrameState::Free);
+        frame.fence = frame.fence.next();
+        let FrameState::Sealed { pins, .. } = frame.state else {
+            unreachable!("only a sealed frame is evicted")
+        };
+        self.counts.sealed -= 1;
+        self.counts.pinned -= u64::from(pins > 0);
+        let free = frame.busy == 0;
+        if free {
+            frame.state = FrameState::Free;
+            self.counts.free += 1;
+        } else {
+            frame.state = FrameState::Evicting;
+            self.counts.evicting += 1;
+        }
+        (frame.fence, free)
+    }
+
+    /// What was taken is filled from now on.
+    #[inline(always)]
+    pub(crate) fn fill(&mut self, index: u32, block: BlockIndex, filler: Filler) -> Fence {
+        let frame = &mut self.frames[index as usize];
+        assert!(frame.state == FrameState::Free, "only a free frame is filled");
+        frame.state = FrameState::Filling { block, filler };
+        self.counts.free -= 1;
+        self.counts.filling += 1;
+        frame.fence
+    }
+
+    /// What was filled for a block is its copy from now on.
+    #[inline(always)]
+    pub(crate) fn seal(&mut self, index: u32, block: BlockIndex, verified: bool, pins: u32) {
+        let frame = &mut self.frames[index as usize];
+        let ours = matches!(frame.state, FrameState::Filling { block: other, .. } if other == block);
+        assert!(ours, "only a frame filled for the block is sealed");
+        frame.state = FrameState::Sealed { block, pins, verified };
+        self.counts.filling -= 1;
+        self.counts.sealed += 1;
+        self.counts.pinned += u64::from(pins > 0);
+    }
+
+    /// One more lease pins what a frame holds.
+    pub(crate) fn pin(&mut self, index: u32) {
+        let FrameState::Sealed { pins, .. } = &mut self.frames[index as usize].state else {
+            unreachable!("only a sealed frame is pinned")
+        };
+        *pins += 1;
+        self.counts.pinned += u64::from(*pins == 1);
+    }
+
+    /// A lease lets go of what a frame holds. Whether no other pins it.
+    pub(crate) fn unpin(&mut self, index: u32) -> bool {
+        let FrameState::Sealed { pins, .. } = &mut self.frames[index as usize].state else {
+            unreachable!("only a sealed frame is pinned")
+        };
+        assert!(*pins > 0, "a leased block is pinned");
+        *pins -= 1;
+        let free = *pins == 0;
+        self.counts.pinned -= u64::from(free);
+        free
     }
 
     /// Takes a free frame. The caller sets its state at once.
@@ -252,15 +309,12 @@ impl ChunkTable {
         self.created + 1 < ChunkId::NOBODY.get()
     }
 
-    fn slot(&self, id: ChunkId) -> Option<usize> {
-        match self.last {
-            Some((last, slot)) if last == id => Some(slot as usize),
-            Some(_) | None => self.index.find(tag(id), |_| true).map(|slot| slot as usize),
-        }
-    }
-
     pub(crate) fn find(&self, id: ChunkId) -> Option<&Chunk> {
-        self.slots[self.slot(id)?].as_ref()
+        let slot = match self.last {
+            Some((last, slot)) if last == id => slot,
+            Some(_) | None => self.index.find(tag(id), |_| true)?,
+        };
+        self.slots[slot as usize].as_ref()
     }
 
     pub(crate) fn at(&self, id: ChunkId) -> &Chunk {
@@ -268,9 +322,23 @@ impl ChunkTable {
     }
 
     pub(crate) fn at_mut(&mut self, id: ChunkId) -> &mut Chunk {
-        let slot = self.slot(id).expect("a chunk is used only while it is alive");
-        self.last = Some((id, count(slot)));
-        self.slots[slot].as_mut().expect("the index names slots in use")
+        self.find_mut(id).expect("a chunk is used only while it is alive")
+    }
+
+    #[inline(always)]
+    pub(crate) fn find_mut(&mut self, id: ChunkId) -> Option<&mut Chunk> {
+        let slot = match self.last {
+            Some((last, slot)) if last == id => slot,
+            Some(_) | None => self.look_up(id)?,
+        };
+        self.slots[slot as usize].as_mut()
+    }
+
+    #[cold]
+    fn look_up(&mut self, id: ChunkId) -> Option<u32> {
+        let slot = self.index.find(tag(id), |_| true)?;
+        self.last = Some((id, slot));
+        Some(slot)
     }
 
     /// The frame, if its chunk is alive.

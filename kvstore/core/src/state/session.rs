@@ -1,6 +1,7 @@
 //! Sessions, their leases, and the answers remembered for repeats.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::sync::Arc;
 
 use crate::api::{Locality, Reply};
 use crate::ids::{BlockId, ChunkId, Fence, FrameRef, LeaseId, RequestId, SessionId, TenantId};
@@ -58,7 +59,7 @@ pub(crate) enum Answer {
     /// It waits; these requests get its answer as well.
     Waiting(Vec<RequestId>),
     /// Its answer.
-    Given(Reply),
+    Given(Arc<Reply>),
 }
 
 /// What a repeat id says about a request.
@@ -97,12 +98,13 @@ impl Repeats {
 
     /// Ends a request: remembers its answer, or forgets it so that it can be
     /// tried again. Returns the requests that wait for the same answer.
-    pub(crate) fn finish(&mut self, repeat: u64, reply: &Reply) -> Vec<RequestId> {
+    pub(crate) fn finish(&mut self, repeat: u64, reply: &Arc<Reply>) -> Vec<RequestId> {
         let Some(seen) = self.answers.get_mut(&repeat) else { return Vec::new() };
-        let Answer::Waiting(also) = std::mem::replace(&mut seen.answer, Answer::Given(reply.clone())) else {
+        let Answer::Waiting(also) = std::mem::replace(&mut seen.answer, Answer::Given(Arc::clone(reply)))
+        else {
             return Vec::new();
         };
-        if matches!(reply, Reply::Throttled(_) | Reply::Refused(_)) {
+        if matches!(**reply, Reply::Throttled(_) | Reply::Refused(_)) {
             self.answers.remove(&repeat);
             self.order.retain(|&other| other != repeat);
         }

@@ -370,7 +370,7 @@ impl World {
     fn perform(&mut self, effect: Effect) {
         let (op, sample) = match &effect {
             Effect::Reply { session, request, reply } => {
-                return self.replied(*session, *request, reply.clone());
+                return self.replied(*session, *request, Reply::clone(reply));
             }
             Effect::Notify { session, notice } => return self.notified(*session, notice.clone()),
             Effect::SetFences { fences } => return self.fences_moved(fences),

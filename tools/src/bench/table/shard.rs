@@ -5,6 +5,7 @@
 //! core, and the taking of its effects.
 
 use std::collections::VecDeque;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
@@ -69,7 +70,7 @@ pub(super) struct Shard {
     origin: Instant,
     requests: u64,
     /// The answer that is waited for, once it is there.
-    reply: Option<Reply>,
+    reply: Option<Arc<Reply>>,
     /// What effects that were performed led to.
     inputs: VecDeque<Input>,
     open: VecDeque<LeaseId>,
@@ -210,7 +211,7 @@ impl Shard {
         self.tell(Input::Request { session, request, op })?;
         let took = began.elapsed();
         let reply = self.reply.take().context("the core leaves a request without an answer")?;
-        Ok((reply, took))
+        Ok((Arc::unwrap_or_clone(reply), took))
     }
 
     fn tell(&mut self, input: Input) -> anyhow::Result<()> {
