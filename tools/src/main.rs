@@ -4,6 +4,11 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use terrace::cli::Cli;
+use terrace_media::LargePages;
+
+/// As the daemon's, whose code is simulated and measured here.
+#[global_allocator]
+static ALLOCATOR: LargePages = LargePages;
 
 fn main() -> ExitCode {
     terrace_planner::process::become_guarded_child();

@@ -288,7 +288,10 @@ impl Core {
         held.evicted += 1;
         if held.evicted >= held.frames_per_chunk && self.emptying.is_empty() {
             held.evicted = 0;
-            self.take_chunk_for(space, idle);
+            let others = self.chunks.len() - held.chunks;
+            if others > 0 {
+                self.take_chunk_for(space, idle);
+            }
         }
     }
 
@@ -356,9 +359,9 @@ impl Core {
     }
 
     fn evict_from_pinned(&mut self, index: BlockIndex) {
-        self.counters.evictions_pinned += 1;
-        self.drop_pinned(index);
-        self.blocks.remove_if_gone(index);
+        if let Some(frame) = self.evict(index, None) {
+            self.free_frame(frame);
+        }
     }
 
     /// Chunks that are being emptied go one step further.
@@ -376,13 +379,18 @@ impl Core {
         if chunk.kind == ChunkKind::Retiring && chunk.counts.pinned > 0 {
             return self.keep_chunk(id);
         }
-        for index in 0..count(chunk.frames.len()) {
-            let frame = FrameRef { chunk: id, index };
-            let Some(cell) = self.chunks.frame(frame) else { return };
-            let FrameState::Sealed { block, pins, .. } = cell.state else { continue };
-            let stays = pins > 0 && self.now < self.chunks.at(id).leave_by;
-            if cell.busy == 0 && !stays {
-                self.move_out(block, frame);
+        let frames = count(chunk.frames.len());
+        for first in (0..frames).step_by(WARM_VICTIMS_MAX) {
+            let end = frames.min(first + count(WARM_VICTIMS_MAX));
+            self.warm_frames(id, first..end);
+            for index in first..end {
+                let frame = FrameRef { chunk: id, index };
+                let Some(cell) = self.chunks.frame(frame) else { return };
+                let FrameState::Sealed { block, pins, .. } = cell.state else { continue };
+                let stays = pins > 0 && self.now < self.chunks.at(id).leave_by;
+                if cell.busy == 0 && !stays {
+                    self.move_out(block, frame);
+                }
             }
         }
         if self.chunks.at(id).is_empty() {
@@ -391,6 +399,19 @@ impl Core {
             let op = self.start(Op::DropChunk { chunk: id });
             self.effects.push_back(Effect::DropChunk { op, chunk: id });
         }
+    }
+
+    /// Brings what the eviction of these frames' blocks will touch into the cache.
+    fn warm_frames(&self, id: ChunkId, frames: std::ops::Range<u32>) {
+        let chunk = self.chunks.at(id);
+        let blocks = frames.filter_map(|index| match chunk.frames[index as usize].state {
+            FrameState::Sealed { block, .. } => Some(self.blocks.at(block).id),
+            FrameState::Free
+            | FrameState::Filling { .. }
+            | FrameState::Evicting
+            | FrameState::Quarantined => None,
+        });
+        self.blocks.warm(blocks);
     }
 
     /// Somebody uses the chunk again: another one is emptied instead.

@@ -169,37 +169,40 @@ impl Core {
     pub(crate) fn evict_path(&mut self, leaf: BlockIndex, wanted: usize, frames: &mut Vec<FrameRef>) {
         let coldest = self.blocks.at(leaf);
         let (space, idle) = (coldest.space, coldest.idle(self.now));
-        let mut evicted = 0u32;
         let mut next = Some(leaf);
         while let Some(index) = next {
             next = if frames.len() + 1 < wanted { self.heir(index) } else { None };
-            let block = self.blocks.at_mut(index);
-            let Some(frame) = block.pinned.take() else { break };
-            let Residence { nvme, .. } = block.residence();
-            let listed = block.is_listed();
-            let who = Who { index, id: block.id, space: block.space, parent: block.parent };
-            evicted += 1;
             self.rebalance(space, idle);
-            let (fence, free) = self.chunks.at_mut(frame.chunk).evict(frame.index);
-            self.fences.push((frame, fence));
-            if free {
-                frames.push(frame);
-            }
-            let (before, after) = (Residence { pinned: true, nvme }, Residence { pinned: false, nvme });
-            let parent = self.changed(who, before, after);
-            if let Some(parent) = parent.filter(|&parent| next != Some(parent)) {
-                self.relist(parent, Relist::Keep);
-            }
-            if !nvme {
-                self.left(index);
-            }
-            if listed {
-                self.relist(index, Relist::Keep);
-            }
-            self.blocks.remove_if_gone(index);
+            frames.extend(self.evict(index, next));
         }
+    }
+
+    /// Ends the Pinned copy of a block for the sake of its memory. `heir` is evicted next, so it is not listed
+    /// before. The frame, unless operations still read from it: the caller uses it or frees it.
+    #[inline(always)]
+    pub(crate) fn evict(&mut self, index: BlockIndex, heir: Option<BlockIndex>) -> Option<FrameRef> {
+        let block = self.blocks.at_mut(index);
+        let frame = block.pinned.take()?;
+        let Residence { nvme, .. } = block.residence();
+        let listed = block.is_listed();
+        let who = Who { index, id: block.id, space: block.space, parent: block.parent };
+        self.counters.evictions_pinned += 1;
         self.emptying_due = true;
-        self.counters.evictions_pinned += u64::from(evicted);
+        let (fence, free) = self.chunks.at_mut(frame.chunk).evict(frame.index);
+        self.fences.push((frame, fence));
+        let (before, after) = (Residence { pinned: true, nvme }, Residence { pinned: false, nvme });
+        let parent = self.changed(who, before, after);
+        if let Some(parent) = parent.filter(|&parent| heir != Some(parent)) {
+            self.relist(parent, Relist::Keep);
+        }
+        if !nvme {
+            self.left(index);
+        }
+        if listed || nvme {
+            self.relist(index, Relist::Keep);
+        }
+        self.blocks.remove_if_gone(index);
+        free.then_some(frame)
     }
 
     /// Ends what a frame is being filled with.

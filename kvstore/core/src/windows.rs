@@ -80,8 +80,9 @@ impl Core {
                 chunk.set(index, FrameState::Free);
             }
         }
-        let blocks: Vec<BlockIndex> =
-            chunk.frames.iter().filter_map(|frame| sealed_block(frame.state)).collect();
+        let sealed = chunk.frames.iter().filter_map(|frame| sealed_block(frame.state));
+        // The others are in no list of Pinned, before and after.
+        let leaves: Vec<BlockIndex> = sealed.filter(|&index| self.blocks.at(index).leaf_of().0).collect();
         if !chunk.free.is_empty() {
             self.spaces.at_mut(space).pool_open.insert(id);
         }
@@ -91,7 +92,7 @@ impl Core {
         if let Some(session) = self.sessions.get_mut(&owner) {
             session.windows.remove(&id);
         }
-        for index in blocks.into_iter().rev() {
+        for index in leaves.into_iter().rev() {
             self.relist(index, Relist::Keep);
         }
         self.counters.windows_adopted += 1;

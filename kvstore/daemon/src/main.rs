@@ -9,7 +9,12 @@ use clap::{Parser, Subcommand};
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
 
+use terrace_media::LargePages;
 use terraced::{Config, Daemon};
+
+/// The residency table is used at random places.
+#[global_allocator]
+static ALLOCATOR: LargePages = LargePages;
 
 /// The Terrace daemon: owns the memory that holds KV blocks on this node.
 #[derive(Parser)]

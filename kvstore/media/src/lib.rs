@@ -19,6 +19,7 @@ mod faults;
 mod golden;
 mod header;
 pub mod inspect;
+mod large_pages;
 mod media;
 mod memfd;
 mod memory;
@@ -44,6 +45,7 @@ pub use faults::{FaultyDevice, Injected, VolatileDevice, Weather, cut_power};
 pub use header::{
     BadHeader, MANIFEST_BYTES_MAX, SlotHeader, TENANT_NAME_BYTES_MAX, decode_header, encode_header,
 };
+pub use large_pages::LargePages;
 pub use media::Media;
 pub use memory::{Access, ChunkMemory, Holders, OutsideFrame, PAGE_BYTES, PageKind, Retired};
 pub use strided::strided_reads;
