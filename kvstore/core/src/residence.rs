@@ -72,16 +72,16 @@ impl Core {
         let held = self.spaces.at_mut(space);
         let length = held.block_bytes.get();
         if !self.restoring {
-            let (space, none) = (held.id, Residence::default());
-            let event = if before == none {
+            let (tenant, space, none) = (held.tenant, held.id, Residence::default());
+            if before == none {
                 let length = held.block_bytes;
-                Event::Sealed { space, block: id, parent: parent_id, length, tiers: after }
+                let event = Event::Sealed { space, block: id, parent: parent_id, length, tiers: after };
+                self.events.push((tenant, event));
             } else if after == none {
-                Event::Evicted { space, block: id }
+                self.events.push((tenant, Event::Evicted { space, block: id }));
             } else {
-                Event::Moved { space, block: id, tiers: after }
-            };
-            self.events.push((held.tenant, event));
+                self.events.push((tenant, Event::Moved { space, block: id, tiers: after }));
+            }
         }
         adjust(&mut held.blocks_pinned, before.pinned, after.pinned);
         adjust(&mut held.blocks_nvme, before.nvme, after.nvme);

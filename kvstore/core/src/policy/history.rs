@@ -38,6 +38,7 @@ impl History {
     }
 
     /// A block leaves its last tier.
+    #[inline(always)]
     pub(crate) fn remember(&mut self, block: BlockId, stats: UseStats) {
         let (at, tag) = self.place(block);
         let mut moved =
@@ -52,6 +53,7 @@ impl History {
     }
 
     /// What it had earned, if it is remembered; its depth is not kept.
+    #[inline(always)]
     pub(crate) fn recall(&self, block: BlockId) -> Option<UseStats> {
         let (at, tag) = self.place(block);
         let &entry = self.words[at..at + WAYS].iter().find(|&&entry| entry >> 16 == tag)?;

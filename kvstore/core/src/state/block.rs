@@ -421,6 +421,7 @@ impl BlockTable {
 
     /// The entry of the block that comes after `before` in a prefix: mostly its
     /// last child, which is found without hashing.
+    #[inline(always)]
     pub(crate) fn find_after(&self, before: Option<BlockIndex>, id: BlockId) -> Option<BlockIndex> {
         let child = before.and_then(|before| self.at(before).child);
         match child {
@@ -450,6 +451,7 @@ impl BlockTable {
     }
 
     /// A new entry, of a block that has none.
+    #[inline(always)]
     pub(crate) fn insert(&mut self, id: BlockId, space: SpaceIndex, now: Now) -> BlockIndex {
         debug_assert!(self.find(id).is_none(), "a block has one entry");
         let index = self.free.pop().unwrap_or_else(|| BlockIndex::new(count(self.entries.len())));
@@ -503,6 +505,7 @@ impl BlockTable {
     ///
     /// A block's depth follows from its parent, and so does its turn: a parent
     /// that was used since it was sealed had ended an earlier request.
+    #[inline(always)]
     pub(crate) fn attach_unchecked(&mut self, child: BlockIndex, parent: BlockIndex) -> bool {
         let (index, below) = (child, self.at(child));
         let (space, residence) = (below.space, below.residence());

@@ -72,6 +72,7 @@ impl Index {
     }
 
     /// Adds a slot that is not in the index.
+    #[inline(always)]
     pub(crate) fn insert(&mut self, tag: u32, slot: u32) {
         // Five eighths full at most: then a search that finds nothing looks at four cells, and at two in the middle.
         if (self.used + 1) * 8 > self.cells.len() * 5 {
@@ -98,6 +99,7 @@ impl Index {
     }
 
     /// Takes a slot out. What was found behind it stays findable.
+    #[inline(always)]
     pub(crate) fn remove(&mut self, tag: u32, slot: u32) {
         let mut hole = self.place(tag, |other| other == slot).expect("only what is in the index is removed");
         let mut place = hole;
