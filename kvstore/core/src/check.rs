@@ -4,11 +4,11 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use crate::core::{Core, Deadline, Op};
 use crate::evict::Tier;
-use crate::ids::{DiskFrame, FrameRef, TenantId};
+use crate::ids::{DeviceId, DiskFrame, FrameRef, TenantId};
 use crate::state::block::{Arriving, BlockIndex, Nvme};
 use crate::state::chunk::{Chunk, ChunkKind, Filler, FrameCounts, FrameState};
 use crate::state::count;
-use crate::state::disk::{DiskState, Slot, SlotState};
+use crate::state::disk::{DiskState, Slot, SlotState, device_id};
 use crate::state::space::SpaceIndex;
 
 /// What operations and queues hold, counted from their side.
@@ -20,7 +20,7 @@ struct Held {
     writes: u32,
     verifies: u32,
     copies: u32,
-    scrubs: u32,
+    scrubs: BTreeMap<DeviceId, u32>,
     commits: u32,
     carvings: u32,
     creations: u32,
@@ -46,7 +46,6 @@ impl Core {
         assert_eq!(held.writes, self.writes_running, "writes are counted");
         assert_eq!(held.verifies, self.verifies_running, "verifications are counted");
         assert_eq!(held.copies, self.copies_running, "copies are counted");
-        assert_eq!(held.scrubs, self.scrubs_running(), "scrub reads are counted");
         assert_eq!(held.commits, self.commits_running, "commits are counted");
     }
 
@@ -83,7 +82,7 @@ impl Core {
                     *held.frames.entry(*source).or_default() += 1;
                 }
                 Op::Scrub { source, .. } => {
-                    held.scrubs += 1;
+                    *held.scrubs.entry(source.device).or_default() += 1;
                     *held.cells.entry(*source).or_default() += 1;
                 }
             }
@@ -311,7 +310,9 @@ impl Core {
     fn check_disks(&self, held: &Held) {
         let mut carving = 0;
         for (place, device) in self.disks.devices.iter().enumerate() {
-            let id = crate::state::disk::device_id(place);
+            let id = device_id(place);
+            let scrubs = held.scrubs.get(&id).copied().unwrap_or(0);
+            assert_eq!(scrubs, device.scrubs, "scrub reads of {id} are counted");
             for (number, slot) in device.slots.iter().enumerate() {
                 let number = count(number);
                 carving += u32::from(matches!(slot.state, SlotState::Carving { .. }));

@@ -2,7 +2,9 @@
 //! rotted is found before somebody needs it.
 //!
 //! A pass walks every frame of every slot once and reads those that hold a
-//! block and are not in use. The bytes go to a buffer of the shell, never to a
+//! block and are not in use. Each device has a walk of its own, and the walks
+//! take turns, so that a device which does not answer holds up itself alone;
+//! the pass ends when all have. The bytes go to a buffer of the shell, never to a
 //! served frame. A copy that does not match is dropped like one that a read
 //! found damaged; one that cannot be read is counted and kept, because a device
 //! that fails for a while must not cost its blocks.
@@ -15,7 +17,7 @@ use crate::state::count;
 use crate::state::disk::{DiskState, SlotState, device_id};
 use crate::units::{ByteCount, Micros, Now};
 
-/// Reads in flight: enough for the rate, few enough to stay out of the way.
+/// Reads in flight on a device: enough for the rate, few enough to stay out of the way.
 const READS_MAX: u32 = 4;
 /// Frames looked at in one go, so that an empty device does not hold up everybody else.
 const STEPS_MAX: u32 = 4096;
@@ -40,14 +42,23 @@ pub struct ScrubView {
     pub next_pass_in: Option<Micros>,
 }
 
-/// One walk over all slots.
-#[derive(Clone, Copy, Debug)]
+/// One walk over the slots of each device.
+#[derive(Debug)]
 struct Pass {
+    /// Of all devices together.
     rate: u64,
+    /// By device.
+    walks: Vec<Walk>,
+    /// The device whose turn it is.
+    turn: usize,
+}
+
+/// How far a pass is on one device.
+#[derive(Clone, Copy, Debug)]
+struct Walk {
     /// Slots left, the current one included.
-    slots_left: u64,
-    /// The current slot, counted over all devices.
-    slot: u64,
+    slots_left: usize,
+    slot: usize,
     /// The next frame in it.
     index: u32,
 }
@@ -58,15 +69,16 @@ pub(crate) struct Scrubber {
     rate: u64,
     pass: Option<Pass>,
     next_pass: Now,
-    running: u32,
     /// No read begins before.
     due: Now,
     /// Where the next pass begins, so that passes cut short by restarts do not all read the same slots.
-    first_slot: u64,
+    first_slot: usize,
 }
 
 enum Next {
     Block(BlockIndex, DiskFrame, u64),
+    /// What is left is on devices that have all the reads they may.
+    Busy,
     /// Enough frames were looked at for now.
     Later,
     End,
@@ -90,9 +102,10 @@ impl Core {
 
     /// How it is doing.
     pub fn scrub_view(&self) -> ScrubView {
-        let pass = self.scrub.pass.map(|pass| {
+        let pass = self.scrub.pass.as_ref().map(|pass| {
             let all = self.slots_in_all();
-            (ByteCount::new(pass.rate), all - pass.slots_left.min(all), all)
+            let left: u64 = pass.walks.iter().map(|walk| walk.slots_left as u64).sum();
+            (ByteCount::new(pass.rate), all - left.min(all), all)
         });
         let waits = pass.is_none() && self.scrub.rate > 0;
         ScrubView {
@@ -107,16 +120,18 @@ impl Core {
     }
 
     fn begin_pass(&mut self, rate: u64) {
-        let slots = self.slots_in_all();
-        if rate == 0 || slots == 0 {
+        if rate == 0 || self.slots_in_all() == 0 {
             return;
         }
         if self.scrub.first_slot == 0 {
             // A step that is no multiple of the number of slots visits all of them in the end.
-            self.scrub.first_slot = u64::from(self.config.incarnation).wrapping_mul(0x9e37_79b1);
+            self.scrub.first_slot = (self.config.incarnation as usize).wrapping_mul(0x9e37_79b1);
         }
-        let slot = self.scrub.first_slot % slots;
-        self.scrub.pass = Some(Pass { rate, slots_left: slots, slot, index: 0 });
+        let first = self.scrub.first_slot;
+        let walk_of =
+            |slots: usize| Walk { slots_left: slots, slot: first.checked_rem(slots).unwrap_or(0), index: 0 };
+        let walks = self.disks.devices.iter().map(|device| walk_of(device.slots.len())).collect();
+        self.scrub.pass = Some(Pass { rate, walks, turn: 0 });
         self.scrub.next_pass = self.now.after(PASS_PERIOD);
         self.scrub.due = self.now;
     }
@@ -129,9 +144,11 @@ impl Core {
             }
             self.begin_pass(self.scrub.rate);
         }
-        while self.scrub.running < READS_MAX && self.now >= self.scrub.due {
+        while self.now >= self.scrub.due {
             match self.next_to_scrub() {
                 Next::Block(block, source, sequence) => self.start_scrub(block, source, sequence),
+                // The next read that ends lets it go on.
+                Next::Busy => return,
                 Next::Later => {
                     self.scrub.due = self.now.after(STEPS_PAUSE);
                     self.at(self.scrub.due, Deadline::Scrub);
@@ -149,60 +166,56 @@ impl Core {
         }
     }
 
-    /// Moves the pass on to the next frame that can be read.
+    /// Moves the pass on to the next frame that can be read, on each device in turn.
     fn next_to_scrub(&mut self) -> Next {
-        let slots = self.slots_in_all();
         for _ in 0..STEPS_MAX {
-            let Some(pass) = self.scrub.pass else { return Next::End };
-            if pass.slots_left == 0 {
-                return Next::End;
-            }
-            let found = self.frame_to_scrub(pass);
+            let devices = &self.disks.devices;
             let Some(pass) = self.scrub.pass.as_mut() else { return Next::End };
-            match found {
-                Some(found) => {
-                    pass.index += 1;
-                    if let Some((block, source, sequence)) = found {
-                        return Next::Block(block, source, sequence);
-                    }
-                }
-                None => {
-                    pass.slots_left -= 1;
-                    pass.slot = (pass.slot + 1) % slots;
-                    pass.index = 0;
-                }
+            let all = pass.walks.len();
+            let turn = (pass.turn..pass.turn + all)
+                .map(|turn| turn % all)
+                .find(|&place| pass.walks[place].slots_left > 0 && devices[place].scrubs < READS_MAX);
+            let Some(place) = turn else {
+                let idle = devices.iter().all(|device| device.scrubs == 0);
+                let walked = pass.walks.iter().all(|walk| walk.slots_left == 0);
+                return if idle && walked { Next::End } else { Next::Busy };
+            };
+            pass.turn = (place + 1) % all;
+            let walk = pass.walks[place];
+            let found = self.frame_to_scrub(place, walk);
+            let slots = self.disks.devices[place].slots.len();
+            let next = match found {
+                Some(_) => Walk { index: walk.index + 1, ..walk },
+                None => Walk { slots_left: walk.slots_left - 1, slot: (walk.slot + 1) % slots, index: 0 },
+            };
+            if let Some(pass) = self.scrub.pass.as_mut() {
+                pass.walks[place] = next;
+            }
+            if let Some(Some((block, source, sequence))) = found {
+                return Next::Block(block, source, sequence);
             }
         }
         Next::Later
     }
 
     /// `None`: the slot has no such frame, or is not to be read at all. `Some(None)`: this frame is not.
-    fn frame_to_scrub(&self, pass: Pass) -> Option<Option<(BlockIndex, DiskFrame, u64)>> {
-        let mut slot = pass.slot;
-        for (place, device) in self.disks.devices.iter().enumerate() {
-            let here = device.slots.len() as u64;
-            if slot >= here {
-                slot -= here;
-                continue;
-            }
-            let number = usize::try_from(slot).ok()?;
-            let held = &device.slots[number];
-            let readable = device.usable && !held.unscanned && matches!(held.state, SlotState::Carved { .. });
-            let cell = held.cells.get(pass.index as usize).filter(|_| readable)?;
-            let DiskState::Sealed { block } = cell.state else { return Some(None) };
-            let source = DiskFrame { device: device_id(place), slot: count(number), index: pass.index };
-            let Nvme::Sealed { frame, sequence } = self.blocks.at(block).nvme else { return Some(None) };
-            let idle = cell.busy == 0 && frame == source;
-            return Some(idle.then_some((block, source, sequence)));
-        }
-        None
+    fn frame_to_scrub(&self, place: usize, walk: Walk) -> Option<Option<(BlockIndex, DiskFrame, u64)>> {
+        let device = &self.disks.devices[place];
+        let held = &device.slots[walk.slot];
+        let readable = device.usable && !held.unscanned && matches!(held.state, SlotState::Carved { .. });
+        let cell = held.cells.get(walk.index as usize).filter(|_| readable)?;
+        let DiskState::Sealed { block } = cell.state else { return Some(None) };
+        let source = DiskFrame { device: device_id(place), slot: count(walk.slot), index: walk.index };
+        let Nvme::Sealed { frame, sequence } = self.blocks.at(block).nvme else { return Some(None) };
+        let idle = cell.busy == 0 && frame == source;
+        Some(idle.then_some((block, source, sequence)))
     }
 
     fn start_scrub(&mut self, block: BlockIndex, source: DiskFrame, sequence: u64) {
         let expect = self.header_of(block, sequence);
         let frame_bytes = self.spaces.at(self.blocks.at(block).space).frame_bytes;
         let source_offset = self.disks.offset(source, frame_bytes);
-        let rate = self.scrub.pass.map_or(1, |pass| pass.rate.max(1));
+        let rate = self.scrub.pass.as_ref().map_or(1, |pass| pass.rate.max(1));
         let cost = u128::from(frame_bytes.get()) * MICROS_PER_SECOND / u128::from(rate);
         let cost = Micros::new(u64::try_from(cost).unwrap_or(u64::MAX));
         let earliest = Now::from_micros(self.now.since(Now::from_micros(LATE_MAX.get())).get());
@@ -212,14 +225,14 @@ impl Core {
             self.at(self.scrub.due, Deadline::Scrub);
         }
         self.disks.cell_mut(source).busy += 1;
-        self.scrub.running += 1;
+        self.disks.device_mut(source.device).scrubs += 1;
         let op = self.start(Op::Scrub { block, source });
         self.effects.push_back(Effect::Scrub { op, source, source_offset, expect });
     }
 
     /// A copy was read and compared. Its frame was not used for another block meanwhile.
     pub(crate) fn scrub_done(&mut self, index: BlockIndex, source: DiskFrame, outcome: Result<(), Fault>) {
-        self.scrub.running -= 1;
+        self.disks.device_mut(source.device).scrubs -= 1;
         self.disks.cell_mut(source).busy -= 1;
         let block = self.blocks.try_at(index);
         let held = block.filter(|block| matches!(block.nvme, Nvme::Sealed { frame, .. } if frame == source));
@@ -243,10 +256,5 @@ impl Core {
             }
         }
         self.settle_cell(source);
-    }
-
-    /// Scrub reads in flight, for `check`.
-    pub(crate) fn scrubs_running(&self) -> u32 {
-        self.scrub.running
     }
 }

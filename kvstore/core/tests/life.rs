@@ -60,7 +60,11 @@ struct Node {
 
 impl Node {
     fn new() -> Self {
-        let mut node = Self { core: Core::new(config()), now: 1, request: 0, repeat: 0, effects: Vec::new() };
+        Self::of(config())
+    }
+
+    fn of(config: Config) -> Self {
+        let mut node = Self { core: Core::new(config), now: 1, request: 0, repeat: 0, effects: Vec::new() };
         node.tell(Input::SpaceKnown {
             space: space(1),
             tenant: tenant(1),
@@ -619,6 +623,48 @@ fn a_scrub_reads_nothing_that_is_off_limits() {
     node.after(1000);
     node.run();
     assert!(node.core.counters().scrub_passes > passes);
+}
+
+/// One of two devices never answers a scrub: it must not keep the other from being read, nor be sent more and
+/// more; when it answers after all, the pass goes on and ends.
+#[test]
+fn a_device_that_hangs_holds_up_its_own_scrub_alone() {
+    let mut node = Node::of(Config { device_slots: vec![4, 4], ..config() });
+    let all: Vec<u8> = (1..=40).collect();
+    node.write(1, &all);
+    node.after(1001);
+    node.run();
+    let on = |node: &Node, device: u16| {
+        let place = |&n: &u8| node.core.stat(block(n)).expect("known").disk.expect("durable").0.device;
+        all.iter().filter(|n| place(n) == DeviceId::new(device)).count()
+    };
+    let (hung, well) = (on(&node, 0), on(&node, 1));
+    assert!(hung > 8 && well > 8, "{hung} and {well} blocks");
+    let of_device = |effect: &Effect, wanted: u16| match effect {
+        Effect::Scrub { op, source, .. } if source.device == DeviceId::new(wanted) => Some(*op),
+        _ => None,
+    };
+    node.tell(Input::Scrub(Scrub::Start { bytes_per_second: ByteCount::new(1 << 30) }));
+    let mut read = 0;
+    for _ in 0..200 {
+        while let Some(op) = node.effects.iter().find_map(|effect| of_device(effect, 1)) {
+            node.effects.retain(|effect| Node::op_of(effect) != Some(op));
+            node.tell(Input::OpDone { op, outcome: Ok(Done::Plain) });
+            read += 1;
+        }
+        node.after(1);
+    }
+    assert_eq!(read, well, "all of the device that answers");
+    let sent = node.effects.iter().filter(|effect| of_device(effect, 0).is_some()).count();
+    assert_eq!(sent, 4, "no more than its share waits at the other");
+    let (_, behind, of) = node.core.scrub_view().pass.expect("it has not ended");
+    assert!(behind >= 4 && behind < of, "{behind} of {of}");
+    for _ in 0..20 {
+        node.run();
+        node.after(1);
+    }
+    let counters = node.core.counters();
+    assert_eq!((counters.scrub_blocks, counters.scrub_passes), (40, 1));
 }
 
 /// A block that lies on device 0 only.

@@ -143,20 +143,39 @@ impl Node {
         self.now += 50_000;
         self.tell(Input::Tick);
     }
+
+    /// The next turn of an earlier conversation uses its prompt again.
+    fn read(&mut self, chain: u64) {
+        let read = Request::LeaseRead {
+            repeat: u64::MAX / 2 + self.request,
+            blocks: (0..PROMPT).map(|place| block(chain, place)).collect(),
+            ttl: None,
+            answer_by: Now::from_micros(self.now + 1_000_000),
+            purpose: Purpose::Prefill,
+        };
+        let Reply::Leased { lease, .. } = self.ask(read) else { panic!("a read is turned away") };
+        self.ask(Request::Release { leases: lease.into_iter().collect() });
+    }
 }
 
-/// The mix goes from all of one model to all of the other and back. Chunks or slots could stay with the
-/// model that is gone, writes be turned away meanwhile, or bytes be lost between geometries.
+/// The mix goes from all of one model to all of the other and back, under every policy. Chunks or slots could stay
+/// with the model that is gone, writes be turned away meanwhile, or bytes be lost between geometries. A policy that
+/// goes by arrival could take the old blocks of the model in use for colder than those of the other. Some prompts
+/// are used again, so that the policies differ.
 #[test]
 fn memory_and_slots_follow_the_model_mix() {
-    for policy in [Policy::Duel, Policy::Learned, Policy::Lru] {
+    for policy in [Policy::Duel, Policy::Learned, Policy::Lru, Policy::Fifo, Policy::S3Fifo] {
         let mut node = Node::new(policy);
         let mut stranded_max = 0;
         for towards in [1, 0] {
-            for phase in 0..=12u32 {
+            // What changes hands last is filled in the rounds after the last step.
+            for phase in 0..=15u32 {
                 for turn in 0..40 {
                     let many = if turn % 12 < phase { towards } else { 1 - towards };
                     node.prompt(many);
+                    if turn % 3 == 0 {
+                        node.read(node.chains.saturating_sub(1).max(1));
+                    }
                 }
                 node.core.check();
                 stranded_max = stranded_max.max(node.core.tier_views().pinned.stranded_bytes.get());
@@ -166,12 +185,14 @@ fn memory_and_slots_follow_the_model_mix() {
             assert!(u64::from(to.chunks) >= CHUNKS - 1, "{policy:?}: {} of {CHUNKS} chunks moved", to.chunks);
             assert!(from.chunks <= 1, "{policy:?}: {} chunks stayed", from.chunks);
             let frames = u64::from(SLOTS) * ((CHUNK_BYTES - 4096) / to.frame_bytes.get());
-            println!("{policy:?} {towards}: {} of {frames}", to.blocks_nvme);
+            println!("{policy:?} {towards}: {} of {frames}, {} stayed", to.blocks_nvme, from.blocks_nvme);
+            // Two batches of sixteen may have been evicted ahead of need.
             assert!(
-                to.blocks_nvme * 10 >= frames * 8,
+                to.blocks_nvme * 4 >= frames * 3,
                 "{policy:?}: {} of {frames} disk frames",
                 to.blocks_nvme
             );
+            assert_eq!(from.blocks_nvme, 0, "{policy:?}: slots stay with the model that is gone");
         }
         println!("{policy:?}: at most {stranded_max} bytes stranded of {}", CHUNKS * CHUNK_BYTES);
         assert!(stranded_max * 10 <= CHUNKS * CHUNK_BYTES, "{policy:?}: {stranded_max} bytes are stranded");

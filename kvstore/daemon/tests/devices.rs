@@ -1,17 +1,18 @@
-//! A device under a running daemon hangs, and answers too late.
+//! A device under a running daemon hangs and answers too late, or becomes a hundred times slower.
 
 #![allow(clippy::unwrap_used, reason = "a test ends there, and says where")]
 
 mod common;
 
 use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use common::{PATIENCE, folder, keys, manifest, payload, payloads, socket};
 use terrace_client::{Durability, MatchMode, SealOutcome, Session, Target, wire};
 use terrace_core::DeviceId;
-use terrace_media::{FaultyDevice, Hooks};
+use terrace_media::{BlockIo, FaultyDevice, Hooks, IoFacts, IoOp, IoRequest};
 use terraced::{Config, Daemon};
 
 const BLOCKS: u32 = 40;
@@ -19,11 +20,15 @@ const BAD: DeviceId = DeviceId::new(1);
 const IO_PATIENCE: Duration = Duration::from_millis(1500);
 
 async fn start(folder: &Path, hooks: Hooks) -> Daemon {
+    start_with(folder, hooks, "").await
+}
+
+async fn start_with(folder: &Path, hooks: Hooks, keys: &str) -> Daemon {
     let device = |n: u32| {
         let path = folder.join(format!("nvme{n}.dat"));
         format!("[[device]]\npath = \"{}\"\nbytes = \"64MiB\"\n", path.display())
     };
-    let path = common::config(folder, &format!("{}{}", device(0), device(1)));
+    let path = common::config(folder, &format!("{keys}{}{}", device(0), device(1)));
     Daemon::start(Config::read(&path).unwrap(), hooks).await.unwrap()
 }
 
@@ -39,8 +44,12 @@ async fn info(daemon: &Daemon) -> wire::InfoResponse {
 
 /// Which blocks come; those that do must be right.
 async fn read(session: &Session) -> Vec<bool> {
+    read_first(session, BLOCKS).await
+}
+
+async fn read_first(session: &Session, count: u32) -> Vec<bool> {
     let space = session.open_space(&manifest(0)).await.unwrap();
-    let keys = keys(BLOCKS);
+    let keys = keys(count);
     let found = session.read_within(&space, &keys, Duration::from_secs(30)).await.unwrap();
     for (key, bytes) in keys.iter().zip(&found) {
         assert!(bytes.as_ref().is_none_or(|bytes| *bytes == payload(*key, 0)), "{key:?} has other bytes");
@@ -116,6 +125,101 @@ async fn a_hanging_device_is_a_miss_and_comes_back() {
     assert!(info.tiers.iter().all(|tier| tier.frames.as_ref().is_none_or(|frames| frames.filling == 0)));
     let late = info.tiers.iter().map(|tier| tier.late_answers).sum::<u64>();
     assert!(late > 0, "nothing came late: the test tested nothing");
+    drop(session);
+    daemon.stop().await;
+}
+
+/// Takes longer by a time that can be changed.
+struct SlowDevice {
+    inner: Arc<dyn BlockIo>,
+    micros: AtomicU64,
+}
+
+impl BlockIo for SlowDevice {
+    fn submit(&self, mut request: IoRequest) {
+        let delay = Duration::from_micros(self.micros.load(Ordering::SeqCst));
+        if !delay.is_zero() && matches!(request.op, IoOp::Read | IoOp::Write) {
+            let done = request.done;
+            request.done = Box::new(move |buffer, outcome| {
+                std::thread::spawn(move || {
+                    // The slowness itself.
+                    std::thread::sleep(delay);
+                    done(buffer, outcome);
+                });
+            });
+        }
+        self.inner.submit(request);
+    }
+
+    fn facts(&self) -> IoFacts {
+        self.inner.facts()
+    }
+}
+
+/// One of two devices becomes a hundred times slower and more. Every reader could wait for it from then on: it must be
+/// taken out, its blocks be misses at once, those of the other come as before, and all be there again when it is quick.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_hundredfold_slower_device_does_not_slow_the_other() {
+    const MANY: u32 = 96;
+    let folder = folder();
+    let daemon = start(folder.path(), Hooks::default()).await;
+    {
+        let session = session(folder.path()).await;
+        let space = session.open_space(&manifest(0)).await.unwrap();
+        for part in keys(MANY).chunks(8) {
+            let bytes = payloads(part, 0);
+            let written = session.write(&space, part, None, &bytes, Durability::Durable).await.unwrap();
+            assert!(written.iter().all(|outcome| *outcome == SealOutcome::Sealed), "{written:?}");
+        }
+    }
+    daemon.stop().await;
+
+    let found: Arc<Mutex<Option<Arc<SlowDevice>>>> = Arc::default();
+    let keep = Arc::clone(&found);
+    let hooks = Hooks {
+        wrap_device: Some(Box::new(move |device, inner| {
+            if device != BAD {
+                return inner;
+            }
+            let wrapped = Arc::new(SlowDevice { inner, micros: AtomicU64::new(0) });
+            *keep.lock().unwrap() = Some(Arc::clone(&wrapped));
+            wrapped
+        })),
+        ..Hooks::default()
+    };
+    // Memory for a quarter of the blocks: every pass reads from both devices. Written with so little, each
+    // window would wait for the one before to be idle, which takes a minute.
+    let daemon = start_with(folder.path(), hooks, "pinned_bytes = \"8MiB\"\nchunk_bytes = \"4MiB\"\n").await;
+    let bad = found.lock().unwrap().take().unwrap();
+    let session = session(folder.path()).await;
+    // What it can do when it is well.
+    for _ in 0..4 {
+        assert!(read_first(&session, MANY).await.iter().all(|there| *there));
+    }
+    bad.micros.store(150_000, Ordering::SeqCst);
+    let of_bad = async || {
+        let tiers = info(&daemon).await.tiers;
+        tiers.into_iter().find(|tier| tier.device.ends_with("nvme1.dat")).unwrap()
+    };
+    let until = Instant::now() + PATIENCE;
+    while of_bad().await.on {
+        read_first(&session, MANY).await;
+        assert!(Instant::now() < until, "it is still used: {:?}", of_bad().await);
+    }
+    assert!(of_bad().await.note.contains("times what they took"), "{:?}", of_bad().await);
+    let began = Instant::now();
+    let there = read_first(&session, MANY).await;
+    let took = began.elapsed();
+    assert!(took < Duration::from_secs(2), "the blocks were waited for {took:?}");
+    let count = there.iter().filter(|there| **there).count();
+    assert!(count > MANY as usize / 3 && count < MANY as usize, "those of the other device: {count}");
+
+    bad.micros.store(0, Ordering::SeqCst);
+    let until = Instant::now() + PATIENCE;
+    while !read_first(&session, MANY).await.iter().all(|there| *there) {
+        assert!(Instant::now() < until, "the device is not back: {:?}", of_bad().await);
+    }
+    daemon.engine().view(terrace_core::Core::check);
     drop(session);
     daemon.stop().await;
 }

@@ -24,6 +24,7 @@ mod media;
 mod memfd;
 mod memory;
 mod open;
+mod record;
 mod scan;
 mod scrub;
 mod side;

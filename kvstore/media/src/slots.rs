@@ -10,6 +10,7 @@ use terrace_core::{BlockHeader, ByteCount, DeviceId, Fault, SpaceId, TenantId};
 
 use crate::api::{DeviceFacts, MediaConfig, MediaError};
 use crate::device::{Alarm, BlockIo, Device, DeviceFile, Measured, Patience, Rig, SCRATCH_BYTES, Scheduler};
+use crate::record::Recorder;
 use crate::side::SideIo;
 use crate::superblock::{CLEARED_MAX, DATA_START, Superblock};
 
@@ -34,10 +35,21 @@ struct Entry {
     file: Arc<DeviceFile>,
     measured: OnceLock<Measured>,
     side: SideIo,
+    recorder: Recorder,
     superblock: Mutex<Superblock>,
     path: PathBuf,
     slots: u32,
     fresh: bool,
+}
+
+impl Entry {
+    /// Makes this the device's superblock, durably. Not locked during the write: one thread at a time
+    /// records, that of the start and then that of the commits.
+    fn record(&self, mut next: Superblock) -> Result<(), MediaError> {
+        next.write(&self.path, |offset, pages| self.recorder.write_synced(offset, pages))?;
+        *lock(self) = next;
+        Ok(())
+    }
 }
 
 impl Slots {
@@ -85,7 +97,7 @@ impl Slots {
             });
             if fresh || superblock.slots != device.slots {
                 superblock.slots = device.slots;
-                superblock.write(&side, &device.path)?;
+                superblock.write(&device.path, |offset, pages| side.write_synced(offset, pages))?;
             }
             let io: Arc<dyn BlockIo> = Arc::new(Device::start(Arc::clone(&file), config.backend)?);
             let id = u16::try_from(number).map_err(|_| MediaError::BadConfig("more than 65,536 devices"))?;
@@ -95,8 +107,10 @@ impl Slots {
                 None => io,
             };
             let scheduler = Arc::new(Scheduler::new(id, io, in_flight_max, patience, Arc::clone(&alarm)));
+            let io = Arc::clone(&scheduler) as Arc<dyn BlockIo>;
             devices.push(Entry {
-                io: Arc::clone(&scheduler) as Arc<dyn BlockIo>,
+                recorder: Recorder::new(Arc::clone(&io), patience),
+                io,
                 scheduler,
                 file,
                 measured: OnceLock::new(),
@@ -228,7 +242,6 @@ impl Slots {
         generation: u64,
     ) -> Result<(), Fault> {
         for entry in &self.devices {
-            // Not locked during the write: only the commit thread writes superblocks once they are open.
             let mut next = lock(entry).clone();
             let lowest = next.cleared.entry((tenant, space)).or_insert(0);
             if *lowest >= generation {
@@ -239,14 +252,13 @@ impl Slots {
                 return Err(Fault::Device);
             }
             *lowest = generation;
-            if let Err(error) = next.write(&entry.side, &entry.path) {
+            if let Err(error) = entry.record(next) {
                 tracing::error!(%error, "a cleared space could not be recorded");
                 return Err(match error {
                     MediaError::TableFull { .. } => Fault::NoSpace,
                     _ => Fault::Device,
                 });
             }
-            *lock(entry) = next;
         }
         Ok(())
     }
@@ -266,14 +278,12 @@ impl Slots {
             }
         }
         for entry in &self.devices {
-            let mut superblock = lock(entry);
-            let mut next = superblock.clone();
+            let mut next = lock(entry).clone();
             next.incarnation = incarnation;
             if cleared.len() <= CLEARED_MAX {
                 next.cleared.clone_from(&cleared);
             }
-            next.write(&entry.side, &entry.path)?;
-            *superblock = next;
+            entry.record(next)?;
         }
         Ok(())
     }

@@ -25,6 +25,7 @@
 //! that a device is too new for it.
 
 use std::collections::BTreeMap;
+use std::io;
 use std::path::Path;
 
 use terrace_core::{ByteCount, SpaceId, TenantId};
@@ -191,15 +192,19 @@ impl Superblock {
         }
     }
 
-    /// Writes the next copy and syncs it; the older copy stays as it was.
-    pub(crate) fn write(&mut self, side: &SideIo, path: &Path) -> Result<(), MediaError> {
+    /// Writes the next copy by `write`, which also syncs; the older copy stays as it was.
+    pub(crate) fn write(
+        &mut self,
+        path: &Path,
+        write: impl FnOnce(u64, AlignedPages) -> io::Result<()>,
+    ) -> Result<(), MediaError> {
         if self.cleared.len() > CLEARED_MAX {
             return Err(MediaError::TableFull { path: path.to_owned(), limit: CLEARED_MAX });
         }
         let mut next = self.clone();
         next.sequence += 1;
         let offset = if next.sequence.is_multiple_of(2) { 0 } else { COPY_BYTES };
-        side.write_synced(offset, next.encode()).map_err(|source| MediaError::File {
+        write(offset, next.encode()).map_err(|source| MediaError::File {
             path: path.to_owned(),
             action: "write its superblock",
             source,
@@ -307,6 +312,10 @@ mod tests {
         (SideIo::new(Arc::new(file), backend), path)
     }
 
+    fn write(superblock: &mut Superblock, side: &SideIo, path: &Path) -> Result<(), MediaError> {
+        superblock.write(path, |offset, pages| side.write_synced(offset, pages))
+    }
+
     fn folder() -> tempfile::TempDir {
         tempfile::tempdir_in(option_env!("CARGO_TARGET_DIR").unwrap_or(".")).unwrap()
     }
@@ -320,9 +329,9 @@ mod tests {
             let (side, path) = side(&folder, backend);
             assert_eq!(Superblock::read(&side, &path).unwrap(), None);
             let mut superblock = example();
-            superblock.write(&side, &path).unwrap();
+            write(&mut superblock, &side, &path).unwrap();
             superblock.incarnation = 5;
-            superblock.write(&side, &path).unwrap();
+            write(&mut superblock, &side, &path).unwrap();
             assert_eq!(Superblock::read(&side, &path).unwrap().unwrap(), superblock);
             // Sequence 2 lies at 0.
             let raw = std::fs::File::options().write(true).open(&path).unwrap();
@@ -343,7 +352,7 @@ mod tests {
         let folder = folder();
         let (side, path) = side(&folder, Backend::Auto);
         let mut superblock = example();
-        superblock.write(&side, &path).unwrap();
+        write(&mut superblock, &side, &path).unwrap();
         let raw = std::fs::File::options().read(true).write(true).open(&path).unwrap();
         raw.write_all_at(MAGIC, 0).unwrap();
         raw.write_all_at(&(MAJOR + 1).to_le_bytes(), 8).unwrap();
@@ -373,9 +382,9 @@ mod tests {
         let many = (0..CLEARED_MAX as u128 + 1)
             .map(|n| ((TenantId::from_bytes([0; 16]), SpaceId::from_bytes(n.to_le_bytes())), 1));
         superblock.cleared = many.collect();
-        assert!(matches!(superblock.write(&side, &path), Err(MediaError::TableFull { .. })));
+        assert!(matches!(write(&mut superblock, &side, &path), Err(MediaError::TableFull { .. })));
         superblock.cleared.pop_first();
-        superblock.write(&side, &path).unwrap();
+        write(&mut superblock, &side, &path).unwrap();
         assert_eq!(Superblock::read(&side, &path).unwrap().unwrap(), superblock);
     }
 

@@ -14,9 +14,10 @@ use common::*;
 use terrace_core::{
     BlockHeader, ByteCount, ChunkId, DeviceId, DiskFrame, Done, Fault, FrameRef, IoClass, OpId, UseStats, Via,
 };
+use terrace_media::inspect::OfflineDevice;
 use terrace_media::{
-    Access, Backend, BlockIo, DeviceConfig, FaultyDevice, IoFacts, IoOp, IoRequest, Media, MediaConfig,
-    MediaOp,
+    Access, Backend, BlockIo, CopyState, DeviceConfig, FaultyDevice, Injected, IoFacts, IoOp, IoRequest,
+    Media, MediaConfig, MediaOp,
 };
 
 const IO_PATIENCE: Duration = Duration::from_millis(1500);
@@ -300,6 +301,49 @@ fn a_sync_is_not_waited_for_when_its_device_is_out() {
     three.run(|op| MediaOp::Commit { op, put: vec![(good, header, UseStats::default())], delete: vec![] });
     three.bad.release();
     assert_eq!(three.answer(), (read, Ok(Done::Plain)));
+}
+
+/// A space is cleared, and one device never answers the write of its superblock. The commits of all devices wait
+/// behind it: they must go on when the patience ends, and the device be taken out. While that write is under way no
+/// other may begin, even if the device answers everything else; when it has arrived, the clear is recorded once and whole.
+#[test]
+fn a_superblock_that_hangs_does_not_stop_commits() {
+    let mut three = Three::new(Backend::Auto, 13, FaultyDevice::new);
+    three.bad.inject(IoOp::Write, Injected::Hang);
+    let (clear, commit) = (three.op(), three.op());
+    let ask = |op| MediaOp::ClearSpace { op, space: space(), tenant: tenant(), generation: 2 };
+    let put = |three: &Three<_>, device| vec![(three.target(device, 0).0, three.header, UseStats::default())];
+    three.media.start(ask(clear));
+    let good = put(&three, DeviceId::new(0));
+    three.media.start(MediaOp::Commit { op: commit, put: good, delete: vec![] });
+    let began = Instant::now();
+    assert_eq!(three.answer(), (clear, Err(Fault::Device)));
+    assert_eq!(three.answer(), (commit, Ok(Done::Plain)));
+    let took = began.elapsed();
+    assert!(took > IO_PATIENCE / 2 && took < IO_PATIENCE + Duration::from_secs(5), "{took:?}");
+    three.is_told(false);
+    assert!(three.condition().contains("no answer to a write"), "{}", three.condition());
+    // Probes are answered.
+    three.is_told(true);
+    let (again, began) = (three.op(), Instant::now());
+    three.media.start(ask(again));
+    assert_eq!(three.answer(), (again, Err(Fault::Device)));
+    assert!(began.elapsed() < IO_PATIENCE / 2, "refused at once, and not sent: {:?}", began.elapsed());
+    assert_eq!(three.bad.held(), 1);
+    let of_bad = put(&three, BAD);
+    three.run(|op| MediaOp::Commit { op, put: of_bad, delete: vec![] });
+    three.bad.release();
+    three.wait_for("the late write", |three| three.media.facts().devices[2].late == 1);
+    three.run(ask);
+    let Three { media, bad, _folder: folder, .. } = three;
+    drop((media, bad));
+    for number in 0..DEVICES {
+        let device = OfflineDevice::open(&folder.path().join(format!("nvme{number}.dat"))).unwrap();
+        let sequences: Vec<_> = device.copies().iter().map(|copy| copy.facts().unwrap().sequence).collect();
+        assert_eq!(sequences[0].abs_diff(sequences[1]), 1, "both copies are whole: {sequences:?}");
+        let newest = device.copies().iter().filter_map(CopyState::facts).max_by_key(|copy| copy.sequence);
+        assert_eq!(newest.unwrap().cleared, [(tenant(), space(), 2)], "device {number}");
+    }
 }
 
 /// A read that nobody wants ends at once if its device does not have it, and goes on if it does.

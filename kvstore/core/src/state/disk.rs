@@ -144,6 +144,8 @@ pub(crate) struct Device {
     /// Reads and writes that it has, stuck ones apart.
     pub(crate) reads: u32,
     pub(crate) writes: u32,
+    /// Scrub reads that it has.
+    pub(crate) scrubs: u32,
     /// Blocks whose reads wait until it has fewer.
     pub(crate) reads_waiting: VecDeque<BlockIndex>,
 }
@@ -167,6 +169,7 @@ impl Disks {
                 load: Load::new(),
                 reads: 0,
                 writes: 0,
+                scrubs: 0,
                 reads_waiting: VecDeque::new(),
             })
             .collect();
