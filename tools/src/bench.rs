@@ -7,8 +7,9 @@
 mod ask;
 mod blocks;
 mod catalog;
+mod control;
 mod eviction;
-mod lane;
+mod local;
 mod media;
 mod prompt;
 mod restart;
@@ -55,10 +56,16 @@ enum Suite {
     Restart,
     /// Prefill and decode tokens per second of one worker on two threads
     Worker,
-    /// Latency of a lease of 64 resident blocks
+    /// Latency of leases and look-ups against a bare echo over a Unix socket
     Lease,
-    /// Put and get of model-sized blocks against memcpy
+    /// Put and get of five sizes by one to four processes, against bare loops in the same run
     Local,
+    /// One client process of `local`
+    #[value(hide = true)]
+    LocalClient,
+    /// The bare stream of `local`
+    #[value(hide = true)]
+    LocalBareGrpc,
     /// The residency table: time and memory for each block, and two threads against one
     Table,
     /// Device reads and writes against a bare io_uring loop and fio; write amplification
@@ -162,10 +169,12 @@ pub(crate) async fn run(options: Options, format: Format) -> anyhow::Result<Exit
         Suite::Ttft => ttft::run(&options).await?,
         Suite::Restart => restart::run(&options).await?,
         Suite::Worker => worker::run(&options)?,
-        Suite::Lease => lane::lease(&options).await?,
+        Suite::Lease => control::run(&options).await?,
         Suite::Eviction => eviction::eviction(&options.traces)?,
         Suite::Admission => eviction::admission(&options.traces)?,
-        Suite::Local => lane::local(&options).await?,
+        Suite::Local => local::run(&options).await?,
+        Suite::LocalClient => return local::client::serve().await.map(|()| ExitCode::SUCCESS),
+        Suite::LocalBareGrpc => return local::serve_bare().await.map(|()| ExitCode::SUCCESS),
         Suite::Table => table::run()?,
         Suite::Media => media::run(&options).await?,
         Suite::Catalog => catalog::run(&options).await?,

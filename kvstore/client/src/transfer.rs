@@ -185,10 +185,8 @@ impl Session {
         for (index, grant) in lease.grants.iter_mut().enumerate() {
             match grant {
                 Outcome::Granted(block) => {
-                    block.write(payloads[index])?;
                     // Of the payload, not of the frame: what is sealed is what was given.
-                    let sum = checksum(block.id(), space.generation(), payloads[index]);
-                    filled.push((index_u32(index)?, sum));
+                    filled.push((index_u32(index)?, block.write_checked(payloads[index])?));
                 }
                 Outcome::Exists => outcomes[index] = Some(SealOutcome::Already),
                 Outcome::Promoting | Outcome::Missing(_) | Outcome::Throttled => {}

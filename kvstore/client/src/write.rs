@@ -287,14 +287,26 @@ impl WriteBlock {
     /// # Errors
     /// A payload that is not one block long, or a block that was sealed or aborted.
     pub fn write(&mut self, payload: &[u8]) -> Result<(), ClientError> {
-        if payload.len() != self.bytes.len() {
-            return Err(ClientError::WrongLength {
-                index: 0,
-                found: payload.len() as u64,
-                expected: self.bytes.len() as u64,
-            });
-        }
+        self.check_length(payload)?;
         self.write_at(0, payload)
+    }
+
+    /// Fills the whole block and computes its checksum in the same pass, for [`WriteLease::seal_with`].
+    ///
+    /// # Errors
+    /// As [`WriteBlock::write`].
+    pub fn write_checked(&mut self, payload: &[u8]) -> Result<Checksum, ClientError> {
+        self.check_length(payload)?;
+        let writer = self.writer.as_ref().ok_or(ClientError::NotWritable { index: self.frame })?;
+        Ok(writer.view.copy_from_and_checksum(payload, self.block, self.generation))
+    }
+
+    fn check_length(&self, payload: &[u8]) -> Result<(), ClientError> {
+        let (found, expected) = (payload.len() as u64, self.bytes.len() as u64);
+        if found != expected {
+            return Err(ClientError::WrongLength { index: 0, found, expected });
+        }
+        Ok(())
     }
 
     /// Fills a part of the block.

@@ -7,6 +7,9 @@
 //! reference. Leaves to others: what the messages mean (the daemon), when a
 //! frame may be read or written (fences and leases, checked by the client).
 
+pub mod bare;
+
+mod copy;
 mod error;
 mod frame;
 mod mapping;

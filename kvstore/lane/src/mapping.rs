@@ -12,13 +12,16 @@ use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use terrace_core::{ByteCount, Fence};
+use terrace_core::{BlockId, ByteCount, Checksum, Checksummer, Fence};
 
+use crate::copy::{STREAM_BYTES_MIN, drain, stream};
 use crate::error::MapError;
-use crate::shared::SharedBytes;
+use crate::shared::{PIECE_BYTES, SharedBytes};
 use crate::syscall;
 
 const FENCE_BYTES: usize = size_of::<u64>();
+// The smallest there is: a larger one only makes the range that is populated round.
+const PAGE_BYTES: usize = 4096;
 
 /// How the data is mapped. Fences are always read-only.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -183,6 +186,40 @@ impl SharedBytesMut {
         unsafe {
             std::ptr::copy_nonoverlapping(source.as_ptr(), self.as_mut_ptr().add(offset), source.len());
         }
+    }
+
+    /// Copies a whole block in and computes the checksum of `source`, in one pass over it.
+    ///
+    /// # Panics
+    /// If `source` has another length.
+    pub fn copy_from_and_checksum(&self, source: &[u8], block: BlockId, generation: u64) -> Checksum {
+        assert_eq!(source.len(), self.bytes.len(), "source and target of a copy have one length");
+        self.populate();
+        let mut summer = Checksummer::new(block, ByteCount::new(source.len() as u64), generation);
+        let mut offset = 0;
+        for piece in source.chunks(PIECE_BYTES) {
+            summer.update(piece);
+            if source.len() < STREAM_BYTES_MIN {
+                self.copy_from(offset, piece);
+            } else {
+                // SAFETY: the pieces lie in the block one after the other, and the block is as long as their sum;
+                // it stays writable while this view lives, and `source` is ordinary memory.
+                unsafe { stream(piece.as_ptr(), self.as_mut_ptr().add(offset), piece.len()) };
+            }
+            offset += piece.len();
+        }
+        drain();
+        summer.finish()
+    }
+
+    /// Maps the pages of the block in one call, where each would cost a fault of its own.
+    fn populate(&self) {
+        let start = self.bytes.as_ptr() as usize / PAGE_BYTES * PAGE_BYTES;
+        let length = self.bytes.as_ptr() as usize + self.bytes.len() - start;
+        // SAFETY: the range is the pages of our own mapping that hold this block. A kernel that does not know the
+        // advice, or has no memory, refuses; then the pages fault in one by one.
+        let _refused =
+            unsafe { libc::madvise(start as *mut libc::c_void, length, libc::MADV_POPULATE_WRITE) };
     }
 }
 

@@ -12,8 +12,13 @@ use std::sync::Arc;
 
 use terrace_core::{BlockId, ByteCount, Checksum, Checksummer};
 
+use crate::copy::{STREAM_BYTES_MIN, drain, fetch, stream};
+
 // A piece stays in the first-level cache between being copied and being summed.
-const PIECE_BYTES: usize = 16 << 10;
+pub(crate) const PIECE_BYTES: usize = 16 << 10;
+// Short, so that fetching and summing take turns often.
+const STREAM_PIECE_BYTES: usize = 2 << 10;
+const FETCH_AHEAD_BYTES: usize = 2 * STREAM_PIECE_BYTES;
 
 /// A readable piece of shared memory. Keeps the mapping alive.
 #[derive(Clone)]
@@ -76,13 +81,30 @@ impl SharedBytes {
         Self { start, length, owner: Arc::clone(&self.owner) }
     }
 
+    /// Loads the first byte of each 4 KiB and answers their sum: whoever reads the
+    /// bytes in place finds them mapped afterwards.
+    pub fn load_pages(&self) -> u8 {
+        let mut sum = 0u8;
+        for at in (0..self.length).step_by(4096) {
+            // SAFETY: inside the view, which stays mapped while `owner` lives; whatever is there is a byte.
+            sum = sum.wrapping_add(unsafe { self.start.as_ptr().add(at).read_volatile() });
+        }
+        sum
+    }
+
     /// Copies everything out.
     ///
     /// # Panics
     /// If `target` has another length.
     pub fn copy_to(&self, target: &mut [u8]) {
         assert_eq!(target.len(), self.length, "source and target of a copy have one length");
-        self.copy_part(0, target);
+        if self.length < STREAM_BYTES_MIN {
+            return self.copy_part(0, target);
+        }
+        // SAFETY: the source is mapped while `owner` lives and has the target's length; `target` is private memory of
+        // ours, so the two do not overlap. As in `copy_part`, the bytes may be arbitrary.
+        unsafe { stream(self.start.as_ptr(), target.as_mut_ptr(), self.length) };
+        drain();
     }
 
     /// Copies everything out and computes the checksum of what was copied, in
@@ -92,6 +114,9 @@ impl SharedBytes {
     /// If `target` has another length.
     pub fn copy_and_checksum(&self, target: &mut [u8], block: BlockId, generation: u64) -> Checksum {
         assert_eq!(target.len(), self.length, "source and target of a copy have one length");
+        if self.length >= STREAM_BYTES_MIN {
+            return self.stream_and_checksum(target, block, generation);
+        }
         let mut summer = Checksummer::new(block, ByteCount::new(self.length as u64), generation);
         let mut offset = 0;
         for piece in target.chunks_mut(PIECE_BYTES) {
@@ -99,6 +124,27 @@ impl SharedBytes {
             summer.update(piece);
             offset += piece.len();
         }
+        summer.finish()
+    }
+
+    /// Past the cache. What is summed is private already, because the shared bytes
+    /// may change between two looks at them; what comes next is fetched meanwhile.
+    fn stream_and_checksum(&self, target: &mut [u8], block: BlockId, generation: u64) -> Checksum {
+        let mut summer = Checksummer::new(block, ByteCount::new(self.length as u64), generation);
+        let mut between = [0u8; STREAM_PIECE_BYTES];
+        let mut offset = 0;
+        for piece in target.chunks_mut(STREAM_PIECE_BYTES) {
+            let between = &mut between[..piece.len()];
+            self.copy_part(offset, between);
+            let next = (offset + FETCH_AHEAD_BYTES).min(self.length);
+            // SAFETY: the range lies in the view, which stays mapped while `owner` lives.
+            unsafe { fetch(self.start.as_ptr().add(next), STREAM_PIECE_BYTES.min(self.length - next)) };
+            summer.update(between);
+            // SAFETY: both are private memory of ours, of one length, and different buffers.
+            unsafe { stream(between.as_ptr(), piece.as_mut_ptr(), piece.len()) };
+            offset += piece.len();
+        }
+        drain();
         summer.finish()
     }
 
@@ -147,7 +193,9 @@ mod tests {
     #[test]
     fn pieces_sum_to_the_whole() {
         let block = BlockId::from_bytes([7; 16]);
-        for length in [0, 1, PIECE_BYTES - 1, PIECE_BYTES, PIECE_BYTES + 1, 3 * PIECE_BYTES + 5] {
+        let around = |at| [at - 1, at, at + 1];
+        let pieces = around(PIECE_BYTES).into_iter().chain(around(STREAM_BYTES_MIN));
+        for length in pieces.chain([0, 1, 3 * PIECE_BYTES + 5]) {
             let memory: Arc<Vec<u8>> =
                 Arc::new((0..length).map(|at| u8::try_from(at % 251).unwrap()).collect());
             let shared = over(&memory);
@@ -156,6 +204,9 @@ mod tests {
             let mut copy = vec![0; length];
             assert_eq!(shared.copy_and_checksum(&mut copy, block, 3), whole, "copy of {length} bytes");
             assert_eq!(copy, *memory);
+            copy.fill(0);
+            shared.copy_to(&mut copy);
+            assert_eq!(copy, *memory, "plain copy of {length} bytes");
         }
     }
 

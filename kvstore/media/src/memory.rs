@@ -10,7 +10,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{self, AtomicBool, AtomicU64, Ordering};
 
 use terrace_core::{BlockHeader, ByteCount, Checksum, Checksummer, Fence, MIB};
 
@@ -243,12 +243,15 @@ impl ChunkMemory {
         self.pages
     }
 
-    /// Stores a fence, release order.
+    /// Stores a fence. Whoever sees a byte that this thread stores later, and then
+    /// looks at the fence, sees this one or a later one.
     ///
     /// # Panics
     /// If the chunk has no such frame: the core names frames of chunks that it made.
     pub fn set_fence(&self, index: u32, fence: Fence) {
         self.fence_cell(index).store(fence.get(), Ordering::Release);
+        // A release store keeps what was before it before it, and lets what comes after it pass: this does not.
+        atomic::fence(Ordering::Release);
     }
 
     /// Loads a fence, acquire order.
