@@ -304,7 +304,7 @@ pub enum Reply {
     Retained { count: u32 },
     /// The space is empty, durably.
     Cleared { generation: u64, blocks: u64 },
-    /// The window was adopted with this many blocks.
+    /// The window was taken back with this many blocks.
     WindowReturned { blocks: u32 },
     /// The session may map the chunk.
     MayMap { chunk: ChunkId, access: MapAccess },
@@ -511,9 +511,10 @@ pub enum Effect {
         frame_bytes: ByteCount,
         frames: u32,
     },
-    /// The owner handed the window back: it is an ordinary chunk of the pool
-    /// from now on; new mappings of it are read-only. Performed at once.
-    AdoptWindow { chunk: ChunkId },
+    /// The owner handed the window back: forbid new writable mappings, and find out who has old ones.
+    /// Done ([`Done::Plain`]) when nobody but the daemon can write into it: it is an ordinary chunk of the
+    /// pool from then on. Somebody can, or the kernel cannot tell: [`Fault::StillMapped`].
+    CloseWindow { op: OpId, chunk: ChunkId },
     /// Close the chunk and give its memory back. Nothing is in flight on it.
     /// Done ([`Done::Plain`]) when the kernel has the pages back, or when the
     /// shell gave up waiting for a foreign mapping: then [`Fault::StillMapped`],
@@ -676,7 +677,7 @@ pub enum Fault {
     /// No memory for a chunk now.
     #[error("no memory")]
     NoMemory,
-    /// A dropped chunk's pages are still mapped by somebody else.
+    /// Somebody else still has a dropped chunk's pages, or can write into a window that was handed back.
     #[error("still mapped by another process")]
     StillMapped,
     /// The catalog failed.

@@ -25,6 +25,7 @@ struct Held {
     carvings: u32,
     creations: u32,
     drops: u32,
+    closings: u32,
 }
 
 impl Core {
@@ -56,6 +57,7 @@ impl Core {
             match op {
                 Op::CreateChunk { .. } => held.creations += 1,
                 Op::DropChunk { .. } => held.drops += 1,
+                Op::CloseWindow { .. } => held.closings += 1,
                 Op::CarveSlot { .. } => held.carvings += 1,
                 Op::Read { source, stuck, .. } => {
                     held.reads += u32::from(!stuck);
@@ -111,7 +113,7 @@ impl Core {
     fn check_chunks(&self, held: &Held, pins: &BTreeMap<FrameRef, u32>) -> BTreeMap<BlockIndex, u32> {
         let mut filling = BTreeMap::new();
         let mut chunks = BTreeMap::<SpaceIndex, u32>::new();
-        let (mut creating, mut dropping) = (0, 0);
+        let (mut creating, mut dropping, mut closing) = (0, 0, 0);
         for (id, chunk) in self.chunks.iter() {
             *chunks.entry(chunk.space).or_default() += 1;
             let mut counts = FrameCounts::default();
@@ -137,8 +139,10 @@ impl Core {
             assert_eq!(self.emptying.contains(&id), leaving, "{id} is being emptied");
             creating += u32::from(matches!(chunk.kind, ChunkKind::Creating { .. }));
             dropping += u32::from(chunk.kind == ChunkKind::Dropping);
+            closing += u32::from(matches!(chunk.kind, ChunkKind::Closing { .. }));
         }
         assert_eq!((creating, dropping), (held.creations, held.drops), "chunks come and go by operations");
+        assert_eq!(closing, held.closings, "windows are closed by operations");
         for (index, space) in self.spaces.iter() {
             assert_eq!(space.chunks, chunks.get(&index).copied().unwrap_or(0), "chunks of a space");
             assert!(

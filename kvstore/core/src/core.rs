@@ -45,6 +45,9 @@ pub(crate) enum Op {
     CreateChunk {
         chunk: ChunkId,
     },
+    CloseWindow {
+        chunk: ChunkId,
+    },
     DropChunk {
         chunk: ChunkId,
     },
@@ -433,6 +436,7 @@ impl Core {
         let outcome = outcome.map(|_| ());
         match op {
             Op::CreateChunk { chunk } => self.chunk_created(chunk, outcome),
+            Op::CloseWindow { chunk } => self.window_closed(chunk, outcome),
             Op::DropChunk { chunk } => self.chunk_dropped(chunk),
             Op::Read { block, source, target, sent, class: _, stuck } => {
                 self.read_ended(source.device, stuck);

@@ -218,6 +218,7 @@ impl Core {
                 }
                 ChunkKind::Creating { .. } => creating = true,
                 ChunkKind::Window { .. }
+                | ChunkKind::Closing { .. }
                 | ChunkKind::Pool
                 | ChunkKind::Replacing
                 | ChunkKind::Retiring
@@ -253,9 +254,11 @@ impl Core {
     fn wait_for_memory(&mut self) -> Allocated {
         let paused = self.now < self.create_paused_until;
         let coming = self.chunks.iter().any(|(_, chunk)| match chunk.kind {
-            ChunkKind::Creating { .. } | ChunkKind::Replacing | ChunkKind::Retiring | ChunkKind::Dropping => {
-                true
-            }
+            ChunkKind::Creating { .. }
+            | ChunkKind::Closing { .. }
+            | ChunkKind::Replacing
+            | ChunkKind::Retiring
+            | ChunkKind::Dropping => true,
             ChunkKind::Window { recalled, .. } => recalled,
             ChunkKind::Pool => false,
         });

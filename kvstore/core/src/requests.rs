@@ -192,9 +192,11 @@ impl Core {
         }
         let access = match chunk.kind {
             ChunkKind::Window { owner, .. } if owner == session => MapAccess::Write,
-            ChunkKind::Window { .. } | ChunkKind::Pool | ChunkKind::Retiring | ChunkKind::Replacing => {
-                MapAccess::Read
-            }
+            ChunkKind::Window { .. }
+            | ChunkKind::Closing { .. }
+            | ChunkKind::Pool
+            | ChunkKind::Retiring
+            | ChunkKind::Replacing => MapAccess::Read,
             ChunkKind::Creating { .. } | ChunkKind::Dropping => return refused,
         };
         Reply::MayMap { chunk: id, access }

@@ -211,6 +211,7 @@ impl Core {
                 | Op::ClearSpace { .. }
                 | Op::Scrub { .. }
                 | Op::Verify { .. }
+                | Op::CloseWindow { .. }
                 | Op::Copy { .. } => {}
             }
         }

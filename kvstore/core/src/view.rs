@@ -291,7 +291,9 @@ impl Core {
             sealed += chunk.counts.sealed * space.block_bytes.get();
             stranded += chunk_bytes - chunk.counts.total() * space.frame_bytes.get();
             match chunk.kind {
-                ChunkKind::Window { .. } | ChunkKind::Creating { owner: Some(_) } => pinned.windows += 1,
+                ChunkKind::Window { .. }
+                | ChunkKind::Closing { .. }
+                | ChunkKind::Creating { owner: Some(_) } => pinned.windows += 1,
                 ChunkKind::Replacing | ChunkKind::Retiring | ChunkKind::Dropping => pinned.leaving += 1,
                 ChunkKind::Creating { owner: None } | ChunkKind::Pool => {}
             }

@@ -356,7 +356,9 @@ impl Engine {
             Effect::SetFences { fences } => {
                 fences.into_iter().for_each(|(frame, fence)| self.media.set_fence(frame, fence));
             }
-            Effect::AdoptWindow { chunk } => self.media.adopt_window(chunk),
+            Effect::CloseWindow { op, chunk } => {
+                self.start(state, OpKind::CloseWindow, 0, MediaOp::CloseWindow { op, chunk });
+            }
             Effect::Publish { events } => {
                 events.into_iter().for_each(|(tenant, event)| self.events.publish(tenant, event));
             }

@@ -210,6 +210,102 @@ async fn stores_after_the_seal_are_not_served() {
     exact_or_missing(&daemon, &keys).await;
 }
 
+/// What a writer that handed its window back keeps of it.
+enum Kept {
+    Mapping,
+    Descriptor,
+    Nothing,
+}
+
+/// A writer hands its window back, and keeps a way to write into it: the window must not become a chunk that blocks
+/// are read from in place. One that keeps nothing must have it adopted, or the test would pass for the wrong reason.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_mapping_that_is_kept_is_of_no_use() {
+    let folder = folder();
+    let daemon = Running::start(folder.path(), "");
+    let mut kept_mappings = Vec::new();
+    for (life, kept) in [(0, Kept::Mapping), (1, Kept::Descriptor), (2, Kept::Nothing)] {
+        let keys: Vec<_> = (life * 100..life * 100 + 6).map(u32::to_le_bytes).collect();
+        let before = daemon.info().await.counters;
+        let mut lane = Lane::open(&socket(folder.path())).await;
+        let (mapping, leased) = lane.write(&keys).await;
+        lane.release(leased.lease).await;
+        let chunk = leased.blocks[0].chunk;
+        let (descriptor, ..) = lane.descriptors(chunk).await;
+        let store = || leased.blocks.iter().for_each(|grant| store(&mapping, grant.offset + 5000, b"spoilt"));
+        let expected = match kept {
+            Kept::Nothing => "terrace_windows_adopted_total",
+            Kept::Mapping | Kept::Descriptor => "terrace_windows_replaced_total",
+        };
+        let mut held = None;
+        match kept {
+            Kept::Mapping => drop(descriptor),
+            Kept::Descriptor => {
+                mapping.drop_write().unwrap();
+                held = Some(descriptor);
+            }
+            Kept::Nothing => {
+                mapping.drop_write().unwrap();
+                drop(descriptor);
+            }
+        }
+        lane.ask(Op::ReturnWindow(wire::ReturnWindow { chunk })).await.unwrap();
+        let began = Instant::now();
+        while daemon.info().await.counters[expected] == before[expected] {
+            assert!(began.elapsed() < PATIENCE, "{expected} does not rise");
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+        let session = daemon.session(true).await;
+        let space = session.open_space(&manifest(0)).await.unwrap();
+        if mapping.is_writable() {
+            // Until its blocks have left.
+            while lane.ask(Op::MapChunk(wire::MapChunk { chunk })).await.is_ok() {
+                assert!(began.elapsed() < PATIENCE, "the window is not replaced");
+                tokio::time::sleep(Duration::from_millis(2)).await;
+            }
+            store();
+        }
+        let found = common::granted(&session, &space, &keys).await;
+        for (key, bytes) in keys.iter().zip(found) {
+            assert!(bytes.is_some_and(|bytes| bytes == payload(*key, 0)), "{key:?} was lost or spoilt");
+        }
+        kept_mappings.push((mapping, held));
+    }
+    drop(kept_mappings);
+    daemon.assert_quiet().await;
+}
+
+/// The client library hands windows back in which its own readers are still at work: they must be adopted all the same,
+/// or every window costs a copy.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_honest_window_is_adopted() {
+    let folder = folder();
+    let daemon = Running::start(folder.path(), "");
+    let session = daemon.session(true).await;
+    let space = session.open_space(&manifest(0)).await.unwrap();
+    let keys = keys(4);
+    session.write(&space, &keys, None, &payloads(&keys, 0), Durability::Readable).await.unwrap();
+    let reading = session.lease_read(&space, &keys, terrace_client::ReadOptions::default()).await.unwrap();
+    assert_eq!(session.flush_windows().await.unwrap(), 1);
+    let began = Instant::now();
+    loop {
+        let counters = daemon.info().await.counters;
+        assert_eq!(counters["terrace_windows_replaced_total"], 0, "an honest window is replaced");
+        if counters["terrace_windows_adopted_total"] == 1 {
+            break;
+        }
+        assert!(began.elapsed() < PATIENCE, "the window is not adopted");
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    }
+    for (key, block) in keys.iter().zip(&reading.grants) {
+        let mut bytes = vec![0; BLOCK_BYTES];
+        block.granted().unwrap().read_verified(&mut bytes).unwrap();
+        assert_eq!(bytes, payload(*key, 0));
+    }
+    drop((reading, space, session));
+    daemon.assert_quiet().await;
+}
+
 fn helper(name: &str, path: &Path) -> Command {
     let mut command = Command::new(std::env::current_exe().unwrap());
     command.args([name, "--exact", "--ignored", "--nocapture"]).env("TERRACE_TEST_SOCKET", path);

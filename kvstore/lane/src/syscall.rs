@@ -183,3 +183,9 @@ pub(crate) fn memory_facts(memory: BorrowedFd<'_>) -> io::Result<(u64, bool)> {
     let sealed = seals >= 0 && seals & libc::F_SEAL_SHRINK != 0;
     Ok((u64::try_from(facts.st_size).unwrap_or(0), sealed))
 }
+
+/// A second, independent opening of the same memory that cannot write.
+pub(crate) fn reopen_read_only(memory: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    let path = format!("/proc/self/fd/{}", memory.as_raw_fd());
+    std::fs::File::open(path).map(OwnedFd::from)
+}

@@ -282,12 +282,12 @@ impl Node {
     fn perform(&mut self, effect: Effect) {
         match effect {
             Effect::Reply { session: _, request, reply } => self.replies.push_back((request, reply)),
-            Effect::Notify { .. }
-            | Effect::AdoptWindow { .. }
-            | Effect::SetFences { .. }
-            | Effect::Publish { .. } => {}
+            Effect::Notify { .. } | Effect::SetFences { .. } | Effect::Publish { .. } => {}
             Effect::CreateChunk { op, .. } => self.instant.push_back((op, Ok(Done::ChunkCreated))),
-            Effect::DropChunk { op, .. } | Effect::CarveSlot { op, .. } | Effect::Verify { op, .. } => {
+            Effect::CloseWindow { op, .. }
+            | Effect::DropChunk { op, .. }
+            | Effect::CarveSlot { op, .. }
+            | Effect::Verify { op, .. } => {
                 self.instant.push_back((op, Ok(Done::Plain)));
             }
             Effect::Read { op, source, class, .. } => {

@@ -100,6 +100,7 @@ pub(crate) struct Seen {
     pub(crate) retired: u64,
     pub(crate) replaced: u64,
     pub(crate) adopted: u64,
+    pub(crate) kept: u64,
     pub(crate) copies: u64,
     pub(crate) expired: u64,
     pub(crate) clears: u64,
@@ -114,7 +115,7 @@ pub(crate) struct Seen {
 }
 
 impl Seen {
-    fn fields(&self) -> [u64; 24] {
+    fn fields(&self) -> [u64; 25] {
         [
             self.reads,
             self.moved,
@@ -129,6 +130,7 @@ impl Seen {
             self.retired,
             self.replaced,
             self.adopted,
+            self.kept,
             self.copies,
             self.expired,
             self.clears,
@@ -157,6 +159,7 @@ impl Seen {
         self.retired += other.retired;
         self.replaced += other.replaced;
         self.adopted += other.adopted;
+        self.kept += other.kept;
         self.copies += other.copies;
         self.expired += other.expired;
         self.clears += other.clears;
@@ -374,11 +377,6 @@ impl World {
             }
             Effect::Notify { session, notice } => return self.notified(*session, notice.clone()),
             Effect::SetFences { fences } => return self.fences_moved(fences),
-            Effect::AdoptWindow { chunk } => {
-                let held = self.chunks.get_mut(chunk).expect("an adopted window is alive");
-                assert!(held.owner.take().is_some(), "only a window is adopted");
-                return;
-            }
             Effect::Publish { events } => {
                 return events.iter().for_each(|(_, event)| self.published(event.clone()));
             }
@@ -389,6 +387,10 @@ impl World {
                 let made = Chunk { owner: *owner, tenant: *tenant, frames, ready: false };
                 assert!(self.chunks.insert(*chunk, made).is_none(), "chunk ids are never used again");
                 assert!(self.chunks.len() <= 7, "memory is limited");
+                (*op, None)
+            }
+            Effect::CloseWindow { op, chunk } => {
+                assert!(self.chunks[chunk].owner.is_some(), "only a window is closed");
                 (*op, None)
             }
             Effect::DropChunk { op, chunk } => {
@@ -508,6 +510,16 @@ impl World {
                 }
                 self.chunks.get_mut(chunk).expect("it was made").ready = true;
                 Ok(Done::ChunkCreated)
+            }
+            Effect::CloseWindow { chunk, .. } => {
+                // The kernel knows of everybody who can still write.
+                let kept = self.ghosts.iter().any(|(frame, _, _)| frame.chunk == *chunk);
+                if kept || fails {
+                    self.seen.kept += u64::from(kept);
+                    return Err(Fault::StillMapped);
+                }
+                self.chunks.get_mut(chunk).expect("a window that is closed is alive").owner = None;
+                Ok(Done::Plain)
             }
             Effect::DropChunk { chunk, .. } => {
                 self.chunks.remove(chunk);

@@ -237,7 +237,10 @@ impl Shard {
             Effect::CreateChunk { op, .. } => {
                 self.inputs.push_back(Input::OpDone { op, outcome: Ok(Done::ChunkCreated) });
             }
-            Effect::DropChunk { op, .. } | Effect::Verify { op, .. } | Effect::Copy { op, .. } => {
+            Effect::CloseWindow { op, .. }
+            | Effect::DropChunk { op, .. }
+            | Effect::Verify { op, .. }
+            | Effect::Copy { op, .. } => {
                 self.inputs.push_back(Input::OpDone { op, outcome: Ok(Done::Plain) });
             }
             Effect::Notify { session, notice: Notice::WindowRecalled { chunk } } => {
@@ -250,7 +253,7 @@ impl Shard {
                 });
             }
             Effect::Notify { notice, .. } => bail!("the core says {notice:?}"),
-            Effect::SetFences { .. } | Effect::Publish { .. } | Effect::AdoptWindow { .. } => {}
+            Effect::SetFences { .. } | Effect::Publish { .. } => {}
             Effect::Read { .. }
             | Effect::Promote { .. }
             | Effect::Cancel { .. }
