@@ -118,7 +118,7 @@ pub struct Limits {
 /// What happened outside.
 #[derive(Debug)]
 pub enum Input {
-    /// A client connected. Local clients can map memory; others write through the daemon.
+    /// A client connected.
     SessionOpened { session: SessionId, tenant: TenantId, locality: Locality },
     /// Its connection or its process ended.
     SessionClosed { session: SessionId },
@@ -178,8 +178,10 @@ pub enum Scrub {
 /// How a session moves bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Locality {
-    /// Maps chunks and windows.
+    /// Maps chunks and windows. What it seals is served from its windows, which are adopted.
     Local,
+    /// Maps chunks and windows of its own, which nobody else maps: what it seals is copied into the daemon's chunks.
+    Isolated,
     /// Sends and receives bytes through the daemon, which fills and reads the
     /// frames itself: write leases are granted in the daemon's own chunks.
     Streamed,

@@ -26,6 +26,7 @@ struct Held {
     creations: u32,
     drops: u32,
     closings: u32,
+    intakes: u32,
 }
 
 impl Core {
@@ -47,6 +48,7 @@ impl Core {
         assert_eq!(held.writes, self.writes_running, "writes are counted");
         assert_eq!(held.verifies, self.verifies_running, "verifications are counted");
         assert_eq!(held.copies, self.copies_running, "copies are counted");
+        assert_eq!(held.intakes, self.intakes_running, "intakes are counted");
         assert_eq!(held.scrubs, self.scrubs_running(), "scrub reads are counted");
         assert_eq!(held.commits, self.commits_running, "commits are counted");
     }
@@ -84,12 +86,17 @@ impl Core {
                     held.copies += 1;
                     *held.frames.entry(*source).or_default() += 1;
                 }
+                Op::Intake { intake, .. } => {
+                    held.intakes += 1;
+                    *held.frames.entry(intake.source).or_default() += 1;
+                }
                 Op::Scrub { source, .. } => {
                     held.scrubs += 1;
                     *held.cells.entry(*source).or_default() += 1;
                 }
             }
         }
+        self.intakes.iter().for_each(|intake| *held.frames.entry(intake.source).or_default() += 1);
         self.commit_puts.iter().for_each(|put| *held.cells.entry(put.frame).or_default() += 1);
         self.commit_deletes.iter().for_each(|delete| *held.cells.entry(delete.frame).or_default() += 1);
         for clear in &self.clears_again {

@@ -56,12 +56,14 @@ impl Core {
     }
 
     fn create_chunk(&mut self, space: SpaceIndex, owner: Option<SessionId>) -> ChunkId {
+        let private = owner.is_some_and(|session| self.is_isolated(session));
         let held = self.spaces.at_mut(space);
         let (tenant, frames, frame_bytes) = (held.tenant, held.frames_per_chunk, held.frame_bytes);
         held.chunks += 1;
         let mut chunk = Chunk::new(ChunkKind::Creating { owner }, tenant, space, frames, self.now);
         chunk.charged = owner.is_some();
         chunk.sealer = owner;
+        chunk.private = private;
         let id = self.chunks.insert(chunk);
         match owner {
             Some(session) => {

@@ -212,6 +212,7 @@ impl Core {
                 | Op::Scrub { .. }
                 | Op::Verify { .. }
                 | Op::CloseWindow { .. }
+                | Op::Intake { .. }
                 | Op::Copy { .. } => {}
             }
         }

@@ -62,6 +62,8 @@ pub struct Counters {
     pub windows_adopted: u64,
     /// Windows that were not handed back.
     pub windows_replaced: u64,
+    /// Blocks copied from windows of isolated sessions.
+    pub intakes: u64,
     /// Chunks emptied to use their memory otherwise.
     pub chunks_retired: u64,
     /// Blocks found on devices at start and indexed.

@@ -66,6 +66,10 @@ impl Core {
             return Reply::Refused(Refusal::WindowBusy { chunk: id });
         }
         let blocks = u32::try_from(chunk.counts.sealed).unwrap_or(u32::MAX);
+        if chunk.private {
+            self.empty_window(id);
+            return Reply::WindowReturned { blocks };
+        }
         self.chunks.at_mut(id).kind = ChunkKind::Closing { owner };
         if let Some(open) = self.sessions.get_mut(&session) {
             open.windows.remove(&id);
@@ -113,8 +117,17 @@ impl Core {
     /// Nobody can be sure that the window is not written to any more: its
     /// blocks are moved out, and its memory is never used again.
     pub(crate) fn replace_window(&mut self, id: ChunkId) {
-        let Some(chunk) = self.chunks.find(id) else { return };
-        let (ChunkKind::Window { owner, .. } | ChunkKind::Closing { owner }) = chunk.kind else { return };
+        if self.empty_window(id) {
+            self.counters.windows_replaced += 1;
+        }
+    }
+
+    /// What is in the window moves out, and its memory goes. False: it is no window.
+    fn empty_window(&mut self, id: ChunkId) -> bool {
+        let Some(chunk) = self.chunks.find(id) else { return false };
+        let (ChunkKind::Window { owner, .. } | ChunkKind::Closing { owner }) = chunk.kind else {
+            return false;
+        };
         assert!(chunk.counts.filling == 0, "leases that fill a window end before it is replaced");
         // Readers of what was sealed in it get the time of a recall to be done.
         let leave_by = self.now.after(self.config.window_recall_max);
@@ -125,9 +138,9 @@ impl Core {
         if let Some(session) = self.sessions.get_mut(&owner) {
             session.windows.remove(&id);
         }
-        self.counters.windows_replaced += 1;
         self.emptying.insert(id);
         self.emptying_due = true;
+        true
     }
 }
 

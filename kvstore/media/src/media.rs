@@ -569,10 +569,9 @@ impl Media {
         let Some(to) = self.find(op, target.chunk) else { return };
         let complete = Arc::clone(&self.complete);
         self.workers.push(Box::new(move || {
-            let copied = to.copy_from(target.index, &from, source.index, expect.length);
-            let outcome = match copied {
-                Ok(()) => verified(&to, target.index, &expect),
-                Err(_) => Err(Fault::Checksum),
+            let outcome = match to.copy_from(target.index, &from, source.index, &expect) {
+                Ok(true) => Ok(Done::Plain),
+                Ok(false) | Err(_) => Err(Fault::Checksum),
             };
             drop((from, to));
             complete(op, outcome);

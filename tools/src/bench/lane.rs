@@ -58,16 +58,22 @@ pub(super) async fn local(options: &Options) -> anyhow::Result<Vec<Line>> {
     let daemon = stand::Daemon::start(dir.path(), "2GiB", "512MiB").await?;
     let session = blocks::session(&daemon.socket).await?;
     let space = blocks::space(&session, MODEL_BLOCK_BYTES).await?;
+    let isolated = blocks::session_of(&daemon.socket, stand::ISOLATED).await?;
+    let isolated_space = blocks::space(&isolated, MODEL_BLOCK_BYTES).await?;
     let block = usize::try_from(MODEL_BLOCK_BYTES)?;
     let source = vec![7u8; block * LEASE_BLOCKS];
     let mut target = vec![1u8; block * LEASE_BLOCKS];
     let gib = f64::from(u32::try_from(source.len() >> 10)?) / f64::from(1 << 20);
-    let (mut puts, mut gets, mut copies) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut puts, mut gets, mut copies, mut puts_isolated) = (vec![], vec![], vec![], vec![]);
     for round in 0..ROUNDS {
         let keys = blocks::keys(100 + round, LEASE_BLOCKS);
         let began = Instant::now();
         blocks::put(&session, &space, &keys, &source[..block]).await?;
         puts.push(gib / began.elapsed().as_secs_f64());
+
+        let began = Instant::now();
+        blocks::put(&isolated, &isolated_space, &keys, &source[..block]).await?;
+        puts_isolated.push(gib / began.elapsed().as_secs_f64());
 
         let began = Instant::now();
         target.copy_from_slice(&source);
@@ -87,6 +93,7 @@ pub(super) async fn local(options: &Options) -> anyhow::Result<Vec<Line>> {
     Ok(vec![
         Line::plain("local_memcpy", copy, "GiB/s"),
         Line::compared("local_put", median(&puts), copy, "GiB/s"),
+        Line::compared("local_put_isolated", median(&puts_isolated), copy, "GiB/s"),
         Line::compared("local_get", median(&gets), copy, "GiB/s"),
     ])
 }

@@ -119,6 +119,8 @@ pub(crate) struct Chunk {
     /// The session that fills it, or filled it while it was a window: it may read
     /// back what it sealed before that is verified.
     pub(crate) sealer: Option<SessionId>,
+    /// A window of an isolated session: nobody else maps it, and it is never adopted.
+    pub(crate) private: bool,
 }
 
 const _: () = assert!(size_of::<Frame>() == 32);
@@ -139,6 +141,7 @@ impl Chunk {
             leave_by: now,
             charged: false,
             sealer: None,
+            private: false,
         }
     }
 

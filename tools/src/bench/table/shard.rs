@@ -165,7 +165,7 @@ impl Shard {
         let session = match self.shape.locality {
             // A window's blocks are verified on their first use by another session.
             Locality::Local => WRITER,
-            Locality::Streamed => READER,
+            Locality::Streamed | Locality::Isolated => READER,
         };
         let blocks = chain(number);
         let matched = match look {
