@@ -120,7 +120,7 @@ pub struct Limits {
 /// What happened outside.
 #[derive(Debug)]
 pub enum Input {
-    /// A client connected. Local clients can map memory; others write through the daemon.
+    /// A client connected.
     SessionOpened { session: SessionId, tenant: TenantId, locality: Locality },
     /// Its connection or its process ended.
     SessionClosed { session: SessionId },
@@ -180,8 +180,10 @@ pub enum Scrub {
 /// How a session moves bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Locality {
-    /// Maps chunks and windows.
+    /// Maps chunks and windows. What it seals is served from its windows, which are adopted.
     Local,
+    /// Maps chunks and windows of its own, which nobody else maps: what it seals is copied into the daemon's chunks.
+    Isolated,
     /// Sends and receives bytes through the daemon, which fills and reads the
     /// frames itself: write leases are granted in the daemon's own chunks.
     Streamed,
@@ -306,7 +308,7 @@ pub enum Reply {
     Retained { count: u32 },
     /// The space is empty, durably.
     Cleared { generation: u64, blocks: u64 },
-    /// The window was adopted with this many blocks.
+    /// The window was taken back with this many blocks.
     WindowReturned { blocks: u32 },
     /// The session may map the chunk.
     MayMap { chunk: ChunkId, access: MapAccess },
@@ -513,9 +515,10 @@ pub enum Effect {
         frame_bytes: ByteCount,
         frames: u32,
     },
-    /// The owner handed the window back: it is an ordinary chunk of the pool
-    /// from now on; new mappings of it are read-only. Performed at once.
-    AdoptWindow { chunk: ChunkId },
+    /// The owner handed the window back: forbid new writable mappings, and find out who has old ones.
+    /// Done ([`Done::Plain`]) when nobody but the daemon can write into it: it is an ordinary chunk of the
+    /// pool from then on. Somebody can, or the kernel cannot tell: [`Fault::StillMapped`].
+    CloseWindow { op: OpId, chunk: ChunkId },
     /// Close the chunk and give its memory back. Nothing is in flight on it.
     /// Done ([`Done::Plain`]) when the kernel has the pages back, or when the
     /// shell gave up waiting for a foreign mapping: then [`Fault::StillMapped`],
@@ -678,7 +681,7 @@ pub enum Fault {
     /// No memory for a chunk now.
     #[error("no memory")]
     NoMemory,
-    /// A dropped chunk's pages are still mapped by somebody else.
+    /// Somebody else still has a dropped chunk's pages, or can write into a window that was handed back.
     #[error("still mapped by another process")]
     StillMapped,
     /// The catalog failed.

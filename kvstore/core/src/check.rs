@@ -25,6 +25,8 @@ struct Held {
     carvings: u32,
     creations: u32,
     drops: u32,
+    closings: u32,
+    intakes: u32,
 }
 
 impl Core {
@@ -46,6 +48,7 @@ impl Core {
         assert_eq!(held.writes, self.writes_running, "writes are counted");
         assert_eq!(held.verifies, self.verifies_running, "verifications are counted");
         assert_eq!(held.copies, self.copies_running, "copies are counted");
+        assert_eq!(held.intakes, self.intakes_running, "intakes are counted");
         assert_eq!(held.commits, self.commits_running, "commits are counted");
     }
 
@@ -55,6 +58,7 @@ impl Core {
             match op {
                 Op::CreateChunk { .. } => held.creations += 1,
                 Op::DropChunk { .. } => held.drops += 1,
+                Op::CloseWindow { .. } => held.closings += 1,
                 Op::CarveSlot { .. } => held.carvings += 1,
                 Op::Read { source, stuck, .. } => {
                     held.reads += u32::from(!stuck);
@@ -81,12 +85,17 @@ impl Core {
                     held.copies += 1;
                     *held.frames.entry(*source).or_default() += 1;
                 }
+                Op::Intake { intake, .. } => {
+                    held.intakes += 1;
+                    *held.frames.entry(intake.source).or_default() += 1;
+                }
                 Op::Scrub { source, .. } => {
                     *held.scrubs.entry(source.device).or_default() += 1;
                     *held.cells.entry(*source).or_default() += 1;
                 }
             }
         }
+        self.intakes.iter().for_each(|intake| *held.frames.entry(intake.source).or_default() += 1);
         self.commit_puts.iter().for_each(|put| *held.cells.entry(put.frame).or_default() += 1);
         self.commit_deletes.iter().for_each(|delete| *held.cells.entry(delete.frame).or_default() += 1);
         for clear in &self.clears_again {
@@ -110,7 +119,7 @@ impl Core {
     fn check_chunks(&self, held: &Held, pins: &BTreeMap<FrameRef, u32>) -> BTreeMap<BlockIndex, u32> {
         let mut filling = BTreeMap::new();
         let mut chunks = BTreeMap::<SpaceIndex, u32>::new();
-        let (mut creating, mut dropping) = (0, 0);
+        let (mut creating, mut dropping, mut closing) = (0, 0, 0);
         for (id, chunk) in self.chunks.iter() {
             *chunks.entry(chunk.space).or_default() += 1;
             let mut counts = FrameCounts::default();
@@ -136,8 +145,10 @@ impl Core {
             assert_eq!(self.emptying.contains(&id), leaving, "{id} is being emptied");
             creating += u32::from(matches!(chunk.kind, ChunkKind::Creating { .. }));
             dropping += u32::from(chunk.kind == ChunkKind::Dropping);
+            closing += u32::from(matches!(chunk.kind, ChunkKind::Closing { .. }));
         }
         assert_eq!((creating, dropping), (held.creations, held.drops), "chunks come and go by operations");
+        assert_eq!(closing, held.closings, "windows are closed by operations");
         for (index, space) in self.spaces.iter() {
             assert_eq!(space.chunks, chunks.get(&index).copied().unwrap_or(0), "chunks of a space");
             assert!(

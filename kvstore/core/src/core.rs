@@ -12,6 +12,7 @@ use crate::evict::Duels;
 use crate::ids::{
     BlockId, ChunkId, DeviceId, DiskFrame, Fence, FrameRef, LeaseId, OpId, SessionId, TenantId,
 };
+use crate::intake::Intake;
 use crate::policy::class::Tick;
 use crate::policy::{Admit, WriteBudget};
 use crate::scrub::Scrubber;
@@ -43,6 +44,9 @@ pub(crate) struct TenantUse {
 #[derive(Debug)]
 pub(crate) enum Op {
     CreateChunk {
+        chunk: ChunkId,
+    },
+    CloseWindow {
         chunk: ChunkId,
     },
     DropChunk {
@@ -90,6 +94,11 @@ pub(crate) enum Op {
         block: BlockIndex,
         source: FrameRef,
         fence: Fence,
+        target: FrameRef,
+    },
+    /// A copy into the daemon's own memory of what an isolated session seals.
+    Intake {
+        intake: Intake,
         target: FrameRef,
     },
     Scrub {
@@ -178,6 +187,9 @@ pub struct Core {
     pub(crate) durables: BTreeMap<BlockIndex, Vec<(WaitId, u32)>>,
     /// Write leases that wait for memory.
     pub(crate) writers: BTreeSet<WaitId>,
+    /// Blocks of isolated sessions that wait for a frame, and how many are being copied.
+    pub(crate) intakes: VecDeque<Intake>,
+    pub(crate) intakes_running: u32,
 
     /// Blocks to promote or to verify, and those of them that wait for a frame.
     pub(crate) wanted: Wanted,
@@ -263,6 +275,8 @@ impl Core {
             arrivals: BTreeMap::new(),
             durables: BTreeMap::new(),
             writers: BTreeSet::new(),
+            intakes: VecDeque::new(),
+            intakes_running: 0,
             wanted: Wanted::default(),
             wanted_stalled: Vec::new(),
             due: VecDeque::new(),
@@ -413,6 +427,7 @@ impl Core {
                 self.ready.extend(std::mem::take(&mut self.writes_stalled));
             }
             self.pump_arrivals();
+            self.pump_intakes();
             self.pump_emptying();
             self.pump_writes();
             self.pump_commit();
@@ -433,6 +448,7 @@ impl Core {
         let outcome = outcome.map(|_| ());
         match op {
             Op::CreateChunk { chunk } => self.chunk_created(chunk, outcome),
+            Op::CloseWindow { chunk } => self.window_closed(chunk, outcome),
             Op::DropChunk { chunk } => self.chunk_dropped(chunk),
             Op::Read { block, source, target, sent, class: _, stuck } => {
                 self.read_ended(source.device, stuck);
@@ -451,6 +467,7 @@ impl Core {
             Op::Copy { block, source, fence, target } => {
                 self.copy_done(block, source, fence, target, outcome)
             }
+            Op::Intake { intake, target } => self.intake_done(intake, target, outcome),
             Op::Scrub { block, source } => self.scrub_done(block, source, outcome),
         }
         self.emptying_due = true;

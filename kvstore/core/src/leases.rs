@@ -64,8 +64,17 @@ impl Core {
         self.memory_changed = true;
     }
 
+    /// Whether the session maps memory.
     pub(crate) fn is_local(&self, session: SessionId) -> bool {
-        self.sessions.get(&session).is_some_and(|open| open.locality == Locality::Local)
+        self.sessions.get(&session).is_some_and(|open| match open.locality {
+            Locality::Local | Locality::Isolated => true,
+            Locality::Streamed => false,
+        })
+    }
+
+    /// Whether nobody else reads from the memory that the session writes.
+    pub(crate) fn is_isolated(&self, session: SessionId) -> bool {
+        self.sessions.get(&session).is_some_and(|open| open.locality == Locality::Isolated)
     }
 
     /// A lease without items. `None` past the session's limit.

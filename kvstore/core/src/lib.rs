@@ -14,6 +14,7 @@ mod curves;
 mod evict;
 mod identity;
 mod ids;
+mod intake;
 mod leases;
 mod memory;
 mod persist;

@@ -57,12 +57,14 @@ impl Core {
     }
 
     fn create_chunk(&mut self, space: SpaceIndex, owner: Option<SessionId>) -> ChunkId {
+        let private = owner.is_some_and(|session| self.is_isolated(session));
         let held = self.spaces.at_mut(space);
         let (tenant, frames, frame_bytes) = (held.tenant, held.frames_per_chunk, held.frame_bytes);
         held.chunks += 1;
         let mut chunk = Chunk::new(ChunkKind::Creating { owner }, tenant, space, frames, self.now);
         chunk.charged = owner.is_some();
         chunk.sealer = owner;
+        chunk.private = private;
         let id = self.chunks.insert(chunk);
         match owner {
             Some(session) => {
@@ -219,6 +221,7 @@ impl Core {
                 }
                 ChunkKind::Creating { .. } => creating = true,
                 ChunkKind::Window { .. }
+                | ChunkKind::Closing { .. }
                 | ChunkKind::Pool
                 | ChunkKind::Replacing
                 | ChunkKind::Retiring
@@ -254,9 +257,11 @@ impl Core {
     fn wait_for_memory(&mut self) -> Allocated {
         let paused = self.now < self.create_paused_until;
         let coming = self.chunks.iter().any(|(_, chunk)| match chunk.kind {
-            ChunkKind::Creating { .. } | ChunkKind::Replacing | ChunkKind::Retiring | ChunkKind::Dropping => {
-                true
-            }
+            ChunkKind::Creating { .. }
+            | ChunkKind::Closing { .. }
+            | ChunkKind::Replacing
+            | ChunkKind::Retiring
+            | ChunkKind::Dropping => true,
             ChunkKind::Window { recalled, .. } => recalled,
             ChunkKind::Pool => false,
         });

@@ -10,7 +10,6 @@ use crate::core::{Core, Deadline, Delete, Op, Put, RETRY_AFTER};
 use crate::ids::{BlockId, DeviceId, DiskFrame, Fence, FrameRef};
 use crate::policy::{Choice, Devices};
 use crate::state::block::{BlockIndex, Nvme, WRITE_FAULTS_MAX};
-use crate::state::chunk::ChunkKind;
 use crate::state::disk::{DiskState, SlotState, device_id};
 use crate::state::space::SpaceIndex;
 use crate::units::Micros;
@@ -129,12 +128,7 @@ impl Core {
     fn start_write(&mut self, index: BlockIndex, source: FrameRef, target: DiskFrame, class: IoClass) {
         self.write_sequence += 1;
         let header = self.header_of(index, self.write_sequence);
-        let via = match self.chunks.at(source.chunk).kind {
-            ChunkKind::Window { .. } | ChunkKind::Replacing => Via::Bounce,
-            ChunkKind::Pool | ChunkKind::Retiring | ChunkKind::Creating { .. } | ChunkKind::Dropping => {
-                Via::Direct
-            }
-        };
+        let via = if self.chunks.at(source.chunk).may_be_written() { Via::Bounce } else { Via::Direct };
         let frame_bytes = self.spaces.at(self.blocks.at(index).space).frame_bytes;
         let target_offset = self.disks.offset(target, frame_bytes);
         let fence = self.hold_frame(source);

@@ -188,14 +188,17 @@ impl Core {
     fn map_chunk(&mut self, session: SessionId, tenant: TenantId, id: ChunkId) -> Reply {
         let refused = Reply::Refused(Refusal::NotYourChunk { chunk: id });
         let Some(chunk) = self.chunks.find(id) else { return refused };
-        if chunk.tenant != tenant || !self.is_local(session) {
+        let foreign = chunk.tenant != tenant || chunk.private && chunk.sealer != Some(session);
+        if foreign || !self.is_local(session) {
             return refused;
         }
         let access = match chunk.kind {
             ChunkKind::Window { owner, .. } if owner == session => MapAccess::Write,
-            ChunkKind::Window { .. } | ChunkKind::Pool | ChunkKind::Retiring | ChunkKind::Replacing => {
-                MapAccess::Read
-            }
+            ChunkKind::Window { .. }
+            | ChunkKind::Closing { .. }
+            | ChunkKind::Pool
+            | ChunkKind::Retiring
+            | ChunkKind::Replacing => MapAccess::Read,
             ChunkKind::Creating { .. } | ChunkKind::Dropping => return refused,
         };
         Reply::MayMap { chunk: id, access }

@@ -211,6 +211,8 @@ impl Core {
                 | Op::ClearSpace { .. }
                 | Op::Scrub { .. }
                 | Op::Verify { .. }
+                | Op::CloseWindow { .. }
+                | Op::Intake { .. }
                 | Op::Copy { .. } => {}
             }
         }

@@ -62,6 +62,8 @@ pub struct Counters {
     pub windows_adopted: u64,
     /// Windows that were not handed back.
     pub windows_replaced: u64,
+    /// Blocks copied from windows of isolated sessions.
+    pub intakes: u64,
     /// Chunks emptied to use their memory otherwise.
     pub chunks_retired: u64,
     /// Blocks found on devices at start and indexed.
@@ -291,7 +293,9 @@ impl Core {
             sealed += chunk.counts.sealed * space.block_bytes.get();
             stranded += chunk_bytes - chunk.counts.total() * space.frame_bytes.get();
             match chunk.kind {
-                ChunkKind::Window { .. } | ChunkKind::Creating { owner: Some(_) } => pinned.windows += 1,
+                ChunkKind::Window { .. }
+                | ChunkKind::Closing { .. }
+                | ChunkKind::Creating { owner: Some(_) } => pinned.windows += 1,
                 ChunkKind::Replacing | ChunkKind::Retiring | ChunkKind::Dropping => pinned.leaving += 1,
                 ChunkKind::Creating { owner: None } | ChunkKind::Pool => {}
             }

@@ -1,8 +1,9 @@
-//! Windows: chunks that one session fills. Handed back, a window is adopted as
-//! an ordinary chunk; otherwise it is replaced, and its memory is never used again.
+//! Windows: chunks that one session fills. Handed back, a window is closed: it is
+//! adopted as an ordinary chunk if nobody can write into it any more. Otherwise it
+//! is replaced, and its memory is never used again.
 
-use crate::api::{Effect, Notice, Refusal, Reply};
-use crate::core::{Core, Deadline};
+use crate::api::{Effect, Fault, Notice, Refusal, Reply};
+use crate::core::{Core, Deadline, Op};
 use crate::evict::Relist;
 use crate::ids::{ChunkId, SessionId};
 use crate::state::block::BlockIndex;
@@ -65,13 +66,31 @@ impl Core {
             return Reply::Refused(Refusal::WindowBusy { chunk: id });
         }
         let blocks = u32::try_from(chunk.counts.sealed).unwrap_or(u32::MAX);
-        self.adopt_window(id, owner);
+        if chunk.private {
+            self.empty_window(id);
+            return Reply::WindowReturned { blocks };
+        }
+        self.chunks.at_mut(id).kind = ChunkKind::Closing { owner };
+        if let Some(open) = self.sessions.get_mut(&session) {
+            open.windows.remove(&id);
+        }
+        let op = self.start(Op::CloseWindow { chunk: id });
+        self.effects.push_back(Effect::CloseWindow { op, chunk: id });
         Reply::WindowReturned { blocks }
     }
 
-    /// The window becomes an ordinary chunk: its owner can write no more.
-    fn adopt_window(&mut self, id: ChunkId, owner: SessionId) {
+    /// The shell has looked who can still write into a window that was handed back.
+    pub(crate) fn window_closed(&mut self, id: ChunkId, outcome: Result<(), Fault>) {
+        match outcome {
+            Ok(()) => self.adopt_window(id),
+            Err(_) => self.replace_window(id),
+        }
+    }
+
+    /// The window becomes an ordinary chunk: nobody else can write into it any more.
+    fn adopt_window(&mut self, id: ChunkId) {
         let chunk = self.chunks.at_mut(id);
+        assert!(matches!(chunk.kind, ChunkKind::Closing { .. }), "only a closed window is adopted");
         chunk.kind = ChunkKind::Pool;
         chunk.touched = self.now;
         let (space, tenant, charged) = (chunk.space, chunk.tenant, std::mem::take(&mut chunk.charged));
@@ -89,22 +108,27 @@ impl Core {
         if charged {
             self.uncharge(tenant, self.config.chunk_bytes.get());
         }
-        if let Some(session) = self.sessions.get_mut(&owner) {
-            session.windows.remove(&id);
-        }
         for index in leaves.into_iter().rev() {
             self.relist(index, Relist::Keep);
         }
         self.counters.windows_adopted += 1;
         self.memory_changed = true;
-        self.effects.push_back(Effect::AdoptWindow { chunk: id });
     }
 
     /// Nobody can be sure that the window is not written to any more: its
     /// blocks are moved out, and its memory is never used again.
     pub(crate) fn replace_window(&mut self, id: ChunkId) {
-        let Some(chunk) = self.chunks.find(id) else { return };
-        let ChunkKind::Window { owner, .. } = chunk.kind else { return };
+        if self.empty_window(id) {
+            self.counters.windows_replaced += 1;
+        }
+    }
+
+    /// What is in the window moves out, and its memory goes. False: it is no window.
+    fn empty_window(&mut self, id: ChunkId) -> bool {
+        let Some(chunk) = self.chunks.find(id) else { return false };
+        let (ChunkKind::Window { owner, .. } | ChunkKind::Closing { owner }) = chunk.kind else {
+            return false;
+        };
         assert!(chunk.counts.filling == 0, "leases that fill a window end before it is replaced");
         // Readers of what was sealed in it get the time of a recall to be done.
         let leave_by = self.now.after(self.config.window_recall_max);
@@ -115,9 +139,9 @@ impl Core {
         if let Some(session) = self.sessions.get_mut(&owner) {
             session.windows.remove(&id);
         }
-        self.counters.windows_replaced += 1;
         self.emptying.insert(id);
         self.emptying_due = true;
+        true
     }
 }
 

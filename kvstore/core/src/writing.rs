@@ -1,6 +1,6 @@
 //! Write leases and seals: a block is reserved, filled by its writer, and published once.
 
-use crate::api::{Durability, Grant, Limit, MissReason, Refusal, Reply, SealOutcome};
+use crate::api::{Durability, Grant, Limit, Locality, MissReason, Refusal, Reply, SealOutcome};
 use crate::checksum::Checksum;
 use crate::core::Core;
 use crate::cost::seconds;
@@ -51,18 +51,21 @@ struct Writing {
 }
 
 /// Whose blocks are being sealed.
-#[derive(Clone, Copy)]
-struct Sealing {
-    lease: LeaseId,
-    local: bool,
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Sealing {
+    pub(crate) lease: LeaseId,
+    /// The frame that was filled is the one that is served from, and the lease pins it.
+    pub(crate) in_place: bool,
+    /// Its bytes were compared with the checksum.
+    pub(crate) verified: bool,
     /// Blocks that its session's last request computes.
-    added: u32,
+    pub(crate) added: u32,
     /// They are copied to Nvme.
-    persist: bool,
+    pub(crate) persist: bool,
 }
 
 /// Position in the lease, length, checksum.
-type SealedPart = (u32, ByteCount, Checksum);
+pub(crate) type SealedPart = (u32, ByteCount, Checksum);
 
 impl Core {
     pub(crate) fn lease_write(
@@ -338,6 +341,9 @@ impl Core {
         if let Err(refusal) = self.check_seal(asker, id, parts) {
             return Some(Reply::Refused(refusal));
         }
+        if self.is_isolated(asker.session) {
+            return self.take_in(asker, id, parts, durability);
+        }
         if durability == Durability::Readable {
             let mut outcomes = Vec::with_capacity(parts.len());
             self.seal_all(id, parts, |outcome, _| outcomes.push(outcome));
@@ -383,7 +389,7 @@ impl Core {
     }
 
     /// A sealed block of a durable seal is waited for, or settled at once.
-    fn settle_durability(&mut self, wait: WaitId, place: usize, block: Option<BlockIndex>) {
+    pub(crate) fn settle_durability(&mut self, wait: WaitId, place: usize, block: Option<BlockIndex>) {
         let Some(index) = block.filter(|&index| !self.blocks.at(index).residence().nvme) else {
             self.part_done(wait);
             return;
@@ -408,13 +414,7 @@ impl Core {
         let LeaseKind::Write { space } = lease.kind else { return };
         let (session, items) = (lease.session, std::mem::take(&mut lease.items));
         let took = seconds(self.now.since(std::mem::replace(&mut lease.mark, self.now)));
-        let asked = self.sessions.get(&session).and_then(|open| open.asked);
-        let sealing = Sealing {
-            lease: id,
-            local: self.is_local(session),
-            added: asked.map_or(1, |asked| asked.added),
-            persist: self.is_written_behind(),
-        };
+        let sealing = self.sealing(id, session);
         let (mut fresh, mut depths) = (0u32, 0u64);
         // The lengths were compared with the space's.
         for &(position, _, checksum) in parts {
@@ -428,6 +428,24 @@ impl Core {
         if let Some(lease) = self.leases.get_mut(&id) {
             lease.items = items;
         }
+        self.observe_compute(space, took, fresh, depths);
+    }
+
+    pub(crate) fn sealing(&self, lease: LeaseId, session: SessionId) -> Sealing {
+        let open = self.sessions.get(&session);
+        // The daemon compares a block's bytes when it stores or copies them itself.
+        let locality = open.map_or(Locality::Local, |open| open.locality);
+        Sealing {
+            lease,
+            in_place: locality != Locality::Isolated,
+            verified: locality != Locality::Local,
+            added: open.and_then(|open| open.asked).map_or(1, |asked| asked.added),
+            persist: self.is_written_behind(),
+        }
+    }
+
+    /// So many blocks, with these depths in sum, were computed in this time.
+    pub(crate) fn observe_compute(&mut self, space: SpaceIndex, took: f64, fresh: u32, depths: u64) {
         if let Some(mean) = depths.checked_div(u64::from(fresh)) {
             let mean = u32::try_from(mean).unwrap_or(u32::MAX);
             self.spaces.at_mut(space).compute.observe(mean, took / f64::from(fresh));
@@ -474,7 +492,7 @@ impl Core {
 
     /// The first seal of a block wins. A second one is a repetition or a conflict; its frame is given back.
     #[inline(always)]
-    fn publish_frame(
+    pub(crate) fn publish_frame(
         &mut self,
         index: BlockIndex,
         frame: FrameRef,
@@ -494,9 +512,8 @@ impl Core {
             return SealOutcome::Conflict;
         }
         block.set_seal(Some(checksum));
-        // The daemon compared a streamed block's bytes when it stored them.
-        self.seal_frame(index, frame, !sealing.local, 1);
-        if sealing.local {
+        self.seal_frame(index, frame, sealing.verified, u32::from(sealing.in_place));
+        if !sealing.verified {
             self.window_settled(frame.chunk);
         }
         if before.is_some() {

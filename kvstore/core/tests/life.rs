@@ -124,6 +124,7 @@ impl Node {
     fn op_of(effect: &Effect) -> Option<OpId> {
         match effect {
             Effect::CreateChunk { op, .. }
+            | Effect::CloseWindow { op, .. }
             | Effect::DropChunk { op, .. }
             | Effect::Read { op, .. }
             | Effect::Write { op, .. }
@@ -531,10 +532,38 @@ fn a_window_is_adopted_when_it_is_handed_back() {
             .any(|effect| matches!(effect, Effect::Notify { notice, .. } if *notice == recalled))
     );
     assert_eq!(node.call(1, Request::ReturnWindow { chunk }), Reply::WindowReturned { blocks: 2 });
-    assert!(
-        node.effects.iter().any(|effect| matches!(effect, Effect::AdoptWindow { chunk: of } if *of == chunk))
-    );
     assert_eq!(node.call(1, Request::MapChunk { chunk }), Reply::MayMap { chunk, access: MapAccess::Read });
+    assert_eq!(
+        node.call(1, Request::ReturnWindow { chunk }),
+        Reply::Refused(Refusal::NotYourChunk { chunk })
+    );
+    assert_eq!(node.core.counters().windows_adopted, 0, "adopted before anybody looked who can write");
+    node.run();
+    assert_eq!((node.core.counters().windows_adopted, node.core.counters().windows_replaced), (1, 0));
+}
+
+/// A client hands its window back and keeps a way to write into it: the window must not become part of the pool, and
+/// what was sealed in it must move to other memory.
+#[test]
+fn a_window_that_can_still_be_written_is_replaced() {
+    let mut node = Node::new();
+    let op = node.lease_write(&[1, 2]);
+    let (lease, grants) = leased(node.serve(1, op));
+    let Grant::Granted { frame, .. } = grants[0] else { panic!("granted") };
+    let op = node.seal(lease, &[(0, 1), (1, 2)], Durability::Readable);
+    node.call(1, op);
+    node.call(1, Request::Release { leases: vec![lease] });
+    let chunk = frame.chunk;
+    assert_eq!(node.call(1, Request::ReturnWindow { chunk }), Reply::WindowReturned { blocks: 2 });
+    node.run_with(|effect| match effect {
+        Effect::CloseWindow { .. } => Err(Fault::StillMapped),
+        _ => Ok(Done::Plain),
+    });
+    assert_eq!((node.core.counters().windows_adopted, node.core.counters().windows_replaced), (0, 1));
+    assert_eq!(node.call(1, Request::MapChunk { chunk }), Reply::Refused(Refusal::NotYourChunk { chunk }));
+    let matched = node.call(1, Request::Match { blocks: vec![block(1), block(2)], mode: MatchMode::Set });
+    let Reply::Matched { blocks } = matched else { panic!("matched") };
+    assert!(blocks.iter().all(|block| block.is_some_and(|place| place.pinned)), "{blocks:?}");
 }
 
 /// A byte that rots is found only by who looks: a pass must read every durable block once, at its rate,

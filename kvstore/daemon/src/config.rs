@@ -11,6 +11,7 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
 use terrace_core::{Admission, ByteCount, GIB, Limits, MIB, Micros, Policy};
+use terrace_lane::Admits;
 use terrace_media::Backend;
 
 use file::{File, LimitsFile};
@@ -45,6 +46,8 @@ pub struct Config {
     pub grpc_listen: SocketAddr,
     /// Unix socket for processes of this machine.
     pub lane_socket: PathBuf,
+    /// Who may connect to it.
+    pub lane_admits: Admits,
     /// `/metrics` and `/healthz`; loopback.
     pub metrics_listen: SocketAddr,
     /// Longest time that a sealed block waits for its copy in Nvme.
@@ -89,6 +92,20 @@ pub struct Tenant {
     pub name: String,
     /// Its secret; `None` asks for none.
     pub token: Option<String>,
+    /// What becomes of windows of its local sessions.
+    pub windows: Windows,
+}
+
+/// How what a local session seals gets into the daemon's memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Windows {
+    /// As `Adopt` for processes of the daemon's own user, else as `Isolated`.
+    #[default]
+    Auto,
+    /// Its windows become chunks, without a copy.
+    Adopt,
+    /// It is copied when it is sealed.
+    Isolated,
 }
 
 impl std::fmt::Debug for Tenant {
@@ -201,6 +218,7 @@ impl Config {
             devices,
             grpc_listen: loopback("grpc_listen", file.grpc_listen.as_deref().unwrap_or("127.0.0.1:7070"))?,
             lane_socket,
+            lane_admits: admits(file.lane_admits.as_deref().unwrap_or("owner"))?,
             metrics_listen: loopback(
                 "metrics_listen",
                 file.metrics_listen.as_deref().unwrap_or("127.0.0.1:9464"),
@@ -414,9 +432,27 @@ fn default_device_bytes(path: &Path, data_dir: &Path, notes: &mut Vec<String>) -
     ByteCount::new(bytes)
 }
 
+fn windows(text: &str) -> Result<Windows, ConfigError> {
+    match text {
+        "auto" => Ok(Windows::Auto),
+        "adopt" => Ok(Windows::Adopt),
+        "isolated" => Ok(Windows::Isolated),
+        other => Err(bad("tenant.windows", format!("`{other}`; allowed are auto, adopt and isolated"))),
+    }
+}
+
+fn admits(text: &str) -> Result<Admits, ConfigError> {
+    match text {
+        "owner" => Ok(Admits::Owner),
+        "group" => Ok(Admits::Group),
+        "everybody" => Ok(Admits::Everybody),
+        other => Err(bad("lane_admits", format!("`{other}`; allowed are owner, group and everybody"))),
+    }
+}
+
 fn tenants(listed: Vec<file::TenantFile>) -> Result<Vec<Tenant>, ConfigError> {
     if listed.is_empty() {
-        return Ok(vec![Tenant { name: "default".to_owned(), token: None }]);
+        return Ok(vec![Tenant { name: "default".to_owned(), token: None, windows: Windows::Auto }]);
     }
     if listed.len() > TENANTS_MAX {
         return Err(bad("tenant", format!("{} tenants; the limit is {TENANTS_MAX}", listed.len())));
@@ -435,7 +471,8 @@ fn tenants(listed: Vec<file::TenantFile>) -> Result<Vec<Tenant>, ConfigError> {
         if tenants.iter().any(|other| other.name == tenant.name) {
             return Err(bad("tenant.name", format!("`{}` is listed twice", tenant.name)));
         }
-        tenants.push(Tenant { name: tenant.name, token: tenant.token });
+        let windows = windows(tenant.windows.as_deref().unwrap_or("auto"))?;
+        tenants.push(Tenant { name: tenant.name, token: tenant.token, windows });
     }
     Ok(tenants)
 }

@@ -116,7 +116,7 @@ impl Daemon {
         let (scan, incarnation) = restored.await?;
         let grpc_listener = grpc::bind(config.grpc_listen, "grpc_listen").await?;
         let metrics_listener = grpc::bind(config.metrics_listen, "metrics_listen").await?;
-        let lane_server = LaneServer::bind(&config.lane_socket)?;
+        let lane_server = LaneServer::bind(&config.lane_socket, config.lane_admits)?;
         let flush_as =
             tenants.all().next().map_or_else(|| terrace_core::tenant_id("default"), |tenant| tenant.id);
         let service = Service::new(engine.clone(), tenants, facts(&config, incarnation));

@@ -345,19 +345,13 @@ impl Engine {
                     let _ = waiting.send(reply);
                 }
             }
-            Effect::Notify { session, notice } => {
-                if let Some(mailbox) = state.mailboxes.get_mut(&session)
-                    && mailbox.notices.try_send(notice).is_err()
-                {
-                    tracing::warn!(%session, "a session leaves its notices unread; it is cut off");
-                    // A channel without a sender ends at its reader, which closes the session.
-                    mailbox.notices = mpsc::channel(1).0;
-                }
-            }
+            Effect::Notify { session, notice } => notify(state, session, notice),
             Effect::SetFences { fences } => {
                 fences.into_iter().for_each(|(frame, fence)| self.media.set_fence(frame, fence));
             }
-            Effect::AdoptWindow { chunk } => self.media.adopt_window(chunk),
+            Effect::CloseWindow { op, chunk } => {
+                self.start(state, OpKind::CloseWindow, 0, MediaOp::CloseWindow { op, chunk });
+            }
             Effect::Publish { events } => {
                 events.into_iter().for_each(|(tenant, event)| self.events.publish(tenant, event));
             }
@@ -413,5 +407,15 @@ impl Engine {
     fn start(&self, state: &mut State, kind: OpKind, bytes: u64, op: MediaOp) {
         state.running.insert(op.op(), (kind, self.now(), bytes));
         self.media.start(op);
+    }
+}
+
+fn notify(state: &mut State, session: SessionId, notice: Notice) {
+    if let Some(mailbox) = state.mailboxes.get_mut(&session)
+        && mailbox.notices.try_send(notice).is_err()
+    {
+        tracing::warn!(%session, "a session leaves its notices unread; it is cut off");
+        // A channel without a sender ends at its reader, which closes the session.
+        mailbox.notices = mpsc::channel(1).0;
     }
 }

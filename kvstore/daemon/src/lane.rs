@@ -15,7 +15,7 @@ use futures_util::stream::{FuturesUnordered, StreamExt};
 use tokio::sync::{Semaphore, mpsc, watch};
 use tonic::Code;
 
-use terrace_core::{Locality, MapAccess, Notice};
+use terrace_core::{MapAccess, Notice};
 use terrace_lane::{LaneConnection, LaneError, LaneReader, LaneServer, LaneWriter, ProcessEnd};
 use terrace_proto::v1::{self, LaneRequest, LaneResponse, lane_request::Op, lane_response};
 use terrace_proto::{LANE_VERSION, MESSAGE_BYTES_MAX};
@@ -23,6 +23,7 @@ use terrace_proto::{LANE_VERSION, MESSAGE_BYTES_MAX};
 use crate::convert::{self, CallError};
 use crate::service::Service;
 use crate::session::Session;
+use crate::tenant::Peer;
 
 /// A connection must say hello within this time.
 const HELLO_WITHIN: Duration = Duration::from_secs(10);
@@ -76,10 +77,11 @@ async fn converse(
     service: Arc<Service>,
     mut stop: Stop,
 ) {
-    let pid = connection.peer().pid;
-    let (peer, mut reader, mut writer) = connection.split();
-    let process = peer.pidfd.and_then(ProcessEnd::watch);
-    let greeted = tokio::time::timeout(HELLO_WITHIN, greet(&mut reader, &mut writer, &service));
+    let (credentials, mut reader, mut writer) = connection.split();
+    let pid = credentials.pid;
+    let peer = if credentials.is_same_user() { Peer::SameUser } else { Peer::OtherUser(credentials.uid) };
+    let process = credentials.pidfd.and_then(ProcessEnd::watch);
+    let greeted = tokio::time::timeout(HELLO_WITHIN, greet(&mut reader, &mut writer, &service, peer));
     let greeted = tokio::select! {
         () = stopped(&mut stop) => return,
         greeted = greeted => greeted,
@@ -118,10 +120,11 @@ async fn greet(
     reader: &mut LaneReader<LaneRequest>,
     writer: &mut LaneWriter<LaneResponse>,
     service: &Service,
+    peer: Peer,
 ) -> Result<Option<Opened>, LaneError> {
     let Some(first) = reader.next().await? else { return Ok(None) };
     let id = first.message.id;
-    let opened = open(first.message, service);
+    let opened = open(first.message, service, peer);
     let (result, opened) = match opened {
         Ok(opened) => {
             // The lane's session is its connection: nobody else may speak for it.
@@ -134,7 +137,7 @@ async fn greet(
     Ok(opened)
 }
 
-fn open(first: LaneRequest, service: &Service) -> Result<Opened, CallError> {
+fn open(first: LaneRequest, service: &Service, peer: Peer) -> Result<Opened, CallError> {
     let Some(Op::Hello(hello)) = first.op else {
         return Err(CallError::new(Code::FailedPrecondition, "the first request on a lane is LaneHello"));
     };
@@ -145,7 +148,7 @@ fn open(first: LaneRequest, service: &Service) -> Result<Opened, CallError> {
             format!("lane version {} is not spoken here; this daemon speaks {LANE_VERSION}", hello.version),
         ));
     }
-    service.open(&hello.tenant, &hello.token, &hello.client, Locality::Local)
+    service.open(&hello.tenant, &hello.token, &hello.client, peer)
 }
 
 fn check_id(id: u64) -> Result<(), CallError> {

@@ -236,7 +236,7 @@ fn count(registry: &Registry, name: &str, help: &str, value: u64) -> Result<(), 
 }
 
 /// The core's counters with their metric names, for the page and for `info`.
-pub(crate) fn counted(counters: &Counters) -> [(&'static str, &'static str, u64); 34] {
+pub(crate) fn counted(counters: &Counters) -> [(&'static str, &'static str, u64); 35] {
     let c = counters;
     [
         ("terrace_hits_total", "Blocks of read leases granted at once.", c.hits),
@@ -262,7 +262,8 @@ pub(crate) fn counted(counters: &Counters) -> [(&'static str, &'static str, u64)
         ("terrace_leases_expired_total", "Leases ended by their deadline.", c.leases_expired),
         ("terrace_windows_recalled_total", "Windows asked back.", c.windows_recalled),
         ("terrace_windows_adopted_total", "Windows kept as chunks.", c.windows_adopted),
-        ("terrace_windows_replaced_total", "Windows that were not handed back.", c.windows_replaced),
+        ("terrace_windows_replaced_total", "Windows not handed back, or not wholly.", c.windows_replaced),
+        ("terrace_intakes_total", "Blocks copied from isolated writers.", c.intakes),
         ("terrace_chunks_retired_total", "Chunks emptied for other use.", c.chunks_retired),
         ("terrace_restored_total", "Blocks found on devices and indexed.", c.restored),
         ("terrace_restore_refused_total", "Blocks found on devices and left alone.", c.restore_refused),

@@ -12,6 +12,8 @@ use terrace_core::{ByteCount, Fault, Micros};
 pub(crate) enum OpKind {
     /// Memory for a chunk.
     CreateChunk,
+    /// A window that was handed back.
+    CloseWindow,
     /// Memory given back.
     DropChunk,
     /// Device to frame.
@@ -36,6 +38,7 @@ impl OpKind {
     const fn label(self) -> &'static str {
         match self {
             Self::CreateChunk => "create_chunk",
+            Self::CloseWindow => "close_window",
             Self::DropChunk => "drop_chunk",
             Self::Read => "read",
             Self::Write => "write",

@@ -10,8 +10,8 @@ use tokio::sync::mpsc;
 use tonic::Code;
 
 use terrace_core::{
-    BlockId, ByteCount, ChunkId, Grant, Input, LeaseId, Limit, Locality, MapAccess, Micros, Notice, Purpose,
-    Reply, Request, Residence, SpaceId, SpaceManifest,
+    BlockId, ByteCount, ChunkId, Grant, Input, LeaseId, Limit, MapAccess, Micros, Notice, Purpose, Reply,
+    Request, Residence, SpaceId, SpaceManifest,
 };
 use terrace_media::ChunkMemory;
 use terrace_proto::v1;
@@ -22,7 +22,7 @@ use crate::engine::{Engine, Gone};
 use crate::metrics::CallMetrics;
 use crate::session::{OpenSpace, Register, Session};
 use crate::spaces::{Full, Learned, frame_bytes};
-use crate::tenant::Tenants;
+use crate::tenant::{Peer, Tenants};
 
 /// Most spaces of a bundle.
 const BUNDLE_MAX: usize = 64;
@@ -126,12 +126,13 @@ impl Service {
         tenant: &str,
         token: &str,
         client: &str,
-        locality: Locality,
+        peer: Peer,
     ) -> Result<(Arc<Session>, mpsc::Receiver<Notice>), CallError> {
         let tenant = self
             .tenants
-            .admit(tenant, token)
+            .admit(tenant, token, peer)
             .map_err(|denied| CallError::new(Code::Unauthenticated, denied.to_string()))?;
+        let locality = tenant.locality(peer);
         let (id, notices) = self.engine.open_session(tenant.id, locality)?;
         let spaces_max = self.facts.edges.spaces_per_session;
         let (engine, register) = (self.engine.clone(), self.register.clone());

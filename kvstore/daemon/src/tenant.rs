@@ -4,9 +4,9 @@ use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
-use terrace_core::{TenantId, TenantKey, tenant_id};
+use terrace_core::{Locality, TenantId, TenantKey, tenant_id};
 
-use crate::config::{NAME_BYTES_MAX, Tenant as TenantConfig};
+use crate::config::{NAME_BYTES_MAX, Tenant as TenantConfig, Windows};
 
 const SECRET_BYTES: usize = 32;
 
@@ -104,6 +104,30 @@ pub struct Tenant {
     pub id: TenantId,
     /// What its block ids are keyed with.
     pub key: TenantKey,
+    /// What becomes of windows of its local sessions.
+    pub windows: Windows,
+}
+
+/// At which end of a session's connection its process is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Peer {
+    /// On the lane, as the daemon's own user.
+    SameUser,
+    /// On the lane, as this other one.
+    OtherUser(u32),
+    /// Wherever gRPC comes from.
+    Remote,
+}
+
+impl Tenant {
+    /// How a session of such a peer moves bytes.
+    pub fn locality(&self, peer: Peer) -> Locality {
+        match (peer, self.windows) {
+            (Peer::Remote, _) => Locality::Streamed,
+            (_, Windows::Adopt) | (Peer::SameUser, Windows::Auto) => Locality::Local,
+            (_, Windows::Isolated) | (Peer::OtherUser(_), Windows::Auto) => Locality::Isolated,
+        }
+    }
 }
 
 /// Why a session was not opened.
@@ -114,6 +138,14 @@ pub enum Denied {
         "unknown tenant, or wrong token; check `tenant` and `token` against the daemon's [[tenant]] table"
     )]
     WhoAreYou,
+    /// Another user of the machine must prove that it may act for the tenant.
+    #[error(
+        "user {uid} is not the daemon's, and this tenant has no token by which it could prove itself; give it one in the daemon's [[tenant]] table"
+    )]
+    NoToken {
+        /// The user.
+        uid: u32,
+    },
 }
 
 /// All tenants.
@@ -132,7 +164,7 @@ impl Tenants {
                 let id = tenant_id(&tenant.name);
                 let key = TenantKey::derive(&secret.0, id);
                 let token = tenant.token.as_ref().map(|token| blake3::hash(token.as_bytes()));
-                (Tenant { name: tenant.name.clone(), id, key }, token)
+                (Tenant { name: tenant.name.clone(), id, key, windows: tenant.windows }, token)
             })
             .collect();
         known.sort_by(|one, other| one.0.name.cmp(&other.0.name));
@@ -143,12 +175,13 @@ impl Tenants {
     ///
     /// # Errors
     /// [`Denied`].
-    pub fn admit(&self, name: &str, token: &str) -> Result<&Tenant, Denied> {
+    pub fn admit(&self, name: &str, token: &str, peer: Peer) -> Result<&Tenant, Denied> {
         let (tenant, wanted) = self.entry(name).ok_or(Denied::WhoAreYou)?;
         // Hashes compare in constant time, and a token is not kept in memory.
-        let granted = match wanted {
-            None => true,
-            Some(wanted) => token.len() <= NAME_BYTES_MAX && *wanted == blake3::hash(token.as_bytes()),
+        let granted = match (wanted, peer) {
+            (None, Peer::OtherUser(uid)) => return Err(Denied::NoToken { uid }),
+            (None, Peer::SameUser | Peer::Remote) => true,
+            (Some(wanted), _) => token.len() <= NAME_BYTES_MAX && *wanted == blake3::hash(token.as_bytes()),
         };
         if granted { Ok(tenant) } else { Err(Denied::WhoAreYou) }
     }
@@ -180,8 +213,14 @@ mod tests {
     use super::*;
 
     fn tenants(folder: &Path) -> Tenants {
-        let configured = [("default", None), ("blue", Some("secret")), ("amber", None)]
-            .map(|(name, token)| TenantConfig { name: name.to_owned(), token: token.map(str::to_owned) });
+        let configured =
+            [("default", None), ("blue", Some("secret")), ("amber", None)].map(|(name, token)| {
+                TenantConfig {
+                    name: name.to_owned(),
+                    token: token.map(str::to_owned),
+                    windows: Windows::Auto,
+                }
+            });
         Tenants::new(&configured, &NodeSecret::open(folder).unwrap())
     }
 
@@ -190,10 +229,32 @@ mod tests {
     fn only_the_right_token_is_admitted() {
         let folder = tempfile::tempdir().unwrap();
         let tenants = tenants(folder.path());
-        assert_eq!(tenants.admit("blue", "secret").unwrap().name, "blue");
-        assert_eq!(tenants.admit("", "whatever").unwrap().name, "default");
+        assert_eq!(tenants.admit("blue", "secret", Peer::Remote).unwrap().name, "blue");
+        assert_eq!(tenants.admit("", "whatever", Peer::SameUser).unwrap().name, "default");
         for (name, token) in [("blue", ""), ("blue", "secreT"), ("green", "secret"), ("green", "")] {
-            assert_eq!(tenants.admit(name, token).unwrap_err(), Denied::WhoAreYou);
+            for peer in [Peer::SameUser, Peer::OtherUser(7), Peer::Remote] {
+                assert_eq!(tenants.admit(name, token, peer).unwrap_err(), Denied::WhoAreYou);
+            }
+        }
+    }
+
+    /// Another user of the machine must not get in without a token, and must never share pages unless it is said so.
+    #[test]
+    fn another_user_needs_a_token_and_is_isolated() {
+        let folder = tempfile::tempdir().unwrap();
+        let tenants = tenants(folder.path());
+        let other = Peer::OtherUser(7);
+        assert_eq!(tenants.admit("default", "", other).unwrap_err(), Denied::NoToken { uid: 7 });
+        let blue = tenants.admit("blue", "secret", other).unwrap();
+        for (windows, same, different) in [
+            (Windows::Auto, Locality::Local, Locality::Isolated),
+            (Windows::Adopt, Locality::Local, Locality::Local),
+            (Windows::Isolated, Locality::Isolated, Locality::Isolated),
+        ] {
+            let tenant = Tenant { windows, ..blue.clone() };
+            assert_eq!(tenant.locality(Peer::SameUser), same);
+            assert_eq!(tenant.locality(other), different);
+            assert_eq!(tenant.locality(Peer::Remote), Locality::Streamed);
         }
     }
 

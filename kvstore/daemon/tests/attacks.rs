@@ -7,148 +7,21 @@ mod common;
 
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
+use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
-use std::os::unix::process::CommandExt;
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
-use std::sync::Arc;
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
+use common::lane::{Lane, exact_or_missing, helper, map, signal, store, wait_for, write};
 use common::{BLOCK_BYTES, PATIENCE, Running, folder, keys, manifest, payload, payloads, socket};
+use terrace_client::Durability;
 use terrace_client::wire::{
-    self, GrantOutcome, LaneError, LaneHello, LaneRequest, LaneResponse, LeaseKind, lane_request::Op,
-    lane_response::Result as Answer,
+    self, LaneError, LaneHello, LeaseKind, lane_request::Op, lane_response::Result as Answer,
 };
-use terrace_client::{Durability, SealOutcome, to_wire};
-use terrace_core::{ByteCount, TenantKey, checksum};
-use terrace_lane::{Access, LaneConnection, LaneReader, LaneWriter, Mapping};
+use terrace_core::ByteCount;
+use terrace_lane::{Access, Mapping};
 use tonic::Code;
-
-/// The lane by hand, so that it can do what the client library would not.
-struct Lane {
-    reader: LaneReader<LaneResponse>,
-    writer: LaneWriter<LaneRequest>,
-    last: u64,
-    /// What the space of the tests is here: its handle, generation and key.
-    space: wire::OpenSpaceResponse,
-}
-
-impl Lane {
-    async fn open(path: &Path) -> Self {
-        let (_, reader, writer) = LaneConnection::connect(path).await.unwrap().split();
-        let mut lane = Self { reader, writer, last: 0, space: wire::OpenSpaceResponse::default() };
-        let hello = LaneHello { version: 1, client: "attacker".into(), ..LaneHello::default() };
-        lane.ask(Op::Hello(hello)).await.unwrap();
-        let request = wire::OpenSpaceRequest { manifest: Some(to_wire(&manifest(0))), compute_cost: None };
-        let (Answer::OpenSpace(space), _) = lane.ask(Op::OpenSpace(request)).await.unwrap() else { panic!() };
-        lane.space = space;
-        lane
-    }
-
-    async fn ask(&mut self, op: Op) -> Result<(Answer, Vec<OwnedFd>), LaneError> {
-        self.last += 1;
-        self.writer.queue(&LaneRequest { id: self.last, op: Some(op) }, Vec::new()).unwrap();
-        self.writer.flush().await.unwrap();
-        loop {
-            let next = tokio::time::timeout(PATIENCE, self.reader.next()).await.unwrap();
-            let received = next.unwrap().expect("the daemon is there");
-            if received.message.id == self.last {
-                return match received.message.result.unwrap() {
-                    Answer::Error(error) => Err(error),
-                    answer => Ok((answer, received.descriptors)),
-                };
-            }
-        }
-    }
-
-    async fn lease(&mut self, kind: LeaseKind, keys: &[[u8; 4]]) -> wire::LeaseResponse {
-        let request = wire::LeaseRequest {
-            request_id: 100 + self.last,
-            space: self.space.space,
-            kind: kind.into(),
-            keys: keys.iter().map(|key| key.to_vec().into()).collect(),
-            wait_ms: 5000,
-            ttl_ms: 2000,
-            ..wire::LeaseRequest::default()
-        };
-        let (Answer::Lease(leased), _) = self.ask(Op::Lease(request)).await.unwrap() else { panic!() };
-        assert!(leased.blocks.iter().all(|block| block.outcome() == GrantOutcome::Granted), "{leased:?}");
-        leased
-    }
-
-    /// Descriptors of a chunk: data, fences, length of the data.
-    async fn descriptors(&mut self, chunk: u64) -> (OwnedFd, OwnedFd, u64, bool) {
-        let (answer, mut both) = self.ask(Op::MapChunk(wire::MapChunk { chunk })).await.unwrap();
-        let Answer::MappedChunk(mapped) = answer else { panic!("{answer:?}") };
-        let fences = both.pop().unwrap();
-        (both.pop().unwrap(), fences, mapped.bytes, mapped.writable)
-    }
-
-    /// Stores blocks into a window and seals them; gives the window's mapping and the places of the blocks.
-    async fn write(&mut self, keys: &[[u8; 4]]) -> (Arc<Mapping>, wire::LeaseResponse) {
-        let leased = self.lease(LeaseKind::Write, keys).await;
-        let (data, fences, bytes, writable) = self.descriptors(leased.blocks[0].chunk).await;
-        assert!(writable);
-        let mapping = map(data, fences, bytes, Access::Write).unwrap();
-        let mut blocks = Vec::new();
-        for ((index, grant), key) in (0..).zip(&leased.blocks).zip(keys) {
-            store(&mapping, grant.offset, &payload(*key, 0));
-            let tenant = TenantKey::from_bytes(self.space.tenant_key.as_ref().try_into().unwrap());
-            let space = manifest(0).space_id(terrace_core::tenant_id("default"));
-            let sum = checksum(tenant.block_id(space, key), self.space.generation, &payload(*key, 0));
-            blocks.push(wire::SealBlock { index, length: BLOCK_BYTES as u64, checksum: sum.get() });
-        }
-        let seal =
-            wire::SealRequest { request_id: 100 + self.last, lease: leased.lease, blocks, durability: 0 };
-        let (Answer::Seal(sealed), _) = self.ask(Op::Seal(seal)).await.unwrap() else { panic!() };
-        assert!(sealed.outcomes.iter().all(|outcome| *outcome == i32::from(wire::SealOutcome::Sealed)));
-        (mapping, leased)
-    }
-
-    async fn release(&mut self, lease: u64) {
-        let request = wire::ReleaseRequest { request_id: 100 + self.last, leases: vec![lease] };
-        self.ask(Op::Release(request)).await.unwrap();
-    }
-}
-
-fn map(data: OwnedFd, fences: OwnedFd, bytes: u64, access: Access) -> Result<Arc<Mapping>, String> {
-    let (bytes, page) = (ByteCount::new(bytes), ByteCount::new(4096));
-    Mapping::map(data, bytes, fences, page, access).map_err(|error| error.to_string())
-}
-
-fn store(mapping: &Arc<Mapping>, offset: u64, bytes: &[u8]) {
-    let length = ByteCount::new(bytes.len() as u64);
-    mapping.view_mut(offset, length).expect("the mapping is writable").copy_from(0, bytes);
-}
-
-/// Reads by new sessions on both transports: each block must be exact or a miss. Returns how many there were.
-async fn exact_or_missing(daemon: &Running, keys: &[[u8; 4]]) -> usize {
-    let mut there = 0;
-    for lane in [true, false] {
-        let session = daemon.session(lane).await;
-        let space = session.open_space(&manifest(0)).await.unwrap();
-        let found = session.read_within(&space, keys, Duration::from_secs(5)).await.unwrap();
-        for (key, bytes) in keys.iter().zip(found) {
-            there += usize::from(bytes.is_some());
-            assert!(
-                bytes.is_none_or(|bytes| bytes == payload(*key, 0)),
-                "{key:?} has other bytes, lane {lane}"
-            );
-        }
-    }
-    there
-}
-
-async fn write(daemon: &Running, lane: bool, keys: &[[u8; 4]], durability: Durability) {
-    let session = daemon.session(lane).await;
-    let space = session.open_space(&manifest(0)).await.unwrap();
-    let outcomes = session.write(&space, keys, None, &payloads(keys, 0), durability).await.unwrap();
-    assert!(outcomes.iter().all(|outcome| *outcome == SealOutcome::Sealed), "{outcomes:?}");
-    if lane {
-        session.flush_windows().await.unwrap();
-    }
-}
 
 /// A reader tries everything to write into a chunk that it was given: as given, opened again, cut short, past its end.
 #[tokio::test(flavor = "multi_thread")]
@@ -210,23 +83,100 @@ async fn stores_after_the_seal_are_not_served() {
     exact_or_missing(&daemon, &keys).await;
 }
 
-fn helper(name: &str, path: &Path) -> Command {
-    let mut command = Command::new(std::env::current_exe().unwrap());
-    command.args([name, "--exact", "--ignored", "--nocapture"]).env("TERRACE_TEST_SOCKET", path);
-    command
+/// What a writer that handed its window back keeps of it.
+enum Kept {
+    Mapping,
+    Descriptor,
+    Nothing,
 }
 
-fn signal(child: &Child, name: &str) {
-    let sent = Command::new("kill").args([name, &child.id().to_string()]).status();
-    assert!(sent.unwrap().success());
-}
-
-fn wait_for(path: &Path) {
-    let began = Instant::now();
-    while !path.exists() {
-        assert!(began.elapsed() < PATIENCE, "{} does not come", path.display());
-        std::thread::sleep(Duration::from_millis(5));
+/// A writer hands its window back, and keeps a way to write into it: the window must not become a chunk that blocks
+/// are read from in place. One that keeps nothing must have it adopted, or the test would pass for the wrong reason.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_mapping_that_is_kept_is_of_no_use() {
+    let folder = folder();
+    let daemon = Running::start(folder.path(), "");
+    let mut kept_mappings = Vec::new();
+    for (life, kept) in [(0, Kept::Mapping), (1, Kept::Descriptor), (2, Kept::Nothing)] {
+        let keys: Vec<_> = (life * 100..life * 100 + 6).map(u32::to_le_bytes).collect();
+        let before = daemon.info().await.counters;
+        let mut lane = Lane::open(&socket(folder.path())).await;
+        let (mapping, leased) = lane.write(&keys).await;
+        lane.release(leased.lease).await;
+        let chunk = leased.blocks[0].chunk;
+        let (descriptor, ..) = lane.descriptors(chunk).await;
+        let store = || leased.blocks.iter().for_each(|grant| store(&mapping, grant.offset + 5000, b"spoilt"));
+        let expected = match kept {
+            Kept::Nothing => "terrace_windows_adopted_total",
+            Kept::Mapping | Kept::Descriptor => "terrace_windows_replaced_total",
+        };
+        let mut held = None;
+        match kept {
+            Kept::Mapping => drop(descriptor),
+            Kept::Descriptor => {
+                mapping.drop_write().unwrap();
+                held = Some(descriptor);
+            }
+            Kept::Nothing => {
+                mapping.drop_write().unwrap();
+                drop(descriptor);
+            }
+        }
+        lane.ask(Op::ReturnWindow(wire::ReturnWindow { chunk })).await.unwrap();
+        let began = Instant::now();
+        while daemon.info().await.counters[expected] == before[expected] {
+            assert!(began.elapsed() < PATIENCE, "{expected} does not rise");
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+        let session = daemon.session(true).await;
+        let space = session.open_space(&manifest(0)).await.unwrap();
+        if mapping.is_writable() {
+            // Until its blocks have left.
+            while lane.ask(Op::MapChunk(wire::MapChunk { chunk })).await.is_ok() {
+                assert!(began.elapsed() < PATIENCE, "the window is not replaced");
+                tokio::time::sleep(Duration::from_millis(2)).await;
+            }
+            store();
+        }
+        let found = common::granted(&session, &space, &keys).await;
+        for (key, bytes) in keys.iter().zip(found) {
+            assert!(bytes.is_some_and(|bytes| bytes == payload(*key, 0)), "{key:?} was lost or spoilt");
+        }
+        kept_mappings.push((mapping, held));
     }
+    drop(kept_mappings);
+    daemon.assert_quiet().await;
+}
+
+/// The client library hands windows back in which its own readers are still at work: they must be adopted all the same,
+/// or every window costs a copy.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_honest_window_is_adopted() {
+    let folder = folder();
+    let daemon = Running::start(folder.path(), "");
+    let session = daemon.session(true).await;
+    let space = session.open_space(&manifest(0)).await.unwrap();
+    let keys = keys(4);
+    session.write(&space, &keys, None, &payloads(&keys, 0), Durability::Readable).await.unwrap();
+    let reading = session.lease_read(&space, &keys, terrace_client::ReadOptions::default()).await.unwrap();
+    assert_eq!(session.flush_windows().await.unwrap(), 1);
+    let began = Instant::now();
+    loop {
+        let counters = daemon.info().await.counters;
+        assert_eq!(counters["terrace_windows_replaced_total"], 0, "an honest window is replaced");
+        if counters["terrace_windows_adopted_total"] == 1 {
+            break;
+        }
+        assert!(began.elapsed() < PATIENCE, "the window is not adopted");
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    }
+    for (key, block) in keys.iter().zip(&reading.grants) {
+        let mut bytes = vec![0; BLOCK_BYTES];
+        block.granted().unwrap().read_verified(&mut bytes).unwrap();
+        assert_eq!(bytes, payload(*key, 0));
+    }
+    drop((reading, space, session));
+    daemon.assert_quiet().await;
 }
 
 /// A writer is killed while its child has the window mapped and goes on storing: what others seal from then on must
@@ -303,6 +253,67 @@ fn stores_for_ever() {
     }
 }
 
+/// A client with leases and a window is killed while a child of it holds its socket open: the end of its process alone
+/// must end its leases, and soon.
+#[tokio::test(flavor = "multi_thread")]
+async fn death_is_noticed_though_the_socket_stays_open() {
+    let folder = folder();
+    let daemon = Running::start(folder.path(), "");
+    let mut took = Vec::new();
+    for round in 0..5 {
+        let ready = folder.path().join(format!("victim{round}"));
+        let mut victim = helper("leaves_its_socket_to_a_child", &socket(folder.path()))
+            .env("READY", &ready)
+            .spawn()
+            .unwrap();
+        wait_for(&ready);
+        let heir = std::fs::read_to_string(&ready).unwrap();
+        let before = daemon.info().await;
+        assert!(before.leases > 0 && before.sessions == 1, "{before:?}");
+        let replaced = before.counters["terrace_windows_replaced_total"];
+        victim.kill().unwrap();
+        let began = Instant::now();
+        loop {
+            let info = daemon.info().await;
+            if info.leases == 0 && info.counters["terrace_windows_replaced_total"] > replaced {
+                break;
+            }
+            assert!(began.elapsed() < PATIENCE, "the leases of a dead client stay");
+        }
+        took.push(began.elapsed());
+        let alive = Command::new("kill").args(["-KILL", &heir]).status().unwrap();
+        assert!(alive.success(), "the child with the socket was gone: nothing was tested");
+        victim.wait().unwrap();
+    }
+    took.sort();
+    println!("noticed after {took:?}");
+    // The machine may be busy; the daemon has nothing to wait for.
+    assert!(took[took.len() / 2] < Duration::from_millis(100), "noticed after {took:?}");
+    daemon.assert_quiet().await;
+}
+
+/// The client of the test above. Its child, which has its end of the socket, sleeps.
+#[tokio::test]
+#[ignore = "is started by death_is_noticed_though_the_socket_stays_open"]
+async fn leaves_its_socket_to_a_child() {
+    let Some(path) = std::env::var_os("TERRACE_TEST_SOCKET") else { return };
+    let stream = UnixStream::connect(path).unwrap();
+    let heirloom = stream.try_clone().unwrap();
+    let mut lane = Lane::over(stream, "", "").await;
+    // Blocks outlive their writer: each victim has its own.
+    let own = [0, 1, 2].map(|key| (std::process::id() * 4 + key).to_le_bytes());
+    let _held = lane.write(&own).await;
+    lane.lease(LeaseKind::Read, &own).await;
+    let mut heir =
+        Command::new("sleep").arg("600").stdin(Stdio::from(OwnedFd::from(heirloom))).spawn().unwrap();
+    let ready = std::path::PathBuf::from(std::env::var_os("READY").unwrap());
+    let partial = ready.with_extension("part");
+    std::fs::write(&partial, heir.id().to_string()).unwrap();
+    std::fs::rename(partial, &ready).unwrap();
+    // Until this process is killed.
+    heir.wait().unwrap();
+}
+
 /// A client is stopped for longer than its lease, and its frames are filled with other blocks meanwhile: when it goes
 /// on, its fence must refuse what it finds.
 #[tokio::test(flavor = "multi_thread")]
@@ -358,43 +369,6 @@ async fn reads_after_its_sleep() {
     assert!(overwritten > 0, "nothing was overwritten; nothing was tested");
 }
 
-/// Another user of the machine connects, with and without the socket's mode in his way: the kernel must refuse him.
-#[tokio::test(flavor = "multi_thread")]
-async fn another_user_cannot_connect() {
-    const NOBODY: u32 = 65534;
-    let folder = folder();
-    let daemon = Running::start(folder.path(), "");
-    let path = socket(folder.path());
-    assert_eq!(std::fs::metadata(&path).unwrap().mode() & 0o777, 0o600);
-    if std::fs::metadata("/proc/self").unwrap().uid() != 0 {
-        return eprintln!("SKIPPED: another user needs root");
-    }
-    // A copy that he can run; the build folder may not be his to enter.
-    let home = tempfile::tempdir().unwrap();
-    std::fs::set_permissions(home.path(), PermissionsExt::from_mode(0o755)).unwrap();
-    let program = home.path().join("attacks");
-    std::fs::copy(std::env::current_exe().unwrap(), &program).unwrap();
-    let run = |uid: u32| {
-        let mut command = Command::new(&program);
-        command.args(["connects", "--exact", "--ignored"]).env("TERRACE_TEST_SOCKET", &path);
-        command.uid(uid).gid(uid).current_dir("/").output().unwrap()
-    };
-    let own = run(0);
-    assert!(own.status.success(), "{own:?}");
-    let other = run(NOBODY);
-    let said = String::from_utf8_lossy(&other.stdout).into_owned() + &String::from_utf8_lossy(&other.stderr);
-    assert!(!other.status.success() && said.contains("PermissionDenied"), "{said}");
-    daemon.assert_quiet().await;
-}
-
-/// The other user.
-#[test]
-#[ignore = "is started by another_user_cannot_connect"]
-fn connects() {
-    let Some(path) = std::env::var_os("TERRACE_TEST_SOCKET") else { return };
-    UnixStream::connect(path).map_err(|error| error.kind()).unwrap();
-}
-
 /// Requests that are well formed and not allowed: each is refused with a sentence, and the session goes on.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_lane_refuses_what_is_not_the_sessions_own() {
@@ -427,6 +401,29 @@ async fn the_lane_refuses_what_is_not_the_sessions_own() {
     assert!(two.ask(Op::Lease(unknown)).await.is_err());
     one.release(leased.lease).await;
     drop((one, two));
+    daemon.assert_quiet().await;
+}
+
+/// A session asks for the chunks of another tenant, by their numbers: it must not get one, nor learn that they exist.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_tenant_maps_only_its_own_chunks() {
+    let folder = folder();
+    let tenants = "[[tenant]]\nname = \"default\"\n[[tenant]]\nname = \"blue\"\ntoken = \"secret\"";
+    let daemon = Running::start(folder.path(), tenants);
+    let path = socket(folder.path());
+    let mut own = Lane::open(&path).await;
+    let (mapping, leased) = own.write(&keys(2)).await;
+    write(&daemon, false, &[[9; 4]], Durability::Readable).await;
+    let mut blue = Lane::open_as(&path, "blue", "secret").await;
+    let chunk = leased.blocks[0].chunk;
+    let mut told = Vec::new();
+    for asked in [chunk, chunk + 1, chunk + 2, chunk + 1000] {
+        let refused = blue.ask(Op::MapChunk(wire::MapChunk { chunk: asked })).await.unwrap_err();
+        told.push((refused.code, refused.message.replace(&asked.to_string(), "N")));
+    }
+    assert!(told.iter().all(|answer| *answer == told[0]), "{told:?}");
+    assert!(own.ask(Op::MapChunk(wire::MapChunk { chunk })).await.is_ok());
+    drop((own, blue, mapping));
     daemon.assert_quiet().await;
 }
 

@@ -7,7 +7,7 @@
 use std::any::Any;
 use std::fmt;
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -40,10 +40,14 @@ pub struct Mapping {
 }
 
 /// Whether and by how many the data is being written.
-#[derive(Clone, Copy, Debug)]
+#[derive(Debug)]
 enum Writing {
     Denied,
-    Allowed { views: usize },
+    /// `read_only` is an opening of the same memory that cannot write; `None` where there is no /proc.
+    Allowed {
+        views: usize,
+        read_only: Option<OwnedFd>,
+    },
 }
 
 impl fmt::Debug for Mapping {
@@ -68,17 +72,18 @@ impl Mapping {
         fence_bytes: ByteCount,
         access: Access,
     ) -> Result<Arc<Self>, MapError> {
-        use std::os::fd::AsFd;
         let protection = match access {
             Access::Read => libc::PROT_READ,
             Access::Write => libc::PROT_READ | libc::PROT_WRITE,
         };
-        let data = Region::map("data", data.as_fd(), bytes, protection)?;
         let fences = Region::map("fences", fences.as_fd(), fence_bytes, libc::PROT_READ)?;
         let writing = match access {
             Access::Read => Writing::Denied,
-            Access::Write => Writing::Allowed { views: 0 },
+            Access::Write => {
+                Writing::Allowed { views: 0, read_only: syscall::reopen_read_only(data.as_fd()).ok() }
+            }
         };
+        let data = Region::map("data", data.as_fd(), bytes, protection)?;
         Ok(Arc::new(Self { data, fences, writing: Mutex::new(writing) }))
     }
 
@@ -123,12 +128,14 @@ impl Mapping {
         let bytes = self.view(offset, length)?;
         match &mut *self.writing() {
             Writing::Denied => return None,
-            Writing::Allowed { views } => *views += 1,
+            Writing::Allowed { views, .. } => *views += 1,
         }
         Some(SharedBytesMut { bytes, mapping: Arc::clone(self) })
     }
 
-    /// Drops the permission to write for good.
+    /// Drops the permission to write for good. The range is mapped anew from an
+    /// opening that cannot write, so that the kernel counts this process among
+    /// the readers and no `mprotect` brings the permission back. Views stay good.
     ///
     /// # Errors
     /// [`io::ErrorKind::ResourceBusy`] while a writable view lives, or what the
@@ -136,17 +143,14 @@ impl Mapping {
     /// be handed back.
     pub fn drop_write(&self) -> io::Result<()> {
         let mut writing = self.writing();
-        match *writing {
+        match &*writing {
             Writing::Denied => return Ok(()),
-            Writing::Allowed { views: 0 } => {}
+            Writing::Allowed { views: 0, read_only } => match read_only {
+                Some(memory) => self.data.map_again(memory.as_fd())?,
+                // The daemon sees that this process could write again, and does not use the window.
+                None => self.data.protect()?,
+            },
             Writing::Allowed { .. } => return Err(io::ErrorKind::ResourceBusy.into()),
-        }
-        // SAFETY: the range is exactly our own mapping; no writable view exists,
-        // and none can be made while `writing` is locked.
-        let answer =
-            unsafe { libc::mprotect(self.data.start.as_ptr().cast(), self.data.length, libc::PROT_READ) };
-        if answer != 0 {
-            return Err(io::Error::last_os_error());
         }
         *writing = Writing::Denied;
         Ok(())
@@ -228,7 +232,7 @@ impl Drop for SharedBytesMut {
         match &mut *self.mapping.writing() {
             // Permission cannot go while a view lives.
             Writing::Denied => unreachable!("a writable view outlived its permission"),
-            Writing::Allowed { views } => *views -= 1,
+            Writing::Allowed { views, .. } => *views -= 1,
         }
     }
 }
@@ -282,11 +286,44 @@ impl Region {
         }
         let start = NonNull::new(start.cast::<u8>()).expect("the kernel does not map page zero unasked");
         let region = Self { start, length };
-        // SAFETY: the range is the mapping made above; the advice changes what a fork inherits, nothing else.
-        if unsafe { libc::madvise(start.as_ptr().cast(), length, libc::MADV_DONTFORK) } != 0 {
-            return Err(kernel(io::Error::last_os_error()));
-        }
+        region.keep_from_children().map_err(kernel)?;
         Ok(region)
+    }
+
+    /// The same memory in the same place, from a read-only opening.
+    fn map_again(&self, memory: BorrowedFd<'_>) -> io::Result<()> {
+        // SAFETY: the range is exactly our own mapping, and the memory the one that is mapped there: whoever reads
+        // through a view finds the same bytes before and after. The kernel puts one in the other's place in one step.
+        let start = unsafe {
+            libc::mmap(
+                self.start.as_ptr().cast(),
+                self.length,
+                libc::PROT_READ,
+                libc::MAP_SHARED | libc::MAP_NORESERVE | libc::MAP_FIXED,
+                memory.as_raw_fd(),
+                0,
+            )
+        };
+        if start == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        self.keep_from_children()
+    }
+
+    fn protect(&self) -> io::Result<()> {
+        // SAFETY: the range is exactly our own mapping; who may still store through a view is the caller's business.
+        match unsafe { libc::mprotect(self.start.as_ptr().cast(), self.length, libc::PROT_READ) } {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        }
+    }
+
+    fn keep_from_children(&self) -> io::Result<()> {
+        // SAFETY: the range is our own mapping; the advice changes what a fork inherits, nothing else.
+        match unsafe { libc::madvise(self.start.as_ptr().cast(), self.length, libc::MADV_DONTFORK) } {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        }
     }
 
     fn part(&self, offset: u64, length: ByteCount) -> Option<(NonNull<u8>, usize)> {

@@ -33,8 +33,36 @@ pub struct PeerCredentials {
     pub pid: u32,
     /// User id when the peer connected.
     pub uid: u32,
-    /// Becomes readable when the peer's process ends. `None` on kernels before 6.5.
+    /// Becomes readable when the peer's process ends. `None` if the kernel does not say which one that is.
     pub pidfd: Option<OwnedFd>,
+}
+
+impl PeerCredentials {
+    /// Whether the peer runs as the same user as this process.
+    pub fn is_same_user(&self) -> bool {
+        self.uid == syscall::own_uid()
+    }
+}
+
+/// Who may connect to a listening socket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Admits {
+    /// Processes of the daemon's own user.
+    Owner,
+    /// And of its group.
+    Group,
+    /// Everybody on the machine.
+    Everybody,
+}
+
+impl Admits {
+    const fn mode(self) -> u32 {
+        match self {
+            Self::Owner => 0o600,
+            Self::Group => 0o660,
+            Self::Everybody => 0o666,
+        }
+    }
 }
 
 /// Tells when a process has ended.
@@ -68,16 +96,16 @@ pub struct LaneServer {
 }
 
 impl LaneServer {
-    /// Listens at `path` with mode 0600. A socket file that nobody answers on is
+    /// Listens at `path`. A socket file that nobody answers on is
     /// replaced; anything else is left alone. Call it inside a tokio runtime.
     ///
     /// # Errors
     /// A path over [`SOCKET_PATH_BYTES_MAX`], a path in use, or what the kernel says.
-    pub fn bind(path: &Path) -> Result<Self, LaneError> {
+    pub fn bind(path: &Path, admits: Admits) -> Result<Self, LaneError> {
         check_path(path)?;
         remove_stale(path)?;
         let failed = |source| LaneError::Socket { path: path.to_owned(), source };
-        let socket = syscall::listen_private(path, BACKLOG).map_err(|error| match error.kind() {
+        let socket = syscall::listen(path, admits.mode(), BACKLOG).map_err(|error| match error.kind() {
             io::ErrorKind::AddrInUse => LaneError::InUse { path: path.to_owned() },
             _ => failed(error),
         })?;
@@ -140,7 +168,7 @@ impl<I: LaneMessage, O: LaneMessage> LaneConnection<I, O> {
     fn new(stream: UnixStream) -> Result<Self, LaneError> {
         let facts = stream.peer_cred()?;
         let pid = facts.pid().and_then(|pid| u32::try_from(pid).ok()).unwrap_or(0);
-        let pidfd = syscall::peer_pidfd(stream.as_fd());
+        let pidfd = syscall::peer_pidfd(stream.as_fd()).or_else(|| syscall::pidfd_of(pid));
         Ok(Self {
             peer: PeerCredentials { pid, uid: facts.uid(), pidfd },
             stream: Arc::new(stream),

@@ -5,6 +5,7 @@ use std::io;
 use std::mem::{MaybeUninit, size_of};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
 /// Most descriptors in one message: data and fences of two chunks.
@@ -109,9 +110,9 @@ pub(crate) fn send(socket: BorrowedFd<'_>, source: &[u8], descriptors: &[OwnedFd
     usize::try_from(sent).map_err(|_| io::Error::last_os_error())
 }
 
-/// A listening, non-blocking socket at `path` with mode 0600 from the start.
+/// A listening, non-blocking socket at `path` with this mode from the start.
 /// The path must be shorter than `sun_path`.
-pub(crate) fn listen_private(path: &Path, backlog: i32) -> io::Result<OwnedFd> {
+pub(crate) fn listen(path: &Path, mode: u32, backlog: i32) -> io::Result<OwnedFd> {
     let name = path.as_os_str().as_bytes();
     // SAFETY: sockaddr_un is a plain C struct for which all zeros is a valid value.
     let mut address: libc::sockaddr_un = unsafe { MaybeUninit::zeroed().assume_init() };
@@ -131,14 +132,19 @@ pub(crate) fn listen_private(path: &Path, backlog: i32) -> io::Result<OwnedFd> {
     // SAFETY: `raw` was opened by the call above and belongs to nobody else.
     let socket = unsafe { OwnedFd::from_raw_fd(raw) };
     let length = u32::try_from(size_of::<libc::sockaddr_un>()).expect("sockaddr_un is 110 bytes");
-    // The mode is set before bind creates the file, and nobody can connect before listen.
+    // Private before bind creates the file, and opened further, past the umask, before anybody can connect.
     // SAFETY: `socket` is open; `address` is a valid sockaddr_un of `length` bytes.
-    let failed = unsafe {
-        libc::fchmod(raw, 0o600) != 0
-            || libc::bind(raw, (&raw const address).cast(), length) != 0
-            || libc::listen(raw, backlog) != 0
-    };
-    if failed { Err(io::Error::last_os_error()) } else { Ok(socket) }
+    let bound =
+        unsafe { libc::fchmod(raw, 0o600) == 0 && libc::bind(raw, (&raw const address).cast(), length) == 0 };
+    if !bound {
+        return Err(io::Error::last_os_error());
+    }
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode))?;
+    // SAFETY: no pointers are involved.
+    match unsafe { libc::listen(raw, backlog) } {
+        0 => Ok(socket),
+        _ => Err(io::Error::last_os_error()),
+    }
 }
 
 /// A descriptor of the process at the other end, which becomes readable when
@@ -182,4 +188,27 @@ pub(crate) fn memory_facts(memory: BorrowedFd<'_>) -> io::Result<(u64, bool)> {
     let seals = unsafe { libc::fcntl(memory.as_raw_fd(), libc::F_GET_SEALS) };
     let sealed = seals >= 0 && seals & libc::F_SEAL_SHRINK != 0;
     Ok((u64::try_from(facts.st_size).unwrap_or(0), sealed))
+}
+
+/// A second, independent opening of the same memory that cannot write.
+pub(crate) fn reopen_read_only(memory: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    let path = format!("/proc/self/fd/{}", memory.as_raw_fd());
+    std::fs::File::open(path).map(OwnedFd::from)
+}
+
+/// User id that this process acts as.
+pub(crate) fn own_uid() -> u32 {
+    // SAFETY: no pointers are involved, and it cannot fail.
+    unsafe { libc::geteuid() }
+}
+
+/// As [`peer_pidfd`] for kernels without it, by the number of the process. That number may be another process's by
+/// now: whoever watches the descriptor watches the socket as well.
+pub(crate) fn pidfd_of(pid: u32) -> Option<OwnedFd> {
+    let pid = libc::pid_t::try_from(pid).ok().filter(|pid| *pid > 0)?;
+    // SAFETY: no pointers are involved.
+    let raw = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
+    let raw = RawFd::try_from(raw).ok().filter(|raw| *raw >= 0)?;
+    // SAFETY: the kernel has just installed this descriptor for us (close-on-exec).
+    Some(unsafe { OwnedFd::from_raw_fd(raw) })
 }

@@ -80,6 +80,9 @@ pub enum Backend {
 pub enum MediaOp {
     /// Makes a chunk or, with [`Access::Window`], a window.
     CreateChunk { op: OpId, chunk: ChunkId, access: Access, frame_bytes: ByteCount, frames: u32 },
+    /// Seals a window against new writable mappings. [`Fault::StillMapped`] if another process can still
+    /// write into it, or if the kernel cannot tell.
+    CloseWindow { op: OpId, chunk: ChunkId },
     /// Closes a chunk. Done when no other process holds its pages;
     /// [`Fault::StillMapped`] after a patience of two seconds: then the bytes
     /// are part of [`MediaFacts::lingering`] until they are gone.
@@ -122,6 +125,7 @@ impl MediaOp {
     pub const fn op(&self) -> OpId {
         match self {
             Self::CreateChunk { op, .. }
+            | Self::CloseWindow { op, .. }
             | Self::DropChunk { op, .. }
             | Self::Read { op, .. }
             | Self::Write { op, .. }

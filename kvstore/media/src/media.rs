@@ -22,7 +22,7 @@ use crate::commit::{Answer, Commits, Committer, Job};
 use crate::device::{AlignedPages, DeviceChanged, IoBuffer, IoOp, IoRequest, PagePool};
 use crate::facts;
 use crate::header::{SlotHeader, decode_header, encode_header};
-use crate::memory::{ChunkMemory, PAGE_BYTES};
+use crate::memory::{ChunkMemory, Holders, PAGE_BYTES};
 use crate::open::{OpenedCatalog, check_config, lock_directory, open_catalog};
 use crate::slots::{IO_PATIENCE, SYNC_PATIENCE, Slots};
 use crate::work::Workers;
@@ -200,6 +200,7 @@ impl Media {
             MediaOp::CreateChunk { op, chunk, access, frame_bytes, frames } => {
                 self.wishes.push(Wish::Create { op, chunk, access, frame_bytes, frames });
             }
+            MediaOp::CloseWindow { op, chunk } => self.close_window(op, chunk),
             MediaOp::DropChunk { op, chunk } => self.wishes.push(Wish::Drop { op, chunk }),
             MediaOp::Read { op, source, source_offset, target, expect, class } => {
                 self.read(op, source, source_offset, target, expect, class);
@@ -243,13 +244,6 @@ impl Media {
     /// If the chunk has no such frame.
     pub fn set_fence(&self, frame: FrameRef, fence: Fence) {
         self.table.with(frame.chunk, |memory| memory.set_fence(frame.index, fence));
-    }
-
-    /// Seals a window against new writable mappings.
-    pub fn adopt_window(&self, chunk: ChunkId) {
-        if let Some(Err(error)) = self.table.with(chunk, ChunkMemory::adopt) {
-            tracing::error!(%chunk, %error, "an adopted window could not be sealed; it stays readable only by its fences");
-        }
     }
 
     /// Records a space durably. Blocks for a sync: not for async threads.
@@ -560,15 +554,24 @@ impl Media {
         }));
     }
 
+    fn close_window(&self, op: OpId, chunk: ChunkId) {
+        let Some(memory) = self.find(op, chunk) else { return };
+        let complete = Arc::clone(&self.complete);
+        self.workers.push(Box::new(move || {
+            let outcome = closed(chunk, &memory);
+            drop(memory);
+            complete(op, outcome);
+        }));
+    }
+
     fn copy(&self, op: OpId, source: FrameRef, target: FrameRef, expect: BlockHeader) {
         let Some(from) = self.find(op, source.chunk) else { return };
         let Some(to) = self.find(op, target.chunk) else { return };
         let complete = Arc::clone(&self.complete);
         self.workers.push(Box::new(move || {
-            let copied = to.copy_from(target.index, &from, source.index, expect.length);
-            let outcome = match copied {
-                Ok(()) => verified(&to, target.index, &expect),
-                Err(_) => Err(Fault::Checksum),
+            let outcome = match to.copy_from(target.index, &from, source.index, &expect) {
+                Ok(true) => Ok(Done::Plain),
+                Ok(false) | Err(_) => Err(Fault::Checksum),
             };
             drop((from, to));
             complete(op, outcome);
@@ -666,6 +669,22 @@ fn watch(slots: &Arc<Slots>, table: &Arc<ChunkTable>, patience: Duration) -> std
 fn io_bytes(memory: &ChunkMemory, length: ByteCount) -> Option<u64> {
     let bytes = length.round_up(PAGE_BYTES)?.get().checked_add(PAGE_BYTES)?;
     (length.get() > 0 && bytes <= memory.frame_bytes().get()).then_some(bytes)
+}
+
+/// First the seal, so that nobody new can write once the kernel has said who can.
+fn closed(chunk: ChunkId, memory: &ChunkMemory) -> Result<Done, Fault> {
+    if let Err(error) = memory.adopt() {
+        tracing::error!(%chunk, %error, "a window that was handed back cannot be sealed; it is replaced");
+        return Err(Fault::StillMapped);
+    }
+    match memory.holders() {
+        Holders::Nobody | Holders::Readers => Ok(Done::Plain),
+        Holders::Writers => {
+            tracing::warn!(%chunk, "a window was handed back by somebody who can still write into it; it is replaced");
+            Err(Fault::StillMapped)
+        }
+        Holders::Unknown => Err(Fault::StillMapped),
+    }
 }
 
 fn verified(memory: &ChunkMemory, index: u32, expect: &BlockHeader) -> Result<Done, Fault> {

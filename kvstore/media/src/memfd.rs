@@ -1,9 +1,10 @@
 //! System calls under chunk memory: memfds and their seals, leases that tell
 //! who else has one open, and mappings on the best pages that are to be had.
 
-use std::fs::File;
+use std::fs::{File, Permissions};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::unix::fs::PermissionsExt;
 use std::ptr::NonNull;
 
 use crate::facts;
@@ -162,7 +163,10 @@ pub(crate) fn memfd(name: &str, flags: libc::c_uint) -> io::Result<OwnedFd> {
         return Err(io::Error::last_os_error());
     }
     // SAFETY: a descriptor that the kernel just gave us and nobody else knows.
-    Ok(unsafe { OwnedFd::from_raw_fd(raw) })
+    let fd = unsafe { OwnedFd::from_raw_fd(raw) };
+    // It is born with 0777: whoever has a descriptor for reading could open it again for writing, through /proc.
+    File::from(fd.try_clone()?).set_permissions(Permissions::from_mode(0o644))?;
+    Ok(fd)
 }
 
 pub(crate) fn truncate(fd: BorrowedFd<'_>, bytes: u64) -> io::Result<()> {

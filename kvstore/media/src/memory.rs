@@ -293,20 +293,34 @@ impl ChunkMemory {
         Ok(())
     }
 
-    /// Copies a payload from a frame of any chunk into this one's, which the caller owns (Filling).
+    /// Copies a payload from a frame of any chunk into this one's, which the caller owns (Filling), and says
+    /// whether what was copied has the checksum. Every byte of the source is read once: what another process
+    /// stores there meanwhile is in the copy and in its checksum, or in neither.
     pub(crate) fn copy_from(
         &self,
         index: u32,
         from: &Self,
         from_index: u32,
-        length: ByteCount,
-    ) -> Result<(), OutsideFrame> {
-        let source = from.payload(from_index, 0, length.get())?;
-        let target = self.payload(index, 0, length.get())?;
-        let length = usize::try_from(length.get()).map_err(|_| self.outside(index, 0, u64::MAX))?;
-        // SAFETY: both ranges were checked. `copy` allows that they are the same frame.
-        unsafe { std::ptr::copy(source, target, length) };
-        Ok(())
+        expect: &BlockHeader,
+    ) -> Result<bool, OutsideFrame> {
+        let source = from.payload(from_index, 0, expect.length.get())?;
+        let target = self.payload(index, 0, expect.length.get())?;
+        let length = usize::try_from(expect.length.get()).map_err(|_| self.outside(index, 0, u64::MAX))?;
+        let mut summer = Checksummer::new(expect.block, expect.length, expect.generation);
+        let mut scratch = vec![0u8; SCRATCH_BYTES.min(length)];
+        let mut done = 0;
+        while done < length {
+            let bytes = (length - done).min(scratch.len());
+            let piece = &mut scratch[..bytes];
+            // SAFETY: done + bytes <= length, which `payload` checked for both frames; `scratch` is ours alone.
+            unsafe {
+                std::ptr::copy_nonoverlapping(source.add(done), piece.as_mut_ptr(), bytes);
+                summer.update(piece);
+                std::ptr::copy_nonoverlapping(piece.as_ptr(), target.add(done), bytes);
+            }
+            done += bytes;
+        }
+        Ok(summer.finish() == expect.checksum)
     }
 
     /// Stores a header page in front of a payload of this length, and zeros behind it up to the page's end.

@@ -10,7 +10,7 @@
 //! | `CopyPart`, `IsValid` | `lane/src/shared.rs: copy_part`, then `client/src/read.rs: ReadBlock::is_valid` |
 //! | `CopyFrom`, `Seal`, `Drop` | `lane/src/mapping.rs: copy_from`; `writing.rs: seal_one, publish_frame`; the guards, and `leases.rs: release, abort` |
 //! | `LeaseExpired`, `SessionClosed` | `core/src/leases.rs: lease_expired, session_closed, end_lease, let_go` |
-//! | `ReturnWindow`, `WindowOverdue` | `core/src/windows.rs: return_window, adopt_window, window_overdue, replace_window` |
+//! | `ReturnWindow`, `WindowOverdue` | `core/src/windows.rs: return_window, window_closed (of a client that has dropped its permission), adopt_window, window_overdue, replace_window` |
 //! | `CopyDone`, `ChunkDropped` | `core/src/memory.rs: copy_done, move_copy, chunk_dropped` |
 //! | `StartRead`, `DeviceStores`, `ReadDone` | `reading.rs: start_read`, the device, `read_done` |
 //! | `VerifyDone`, `EvictFromPinned` | `reading.rs: verify_done`; `memory.rs: evict_from_pinned`, by `residence.rs: vacate` |

@@ -20,10 +20,18 @@ const WAIT: std::time::Duration = std::time::Duration::from_secs(10);
 /// # Errors
 /// When the daemon does not answer there.
 pub(super) async fn session(socket: &Path) -> anyhow::Result<Session> {
+    session_of(socket, "default").await
+}
+
+/// A session on the lane for this tenant.
+///
+/// # Errors
+/// When the daemon does not answer there.
+pub(super) async fn session_of(socket: &Path, tenant: &str) -> anyhow::Result<Session> {
     let target = Target {
         socket: Some(socket.to_owned()),
         grpc: None,
-        tenant: String::new(),
+        tenant: tenant.to_owned(),
         token: String::new(),
         client_name: "terrace bench".to_owned(),
     };

@@ -16,6 +16,8 @@ use crate::daemon_config::DaemonConfig;
 use crate::home::Running;
 use crate::up::{ports, ready};
 
+/// The tenant of a daemon alone whose blocks are copied when they are sealed.
+pub(super) const ISOLATED: &str = "isolated";
 /// Longest wait for a process to get ready or to go.
 const TIME_MAX: Duration = Duration::from_secs(120);
 
@@ -128,6 +130,11 @@ impl Daemon {
         std::fs::create_dir_all(&data_dir)?;
         DaemonConfig { data_dir: &data_dir, socket: &socket, grpc, metrics, pinned_bytes, nvme_bytes }
             .write(&config)?;
+        let mut text = std::fs::read_to_string(&config)?;
+        text.push_str(&format!(
+            "[[tenant]]\nname = \"default\"\n[[tenant]]\nname = \"{ISOLATED}\"\nwindows = \"isolated\"\n"
+        ));
+        std::fs::write(&config, text)?;
         let process = spawn(dir, &config)?;
         let mut daemon =
             Self { process, dir: dir.to_owned(), config, grpc: format!("http://{grpc}"), socket };

@@ -285,12 +285,12 @@ impl Node {
             Effect::Reply { session: _, request, reply } => {
                 self.replies.push_back((request, Arc::unwrap_or_clone(reply)));
             }
-            Effect::Notify { .. }
-            | Effect::AdoptWindow { .. }
-            | Effect::SetFences { .. }
-            | Effect::Publish { .. } => {}
+            Effect::Notify { .. } | Effect::SetFences { .. } | Effect::Publish { .. } => {}
             Effect::CreateChunk { op, .. } => self.instant.push_back((op, Ok(Done::ChunkCreated))),
-            Effect::DropChunk { op, .. } | Effect::CarveSlot { op, .. } | Effect::Verify { op, .. } => {
+            Effect::CloseWindow { op, .. }
+            | Effect::DropChunk { op, .. }
+            | Effect::CarveSlot { op, .. }
+            | Effect::Verify { op, .. } => {
                 self.instant.push_back((op, Ok(Done::Plain)));
             }
             Effect::Read { op, source, class, .. } => {

@@ -18,7 +18,9 @@ pub(crate) enum ChunkKind {
     Pool,
     /// One session fills it. After a recall nothing more is granted in it.
     Window { owner: SessionId, recalled: bool },
-    /// A window that was not handed back: its blocks are being moved out, for somebody may still write into it.
+    /// A window that was handed back, until the shell knows whether anybody can still write into it.
+    Closing { owner: SessionId },
+    /// A window that was not handed back, or that can still be written: its blocks are being moved out, for somebody may still write into it.
     Replacing,
     /// A Pool chunk that is being emptied so that its memory can be used otherwise.
     Retiring,
@@ -117,6 +119,8 @@ pub(crate) struct Chunk {
     /// The session that fills it, or filled it while it was a window: it may read
     /// back what it sealed before that is verified.
     pub(crate) sealer: Option<SessionId>,
+    /// A window of an isolated session: nobody else maps it, and it is never adopted.
+    pub(crate) private: bool,
 }
 
 const _: () = assert!(size_of::<Frame>() == 32);
@@ -137,6 +141,7 @@ impl Chunk {
             leave_by: now,
             charged: false,
             sealer: None,
+            private: false,
         }
     }
 
@@ -227,7 +232,15 @@ impl Chunk {
     pub(crate) fn is_sealers(&self, index: u32) -> bool {
         let verified =
             !matches!(self.frames[index as usize].state, FrameState::Sealed { verified: false, .. });
-        !verified || matches!(self.kind, ChunkKind::Window { .. } | ChunkKind::Replacing)
+        !verified || self.may_be_written()
+    }
+
+    /// Somebody else than the daemon may store into it.
+    pub(crate) fn may_be_written(&self) -> bool {
+        match self.kind {
+            ChunkKind::Window { .. } | ChunkKind::Closing { .. } | ChunkKind::Replacing => true,
+            ChunkKind::Creating { .. } | ChunkKind::Pool | ChunkKind::Retiring | ChunkKind::Dropping => false,
+        }
     }
 
     /// Nothing readable, being filled or in flight is left.

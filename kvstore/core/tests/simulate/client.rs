@@ -60,7 +60,11 @@ impl World {
         self.session_last += 1;
         let session = SessionId::new(self.session_last);
         let tenant = self.spaces[self.random.index(3)].tenant;
-        let locality = if self.random.percent(70) { Locality::Local } else { Locality::Streamed };
+        let locality = match self.random.below(10) {
+            0..=4 => Locality::Local,
+            5 | 6 => Locality::Isolated,
+            _ => Locality::Streamed,
+        };
         let client = Client {
             tenant,
             locality,
@@ -77,7 +81,7 @@ impl World {
     /// The client is gone, perhaps by kill -9: a child of it may go on writing.
     pub(crate) fn close(&mut self, session: SessionId) {
         let Some(client) = self.clients.remove(&session) else { return };
-        if client.locality == Locality::Local {
+        if client.locality != Locality::Streamed {
             let writes = client.leases.values().flat_map(|lease| lease.writes.iter());
             for write in writes.filter(|write| write.stored.is_none()) {
                 self.ghosts.push((write.frame, session, u32::MAX));
@@ -290,7 +294,7 @@ impl World {
         self.send(session, op);
     }
 
-    /// Hands a window back in which it fills nothing any more: no write of it comes later.
+    /// Hands a window back in which it fills nothing any more. Most see to it that no write of theirs comes later.
     fn hand_back(&mut self, session: SessionId) {
         let own = |chunk: &crate::node::Chunk| chunk.owner == Some(session);
         let windows: Vec<ChunkId> =
@@ -305,7 +309,9 @@ impl World {
         if asking || writes.any(|write| write.frame.chunk == chunk) {
             return;
         }
-        self.ghosts.retain(|(frame, owner, _)| frame.chunk != chunk || *owner != session);
+        if !self.random.percent(30) {
+            self.ghosts.retain(|(frame, owner, _)| frame.chunk != chunk || *owner != session);
+        }
         self.send(session, Request::ReturnWindow { chunk });
     }
 
@@ -395,7 +401,7 @@ impl World {
     }
 
     fn granted_write(&mut self, session: SessionId, lease: LeaseId, generation: u64, grants: &[Grant]) {
-        let local = self.clients[&session].locality == Locality::Local;
+        let local = self.clients[&session].locality != Locality::Streamed;
         let mut writes = Vec::new();
         for (position, grant) in grants.iter().enumerate() {
             let Grant::Granted { block, frame, fence, .. } = *grant else { continue };
@@ -456,7 +462,7 @@ impl World {
             Notice::LeaseRevoked { lease, .. } => {
                 let Some(lost) = client.leases.remove(&lease) else { return };
                 assert!(
-                    client.locality == Locality::Local || !lost.is_write,
+                    client.locality != Locality::Streamed || !lost.is_write,
                     "a streamed write does not expire"
                 );
                 for write in lost.writes.into_iter().filter(|write| write.stored.is_none()) {

@@ -11,6 +11,7 @@ mod crash;
 mod lies;
 mod node;
 mod random;
+mod seen;
 
 use node::World;
 
@@ -47,7 +48,7 @@ fn histories_keep_their_promises() {
         run(seed, STEPS);
         return;
     }
-    let mut seen = node::Seen::default();
+    let mut seen = seen::Seen::default();
     for seed in 1..=read("TERRACE_SIM_SEEDS").unwrap_or(SEEDS) {
         let (_, world) = run(seed, STEPS);
         seen.add(&world.seen);

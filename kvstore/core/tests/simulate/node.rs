@@ -7,6 +7,7 @@ use terrace_core::*;
 
 use crate::client::Client;
 use crate::random::Random;
+use crate::seen::Seen;
 
 pub(crate) const BLOCK_BYTES: u64 = 4096;
 const CHUNK_BYTES: u64 = 64 * KIB;
@@ -82,110 +83,6 @@ pub(crate) struct Pending {
     pub(crate) not_before: u32,
     /// Taken back before the device had it.
     pub(crate) cancelled: bool,
-}
-
-/// Which rare things happened, so that the simulation cannot become blind unnoticed.
-#[derive(Clone, Debug, Default)]
-pub(crate) struct Seen {
-    pub(crate) reads: u64,
-    pub(crate) moved: u64,
-    pub(crate) durable: u64,
-    pub(crate) restarts: u64,
-    pub(crate) power_cuts: u64,
-    pub(crate) rebuilt: u64,
-    pub(crate) conflicts: u64,
-    pub(crate) rejected: u64,
-    pub(crate) promotions: u64,
-    pub(crate) evictions_nvme: u64,
-    pub(crate) retired: u64,
-    pub(crate) replaced: u64,
-    pub(crate) adopted: u64,
-    pub(crate) copies: u64,
-    pub(crate) expired: u64,
-    pub(crate) clears: u64,
-    pub(crate) throttled: u64,
-    pub(crate) repeats: u64,
-    pub(crate) promoted: u64,
-    pub(crate) cancelled: u64,
-    pub(crate) lies: u64,
-    pub(crate) lies_read: u64,
-    pub(crate) scrubbed: u64,
-    pub(crate) scrub_damaged: u64,
-}
-
-impl Seen {
-    fn fields(&self) -> [u64; 24] {
-        [
-            self.reads,
-            self.moved,
-            self.durable,
-            self.restarts,
-            self.power_cuts,
-            self.rebuilt,
-            self.conflicts,
-            self.rejected,
-            self.promotions,
-            self.evictions_nvme,
-            self.retired,
-            self.replaced,
-            self.adopted,
-            self.copies,
-            self.expired,
-            self.clears,
-            self.throttled,
-            self.repeats,
-            self.promoted,
-            self.cancelled,
-            self.lies,
-            self.lies_read,
-            self.scrubbed,
-            self.scrub_damaged,
-        ]
-    }
-
-    pub(crate) fn add(&mut self, other: &Seen) {
-        self.reads += other.reads;
-        self.moved += other.moved;
-        self.durable += other.durable;
-        self.restarts += other.restarts;
-        self.power_cuts += other.power_cuts;
-        self.rebuilt += other.rebuilt;
-        self.conflicts += other.conflicts;
-        self.rejected += other.rejected;
-        self.promotions += other.promotions;
-        self.evictions_nvme += other.evictions_nvme;
-        self.retired += other.retired;
-        self.replaced += other.replaced;
-        self.adopted += other.adopted;
-        self.copies += other.copies;
-        self.expired += other.expired;
-        self.clears += other.clears;
-        self.throttled += other.throttled;
-        self.repeats += other.repeats;
-        self.promoted += other.promoted;
-        self.cancelled += other.cancelled;
-        self.lies += other.lies;
-        self.lies_read += other.lies_read;
-        self.scrubbed += other.scrubbed;
-        self.scrub_damaged += other.scrub_damaged;
-    }
-
-    pub(crate) fn assert_all(&self) {
-        assert!(self.fields().iter().all(|&times| times > 0), "something never happened: {self:?}");
-    }
-
-    pub(crate) fn count(&mut self, counters: &Counters) {
-        self.promotions += counters.promotions;
-        self.evictions_nvme += counters.evictions_nvme;
-        self.retired += counters.chunks_retired;
-        self.replaced += counters.windows_replaced;
-        self.adopted += counters.windows_adopted;
-        self.copies += counters.copies;
-        self.expired += counters.leases_expired;
-        self.throttled += counters.throttled;
-        self.scrubbed += counters.scrub_blocks;
-        self.scrub_damaged += counters.scrub_damaged;
-    }
 }
 
 /// A space of the model.
@@ -374,11 +271,6 @@ impl World {
             }
             Effect::Notify { session, notice } => return self.notified(*session, notice.clone()),
             Effect::SetFences { fences } => return self.fences_moved(fences),
-            Effect::AdoptWindow { chunk } => {
-                let held = self.chunks.get_mut(chunk).expect("an adopted window is alive");
-                assert!(held.owner.take().is_some(), "only a window is adopted");
-                return;
-            }
             Effect::Publish { events } => {
                 return events.iter().for_each(|(_, event)| self.published(event.clone()));
             }
@@ -389,6 +281,10 @@ impl World {
                 let made = Chunk { owner: *owner, tenant: *tenant, frames, ready: false };
                 assert!(self.chunks.insert(*chunk, made).is_none(), "chunk ids are never used again");
                 assert!(self.chunks.len() <= 7, "memory is limited");
+                (*op, None)
+            }
+            Effect::CloseWindow { op, chunk } => {
+                assert!(self.chunks[chunk].owner.is_some(), "only a window is closed");
                 (*op, None)
             }
             Effect::DropChunk { op, chunk } => {
@@ -509,6 +405,7 @@ impl World {
                 self.chunks.get_mut(chunk).expect("it was made").ready = true;
                 Ok(Done::ChunkCreated)
             }
+            Effect::CloseWindow { chunk, .. } => self.finish_close(*chunk, fails),
             Effect::DropChunk { chunk, .. } => {
                 self.chunks.remove(chunk);
                 self.ghosts.retain(|(frame, _, _)| frame.chunk != *chunk);
@@ -563,6 +460,17 @@ impl World {
             Effect::Scrub { source, expect, .. } => self.finish_scrub(*source, expect, fails),
             other => panic!("{other:?} is no slow effect"),
         }
+    }
+
+    /// The kernel knows of everybody who can still write.
+    fn finish_close(&mut self, chunk: ChunkId, fails: bool) -> Result<Done, Fault> {
+        let kept = self.ghosts.iter().any(|(frame, _, _)| frame.chunk == chunk);
+        self.seen.kept += u64::from(kept);
+        if kept || fails {
+            return Err(Fault::StillMapped);
+        }
+        self.chunks.get_mut(&chunk).expect("a window that is closed is alive").owner = None;
+        Ok(Done::Plain)
     }
 
     fn finish_scrub(&self, source: DiskFrame, expect: &BlockHeader, fails: bool) -> Result<Done, Fault> {

@@ -14,6 +14,7 @@ pub(super) struct File {
     pub(super) device: Vec<DeviceFile>,
     pub(super) grpc_listen: Option<String>,
     pub(super) lane_socket: Option<PathBuf>,
+    pub(super) lane_admits: Option<String>,
     pub(super) metrics_listen: Option<String>,
     pub(super) persist_delay_ms: Option<u64>,
     pub(super) policy: Option<String>,
@@ -42,6 +43,7 @@ pub(super) struct DeviceFile {
 pub(super) struct TenantFile {
     pub(super) name: String,
     pub(super) token: Option<String>,
+    pub(super) windows: Option<String>,
 }
 
 impl std::fmt::Debug for TenantFile {

@@ -11,7 +11,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::metadata::MetadataMap;
 use tonic::{Code, Request, Response, Status, Streaming};
 
-use terrace_core::{Locality, Notice};
+use terrace_core::Notice;
 use terrace_proto::SESSION_METADATA;
 use terrace_proto::v1::block_service_server::BlockService;
 use terrace_proto::v1::{self, SessionRequest, SessionResponse};
@@ -21,6 +21,7 @@ use crate::grpc::{reading, watching, writing};
 use crate::lane::{Stop, stopped};
 use crate::service::Service;
 use crate::session::{Session, StreamGuard};
+use crate::tenant::Peer;
 
 /// The first message of a session must come within this time.
 const HELLO_WITHIN: Duration = Duration::from_secs(10);
@@ -144,7 +145,7 @@ impl BlockService for Blocks {
             })??
             .ok_or_else(|| Status::invalid_argument("a session begins with a SessionRequest"))?;
         let (session, notices) =
-            self.service.open(&first.tenant, &first.token, &first.client, Locality::Streamed)?;
+            self.service.open(&first.tenant, &first.token, &first.client, Peer::Remote)?;
         let mut token = [0; 16];
         getrandom::fill(&mut token)
             .map_err(|error| Status::unavailable(format!("no random bytes: {error}")))?;

@@ -3,6 +3,7 @@
 #![allow(dead_code, reason = "each test file uses its part")]
 #![allow(clippy::unwrap_used, reason = "a test ends there, and says where")]
 
+pub(crate) mod lane;
 pub(crate) mod load;
 
 use std::io::{BufRead, BufReader};

@@ -64,7 +64,7 @@ fn nothing_outside_the_chunk_can_be_seen() {
     assert_eq!(mapping.fence(u32::try_from(PAGE).unwrap() / 8), None);
 }
 
-// A window that was handed back must not be writable by us any more.
+// A window that was handed back must not be writable by us any more, whatever we try, and who reads in it goes on.
 #[test]
 fn write_permission_goes_for_good() {
     let (data, _fences, mapping) = chunk(Access::Write);
@@ -76,7 +76,19 @@ fn write_permission_goes_for_good() {
     let busy = mapping.drop_write().unwrap_err();
     assert_eq!(busy.kind(), io::ErrorKind::ResourceBusy, "a view still allows stores");
     drop(view);
+    let reader = mapping.view(PAGE, ByteCount::new(4)).unwrap();
     mapping.drop_write().unwrap();
+    reader.copy_to(&mut found);
+    assert_eq!(&found, b"abcd");
+    // SAFETY: only the protection of our own mapping would change.
+    let raised = unsafe {
+        libc::mprotect(
+            mapping.data.start.as_ptr().cast(),
+            mapping.data.length,
+            libc::PROT_READ | libc::PROT_WRITE,
+        )
+    };
+    assert_eq!(raised, -1, "the permission can be taken back");
     assert!(!mapping.is_writable());
     assert!(mapping.view_mut(PAGE, ByteCount::new(4)).is_none());
     let maps = std::fs::read_to_string("/proc/self/maps").unwrap();

@@ -166,7 +166,7 @@ impl Shard {
         let session = match self.shape.locality {
             // A window's blocks are verified on their first use by another session.
             Locality::Local => WRITER,
-            Locality::Streamed => READER,
+            Locality::Streamed | Locality::Isolated => READER,
         };
         let blocks = chain(number);
         let matched = match look {
@@ -238,7 +238,10 @@ impl Shard {
             Effect::CreateChunk { op, .. } => {
                 self.inputs.push_back(Input::OpDone { op, outcome: Ok(Done::ChunkCreated) });
             }
-            Effect::DropChunk { op, .. } | Effect::Verify { op, .. } | Effect::Copy { op, .. } => {
+            Effect::CloseWindow { op, .. }
+            | Effect::DropChunk { op, .. }
+            | Effect::Verify { op, .. }
+            | Effect::Copy { op, .. } => {
                 self.inputs.push_back(Input::OpDone { op, outcome: Ok(Done::Plain) });
             }
             Effect::Notify { session, notice: Notice::WindowRecalled { chunk } } => {
@@ -251,7 +254,7 @@ impl Shard {
                 });
             }
             Effect::Notify { notice, .. } => bail!("the core says {notice:?}"),
-            Effect::SetFences { .. } | Effect::Publish { .. } | Effect::AdoptWindow { .. } => {}
+            Effect::SetFences { .. } | Effect::Publish { .. } => {}
             Effect::Read { .. }
             | Effect::Promote { .. }
             | Effect::Cancel { .. }

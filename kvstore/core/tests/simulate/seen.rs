@@ -1,0 +1,114 @@
+//! What a simulation has seen happen.
+
+use terrace_core::Counters;
+
+/// Which rare things happened, so that the simulation cannot become blind unnoticed.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Seen {
+    pub(crate) reads: u64,
+    pub(crate) moved: u64,
+    pub(crate) durable: u64,
+    pub(crate) restarts: u64,
+    pub(crate) power_cuts: u64,
+    pub(crate) rebuilt: u64,
+    pub(crate) conflicts: u64,
+    pub(crate) rejected: u64,
+    pub(crate) promotions: u64,
+    pub(crate) evictions_nvme: u64,
+    pub(crate) retired: u64,
+    pub(crate) replaced: u64,
+    pub(crate) adopted: u64,
+    pub(crate) kept: u64,
+    pub(crate) intakes: u64,
+    pub(crate) copies: u64,
+    pub(crate) expired: u64,
+    pub(crate) clears: u64,
+    pub(crate) throttled: u64,
+    pub(crate) repeats: u64,
+    pub(crate) promoted: u64,
+    pub(crate) cancelled: u64,
+    pub(crate) lies: u64,
+    pub(crate) lies_read: u64,
+    pub(crate) scrubbed: u64,
+    pub(crate) scrub_damaged: u64,
+}
+
+impl Seen {
+    fn fields(&self) -> [u64; 26] {
+        [
+            self.reads,
+            self.moved,
+            self.durable,
+            self.restarts,
+            self.power_cuts,
+            self.rebuilt,
+            self.conflicts,
+            self.rejected,
+            self.promotions,
+            self.evictions_nvme,
+            self.retired,
+            self.replaced,
+            self.adopted,
+            self.kept,
+            self.intakes,
+            self.copies,
+            self.expired,
+            self.clears,
+            self.throttled,
+            self.repeats,
+            self.promoted,
+            self.cancelled,
+            self.lies,
+            self.lies_read,
+            self.scrubbed,
+            self.scrub_damaged,
+        ]
+    }
+
+    pub(crate) fn add(&mut self, other: &Seen) {
+        self.reads += other.reads;
+        self.moved += other.moved;
+        self.durable += other.durable;
+        self.restarts += other.restarts;
+        self.power_cuts += other.power_cuts;
+        self.rebuilt += other.rebuilt;
+        self.conflicts += other.conflicts;
+        self.rejected += other.rejected;
+        self.promotions += other.promotions;
+        self.evictions_nvme += other.evictions_nvme;
+        self.retired += other.retired;
+        self.replaced += other.replaced;
+        self.adopted += other.adopted;
+        self.kept += other.kept;
+        self.intakes += other.intakes;
+        self.copies += other.copies;
+        self.expired += other.expired;
+        self.clears += other.clears;
+        self.throttled += other.throttled;
+        self.repeats += other.repeats;
+        self.promoted += other.promoted;
+        self.cancelled += other.cancelled;
+        self.lies += other.lies;
+        self.lies_read += other.lies_read;
+        self.scrubbed += other.scrubbed;
+        self.scrub_damaged += other.scrub_damaged;
+    }
+
+    pub(crate) fn assert_all(&self) {
+        assert!(self.fields().iter().all(|&times| times > 0), "something never happened: {self:?}");
+    }
+
+    pub(crate) fn count(&mut self, counters: &Counters) {
+        self.promotions += counters.promotions;
+        self.evictions_nvme += counters.evictions_nvme;
+        self.retired += counters.chunks_retired;
+        self.replaced += counters.windows_replaced;
+        self.adopted += counters.windows_adopted;
+        self.intakes += counters.intakes;
+        self.copies += counters.copies;
+        self.expired += counters.leases_expired;
+        self.throttled += counters.throttled;
+        self.scrubbed += counters.scrub_blocks;
+        self.scrub_damaged += counters.scrub_damaged;
+    }
+}
