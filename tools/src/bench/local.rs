@@ -44,12 +44,14 @@ pub(super) async fn run(options: &Options) -> anyhow::Result<Vec<Line>> {
     let dir = stand::temp_dir(options)?;
     let daemon = stand::Daemon::start(dir.path(), "2GiB", "512MiB").await?;
     let session = blocks::session(&daemon.socket).await?;
+    let isolated = blocks::session_of(&daemon.socket, stand::ISOLATED).await?;
     let mut lines = Vec::new();
     for bytes in SIZES {
         let known = lines.len();
         let space = blocks::space(&session, bytes).await?;
         let mut set = Set::new(bytes)?;
-        lines.extend(set.against_bare(&session, &space).await?);
+        let isolated_space = blocks::space(&isolated, bytes).await?;
+        lines.extend(set.against_bare((&session, &space), (&isolated, &isolated_space)).await?);
         lines.extend(processes(&daemon, &set)?);
         lines[known..].iter().for_each(Line::say);
     }
@@ -124,13 +126,20 @@ impl Set {
         Ok(rate)
     }
 
-    async fn against_bare(&mut self, session: &Session, space: &Space) -> anyhow::Result<Vec<Line>> {
+    /// `isolated` is a tenant whose seals are copied.
+    async fn against_bare(
+        &mut self,
+        (session, space): (&Session, &Space),
+        isolated: (&Session, &Space),
+    ) -> anyhow::Result<Vec<Line>> {
         let (mut puts, mut fills, mut put_bare) = (Vec::new(), Vec::new(), Vec::new());
+        let mut puts_isolated = Vec::new();
         for round in 0..ROUNDS {
             self.keys = blocks::keys(chain_number(round), self.count());
             let (put, fill) = self.put(session, space).await?;
             puts.push(put);
             fills.push(fill);
+            puts_isolated.push(self.put(isolated.0, isolated.1).await?.0);
             put_bare.push(self.rate(bare::checked).max(self.rate(bare::checked_streaming)));
         }
         tokio::time::sleep(SETTLE).await;
@@ -153,6 +162,7 @@ impl Set {
             part("get_verified", &verified, &bare_verified, VERIFIED_BAR),
             part("get", &copied, &bare_copied, COPIED_BAR),
             part("put", &puts, &put_bare, PUT_BAR),
+            Line::compared(&name("put_isolated"), median(&puts_isolated), median(&put_bare), "GiB/s"),
             Line::compared(&name("put_fill"), median(&fills), median(&put_bare), "GiB/s"),
             Line::plain(&name("memcpy"), median(&memcpy), "GiB/s"),
         ])
