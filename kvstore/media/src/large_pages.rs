@@ -124,6 +124,10 @@ mod tests {
 
     use super::*;
 
+    fn mark(size: usize, place: usize) -> u8 {
+        (size ^ place).to_le_bytes()[0]
+    }
+
     /// Bytes could be lost or stay mapped when memory becomes large, grows, shrinks, and is no longer large.
     #[test]
     fn bytes_stay_and_memory_goes_back() {
@@ -136,12 +140,12 @@ mod tests {
             for size in sizes {
                 let kept = layout.size().min(size);
                 for place in [0, kept / 2, kept - 1] {
-                    memory.add(place).write(size as u8 ^ place as u8);
+                    memory.add(place).write(mark(size, place));
                 }
                 memory = LargePages.realloc(memory, layout, size);
                 layout = Layout::from_size_align(size, 64).unwrap();
                 for place in [0, kept / 2, kept - 1] {
-                    assert_eq!(memory.add(place).read(), size as u8 ^ place as u8, "{place} of {size}");
+                    assert_eq!(memory.add(place).read(), mark(size, place), "{place} of {size}");
                 }
                 memory.add(size - 1).write(1);
                 assert_eq!(memory.align_offset(if size < LARGE_BYTES { 64 } else { HUGE_PAGE_BYTES }), 0);
