@@ -469,6 +469,12 @@ pub enum Refusal {
         /// Blocks of the lease.
         blocks: u32,
     },
+    /// A position that one seal names more than once.
+    #[error("index {index} is named twice in one seal; name each block once")]
+    IndexTwice {
+        /// The position.
+        index: u32,
+    },
     /// A sealed length that is not the space's.
     #[error("block {index} is {found} bytes long; this space's blocks have {expected}")]
     WrongLength {

@@ -391,9 +391,13 @@ impl Core {
         }
         let blocks = count(lease.items.len());
         let expected = self.spaces.at(space).block_bytes.get();
+        let mut named = vec![false; lease.items.len()];
         for &(index, length, _) in parts {
-            if index >= blocks {
+            let Some(named) = named.get_mut(index as usize) else {
                 return Err(Refusal::BadIndex { index, blocks });
+            };
+            if std::mem::replace(named, true) {
+                return Err(Refusal::IndexTwice { index });
             }
             if length.get() != expected {
                 return Err(Refusal::WrongLength { index, found: length.get(), expected });

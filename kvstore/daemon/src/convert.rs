@@ -65,6 +65,7 @@ impl From<Refusal> for CallError {
             Refusal::TooManyBlocks { .. }
             | Refusal::WrongKind { .. }
             | Refusal::BadIndex { .. }
+            | Refusal::IndexTwice { .. }
             | Refusal::WrongLength { .. }
             | Refusal::RepeatDiffers { .. }
             | Refusal::BlockTooLarge { .. } => Code::InvalidArgument,

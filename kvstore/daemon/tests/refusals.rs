@@ -123,6 +123,13 @@ async fn wrong_seals_and_leases() {
     let whole = BLOCK_BYTES as u64;
     assert_refused(raw.seal(seal(leased.lease, 0, 1000, 1)).await, Code::InvalidArgument, "1000 bytes");
     assert_refused(raw.seal(seal(leased.lease, 2, whole, 1)).await, Code::InvalidArgument, "index 2");
+    let twice = wire::SealRequest {
+        request_id: 9,
+        lease: leased.lease,
+        blocks: [1, 2].map(|checksum| wire::SealBlock { index: 1, length: whole, checksum }).to_vec(),
+        durability: 0,
+    };
+    assert_refused(raw.seal(twice).await, Code::InvalidArgument, "index 1 is named twice");
     assert_refused(
         other.seal(seal(leased.lease, 0, whole, 1)).await,
         Code::FailedPrecondition,
