@@ -97,16 +97,27 @@ pub struct Limits {
     pub sessions: u32,
     /// Live leases of one session.
     pub leases_per_session: u32,
+    /// Live leases of one tenant's sessions together.
+    pub leases_per_tenant: u32,
     /// Blocks in one request.
     pub blocks_per_request: u32,
     /// Pinned bytes that one tenant may hold by leases and open windows.
     pub leased_bytes_per_tenant: ByteCount,
+    /// The same of one session.
+    pub leased_bytes_per_session: ByteCount,
+    /// Longest time that a lease may be held, however often it is renewed. A streamed write has no such end: the
+    /// daemon itself holds it.
+    pub lease_hold_max: Micros,
     /// Longest time to live of a lease.
     pub lease_ttl_max: Micros,
     /// Time to live when the client does not say.
     pub lease_ttl_default: Micros,
     /// Requests that wait for an operation.
     pub requests_waiting: u32,
+    /// Of them, those of one session.
+    pub requests_waiting_per_session: u32,
+    /// Of them, those of one tenant.
+    pub requests_waiting_per_tenant: u32,
     /// Device reads in flight.
     pub reads_in_flight: u32,
     /// Device writes in flight (persistence and demotion).
@@ -401,10 +412,20 @@ pub enum Limit {
     Sessions,
     /// `Limits::leases_per_session`.
     Leases,
+    /// `Limits::leases_per_tenant`.
+    LeasesOfTenant,
     /// `Limits::leased_bytes_per_tenant`.
     LeasedBytes,
+    /// `Limits::leased_bytes_per_session`.
+    LeasedBytesOfSession,
     /// `Limits::requests_waiting`.
     RequestsWaiting,
+    /// `Limits::requests_waiting_per_session`.
+    RequestsWaitingOfSession,
+    /// `Limits::requests_waiting_per_tenant`.
+    RequestsWaitingOfTenant,
+    /// Requests of one session that wait for their turn; a limit of the shell.
+    RequestsInFlight,
 }
 
 /// A request that can never be granted as it stands.
@@ -449,6 +470,12 @@ pub enum Refusal {
         index: u32,
         /// Blocks of the lease.
         blocks: u32,
+    },
+    /// A position that one seal names more than once.
+    #[error("index {index} is named twice in one seal; name each block once")]
+    IndexTwice {
+        /// The position.
+        index: u32,
     },
     /// A sealed length that is not the space's.
     #[error("block {index} is {found} bytes long; this space's blocks have {expected}")]

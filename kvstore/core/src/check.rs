@@ -386,6 +386,11 @@ impl Core {
             *retained.entry(space.tenant).or_default() += space.frame_bytes.get();
         }
         for (tenant, used) in &self.tenants {
+            let leases = self.leases.values().filter(|lease| lease.tenant == *tenant).count();
+            assert_eq!(used.leases, count(leases), "leases of a tenant");
+            let sessions = self.sessions.values().filter(|session| session.tenant == *tenant);
+            let waits = sessions.map(|session| session.waits.len()).sum();
+            assert_eq!(used.waits, count(waits), "waiting requests of a tenant");
             assert_eq!(
                 used.leased_bytes,
                 leased.get(tenant).copied().unwrap_or(0),
@@ -421,6 +426,11 @@ impl Core {
                 session.waits.iter().all(|wait| self.waits.contains_key(wait)),
                 "a session's request waits"
             );
+            let held = session.leases.iter().filter_map(|lease| self.leases.get(lease));
+            let pinned: u64 =
+                held.flat_map(|lease| lease.items.iter().flatten()).map(|item| item.bytes).sum();
+            let windows = session.windows.len() as u64 * self.config.chunk_bytes.get();
+            assert_eq!(session.leased_bytes, pinned + windows, "leased bytes of a session");
         }
         assert_eq!(leases, self.leases.len(), "every lease has a live session");
         for (id, lease) in &self.leases {

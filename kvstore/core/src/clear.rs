@@ -1,7 +1,7 @@
 //! `Clear`: every copy of a space's blocks is dropped at once; the answer waits
 //! until its new generation is durable.
 
-use crate::api::{Effect, Event, Fault, Grant, Limit, MissReason, Refusal, Reply};
+use crate::api::{Effect, Event, Fault, Grant, MissReason, Refusal, Reply};
 use crate::core::{ClearAgain, Core, Deadline, Op, RETRY_AFTER};
 use crate::ids::{DiskFrame, SpaceId, TenantId};
 use crate::reading::Arrival;
@@ -19,8 +19,8 @@ impl Core {
         if self.degraded {
             return Some(Reply::Refused(Refusal::Degraded));
         }
-        if !self.may_wait() {
-            return Some(Reply::Throttled(Limit::RequestsWaiting));
+        if let Err(limit) = self.may_wait(asker.session) {
+            return Some(Reply::Throttled(limit));
         }
         let held = self.spaces.at_mut(space);
         held.generation += 1;

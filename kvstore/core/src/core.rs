@@ -38,6 +38,9 @@ pub(crate) struct TenantUse {
     pub(crate) leased_bytes: u64,
     /// By `Retain`.
     pub(crate) retained_bytes: u64,
+    /// Its leases and its waiting requests.
+    pub(crate) leases: u32,
+    pub(crate) waits: u32,
 }
 
 /// A slow effect in flight.
@@ -505,27 +508,6 @@ impl Core {
             generation: space.generation,
             write_sequence,
         }
-    }
-
-    /// Enough room in one of the tenant's quotas?
-    pub(crate) fn may_lease(&self, tenant: TenantId, bytes: u64) -> bool {
-        self.lease_allowance(tenant) >= bytes
-    }
-
-    /// Bytes that the tenant may yet lease.
-    pub(crate) fn lease_allowance(&self, tenant: TenantId) -> u64 {
-        let used = self.tenants.get(&tenant).map_or(0, |held| held.leased_bytes);
-        self.config.limits.leased_bytes_per_tenant.get().saturating_sub(used)
-    }
-
-    pub(crate) fn charge(&mut self, tenant: TenantId, bytes: u64) {
-        self.tenants.entry(tenant).or_default().leased_bytes += bytes;
-    }
-
-    pub(crate) fn uncharge(&mut self, tenant: TenantId, bytes: u64) {
-        let held = self.tenants.entry(tenant).or_default();
-        assert!(held.leased_bytes >= bytes, "a tenant gives back what it was charged");
-        held.leased_bytes -= bytes;
     }
 }
 

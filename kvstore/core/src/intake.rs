@@ -5,7 +5,7 @@
 //! The frame that the client filled stays its own until the lease ends, and it
 //! may go on reading there.
 
-use crate::api::{BlockHeader, Durability, Effect, Fault, Limit, Notice, Reply, SealOutcome};
+use crate::api::{BlockHeader, Durability, Effect, Fault, Notice, Reply, SealOutcome};
 use crate::checksum::Checksum;
 use crate::core::{Core, Op};
 use crate::cost::seconds;
@@ -52,8 +52,8 @@ impl Core {
         parts: &[SealedPart],
         durability: Durability,
     ) -> Option<Reply> {
-        if !self.may_wait() {
-            return Some(Reply::Throttled(Limit::RequestsWaiting));
+        if let Err(limit) = self.may_wait(asker.session) {
+            return Some(Reply::Throttled(limit));
         }
         let outcomes = vec![SealOutcome::Lost; parts.len()];
         let wait = self.wait(asker, None, WaitKind::Seal { outcomes });

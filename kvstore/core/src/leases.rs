@@ -4,7 +4,7 @@
 //! of its session. A sealed block of a write lease stays pinned until then, so
 //! that its writer goes on reading it in place.
 
-use crate::api::{Effect, Locality, Notice, Refusal, Reply};
+use crate::api::{Effect, Limit, Locality, Notice, Refusal, Reply};
 use crate::core::{Core, Deadline};
 use crate::evict::{Relist, is_by_use};
 use crate::ids::{LeaseId, SessionId, TenantId};
@@ -37,6 +37,7 @@ impl Core {
             locality,
             leases: std::collections::BTreeSet::new(),
             windows: std::collections::BTreeSet::new(),
+            leased_bytes: 0,
             waits: std::collections::BTreeSet::new(),
             repeats: Repeats::default(),
             asked: None,
@@ -77,7 +78,10 @@ impl Core {
         self.sessions.get(&session).is_some_and(|open| open.locality == Locality::Isolated)
     }
 
-    /// A lease without items. `None` past the session's limit.
+    /// A lease without items.
+    ///
+    /// # Errors
+    /// The limit that it would pass.
     pub(crate) fn add_lease(
         &mut self,
         session: SessionId,
@@ -85,13 +89,10 @@ impl Core {
         kind: LeaseKind,
         ttl: Option<Micros>,
         items: usize,
-    ) -> Option<LeaseId> {
+    ) -> Result<LeaseId, Limit> {
+        self.may_hold(session, tenant)?;
         let limits = &self.config.limits;
         let ttl = ttl.unwrap_or(limits.lease_ttl_default).min(limits.lease_ttl_max);
-        let open = self.sessions.get(&session)?;
-        if open.leases.len() >= limits.leases_per_session as usize {
-            return None;
-        }
         let id = loop {
             self.lease_last = self.lease_last.wrapping_add(1);
             let id = LeaseId::new(u64::from(self.config.incarnation) << 32 | u64::from(self.lease_last));
@@ -115,7 +116,8 @@ impl Core {
         if let Some(open) = self.sessions.get_mut(&session) {
             open.leases.insert(id);
         }
-        Some(id)
+        self.tenants.entry(tenant).or_default().leases += 1;
+        Ok(id)
     }
 
     /// Starts its time anew. A streamed write lease has none: the daemon may be
@@ -123,7 +125,8 @@ impl Core {
     pub(crate) fn set_lease_deadline(&mut self, id: LeaseId) {
         let Some(lease) = self.leases.get(&id) else { return };
         let streamed_write = matches!(lease.kind, LeaseKind::Write { .. }) && !self.is_local(lease.session);
-        let deadline = (!streamed_write).then(|| self.now.after(lease.ttl));
+        let held_until = lease.since.after(self.config.limits.lease_hold_max);
+        let deadline = (!streamed_write).then(|| self.now.after(lease.ttl).min(held_until));
         if let Some(old) = lease.deadline {
             self.deadlines.remove(&(old, Deadline::Lease(id)));
         }
@@ -156,7 +159,8 @@ impl Core {
             return Reply::Refused(Refusal::NotYourLease { lease: id });
         };
         lease.ttl = wanted.unwrap_or(lease.ttl);
-        let ttl = lease.ttl;
+        let left = lease.since.after(limits.lease_hold_max).since(self.now);
+        let ttl = lease.ttl.min(left);
         // A lease that is not answered yet has no deadline to move.
         if lease.deadline.is_some() {
             self.set_lease_deadline(id);
@@ -223,9 +227,16 @@ impl Core {
         let Some(lease) = self.leases.get_mut(&id) else { return };
         lease.deadline = None;
         let session = lease.session;
-        self.counters.leases_expired += 1;
+        let hoarded = self.now >= lease.since.after(self.config.limits.lease_hold_max);
+        let reason = if hoarded {
+            self.counters.leases_revoked += 1;
+            "held for longer than `limits.lease_hold_max_ms` allows; lease again"
+        } else {
+            self.counters.leases_expired += 1;
+            "expired"
+        };
         self.end_lease(id, LeaseEnd::Abandoned);
-        let notice = Notice::LeaseRevoked { lease: id, reason: "expired" };
+        let notice = Notice::LeaseRevoked { lease: id, reason };
         self.effects.push_back(Effect::Notify { session, notice });
     }
 
@@ -233,8 +244,8 @@ impl Core {
     /// that parents end up newer than their children.
     pub(crate) fn end_lease(&mut self, id: LeaseId, how: LeaseEnd) {
         let Some(lease) = self.leases.get_mut(&id) else { return };
-        let (tenant, items) = (lease.tenant, std::mem::take(&mut lease.items));
-        self.uncharge(tenant, items.iter().flatten().map(|held| held.bytes).sum());
+        let (tenant, session, items) = (lease.tenant, lease.session, std::mem::take(&mut lease.items));
+        self.uncharge(tenant, session, items.iter().flatten().map(|held| held.bytes).sum());
         for held in items.into_iter().rev().flatten() {
             self.let_go(held, how);
         }
@@ -251,14 +262,15 @@ impl Core {
         if let Some(session) = self.sessions.get_mut(&lease.session) {
             session.leases.remove(&id);
         }
+        self.tenants.entry(lease.tenant).or_default().leases -= 1;
     }
 
     /// Gives back one block of a lease.
     pub(crate) fn drop_item(&mut self, id: LeaseId, position: usize, how: LeaseEnd) {
         let Some(lease) = self.leases.get_mut(&id) else { return };
         let Some(held) = lease.items[position].take() else { return };
-        let tenant = lease.tenant;
-        self.uncharge(tenant, held.bytes);
+        let (tenant, session) = (lease.tenant, lease.session);
+        self.uncharge(tenant, session, held.bytes);
         self.let_go(held, how);
     }
 

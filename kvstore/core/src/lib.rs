@@ -19,6 +19,7 @@ mod leases;
 mod memory;
 mod persist;
 pub mod policy;
+mod quota;
 mod reading;
 mod requests;
 mod residence;

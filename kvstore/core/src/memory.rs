@@ -68,7 +68,7 @@ impl Core {
         let id = self.chunks.insert(chunk);
         match owner {
             Some(session) => {
-                self.charge(tenant, self.config.chunk_bytes.get());
+                self.charge(tenant, session, self.config.chunk_bytes.get());
                 if let Some(open) = self.sessions.get_mut(&session) {
                     open.windows.insert(id);
                 }
@@ -127,12 +127,10 @@ impl Core {
         assert!(chunk.is_empty(), "a chunk goes when nothing is left in it");
         self.spaces.at_mut(chunk.space).chunks -= 1;
         if chunk.charged {
-            self.uncharge(chunk.tenant, self.config.chunk_bytes.get());
+            self.uncharge_tenant(chunk.tenant, self.config.chunk_bytes.get());
         }
-        if let ChunkKind::Creating { owner: Some(owner) } = chunk.kind
-            && let Some(session) = self.sessions.get_mut(&owner)
-        {
-            session.windows.remove(&id);
+        if let ChunkKind::Creating { owner: Some(owner) } = chunk.kind {
+            self.window_left(owner, id);
         }
     }
 
@@ -234,7 +232,7 @@ impl Core {
         if creating {
             return Allocated::Wait;
         }
-        if !self.may_lease(tenant, self.config.chunk_bytes.get()) {
+        if self.lease_allowance(tenant, session) < self.config.chunk_bytes.get() {
             return Allocated::Never;
         }
         if self.may_create(Reserve::Used) {

@@ -1,6 +1,6 @@
 //! Read leases: what is there is pinned, what is not is promoted or verified.
 
-use crate::api::{Effect, Grant, IoClass, Limit, MissReason, Reply, Residence};
+use crate::api::{Effect, Grant, IoClass, MissReason, Reply, Residence};
 use crate::core::{Core, Op};
 use crate::evict::Relist;
 use crate::ids::{BlockId, DiskFrame, Fence, FrameRef, LeaseId, OpId, SessionId, TenantId};
@@ -54,14 +54,16 @@ impl Core {
         answer_by: Now,
         class: IoClass,
     ) -> Option<Reply> {
-        let Some(lease) = self.add_lease(asker.session, tenant, LeaseKind::Read, ttl, 0) else {
-            return Some(Reply::Throttled(Limit::Leases));
+        let lease = match self.add_lease(asker.session, tenant, LeaseKind::Read, ttl, 0) {
+            Ok(lease) => lease,
+            Err(limit) => return Some(Reply::Throttled(limit)),
         };
         self.tick = self.tick.next();
-        let waits = answer_by > self.now && self.may_wait();
-        let holder = Holder { session: asker.session, tenant, allowance: self.lease_allowance(tenant) };
+        let waits = answer_by > self.now && self.may_wait(asker.session).is_ok();
+        let allowance = self.lease_allowance(tenant, asker.session);
+        let holder = Holder { session: asker.session, tenant, allowance };
         let Looked { mut grants, items, slower, first } = self.pin_all(holder, blocks);
-        self.charge(tenant, items.iter().flatten().map(|held| held.bytes).sum());
+        self.charge(tenant, asker.session, items.iter().flatten().map(|held| held.bytes).sum());
         if let Some(lease) = self.leases.get_mut(&lease) {
             lease.items = items;
         }
@@ -203,10 +205,10 @@ impl Core {
     ) -> Option<Grant> {
         let lease = self.leases.get(&id)?;
         let (session, tenant) = (lease.session, lease.tenant);
-        let mut holder = Holder { session, tenant, allowance: self.lease_allowance(tenant) };
+        let mut holder = Holder { session, tenant, allowance: self.lease_allowance(tenant, session) };
         let (grant, item) = self.pin_resident(&mut holder, index)?;
         if let Some(held) = item {
-            self.charge(tenant, held.bytes);
+            self.charge(tenant, session, held.bytes);
             if let Some(lease) = self.leases.get_mut(&id) {
                 lease.items[position] = Some(held);
             }

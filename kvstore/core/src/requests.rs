@@ -221,8 +221,8 @@ impl Core {
         if !self.is_persisting() {
             return Some(Reply::Flushed { blocks: 0, failed: open.len() as u64 });
         }
-        if !self.may_wait() {
-            return Some(Reply::Throttled(Limit::RequestsWaiting));
+        if let Err(limit) = self.may_wait(asker.session) {
+            return Some(Reply::Throttled(limit));
         }
         let wait = self.wait(asker, None, WaitKind::Flush { blocks: 0, failed: 0 });
         if let Some(wait) = self.waits.get_mut(&wait) {
@@ -233,6 +233,13 @@ impl Core {
             self.persist_now(index);
         }
         None
+    }
+}
+
+impl Request {
+    /// How much work it is: the blocks that it names, and one for itself.
+    pub fn cost(&self) -> u32 {
+        u32::try_from(blocks_in(self)).unwrap_or(u32::MAX).saturating_add(1)
     }
 }
 

@@ -56,6 +56,8 @@ pub struct Counters {
     pub throttled: u64,
     /// Leases ended by their deadline.
     pub leases_expired: u64,
+    /// Leases ended because they were held too long.
+    pub leases_revoked: u64,
     /// Windows asked back.
     pub windows_recalled: u64,
     /// Windows handed back and kept as chunks.

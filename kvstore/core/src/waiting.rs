@@ -2,9 +2,9 @@
 
 use std::sync::Arc;
 
-use crate::api::{Effect, Grant, IoClass, Limit, MissReason, Reply, SealOutcome};
+use crate::api::{Effect, Grant, IoClass, MissReason, Reply, SealOutcome};
 use crate::core::{Core, Deadline};
-use crate::ids::{BlockId, LeaseId, RequestId, SessionId};
+use crate::ids::{BlockId, LeaseId, RequestId, SessionId, TenantId};
 use crate::leases::LeaseEnd;
 use crate::state::block::BlockIndex;
 use crate::state::session::WaitId;
@@ -22,6 +22,8 @@ pub(crate) struct Asker {
 #[derive(Debug)]
 pub(crate) struct Wait {
     pub(crate) asker: Asker,
+    /// Whose waiting requests it counts among.
+    tenant: Option<TenantId>,
     pub(crate) deadline: Option<Now>,
     /// Parts that are still open.
     pub(crate) pending: u32,
@@ -73,11 +75,6 @@ impl Core {
         self.effects.push_back(Effect::Reply { session, request, reply });
     }
 
-    /// May another request wait?
-    pub(crate) fn may_wait(&self) -> bool {
-        self.waits.len() < self.config.limits.requests_waiting as usize
-    }
-
     /// Adds a request that waits.
     pub(crate) fn wait(&mut self, asker: Asker, deadline: Option<Now>, kind: WaitKind) -> WaitId {
         self.wait_last += 1;
@@ -85,10 +82,15 @@ impl Core {
         if let Some(at) = deadline {
             self.at(at, Deadline::Answer(id));
         }
+        let mut tenant = None;
         if let Some(session) = self.sessions.get_mut(&asker.session) {
             session.waits.insert(id);
+            tenant = Some(session.tenant);
         }
-        self.waits.insert(id, Wait { asker, deadline, pending: 0, kind });
+        if let Some(tenant) = tenant {
+            self.tenants.entry(tenant).or_default().waits += 1;
+        }
+        self.waits.insert(id, Wait { asker, tenant, deadline, pending: 0, kind });
         id
     }
 
@@ -100,6 +102,9 @@ impl Core {
         }
         if let Some(session) = self.sessions.get_mut(&wait.asker.session) {
             session.waits.remove(&id);
+        }
+        if let Some(held) = wait.tenant.and_then(|tenant| self.tenants.get_mut(&tenant)) {
+            held.waits -= 1;
         }
         self.writers.remove(&id);
         Some(wait)
@@ -161,12 +166,12 @@ impl Core {
         let Some(lease) = self.leases.get(&id) else {
             return Reply::Leased { lease: None, ttl: self.config.limits.lease_ttl_default, blocks: grants };
         };
-        let ttl = lease.ttl;
+        let (ttl, session) = (lease.ttl, lease.session);
         if empty {
             self.forget_lease(id);
             let throttled = !grants.is_empty() && grants.iter().all(|grant| *grant == Grant::Throttled);
             if throttled {
-                return Reply::Throttled(Limit::LeasedBytes);
+                return Reply::Throttled(self.leased_bytes_limit(session));
             }
             return Reply::Leased { lease: None, ttl, blocks: grants };
         }

@@ -71,9 +71,7 @@ impl Core {
             return Reply::WindowReturned { blocks };
         }
         self.chunks.at_mut(id).kind = ChunkKind::Closing { owner };
-        if let Some(open) = self.sessions.get_mut(&session) {
-            open.windows.remove(&id);
-        }
+        self.window_left(owner, id);
         let op = self.start(Op::CloseWindow { chunk: id });
         self.effects.push_back(Effect::CloseWindow { op, chunk: id });
         Reply::WindowReturned { blocks }
@@ -106,7 +104,7 @@ impl Core {
             self.spaces.at_mut(space).pool_open.insert(id);
         }
         if charged {
-            self.uncharge(tenant, self.config.chunk_bytes.get());
+            self.uncharge_tenant(tenant, self.config.chunk_bytes.get());
         }
         for index in leaves.into_iter().rev() {
             self.relist(index, Relist::Keep);
@@ -136,9 +134,7 @@ impl Core {
         let chunk = self.chunks.at_mut(id);
         chunk.kind = ChunkKind::Replacing;
         chunk.leave_by = leave_by;
-        if let Some(session) = self.sessions.get_mut(&owner) {
-            session.windows.remove(&id);
-        }
+        self.window_left(owner, id);
         self.emptying.insert(id);
         self.emptying_due = true;
         true

@@ -1,6 +1,6 @@
 //! Write leases and seals: a block is reserved, filled by its writer, and published once.
 
-use crate::api::{Durability, Grant, Limit, Locality, MissReason, Refusal, Reply, SealOutcome};
+use crate::api::{Durability, Grant, Locality, MissReason, Refusal, Reply, SealOutcome};
 use crate::checksum::Checksum;
 use crate::core::Core;
 use crate::cost::seconds;
@@ -81,14 +81,14 @@ impl Core {
             Ok(space) => space,
             Err(refusal) => return Some(Reply::Refused(refusal)),
         };
-        let Some(lease) =
-            self.add_lease(asker.session, tenant, LeaseKind::Write { space }, ttl, blocks.len())
-        else {
-            return Some(Reply::Throttled(Limit::Leases));
+        let kind = LeaseKind::Write { space };
+        let lease = match self.add_lease(asker.session, tenant, kind, ttl, blocks.len()) {
+            Ok(lease) => lease,
+            Err(limit) => return Some(Reply::Throttled(limit)),
         };
         self.blocks.warm(blocks.iter().copied());
         self.writes(asker.session, &blocks, parent, space);
-        let can_wait = self.may_wait();
+        let can_wait = self.may_wait(asker.session).is_ok();
         let patience = self.now.after(self.config.limits.lease_ttl_default);
         let grants = Vec::with_capacity(blocks.len());
         let wait = self.wait(asker, Some(patience), WaitKind::Write { lease, grants, blocks, parent });
@@ -174,7 +174,7 @@ impl Core {
                 }
             }
         }
-        self.charge(writing.tenant, writing.owed);
+        self.charge(writing.tenant, writing.session, writing.owed);
         writing.frames.into_iter().for_each(|frame| self.free_frame(frame));
         if let Some(lease) = self.leases.get_mut(&lease) {
             lease.items = writing.items;
@@ -199,7 +199,7 @@ impl Core {
             window: None,
             items,
             tenant,
-            allowance: self.lease_allowance(tenant),
+            allowance: self.lease_allowance(tenant, session),
             owed: 0,
         })
     }
@@ -259,9 +259,9 @@ impl Core {
         if let Some(frame) = writing.window.and_then(|window| self.take_from_window(window)) {
             return Allocated::Frame(frame);
         }
-        self.charge(writing.tenant, std::mem::take(&mut writing.owed));
+        self.charge(writing.tenant, writing.session, std::mem::take(&mut writing.owed));
         let taken = self.take_window_frame(writing.session, writing.space);
-        writing.allowance = self.lease_allowance(writing.tenant);
+        writing.allowance = self.lease_allowance(writing.tenant, writing.session);
         writing.window = match taken {
             Allocated::Frame(frame) => Some(frame.chunk),
             Allocated::Wait | Allocated::Never => None,
@@ -349,8 +349,8 @@ impl Core {
             self.seal_all(id, parts, |outcome, _| outcomes.push(outcome));
             return Some(Reply::Sealed { outcomes });
         }
-        if !self.may_wait() {
-            return Some(Reply::Throttled(Limit::RequestsWaiting));
+        if let Err(limit) = self.may_wait(asker.session) {
+            return Some(Reply::Throttled(limit));
         }
         let wait = self.wait(asker, None, WaitKind::Seal { outcomes: vec![SealOutcome::Lost; parts.len()] });
         if let Some(wait) = self.waits.get_mut(&wait) {
@@ -377,9 +377,13 @@ impl Core {
         }
         let blocks = count(lease.items.len());
         let expected = self.spaces.at(space).block_bytes.get();
+        let mut named = vec![false; lease.items.len()];
         for &(index, length, _) in parts {
-            if index >= blocks {
+            let Some(named) = named.get_mut(index as usize) else {
                 return Err(Refusal::BadIndex { index, blocks });
+            };
+            if std::mem::replace(named, true) {
+                return Err(Refusal::IndexTwice { index });
             }
             if length.get() != expected {
                 return Err(Refusal::WrongLength { index, found: length.get(), expected });

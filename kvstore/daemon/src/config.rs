@@ -482,6 +482,10 @@ fn limits(file: &LimitsFile, pinned_bytes: ByteCount) -> Result<Limits, ConfigEr
         None => pinned_bytes,
         Some(text) => length("limits.leased_bytes_per_tenant", text)?,
     };
+    let leased_bytes_per_session = match file.leased_bytes_per_session.as_deref() {
+        None => leased,
+        Some(text) => length("limits.leased_bytes_per_session", text)?,
+    };
     let per_request = terrace_proto::BLOCKS_PER_REQUEST_MAX as u64;
     let percent = count("retained_percent", file.retained_percent, 25, 90)?;
     Ok(Limits {
@@ -489,6 +493,26 @@ fn limits(file: &LimitsFile, pinned_bytes: ByteCount) -> Result<Limits, ConfigEr
         spaces: count("spaces", file.spaces, 1024, 1 << 16)?,
         sessions: count("sessions", file.sessions, 1024, 1 << 16)?,
         leases_per_session: count("leases_per_session", file.leases_per_session, 4096, 1 << 20)?,
+        leases_per_tenant: count("leases_per_tenant", file.leases_per_tenant, 1 << 16, 1 << 24)?,
+        leased_bytes_per_session,
+        lease_hold_max: millis(
+            "limits.lease_hold_max_ms",
+            file.lease_hold_max_ms,
+            3_600_000,
+            100..=604_800_000,
+        )?,
+        requests_waiting_per_session: count(
+            "requests_waiting_per_session",
+            file.requests_waiting_per_session,
+            1024,
+            1 << 20,
+        )?,
+        requests_waiting_per_tenant: count(
+            "requests_waiting_per_tenant",
+            file.requests_waiting_per_tenant,
+            2048,
+            1 << 20,
+        )?,
         blocks_per_request: count("blocks_per_request", file.blocks_per_request, per_request, per_request)?,
         leased_bytes_per_tenant: leased,
         lease_ttl_max: millis("limits.lease_ttl_max_ms", file.lease_ttl_max_ms, 600_000, 100..=86_400_000)?,

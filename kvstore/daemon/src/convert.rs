@@ -65,6 +65,7 @@ impl From<Refusal> for CallError {
             Refusal::TooManyBlocks { .. }
             | Refusal::WrongKind { .. }
             | Refusal::BadIndex { .. }
+            | Refusal::IndexTwice { .. }
             | Refusal::WrongLength { .. }
             | Refusal::RepeatDiffers { .. }
             | Refusal::BlockTooLarge { .. } => Code::InvalidArgument,
@@ -86,10 +87,25 @@ impl From<Limit> for CallError {
             Limit::Spaces => "`limits.spaces`: too many spaces are known",
             Limit::Sessions => "`limits.sessions`: too many sessions are open",
             Limit::Leases => "`limits.leases_per_session`: release leases first",
+            Limit::LeasesOfTenant => {
+                "`limits.leases_per_tenant`: the tenant's sessions must release leases first"
+            }
             Limit::LeasedBytes => {
                 "`limits.leased_bytes_per_tenant`: release leases or hand windows back first"
             }
+            Limit::LeasedBytesOfSession => {
+                "`limits.leased_bytes_per_session`: release leases or hand windows back first"
+            }
+            Limit::RequestsInFlight => {
+                "`limits.requests_in_flight`: too many requests of this session wait for their turn"
+            }
             Limit::RequestsWaiting => "`limits.requests_waiting`: too many requests wait",
+            Limit::RequestsWaitingOfSession => {
+                "`limits.requests_waiting_per_session`: too many requests of this session wait"
+            }
+            Limit::RequestsWaitingOfTenant => {
+                "`limits.requests_waiting_per_tenant`: too many requests of this tenant wait"
+            }
         };
         Self::new(Code::ResourceExhausted, format!("throttled by {what}; back off and ask again"))
     }

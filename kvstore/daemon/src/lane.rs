@@ -29,6 +29,8 @@ use crate::tenant::Peer;
 const HELLO_WITHIN: Duration = Duration::from_secs(10);
 /// No request is read while more than this waits to be sent.
 const UNSENT_BYTES_MAX: usize = 2 * MESSAGE_BYTES_MAX;
+/// Requests that are begun, and answers that are sent, before other connections have their turn.
+const AT_ONCE: usize = 16;
 /// Pause after the kernel refused to accept, for example without descriptors.
 const ACCEPT_AGAIN: Duration = Duration::from_millis(100);
 
@@ -185,19 +187,29 @@ impl Talk {
                 received = self.reader.next(), if may_read => {
                     let Some(received) = received? else { return Ok(()) };
                     self.begin(received.message);
-                    // The rest of what came with it, so that a batch costs one wake-up.
-                    while self.answers.len() < in_flight_max
+                    let mut begun = 1;
+                    // More of what came with it, so that a batch costs few wake-ups.
+                    while begun < AT_ONCE && self.answers.len() < in_flight_max
                         && let Some(received) = self.reader.next_ready()?
                     {
                         self.begin(received.message);
+                        begun += 1;
                     }
                 }
             }
-            // What the core answered at once goes out in one piece.
-            while let Some(Some((answer, descriptors))) = self.answers.next().now_or_never() {
+            // What the core answered at once goes out in one piece; then others have this thread, and their sockets
+            // are looked at.
+            let mut answered = 0;
+            while answered < AT_ONCE
+                && let Some(Some((answer, descriptors))) = self.answers.next().now_or_never()
+            {
                 self.queue(&answer, descriptors)?;
+                answered += 1;
             }
             self.writer.try_flush()?;
+            if answered == AT_ONCE {
+                tokio::task::yield_now().await;
+            }
         }
     }
 

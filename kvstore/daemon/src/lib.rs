@@ -22,6 +22,7 @@ mod signals;
 mod spaces;
 mod status;
 mod tenant;
+mod turns;
 mod upkeep;
 
 pub use config::{Config, ConfigError, Device, Edges, Tenant};

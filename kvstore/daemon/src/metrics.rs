@@ -236,7 +236,7 @@ fn count(registry: &Registry, name: &str, help: &str, value: u64) -> Result<(), 
 }
 
 /// The core's counters with their metric names, for the page and for `info`.
-pub(crate) fn counted(counters: &Counters) -> [(&'static str, &'static str, u64); 35] {
+pub(crate) fn counted(counters: &Counters) -> [(&'static str, &'static str, u64); 36] {
     let c = counters;
     [
         ("terrace_hits_total", "Blocks of read leases granted at once.", c.hits),
@@ -260,6 +260,7 @@ pub(crate) fn counted(counters: &Counters) -> [(&'static str, &'static str, u64)
         ("terrace_writes_without_room_total", "Writes put off for want of a frame.", c.writes_without_room),
         ("terrace_throttled_total", "Requests turned away by a limit.", c.throttled),
         ("terrace_leases_expired_total", "Leases ended by their deadline.", c.leases_expired),
+        ("terrace_leases_revoked_total", "Leases held too long, and ended.", c.leases_revoked),
         ("terrace_windows_recalled_total", "Windows asked back.", c.windows_recalled),
         ("terrace_windows_adopted_total", "Windows kept as chunks.", c.windows_adopted),
         ("terrace_windows_replaced_total", "Windows not handed back, or not wholly.", c.windows_replaced),

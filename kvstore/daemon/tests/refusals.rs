@@ -123,6 +123,13 @@ async fn wrong_seals_and_leases() {
     let whole = BLOCK_BYTES as u64;
     assert_refused(raw.seal(seal(leased.lease, 0, 1000, 1)).await, Code::InvalidArgument, "1000 bytes");
     assert_refused(raw.seal(seal(leased.lease, 2, whole, 1)).await, Code::InvalidArgument, "index 2");
+    let twice = wire::SealRequest {
+        request_id: 9,
+        lease: leased.lease,
+        blocks: [1, 2].map(|checksum| wire::SealBlock { index: 1, length: whole, checksum }).to_vec(),
+        durability: 0,
+    };
+    assert_refused(raw.seal(twice).await, Code::InvalidArgument, "index 1 is named twice");
     assert_refused(
         other.seal(seal(leased.lease, 0, whole, 1)).await,
         Code::FailedPrecondition,
@@ -342,4 +349,54 @@ async fn curves_that_cannot_be_are_refused() {
     let curves = admin.curve(request).await.unwrap().into_inner().curves;
     assert!(curves.iter().all(|curve| curve.tier() == wire::Tier::Nvme && curve.tenant == "default"));
     daemon.terminate();
+}
+
+/// A client goes over each of its limits: the answer must name the limit as the configuration calls it, and another
+/// session of the tenant must go on.
+#[tokio::test(flavor = "multi_thread")]
+async fn limits_are_named_as_they_are_configured() {
+    let folder = folder();
+    let limits = "[limits]\nleases_per_session = 2\nleases_per_tenant = 3\nleased_bytes_per_session = \"6MiB\"\nlease_hold_max_ms = 700";
+    let daemon = Running::start(folder.path(), limits);
+    let path = socket(folder.path());
+    let mut greedy = common::lane::Lane::open(&path).await;
+    let mut other = common::lane::Lane::open(&path).await;
+    let ask = async |lane: &mut common::lane::Lane, kind: LeaseKind, first: u32, count: u32| {
+        let request = wire::LeaseRequest {
+            request_id: 1000 + u64::from(first),
+            space: lane.space.space,
+            kind: kind.into(),
+            keys: (first..first + count).map(|key| key.to_le_bytes().to_vec().into()).collect(),
+            ttl_ms: 600_000,
+            wait_ms: 1000,
+            ..Default::default()
+        };
+        match lane.ask(wire::lane_request::Op::Lease(request)).await {
+            Ok((wire::lane_response::Result::Lease(leased), _)) => Ok(leased),
+            Ok((answer, _)) => panic!("{answer:?}"),
+            Err(error) => Err(error),
+        }
+    };
+    let refused = |answer: Result<wire::LeaseResponse, wire::LaneError>, says: &str| {
+        let error = answer.unwrap_err();
+        assert!(error.code == Code::ResourceExhausted as u32 && error.message.contains(says), "{error:?}");
+    };
+    // A window of 4 MiB, and seven frames of 260 KiB.
+    let first = ask(&mut greedy, LeaseKind::Write, 1, 7).await.unwrap();
+    assert_eq!(first.blocks.iter().filter(|block| block.chunk > 0).count(), 7, "{first:?}");
+    refused(ask(&mut greedy, LeaseKind::Write, 50, 2).await, "`limits.leased_bytes_per_session`");
+    ask(&mut other, LeaseKind::Write, 60, 1).await.unwrap();
+    ask(&mut other, LeaseKind::Write, 70, 1).await.unwrap();
+    refused(ask(&mut other, LeaseKind::Write, 80, 1).await, "`limits.leases_per_session`");
+    refused(ask(&mut greedy, LeaseKind::Write, 90, 1).await, "`limits.leases_per_tenant`");
+    // Nobody lets go: the hold ends, whatever the time to live was.
+    let began = std::time::Instant::now();
+    while daemon.info().await.leases > 0 {
+        assert!(began.elapsed() < common::PATIENCE, "leases are held for ever");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    assert_eq!(daemon.info().await.counters["terrace_leases_revoked_total"], 3);
+    ask(&mut greedy, LeaseKind::Write, 100, 1).await.unwrap();
+    drop((greedy, other));
+    daemon.assert_quiet().await;
 }

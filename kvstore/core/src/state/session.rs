@@ -23,6 +23,8 @@ pub(crate) struct Session {
     pub(crate) locality: Locality,
     pub(crate) leases: BTreeSet<LeaseId>,
     pub(crate) windows: BTreeSet<ChunkId>,
+    /// Pinned by its leases and held by its windows.
+    pub(crate) leased_bytes: u64,
     pub(crate) waits: BTreeSet<WaitId>,
     pub(crate) repeats: Repeats,
     /// Its last request for a prefix, so that writing the rest of it is no request of its own.

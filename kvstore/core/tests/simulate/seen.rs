@@ -22,6 +22,7 @@ pub(crate) struct Seen {
     pub(crate) intakes: u64,
     pub(crate) copies: u64,
     pub(crate) expired: u64,
+    pub(crate) revoked: u64,
     pub(crate) clears: u64,
     pub(crate) throttled: u64,
     pub(crate) repeats: u64,
@@ -34,7 +35,7 @@ pub(crate) struct Seen {
 }
 
 impl Seen {
-    fn fields(&self) -> [u64; 26] {
+    fn fields(&self) -> [u64; 27] {
         [
             self.reads,
             self.moved,
@@ -53,6 +54,7 @@ impl Seen {
             self.intakes,
             self.copies,
             self.expired,
+            self.revoked,
             self.clears,
             self.throttled,
             self.repeats,
@@ -83,6 +85,7 @@ impl Seen {
         self.intakes += other.intakes;
         self.copies += other.copies;
         self.expired += other.expired;
+        self.revoked += other.revoked;
         self.clears += other.clears;
         self.throttled += other.throttled;
         self.repeats += other.repeats;
@@ -107,6 +110,7 @@ impl Seen {
         self.intakes += counters.intakes;
         self.copies += counters.copies;
         self.expired += counters.leases_expired;
+        self.revoked += counters.leases_revoked;
         self.throttled += counters.throttled;
         self.scrubbed += counters.scrub_blocks;
         self.scrub_damaged += counters.scrub_damaged;

@@ -85,6 +85,51 @@ impl Lane {
         leased
     }
 
+    /// The same for who takes what there is; `None` where nothing is granted.
+    pub(crate) async fn try_lease(
+        &mut self,
+        kind: LeaseKind,
+        keys: &[[u8; 4]],
+    ) -> Option<wire::LeaseResponse> {
+        let request = wire::LeaseRequest {
+            request_id: 100 + self.last,
+            space: self.space.space,
+            kind: kind.into(),
+            keys: keys.iter().map(|key| key.to_vec().into()).collect(),
+            wait_ms: 20,
+            ..wire::LeaseRequest::default()
+        };
+        match self.ask(Op::Lease(request)).await {
+            Ok((Answer::Lease(leased), _)) => Some(leased).filter(|leased| leased.lease > 0),
+            Ok(_) | Err(_) => None,
+        }
+    }
+
+    /// Stores what is granted of a write lease, and seals it. Whatever is not ours to write is left alone.
+    pub(crate) async fn fill_and_seal(&mut self, leased: &wire::LeaseResponse, keys: &[[u8; 4]]) {
+        let tenant = TenantKey::from_bytes(self.space.tenant_key.as_ref().try_into().unwrap());
+        let space = manifest(0).space_id(terrace_core::tenant_id("default"));
+        let mut blocks = Vec::new();
+        for ((index, grant), key) in (0..).zip(&leased.blocks).zip(keys) {
+            let Ok((Answer::MappedChunk(mapped), mut both)) =
+                self.ask(Op::MapChunk(wire::MapChunk { chunk: grant.chunk })).await
+            else {
+                continue;
+            };
+            let (Some(fences), Some(data)) = (both.pop(), both.pop()) else { continue };
+            if mapped.writable {
+                let mapping = map(data, fences, mapped.bytes, Access::Write).unwrap();
+                store(&mapping, grant.offset, &payload(*key, 0));
+                let sum = checksum(tenant.block_id(space, key), self.space.generation, &payload(*key, 0));
+                blocks.push(wire::SealBlock { index, length: BLOCK_BYTES as u64, checksum: sum.get() });
+            }
+        }
+        let request_id = 100 + self.last;
+        let seal = wire::SealRequest { request_id, lease: leased.lease, blocks, durability: 0 };
+        // A read lease cannot be sealed, and one that has expired neither.
+        let _ = self.ask(Op::Seal(seal)).await;
+    }
+
     /// Descriptors of a chunk: data, fences, length of the data.
     pub(crate) async fn descriptors(&mut self, chunk: u64) -> (OwnedFd, OwnedFd, u64, bool) {
         let (answer, mut both) = self.ask(Op::MapChunk(wire::MapChunk { chunk })).await.unwrap();

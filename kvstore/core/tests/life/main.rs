@@ -1,6 +1,8 @@
 //! The life of a block through the public surface, one step at a time: each
 //! transition, and each bad input that the core decides.
 
+mod limits;
+
 use terrace_core::*;
 
 const BLOCK_BYTES: u64 = 8192;
@@ -25,7 +27,12 @@ fn config() -> Config {
             sessions: 8,
             leases_per_session: 64,
             blocks_per_request: 64,
+            leases_per_tenant: 64,
             leased_bytes_per_tenant: ByteCount::new(64 * MIB),
+            leased_bytes_per_session: ByteCount::new(64 * MIB),
+            lease_hold_max: Micros::from_millis(600_000),
+            requests_waiting_per_session: 64,
+            requests_waiting_per_tenant: 64,
             lease_ttl_max: Micros::from_millis(60_000),
             lease_ttl_default: Micros::from_millis(10_000),
             requests_waiting: 64,
@@ -61,6 +68,10 @@ struct Node {
 impl Node {
     fn new() -> Self {
         Self::of(config())
+    }
+
+    fn with(limits: Limits) -> Self {
+        Self::of(Config { limits, ..config() })
     }
 
     fn of(config: Config) -> Self {
