@@ -9,6 +9,7 @@ mod blocks;
 mod catalog;
 mod control;
 mod eviction;
+mod fair;
 mod local;
 mod media;
 mod prompt;

@@ -1,5 +1,6 @@
 //! `bench lease`: questions and answers without block bytes, against a bare echo
-//! of equal messages over a Unix socket, one at a time and many on the way.
+//! of equal messages over a Unix socket, one at a time and many on the way; and
+//! beside a client that floods the daemon.
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
@@ -10,10 +11,10 @@ use hdrhistogram::Histogram;
 use prost::Message;
 use terrace_client::{MatchMode, ReadOptions, Session, Space, wire};
 
-use super::{Line, Options, blocks, stand};
+use super::{Line, Options, blocks, fair, stand};
 
 /// Small, so that many are resident.
-const BLOCK_BYTES: u64 = 64 << 10;
+pub(super) const BLOCK_BYTES: u64 = 64 << 10;
 const BLOCKS: usize = 128;
 /// Questions before those that count.
 const WARM: u32 = 500;
@@ -27,7 +28,7 @@ const P99_TIMES: f64 = 4.0;
 
 /// One kind of question.
 #[derive(Clone, Copy)]
-struct Case {
+pub(super) struct Case {
     name: &'static str,
     ask: Ask,
     blocks: usize,
@@ -75,15 +76,17 @@ pub(super) async fn run(options: &Options) -> anyhow::Result<Vec<Line>> {
             lines.push(Line::at_most(&format!("{name}_p99"), us(&ours, 0.99), p99 * P99_TIMES, "us"));
         }
     }
+    let fair = CASES[1];
+    lines.extend(fair::run(&daemon.socket, &keys[..fair.blocks], fair).await?);
     Ok(lines)
 }
 
-fn us(histogram: &Histogram<u64>, quantile: f64) -> f64 {
+pub(super) fn us(histogram: &Histogram<u64>, quantile: f64) -> f64 {
     histogram.value_at_quantile(quantile) as f64 / 1e3
 }
 
 /// Asks so often, `depth` at once.
-async fn ask(
+pub(super) async fn ask(
     session: &Session,
     space: &Space,
     keys: &[[u8; 16]],
