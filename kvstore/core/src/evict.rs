@@ -32,8 +32,8 @@ const SWEEP_PAUSE: Micros = Micros::from_millis(10);
 const RESIZE_EVERY: u32 = 1024;
 /// Gone blocks whose past is remembered, for each that a small tier holds; at
 /// least, and until it would be more than one for each.
-const PASTS_REACH: u32 = 8;
-const PASTS_MIN: u32 = 8192;
+const PASTS_REACH: u32 = 2;
+const PASTS_MIN: u32 = 4096;
 const PASTS_SMALL: u32 = 1 << 16;
 /// A block's worth never falls to nothing: of blocks that cost nothing the older goes first.
 const WORTH_MIN: f64 = 1e-15;

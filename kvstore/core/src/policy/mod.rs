@@ -4,9 +4,8 @@
 //! [`choice`] picks among candidates of a live tier. [`queues`] keeps a tier's
 //! evictable blocks in order; [`hazards`] learns how soon blocks of a class come
 //! back; [`ghost`] remembers more blocks than a tier holds and carries the two
-//! shadows that [`duel`] compares. [`history`] keeps what an evicted block had
-//! earned. [`curve`] says what other sizes would bring, [`admission`] what is
-//! worth a write. [`replay`] runs all of it over a trace.
+//! shadows that [`duel`] compares. [`curve`] says what other sizes would bring,
+//! [`admission`] what is worth a write. [`replay`] runs all of it over a trace.
 
 pub(crate) mod admission;
 pub(crate) mod choice;
@@ -16,7 +15,6 @@ pub(crate) mod curves;
 pub(crate) mod duel;
 pub(crate) mod ghost;
 pub(crate) mod hazards;
-pub(crate) mod history;
 pub(crate) mod queues;
 pub(crate) mod replay;
 pub(crate) mod s3fifo;

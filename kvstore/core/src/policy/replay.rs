@@ -5,21 +5,19 @@
 //! kept, and then what ranks least leaves until the tier is within its size. So a
 //! new block can be the first to leave, and a prompt never needs a free tier.
 
-use hashbrown::HashTable;
-
 use crate::api::{Policy, UseStats};
 use crate::ids::BlockId;
 use crate::policy::class::{Class, Tick};
 use crate::policy::duel::{Duel, Leader};
 use crate::policy::ghost::Step;
-use crate::policy::history::History;
 use crate::policy::queues::{Facts, Links, Look, NONE, Place, Queues, Slab};
 use crate::policy::s3fifo::S3Fifo;
+use crate::state::index::{Index, Past};
 use crate::units::{BlockCount, TokenCount};
 
 /// Gone blocks whose past is remembered, for each that the tier holds, and at least.
-const HISTORY_REACH: u32 = 8;
-const HISTORY_MIN: u32 = 8192;
+const PASTS_REACH: u32 = 2;
+const PASTS_MIN: u32 = 4096;
 /// The memory of S3-FIFO is as long as its main queue.
 const S3_SMALL_PART: u32 = 10;
 
@@ -110,19 +108,18 @@ pub struct Replay {
     costs: Costs,
     entries: Entries,
     free: Vec<u32>,
-    index: HashTable<u32>,
+    index: Index,
     resident: u32,
     queues: Queues,
     s3: S3Fifo,
-    history: History,
     duel: Duel,
     tick: Tick,
     path: Vec<u32>,
 }
 
-#[expect(clippy::cast_possible_truncation, reason = "a hash is the low half of uniform bits")]
-fn hash(block: BlockId) -> u64 {
-    block.as_u128() as u64
+#[expect(clippy::cast_possible_truncation, reason = "a tag is the low bits of uniform ones")]
+fn tag(block: BlockId) -> u32 {
+    block.as_u128() as u32
 }
 
 impl Replay {
@@ -131,21 +128,22 @@ impl Replay {
         let blocks = capacity.get().max(1);
         let remembered = match policy {
             Policy::Duel | Policy::Learned | Policy::Lru | Policy::Fifo => {
-                blocks.saturating_mul(HISTORY_REACH).max(HISTORY_MIN)
+                blocks.saturating_mul(PASTS_REACH).max(PASTS_MIN)
             }
             Policy::S3Fifo => blocks - blocks / S3_SMALL_PART,
         };
+        let mut index = Index::default();
+        index.remember(remembered);
         Self {
             policy,
             capacity: blocks,
             costs,
             entries: Entries::default(),
             free: Vec::new(),
-            index: HashTable::new(),
+            index,
             resident: 0,
             queues: Queues::default(),
             s3: S3Fifo::default(),
-            history: History::new(remembered),
             duel: Duel::new(capacity),
             tick: Tick::default(),
             path: Vec::new(),
@@ -194,7 +192,7 @@ impl Replay {
     }
 
     fn find(&self, block: BlockId) -> Option<u32> {
-        self.index.find(hash(block), |&index| self.entries.at(index).block == block).copied()
+        self.index.find(tag(block), |index| self.entries.at(index).block == block)
     }
 
     fn use_again(&mut self, index: u32) {
@@ -217,7 +215,7 @@ impl Replay {
             None => 0,
         };
         for (&block, depth) in blocks.iter().zip(0..).skip(served.hits as usize) {
-            let past = self.history.recall(block);
+            let (index, past) = self.add(block);
             known &= past.is_some();
             if let Some(past) = past.filter(|_| known) {
                 turn = past.turn.saturating_add(1);
@@ -227,7 +225,8 @@ impl Replay {
                 None => UseStats { depth, uses: 0, turn },
             };
             let parent = self.path.last().copied().unwrap_or(NONE);
-            let index = self.add(block, parent, stats);
+            let entry = self.entries.at_mut(index);
+            (entry.parent, entry.stats) = (parent, stats);
             if parent != NONE {
                 self.entries.at_mut(parent).children += 1;
                 self.unlist(parent);
@@ -268,8 +267,11 @@ impl Replay {
         }
     }
 
-    fn add(&mut self, block: BlockId, parent: u32, stats: UseStats) -> u32 {
-        let entry = Entry { block, parent, children: 0, used: self.tick, links: Links::default(), stats };
+    /// An entry of a block that has none, and what it had earned before.
+    fn add(&mut self, block: BlockId) -> (u32, Option<Past>) {
+        let links = Links::default();
+        let entry =
+            Entry { block, parent: NONE, children: 0, used: self.tick, links, stats: UseStats::default() };
         let index = match self.free.pop() {
             Some(index) => {
                 *self.entries.at_mut(index) = entry;
@@ -280,10 +282,8 @@ impl Replay {
                 u32::try_from(self.entries.0.len() - 1).expect("entries are bounded by the capacity")
             }
         };
-        let entries = &self.entries;
-        self.index.insert_unique(hash(block), index, |&index| hash(entries.at(index).block));
         self.resident += 1;
-        index
+        (index, self.index.insert(tag(block), index))
     }
 
     /// True if a block left.
@@ -301,11 +301,7 @@ impl Replay {
             },
         };
         let Some(victim) = victim else { return false };
-        if remember {
-            let entry = self.entries.at(victim);
-            self.history.remember(entry.block, entry.stats);
-        }
-        self.remove(victim);
+        self.remove(victim, remember);
         true
     }
 
@@ -313,15 +309,14 @@ impl Replay {
         self.queues.least(&self.entries, self.duel.hazards(), self.tick, |_| false)
     }
 
-    fn remove(&mut self, index: u32) {
+    fn remove(&mut self, index: u32, remember: bool) {
         match self.policy {
             Policy::S3Fifo => self.s3.leave(&mut self.entries, index),
             Policy::Fifo | Policy::Duel | Policy::Learned | Policy::Lru => self.unlist(index),
         }
-        let Entry { block, parent, .. } = *self.entries.at(index);
-        if let Ok(found) = self.index.find_entry(hash(block), |&slot| slot == index) {
-            found.remove();
-        }
+        let Entry { block, parent, stats, .. } = *self.entries.at(index);
+        let past = remember.then_some(Past { turn: stats.turn, uses: stats.uses });
+        self.index.remove(tag(block), index, past);
         self.free.push(index);
         self.resident -= 1;
         if parent == NONE {

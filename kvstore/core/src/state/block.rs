@@ -12,10 +12,9 @@ use crate::checksum::Checksum;
 use crate::evict::Tier;
 use crate::ids::{BlockId, DiskFrame, FrameRef, OpId};
 use crate::policy::class::Tick;
-use crate::policy::history::History;
 use crate::policy::queues::Links;
 use crate::state::count;
-use crate::state::index::Index;
+use crate::state::index::{Index, Past};
 use crate::state::space::SpaceIndex;
 use crate::units::{Micros, Now};
 
@@ -355,9 +354,8 @@ impl Block {
 pub(crate) struct BlockTable {
     entries: Vec<Option<Block>>,
     free: Vec<BlockIndex>,
+    /// Also knows what blocks without an entry had earned.
     index: Index,
-    /// What blocks without an entry had earned.
-    history: Option<History>,
 }
 
 /// The id's own low bits: they are uniform already.
@@ -385,15 +383,12 @@ impl BlockTable {
 
     /// Remembers what about this many blocks had earned when they left.
     pub(crate) fn remember(&mut self, blocks: u32) {
-        self.history = Some(History::new(blocks));
+        self.index.remember(blocks);
     }
 
     /// Many blocks will be looked for, of which few are there.
-    pub(crate) fn warm(&self, ids: impl Iterator<Item = BlockId> + Clone) {
-        self.index.warm(ids.clone().map(tag));
-        if let Some(history) = &self.history {
-            history.warm(ids);
-        }
+    pub(crate) fn warm(&self, ids: impl Iterator<Item = BlockId>) {
+        self.index.warm(ids.map(tag));
     }
 
     /// A block leaves its last tier soon, and after it its ancestors up to one that more hangs on. Brings what
@@ -455,8 +450,7 @@ impl BlockTable {
     pub(crate) fn insert(&mut self, id: BlockId, space: SpaceIndex, now: Now) -> BlockIndex {
         debug_assert!(self.find(id).is_none(), "a block has one entry");
         let index = self.free.pop().unwrap_or_else(|| BlockIndex::new(count(self.entries.len())));
-        self.index.insert(tag(id), index.get());
-        let past = self.history.as_ref().and_then(|history| history.recall(id));
+        let past = self.index.insert(tag(id), index.get());
         let (uses, turn) = past.map_or((0, 0), |past| (past.uses.saturating_add(1), past.turn));
         let block = Some(Block { uses, turn, ..Block::new(id, space, now) });
         if index.place() == self.entries.len() {
@@ -477,11 +471,8 @@ impl BlockTable {
             }
             assert!(!block.is_listed(), "a block without a copy is in no list");
             next = block.parent;
-            let (id, stats) = (block.id, block.stats());
-            if let Some(history) = &mut self.history {
-                history.remember(id, stats);
-            }
-            self.index.remove(tag(id), index.get());
+            let (tag, past) = (tag(block.id), Past { turn: block.turn, uses: block.uses });
+            self.index.remove(tag, index.get(), Some(past));
             self.entries[index.place()] = None;
             self.free.push(index);
             if let Some(parent) = next {

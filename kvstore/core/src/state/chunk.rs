@@ -306,9 +306,9 @@ pub(crate) struct ChunkTable {
     last: Option<(ChunkId, u32)>,
 }
 
-/// Ids are counted: their low bits are as even as can be.
+/// Ids are counted: spread over all tags, each its own.
 fn tag(id: ChunkId) -> u32 {
-    u32::try_from(id.get()).expect("an id of a chunk has 32 bits")
+    u32::try_from(id.get()).expect("an id of a chunk has 32 bits").wrapping_mul(0x9e37_79b1)
 }
 
 impl ChunkTable {
@@ -376,7 +376,7 @@ impl ChunkTable {
 
     pub(crate) fn remove(&mut self, id: ChunkId) -> Chunk {
         let slot = self.order.remove(&id).expect("a chunk is removed once");
-        self.index.remove(tag(id), slot);
+        self.index.remove(tag(id), slot, None);
         self.last = None;
         self.free.push(slot);
         self.slots[slot as usize].take().expect("the index names slots in use")
