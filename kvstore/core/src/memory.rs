@@ -177,7 +177,7 @@ impl Core {
                 }
             }
             Choice::Demote(index) => {
-                self.demote(index);
+                self.persist_now(index);
                 return Allocated::Wait;
             }
             Choice::Nothing => {}
@@ -354,7 +354,7 @@ impl Core {
                     self.evict_from_pinned(index);
                 }
                 // It is written before it is needed.
-                Choice::Demote(index) if !self.blocks.at(index).is_urgent() => self.demote(index),
+                Choice::Demote(index) if !self.blocks.at(index).is_urgent() => self.persist_now(index),
                 Choice::Demote(_) | Choice::Nothing => return,
             }
             free += 1;
@@ -451,7 +451,7 @@ impl Core {
         if replacing && self.may_create(Reserve::Kept) {
             self.create_chunk(space, None);
         } else if writable {
-            self.demote(index);
+            self.persist_now(index);
         } else {
             self.evict_from_pinned(index);
         }
@@ -504,11 +504,5 @@ impl Core {
         self.transition(index, |block| block.pinned = Some(target));
         self.relist(index, Relist::Keep);
         self.counters.copies += 1;
-    }
-
-    /// A block that is not persisted yet is written ahead of the others.
-    fn demote(&mut self, index: BlockIndex) {
-        self.counters.demotions += u64::from(!self.blocks.at(index).is_urgent());
-        self.persist_now(index);
     }
 }

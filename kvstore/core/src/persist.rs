@@ -126,6 +126,9 @@ impl Core {
     }
 
     fn start_write(&mut self, index: BlockIndex, source: FrameRef, target: DiskFrame, class: IoClass) {
+        // Where somebody waits for the block to be durable, it is written for him.
+        let early = class == IoClass::Demotion && !self.durables.contains_key(&index);
+        self.counters.demotions += u64::from(early);
         self.write_sequence += 1;
         let header = self.header_of(index, self.write_sequence);
         let via = if self.chunks.at(source.chunk).may_be_written() { Via::Bounce } else { Via::Direct };

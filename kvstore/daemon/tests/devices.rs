@@ -5,14 +5,13 @@
 mod common;
 
 use std::path::Path;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use common::{PATIENCE, folder, keys, manifest, payload, payloads, socket};
 use terrace_client::{Durability, MatchMode, SealOutcome, Session, Target, wire};
 use terrace_core::DeviceId;
-use terrace_media::{BlockIo, FaultyDevice, Hooks, IoFacts, IoOp, IoRequest};
+use terrace_media::{FaultyDevice, Hooks, SlowDevice};
 use terraced::{Config, Daemon};
 
 const BLOCKS: u32 = 40;
@@ -129,33 +128,6 @@ async fn a_hanging_device_is_a_miss_and_comes_back() {
     daemon.stop().await;
 }
 
-/// Takes longer by a time that can be changed.
-struct SlowDevice {
-    inner: Arc<dyn BlockIo>,
-    micros: AtomicU64,
-}
-
-impl BlockIo for SlowDevice {
-    fn submit(&self, mut request: IoRequest) {
-        let delay = Duration::from_micros(self.micros.load(Ordering::SeqCst));
-        if !delay.is_zero() && matches!(request.op, IoOp::Read | IoOp::Write) {
-            let done = request.done;
-            request.done = Box::new(move |buffer, outcome| {
-                std::thread::spawn(move || {
-                    // The slowness itself.
-                    std::thread::sleep(delay);
-                    done(buffer, outcome);
-                });
-            });
-        }
-        self.inner.submit(request);
-    }
-
-    fn facts(&self) -> IoFacts {
-        self.inner.facts()
-    }
-}
-
 /// One of two devices becomes a hundred times slower and more. Every reader could wait for it from then on: it must be
 /// taken out, its blocks be misses at once, those of the other come as before, and all be there again when it is quick.
 #[tokio::test(flavor = "multi_thread")]
@@ -181,7 +153,7 @@ async fn a_hundredfold_slower_device_does_not_slow_the_other() {
             if device != BAD {
                 return inner;
             }
-            let wrapped = Arc::new(SlowDevice { inner, micros: AtomicU64::new(0) });
+            let wrapped = Arc::new(SlowDevice::new(inner));
             *keep.lock().unwrap() = Some(Arc::clone(&wrapped));
             wrapped
         })),
@@ -196,7 +168,7 @@ async fn a_hundredfold_slower_device_does_not_slow_the_other() {
     for _ in 0..4 {
         assert!(read_first(&session, MANY).await.iter().all(|there| *there));
     }
-    bad.micros.store(150_000, Ordering::SeqCst);
+    bad.delay(150_000);
     let of_bad = async || {
         let tiers = info(&daemon).await.tiers;
         tiers.into_iter().find(|tier| tier.device.ends_with("nvme1.dat")).unwrap()
@@ -214,7 +186,7 @@ async fn a_hundredfold_slower_device_does_not_slow_the_other() {
     let count = there.iter().filter(|there| **there).count();
     assert!(count > MANY as usize / 3 && count < MANY as usize, "those of the other device: {count}");
 
-    bad.micros.store(0, Ordering::SeqCst);
+    bad.delay(0);
     let until = Instant::now() + PATIENCE;
     while !read_first(&session, MANY).await.iter().all(|there| *there) {
         assert!(Instant::now() < until, "the device is not back: {:?}", of_bad().await);

@@ -6,12 +6,18 @@
 
 mod common;
 
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use common::{Running, folder, keys, manifest, payload, payloads};
 use terrace_client::{Durability, SealOutcome};
+use terrace_core::ByteCount;
+use terrace_media::MediaError;
+use terrace_media::inspect::{
+    CheckOptions, CheckReport, EntryFilter, FindingKind, OfflineCatalog, OfflineDevice, check,
+};
 
 const DEVICE_MIB: u64 = 96;
 
@@ -76,4 +82,56 @@ async fn a_raw_device_keeps_what_is_durable() {
     drop(session);
     daemon.assert_quiet().await;
     daemon.kill();
+}
+
+/// `terrace inspect` looks at a raw device with the code below, and an operator trusts it when a daemon does not start.
+/// It could take the device from a running daemon, find nothing where there is no file length, change what it looks
+/// at, or overlook a flipped bit.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_raw_device_is_inspected() {
+    let folder = folder();
+    let device = match Loop::make(folder.path()) {
+        Ok(device) => device,
+        Err(reason) => return eprintln!("SKIPPED a_raw_device_is_inspected: {reason}"),
+    };
+    let path = Path::new(&device.0);
+    let all = keys(60);
+    let daemon = Running::start(folder.path(), &device.extra(64));
+    let session = daemon.session(true).await;
+    let space = session.open_space(&manifest(0)).await.unwrap();
+    session.write(&space, &all, None, &payloads(&all, 0), Durability::Durable).await.unwrap();
+    let refused = OfflineDevice::open(path).err().unwrap();
+    assert!(matches!(refused, MediaError::InUse { .. }), "{refused}");
+    drop(session);
+    daemon.terminate();
+
+    let before = std::fs::read(path).unwrap();
+    let (report, entries) = inspected(folder.path(), path);
+    assert!(!report.is_damaged(), "{report:?}");
+    assert_eq!((report.blocks, report.entries, entries.len()), (60, Some(60), 60));
+    let device = OfflineDevice::open(path).unwrap();
+    let facts = device.superblock.as_ref().unwrap();
+    assert_eq!((facts.slots, facts.chunk_bytes), (16, ByteCount::new(4 << 20)));
+    let frame = device.frame(entries[7].frame.slot, entries[7].frame.index).unwrap();
+    assert_eq!((frame.payload, frame.header), (Some(true), Some(Ok(entries[7].header))));
+    drop(device);
+    assert!(std::fs::read(path).unwrap() == before, "looking at the device changed it");
+
+    let raw = std::fs::File::options().write(true).open(path).unwrap();
+    let (at, bit) = (frame.offset.unwrap() + 4096 + 1, 0x10);
+    raw.write_all_at(&[before[usize::try_from(at).unwrap()] ^ bit], at).unwrap();
+    raw.sync_all().unwrap();
+    drop(raw);
+    let (report, _) = inspected(folder.path(), path);
+    assert_eq!(report.counts.get(&FindingKind::DamagedPayload), Some(&1), "{report:?}");
+    assert_eq!(report.findings.iter().find_map(|finding| finding.block), Some(entries[7].header.block));
+}
+
+/// The device beside the catalog, payloads as well, and what the catalog lists.
+fn inspected(folder: &Path, device: &Path) -> (CheckReport, Vec<terrace_media::FoundHeader>) {
+    let catalog = OfflineCatalog::open(&folder.join("data")).unwrap();
+    let entries = catalog.entries(&EntryFilter::default(), 100).unwrap();
+    let options = CheckOptions { payloads: true, findings_max: 10 };
+    let report = check(&[OfflineDevice::open(device).unwrap()], Some(&catalog), options).unwrap();
+    (report, entries)
 }

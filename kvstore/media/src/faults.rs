@@ -1,9 +1,10 @@
 //! Devices that misbehave, in front of real ones, for tests here and of the
 //! daemon: [`FaultyDevice`] injects faults, one at a time or at random with
-//! [`Weather`]; [`VolatileDevice`] keeps live and durable bytes apart, so that a
+//! [`Weather`]; [`SlowDevice`] answers late; [`VolatileDevice`] keeps live and durable bytes apart, so that a
 //! power cut can be made; [`cut_power`] does the same to a whole file system.
 
 mod power;
+mod slow;
 mod volatile;
 mod weather;
 
@@ -14,6 +15,7 @@ use std::time::Instant;
 use terrace_core::{BlockId, Fault};
 
 pub use power::cut_power;
+pub use slow::SlowDevice;
 pub use volatile::VolatileDevice;
 pub use weather::Weather;
 

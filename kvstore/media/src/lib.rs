@@ -42,7 +42,7 @@ pub use device::{
     AlignedPages, BlockIo, Device, DeviceChanged, IoBuffer, IoDone, IoFacts, IoOp, IoRequest, SelfTestLine,
 };
 pub use facts::{MemoryFacts, memory_available, memory_facts};
-pub use faults::{FaultyDevice, Injected, VolatileDevice, Weather, cut_power};
+pub use faults::{FaultyDevice, Injected, SlowDevice, VolatileDevice, Weather, cut_power};
 pub use header::{
     BadHeader, MANIFEST_BYTES_MAX, SlotHeader, TENANT_NAME_BYTES_MAX, decode_header, encode_header,
 };

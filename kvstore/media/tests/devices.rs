@@ -6,7 +6,6 @@
 mod common;
 
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, mpsc};
 use std::time::{Duration, Instant};
 
@@ -16,41 +15,14 @@ use terrace_core::{
 };
 use terrace_media::inspect::OfflineDevice;
 use terrace_media::{
-    Access, Backend, BlockIo, CopyState, DeviceConfig, FaultyDevice, Injected, IoFacts, IoOp, IoRequest,
-    Media, MediaConfig, MediaOp,
+    Access, Backend, BlockIo, CopyState, DeviceConfig, FaultyDevice, Injected, IoOp, Media, MediaConfig,
+    MediaOp, SlowDevice,
 };
 
 const IO_PATIENCE: Duration = Duration::from_millis(1500);
 const DEVICES: u16 = 3;
 /// The one that misbehaves.
 const BAD: DeviceId = DeviceId::new(2);
-
-/// Takes longer by a time that can be changed.
-struct SlowDevice {
-    inner: Arc<dyn BlockIo>,
-    micros: AtomicU64,
-}
-
-impl BlockIo for SlowDevice {
-    fn submit(&self, mut request: IoRequest) {
-        let delay = Duration::from_micros(self.micros.load(Ordering::SeqCst));
-        if !delay.is_zero() && matches!(request.op, IoOp::Read | IoOp::Write) {
-            let done = request.done;
-            request.done = Box::new(move |buffer, outcome| {
-                std::thread::spawn(move || {
-                    // The slowness itself.
-                    std::thread::sleep(delay);
-                    done(buffer, outcome);
-                });
-            });
-        }
-        self.inner.submit(request);
-    }
-
-    fn facts(&self) -> IoFacts {
-        self.inner.facts()
-    }
-}
 
 /// Three devices with the same blocks on each, the last of which is wrapped.
 struct Three<T> {
@@ -257,15 +229,14 @@ fn a_device_that_keeps_too_much_is_ejected() {
 /// dozen reads, and come back when it is quick again.
 #[test]
 fn a_hundredfold_slower_device_is_taken_out() {
-    let slow = |inner| SlowDevice { inner, micros: AtomicU64::new(0) };
-    let mut three = Three::new(Backend::Auto, 13, slow);
+    let mut three = Three::new(Backend::Auto, 13, SlowDevice::new);
     for index in 0..64 {
         let op = three.op();
         three.read(op, BAD, frame(2, index % 8));
         assert_eq!(three.answer(), (op, Ok(Done::Plain)));
     }
     three.read_good_ones(64);
-    three.bad.micros.store(120_000, Ordering::SeqCst);
+    three.bad.delay(120_000);
     let mut reads = 0;
     while three.told.try_recv().is_err() {
         let op = three.op();
@@ -276,7 +247,7 @@ fn a_hundredfold_slower_device_is_taken_out() {
         assert!(reads < 200, "it is still used: {:?}", three.media.facts().devices);
     }
     assert!(three.condition().contains("times what they took"), "{}", three.condition());
-    three.bad.micros.store(0, Ordering::SeqCst);
+    three.bad.delay(0);
     three.is_told(true);
 }
 
