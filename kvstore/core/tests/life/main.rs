@@ -2,6 +2,7 @@
 //! transition, and each bad input that the core decides.
 
 mod limits;
+mod resumed;
 
 use terrace_core::*;
 
