@@ -248,11 +248,10 @@ impl Core {
         let memory_limit = config.pinned_bytes.get();
         let slots: u64 = config.device_slots.iter().map(|&slots| u64::from(slots)).sum();
         let curves = CurveBooks::new(memory_limit, slots * config.chunk_bytes.get());
+        let start = Now::default();
         let admit = match config.admission {
             Admission::All => None,
-            Admission::Learned { bytes_per_day } => {
-                Some(Admit::new(WriteBudget::new(bytes_per_day, Now::default())))
-            }
+            Admission::Learned { bytes_per_day } => Some(Admit::new(WriteBudget::new(bytes_per_day, start))),
         };
         Self {
             config,
