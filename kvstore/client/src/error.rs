@@ -33,6 +33,12 @@ pub enum ClientError {
     /// The session has ended: the daemon went away or closed it. Open a new one.
     #[error("the session has ended; open a new one and lease again")]
     Disconnected,
+    /// The system gave no random number.
+    #[error("the system gives no random numbers: {detail}")]
+    NoRandom {
+        /// What it said.
+        detail: String,
+    },
     /// The daemon is there and does not answer. What was asked may still be done.
     #[error("no answer from the daemon within {waited:?}; is it stopped or overloaded?")]
     NoAnswer {
@@ -137,6 +143,7 @@ impl ClientError {
             | Self::NoAnswer { .. } => true,
             Self::Refused { code, .. } => *code == Code::Unavailable,
             Self::NoTarget
+            | Self::NoRandom { .. }
             | Self::BadAddress { .. }
             | Self::NeedsLane { .. }
             | Self::NeedsGrpc { .. }

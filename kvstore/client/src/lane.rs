@@ -10,9 +10,11 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use bytes::Bytes;
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, oneshot};
 use tokio::time::timeout;
 
+use terrace_core::ClientId;
 use terrace_lane::{LaneConnection, LaneError, LaneReader, LaneWriter};
 use terrace_proto::LANE_VERSION;
 use terrace_proto::v1::lane_request::Op;
@@ -85,22 +87,29 @@ impl LaneLink {
     pub(crate) async fn open(
         path: &Path,
         target: &Target,
+        client: ClientId,
         status: Arc<Status>,
     ) -> Result<Opened, ClientError> {
-        let opening = Self::open_now(path, target, status);
+        let opening = Self::open_now(path, target, client, status);
         timeout(HELLO_DEADLINE, opening).await.map_err(|_| ClientError::Unreachable {
             address: path.display().to_string(),
             detail: "connected, but no answer in ten seconds".to_owned(),
         })?
     }
 
-    async fn open_now(path: &Path, target: &Target, status: Arc<Status>) -> Result<Opened, ClientError> {
+    async fn open_now(
+        path: &Path,
+        target: &Target,
+        client: ClientId,
+        status: Arc<Status>,
+    ) -> Result<Opened, ClientError> {
         let (_peer, mut reader, mut writer) = LaneConnection::connect(path).await?.split();
         let hello = LaneHello {
             version: LANE_VERSION,
             tenant: target.tenant.clone(),
             token: target.token.clone(),
             client: target.client_name.clone(),
+            client_id: Bytes::copy_from_slice(&client.to_bytes()),
         };
         writer.queue(&LaneRequest { id: 1, op: Some(Op::Hello(hello)) }, Vec::new())?;
         writer.flush().await?;

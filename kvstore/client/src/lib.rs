@@ -15,6 +15,7 @@
 pub mod blocking;
 pub mod signals;
 
+mod again;
 mod channel;
 mod chunks;
 mod connector;

@@ -2,17 +2,18 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use tokio::sync::Mutex;
 use tokio::task::AbortHandle;
 
-use terrace_core::{ComputeCost, MatchMode, Purpose, SpaceManifest};
+use terrace_core::{ClientId, ComputeCost, MatchMode, Purpose, SpaceManifest};
 use terrace_proto::v1::lane_request::Op;
 use terrace_proto::v1::lane_response::Result as Answer;
 use terrace_proto::v1::{self, Tier};
 
+use crate::again;
 use crate::chunks::Chunks;
 use crate::convert::{keys_to_wire, mode_to_wire, parent_to_wire, to_wire};
 use crate::error::ClientError;
@@ -124,7 +125,23 @@ pub(crate) struct LaneSession {
     pub(crate) keeper: Arc<Keeper>,
     pub(crate) chunks: Arc<Chunks>,
     pub(crate) status: Arc<Status>,
+    /// How to reach the daemon again.
+    pub(crate) way: Way,
     tasks: Vec<AbortHandle>,
+}
+
+/// How a lane session was opened.
+#[derive(Clone, Debug)]
+pub(crate) struct Way {
+    pub(crate) path: PathBuf,
+    pub(crate) target: Target,
+    /// What the daemon knows this session's connections by.
+    pub(crate) client: ClientId,
+    pub(crate) incarnation: u64,
+    /// Held by who asks again over another connection: each ends the one before it.
+    pub(crate) turn: Arc<Mutex<()>>,
+    /// The session was closed on this side: nothing is asked again.
+    pub(crate) ended: Arc<AtomicBool>,
 }
 
 impl Drop for LaneSession {
@@ -137,7 +154,7 @@ impl Drop for LaneSession {
 }
 
 impl LaneSession {
-    fn start(opened: Opened, status: Arc<Status>) -> Arc<Self> {
+    pub(crate) fn start(opened: Opened, status: Arc<Status>, way: Way) -> Arc<Self> {
         let Opened { link, reader, facts: _ } = opened;
         let keeper = Arc::new(Keeper::new());
         let chunks = Arc::new(Chunks::new());
@@ -148,7 +165,7 @@ impl LaneSession {
             tokio::spawn(keeping).abort_handle(),
             tokio::spawn(Arc::clone(&link).run_writer()).abort_handle(),
         ];
-        Arc::new(Self { link, keeper, chunks, status, tasks })
+        Arc::new(Self { link, keeper, chunks, status, way, tasks })
     }
 }
 
@@ -174,10 +191,19 @@ impl Session {
         let mut failed = ClientError::NoTarget;
         if let Some(path) = &target.socket {
             let status = Arc::new(Status::new());
-            match LaneLink::open(path, target, Arc::clone(&status)).await {
+            let client = random_id()?;
+            match LaneLink::open(path, target, client, Arc::clone(&status)).await {
                 Ok(opened) => {
                     let facts = opened.facts.clone();
-                    let backend = Backend::Lane(LaneSession::start(opened, status));
+                    let way = Way {
+                        path: path.clone(),
+                        target: target.clone(),
+                        client,
+                        incarnation: facts.incarnation,
+                        turn: Arc::default(),
+                        ended: Arc::default(),
+                    };
+                    let backend = Backend::Lane(LaneSession::start(opened, status, way));
                     return Ok(Self::new(number, target, &facts, backend));
                 }
                 Err(error @ (ClientError::Unreachable { .. } | ClientError::Disconnected)) => {
@@ -239,7 +265,10 @@ impl Session {
     /// Ends the session now, for all clones and guards.
     pub fn close(&self) {
         match &self.inner.backend {
-            Backend::Lane(lane) => lane.link.close(),
+            Backend::Lane(lane) => {
+                lane.way.ended.store(true, Ordering::Release);
+                lane.link.close();
+            }
             Backend::Grpc(link) => link.close(),
         }
     }
@@ -473,16 +502,20 @@ impl Session {
     }
 
     /// Drops every block of a space, durably; answers how many there were. Open
-    /// the space again before writing to it.
+    /// the space again before writing to it. When the connection breaks, the
+    /// answer is asked for again over another, and the space is cleared once.
     ///
     /// # Errors
-    /// The daemon refused, or the session has ended: the space may or may not be empty.
+    /// The daemon refused, or it is away: the space may or may not be empty.
     pub async fn clear(&self, space: &Space) -> Result<u64, ClientError> {
         if space.session != self.inner.number {
             return Err(ClientError::ForeignSpace);
         }
         let request = v1::ClearRequest { request_id: self.request_id(), space: space.handle };
-        Ok(call!(self, Clear, request).blocks)
+        match &self.inner.backend {
+            Backend::Lane(lane) => again::clear(lane, space, request).await,
+            Backend::Grpc(_) => Ok(call!(self, Clear, request).blocks),
+        }
     }
 
     /// Hands back every window that nobody writes into, so that its blocks can
@@ -539,4 +572,10 @@ impl Session {
         *beside = Some(Arc::clone(&link));
         Ok(link)
     }
+}
+
+fn random_id() -> Result<ClientId, ClientError> {
+    let mut bytes = [0; 16];
+    getrandom::fill(&mut bytes).map_err(|error| ClientError::NoRandom { detail: error.to_string() })?;
+    Ok(ClientId::from_bytes(bytes))
 }

@@ -1,5 +1,7 @@
 //! A space as one session knows it.
 
+use std::sync::Arc;
+
 use terrace_core::{BlockId, ByteCount, SpaceId, SpaceManifest, TenantId, TenantKey};
 use terrace_proto::v1::OpenSpaceResponse;
 
@@ -12,6 +14,7 @@ use crate::error::ClientError;
 pub struct Space {
     pub(crate) session: u64,
     pub(crate) handle: u32,
+    manifest: Arc<SpaceManifest>,
     id: SpaceId,
     tenant: TenantId,
     key: TenantKey,
@@ -40,6 +43,7 @@ impl Space {
         Ok(Self {
             session,
             handle: answer.space,
+            manifest: Arc::new(manifest.clone()),
             id,
             tenant,
             key: TenantKey::from_bytes(key),
@@ -52,6 +56,10 @@ impl Space {
     /// Number of the space in this session.
     pub fn handle(&self) -> u32 {
         self.handle
+    }
+
+    pub(crate) fn manifest(&self) -> &SpaceManifest {
+        &self.manifest
     }
 
     /// Identity of the space.

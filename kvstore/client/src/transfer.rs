@@ -196,8 +196,11 @@ impl Session {
         for ((index, _), outcome) in filled.iter().zip(sealed) {
             outcomes[*index as usize] = Some(outcome);
         }
-        lease.release().await?;
-        Ok(outcomes)
+        match lease.release().await {
+            // It has ended with its session; what was sealed is known all the same.
+            Ok(()) | Err(ClientError::Disconnected) => Ok(outcomes),
+            Err(error) => Err(error),
+        }
     }
 }
 

@@ -10,6 +10,7 @@ use terrace_proto::v1::lane_request::Op;
 use terrace_proto::v1::lane_response::Result as Answer;
 use terrace_proto::v1::{AbortRequest, SealBlock, SealRequest};
 
+use crate::again;
 use crate::chunks::WriterToken;
 use crate::convert::{durability_to_wire, seals_from_wire};
 use crate::error::ClientError;
@@ -122,10 +123,7 @@ impl WriteLease {
             blocks: wanted,
             durability: durability_to_wire(durability),
         };
-        let answer = session.link.call(Op::Seal(request)).await?.answer;
-        let Answer::Seal(answer) = answer else {
-            return Err(ClientError::Protocol { detail: "a seal was asked for" });
-        };
+        let answer = again::seal(session, request).await?;
         let outcomes = seals_from_wire(answer.outcomes())?;
         if outcomes.len() != blocks.len() {
             return Err(ClientError::Protocol { detail: "a seal that does not answer each block" });

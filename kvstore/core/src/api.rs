@@ -12,8 +12,8 @@ use std::sync::Arc;
 use crate::checksum::Checksum;
 use crate::cost::ComputeCost;
 use crate::ids::{
-    BlockId, ChunkId, DeviceId, DiskFrame, Fence, FrameRef, LeaseId, OpId, RequestId, SessionId, SpaceId,
-    TenantId,
+    BlockId, ChunkId, ClientId, DeviceId, DiskFrame, Fence, FrameRef, LeaseId, OpId, RequestId, SessionId,
+    SpaceId, TenantId,
 };
 use crate::units::{ByteCount, Micros, Now, TokenCount};
 
@@ -133,6 +133,9 @@ pub struct Limits {
 pub enum Input {
     /// A client connected.
     SessionOpened { session: SessionId, tenant: TenantId, locality: Locality },
+    /// A session that was just opened goes on for a client that had another before: that one ends, if it has not yet,
+    /// and what it was answered is remembered here.
+    SessionResumed { session: SessionId, client: ClientId },
     /// Its connection or its process ended.
     SessionClosed { session: SessionId },
     /// The shell validated a manifest or read one from the catalog. Idempotent.
@@ -530,6 +533,8 @@ pub enum Refusal {
 pub enum Effect {
     /// Answer a request. The shell drops it if the session is gone. Shared with what is remembered for repeats.
     Reply { session: SessionId, request: RequestId, reply: Arc<Reply> },
+    /// The session has ended by another of its client: close its connection.
+    EndSession { session: SessionId },
     /// Tell a session something it did not ask for.
     Notify { session: SessionId, notice: Notice },
     /// Make a chunk: memfd, populate, map, seal. `owner` is the session that may write (a window).

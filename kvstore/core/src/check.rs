@@ -405,6 +405,7 @@ impl Core {
     }
 
     fn check_sessions(&self) {
+        self.departed.check();
         let limits = &self.config.limits;
         assert!(self.sessions.len() <= limits.sessions as usize, "sessions are limited");
         let mut leases = 0;

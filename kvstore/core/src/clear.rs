@@ -34,7 +34,7 @@ impl Core {
         }
         self.events.push((tenant, Event::Cleared { space: id }));
         self.counters.clears += 1;
-        let wait = self.wait(asker, None, WaitKind::Clear { generation, blocks });
+        let wait = self.wait(asker, None, WaitKind::Clear { space, generation, blocks });
         if let Some(wait) = self.waits.get_mut(&wait) {
             wait.pending = 1;
         }

@@ -18,6 +18,7 @@ use crate::policy::{Admit, WriteBudget};
 use crate::scrub::Scrubber;
 use crate::state::block::{BlockIndex, BlockTable, Retained};
 use crate::state::chunk::ChunkTable;
+use crate::state::departed::Departed;
 use crate::state::disk::Disks;
 use crate::state::session::{Lease, Session, WaitId};
 use crate::state::space::{SpaceIndex, SpaceTable};
@@ -175,6 +176,8 @@ pub struct Core {
     pub(crate) chunks: ChunkTable,
     pub(crate) disks: Disks,
     pub(crate) sessions: BTreeMap<SessionId, Session>,
+    /// Answers of clients whose connection has ended.
+    pub(crate) departed: Departed,
     pub(crate) tenants: BTreeMap<TenantId, TenantUse>,
     pub(crate) leases: BTreeMap<LeaseId, Lease>,
     pub(crate) lease_last: u32,
@@ -245,11 +248,10 @@ impl Core {
         let memory_limit = config.pinned_bytes.get();
         let slots: u64 = config.device_slots.iter().map(|&slots| u64::from(slots)).sum();
         let curves = CurveBooks::new(memory_limit, slots * config.chunk_bytes.get());
+        let start = Now::default();
         let admit = match config.admission {
             Admission::All => None,
-            Admission::Learned { bytes_per_day } => {
-                Some(Admit::new(WriteBudget::new(bytes_per_day, Now::default())))
-            }
+            Admission::Learned { bytes_per_day } => Some(Admit::new(WriteBudget::new(bytes_per_day, start))),
         };
         Self {
             config,
@@ -267,6 +269,7 @@ impl Core {
             chunks: ChunkTable::default(),
             disks,
             sessions: BTreeMap::new(),
+            departed: Departed::default(),
             tenants: BTreeMap::new(),
             leases: BTreeMap::new(),
             lease_last: 0,
@@ -322,6 +325,7 @@ impl Core {
             Input::SessionOpened { session, tenant, locality } => {
                 self.session_opened(session, tenant, locality)
             }
+            Input::SessionResumed { session, client } => self.session_resumed(session, client),
             Input::SessionClosed { session } => self.session_closed(session),
             Input::SpaceKnown { space, tenant, block_bytes, block_tokens, generation } => {
                 self.space_known(space, tenant, block_bytes, block_tokens, generation);

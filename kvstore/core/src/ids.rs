@@ -145,6 +145,11 @@ hash_id! {
     TenantId
 }
 
+hash_id! {
+    /// What a client calls itself on each of its connections, one after the other: random, and a secret.
+    ClientId
+}
+
 dense_id! {
     /// One connection of one client process.
     SessionId, u64, std::num::NonZeroU64

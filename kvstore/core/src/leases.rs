@@ -7,11 +7,11 @@
 use crate::api::{Effect, Limit, Locality, Notice, Refusal, Reply};
 use crate::core::{Core, Deadline};
 use crate::evict::{Relist, is_by_use};
-use crate::ids::{LeaseId, SessionId, TenantId};
+use crate::ids::{ClientId, LeaseId, SessionId, TenantId};
 use crate::residence::Vacate;
 use crate::state::chunk::{ChunkKind, Filler, Frame, FrameState};
 use crate::state::count;
-use crate::state::session::{Held, Lease, LeaseKind, Repeats, Session};
+use crate::state::session::{Answer, Held, Lease, LeaseKind, Repeats, Session};
 use crate::units::Micros;
 use crate::waiting::WaitKind;
 
@@ -39,13 +39,45 @@ impl Core {
             windows: std::collections::BTreeSet::new(),
             leased_bytes: 0,
             waits: std::collections::BTreeSet::new(),
+            client: None,
             repeats: Repeats::default(),
             asked: None,
         });
     }
 
+    /// A client that had another session goes on by this one, which was opened for the same tenant just now.
+    pub(crate) fn session_resumed(&mut self, id: SessionId, client: ClientId) {
+        let Some(tenant) = self.sessions.get(&id).map(|session| session.tenant) else { return };
+        // Rare, and limited by the sessions that may be open.
+        let former = self.sessions.iter().find(|(other, session)| {
+            **other != id && session.tenant == tenant && session.client == Some(client)
+        });
+        if let Some(former) = former.map(|(former, _)| *former) {
+            self.effects.push_back(Effect::EndSession { session: former });
+            self.session_closed(former);
+        }
+        let answers = self.departed.take((tenant, client)).unwrap_or_default();
+        if let Some(session) = self.sessions.get_mut(&id) {
+            session.client = Some(client);
+            session.repeats = answers;
+        }
+    }
+
+    /// Whoever asks again must not clear what was written since.
+    fn remember_clears(&mut self, id: SessionId) {
+        let Some(session) = self.sessions.get_mut(&id) else { return };
+        for wait in session.waits.iter().filter_map(|wait| self.waits.get(wait)) {
+            if let WaitKind::Clear { space, generation, blocks } = wait.kind
+                && let Some(answer) = wait.asker.repeat.and_then(|repeat| session.repeats.answer_mut(repeat))
+            {
+                *answer = Answer::Clearing { space, generation, blocks };
+            }
+        }
+    }
+
     /// Ends its leases at once and replaces its windows.
     pub(crate) fn session_closed(&mut self, id: SessionId) {
+        self.remember_clears(id);
         let Some(session) = self.sessions.get(&id) else { return };
         let waits: Vec<_> = session.waits.iter().copied().collect();
         let leases: Vec<_> = session.leases.iter().copied().collect();
@@ -58,7 +90,11 @@ impl Core {
         for lease in leases {
             self.end_lease(lease, LeaseEnd::Abandoned);
         }
-        self.sessions.remove(&id);
+        if let Some(session) = self.sessions.remove(&id)
+            && let Some(client) = session.client
+        {
+            self.departed.keep((session.tenant, client), session.repeats);
+        }
         for window in windows {
             self.replace_window(window);
         }

@@ -47,8 +47,8 @@ pub use identity::{
     TenantKey, chain_key, chain_keys, tenant_id,
 };
 pub use ids::{
-    BadId, BlockId, ChunkId, DeviceId, DiskFrame, Fence, FrameRef, LeaseId, OpId, RequestId, SessionId,
-    SpaceId, TenantId,
+    BadId, BlockId, ChunkId, ClientId, DeviceId, DiskFrame, Fence, FrameRef, LeaseId, OpId, RequestId,
+    SessionId, SpaceId, TenantId,
 };
 pub use scrub::ScrubView;
 pub use state::chunk::FrameCounts;

@@ -55,6 +55,13 @@ impl Core {
             Seen::Same => match open.repeats.answer_mut(repeat) {
                 None => return false,
                 Some(Answer::Given(reply)) => Arc::clone(reply),
+                Some(&mut Answer::Clearing { space, generation, blocks }) => {
+                    if self.spaces.at(space).clearing > 0 {
+                        Arc::new(Reply::Throttled(Limit::RequestsWaiting))
+                    } else {
+                        Arc::new(Reply::Cleared { generation, blocks })
+                    }
+                }
                 Some(Answer::Waiting(also)) if also.len() >= REPEATS_WAITING_MAX => {
                     Arc::new(Reply::Throttled(Limit::RequestsWaiting))
                 }

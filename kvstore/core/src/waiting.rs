@@ -8,6 +8,7 @@ use crate::ids::{BlockId, LeaseId, RequestId, SessionId, TenantId};
 use crate::leases::LeaseEnd;
 use crate::state::block::BlockIndex;
 use crate::state::session::WaitId;
+use crate::state::space::SpaceIndex;
 use crate::units::Now;
 
 /// Who asked, and under which repeat id.
@@ -54,6 +55,7 @@ pub(crate) enum WaitKind {
         failed: u64,
     },
     Clear {
+        space: SpaceIndex,
         generation: u64,
         blocks: u64,
     },
@@ -121,7 +123,7 @@ impl Core {
             WaitKind::Write { lease, grants, .. } => self.leased(lease, grants),
             WaitKind::Seal { outcomes } => Reply::Sealed { outcomes },
             WaitKind::Flush { blocks, failed } => Reply::Flushed { blocks, failed },
-            WaitKind::Clear { generation, blocks } => Reply::Cleared { generation, blocks },
+            WaitKind::Clear { space: _, generation, blocks } => Reply::Cleared { generation, blocks },
         };
         self.answer(wait.asker, reply);
     }

@@ -12,8 +12,8 @@ use std::time::{Duration, Instant};
 use tokio::sync::{Notify, mpsc, oneshot};
 
 use terrace_core::{
-    ChunkId, Config, Core, Done, Effect, Fault, Input, Limit, Locality, Notice, Now, OpId, Reply, Request,
-    RequestId, SessionId, TenantId,
+    ChunkId, ClientId, Config, Core, Done, Effect, Fault, Input, Limit, Locality, Notice, Now, OpId, Reply,
+    Request, RequestId, SessionId, TenantId,
 };
 use terrace_media::{Access, ChunkMemory, Complete, Media, MediaOp};
 
@@ -155,6 +155,12 @@ impl Engine {
         state.mailboxes.insert(session, Mailbox { pending: HashMap::new(), notices: sender });
         self.handle(&mut state, Input::SessionOpened { session, tenant, locality });
         Ok((session, notices))
+    }
+
+    /// A session that was opened just now goes on for a client that had another.
+    pub fn resume_session(&self, session: SessionId, client: ClientId) {
+        let mut state = self.state();
+        self.handle(&mut state, Input::SessionResumed { session, client });
     }
 
     /// Ends a session: its leases end, whoever waits for an answer learns that it is gone.
@@ -353,6 +359,10 @@ impl Engine {
                     // Nobody waits any more: the answer is dropped, the lease ends with its session.
                     let _ = waiting.send(reply);
                 }
+            }
+            Effect::EndSession { session } => {
+                // Its notices end, and with them its connection.
+                state.mailboxes.remove(&session);
             }
             Effect::Notify { session, notice } => notify(state, session, notice),
             Effect::SetFences { fences } => {

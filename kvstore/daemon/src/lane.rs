@@ -15,7 +15,7 @@ use futures_util::stream::{FuturesUnordered, StreamExt};
 use tokio::sync::{Semaphore, mpsc, watch};
 use tonic::Code;
 
-use terrace_core::{MapAccess, Notice};
+use terrace_core::{ClientId, MapAccess, Notice};
 use terrace_lane::{LaneConnection, LaneError, LaneReader, LaneServer, LaneWriter, ProcessEnd};
 use terrace_proto::v1::{self, LaneRequest, LaneResponse, lane_request::Op, lane_response};
 use terrace_proto::{LANE_VERSION, MESSAGE_BYTES_MAX};
@@ -150,7 +150,17 @@ fn open(first: LaneRequest, service: &Service, peer: Peer) -> Result<Opened, Cal
             format!("lane version {} is not spoken here; this daemon speaks {LANE_VERSION}", hello.version),
         ));
     }
-    service.open(&hello.tenant, &hello.token, &hello.client, peer)
+    let client = match hello.client_id.as_ref() {
+        [] => None,
+        id => Some(id.try_into().map(ClientId::from_bytes).map_err(|_| {
+            CallError::invalid(format!("client_id has {} bytes; it has 16, or none", id.len()))
+        })?),
+    };
+    let opened = service.open(&hello.tenant, &hello.token, &hello.client, peer)?;
+    if let Some(client) = client {
+        service.resume(&opened.0, client);
+    }
+    Ok(opened)
 }
 
 fn check_id(id: u64) -> Result<(), CallError> {

@@ -10,8 +10,8 @@ use tokio::sync::mpsc;
 use tonic::Code;
 
 use terrace_core::{
-    BlockId, ByteCount, ChunkId, Grant, Input, LeaseId, Limit, MapAccess, Micros, Notice, Purpose, Reply,
-    Request, Residence, SpaceId, SpaceManifest,
+    BlockId, ByteCount, ChunkId, ClientId, Grant, Input, LeaseId, Limit, MapAccess, Micros, Notice, Purpose,
+    Reply, Request, Residence, SpaceId, SpaceManifest,
 };
 use terrace_media::ChunkMemory;
 use terrace_proto::v1;
@@ -137,6 +137,11 @@ impl Service {
         let spaces_max = self.facts.edges.spaces_per_session;
         let (engine, register) = (self.engine.clone(), self.register.clone());
         Ok((Session::new(id, tenant.clone(), client, locality, spaces_max, engine, register), notices))
+    }
+
+    /// Lets a session that was opened just now answer repeats of what its client asked by another one, which ends.
+    pub fn resume(&self, session: &Session, client: ClientId) {
+        self.engine.resume_session(session.id, client);
     }
 
     /// The first message of a session.

@@ -195,3 +195,64 @@ async fn a_hundredfold_slower_device_does_not_slow_the_other() {
     drop(session);
     daemon.stop().await;
 }
+
+/// Counts what is read.
+struct CountingDevice {
+    inner: Arc<dyn BlockIo>,
+    reads: Arc<AtomicU64>,
+}
+
+impl BlockIo for CountingDevice {
+    fn submit(&self, request: IoRequest) {
+        self.reads.fetch_add(u64::from(matches!(request.op, IoOp::Read)), Ordering::SeqCst);
+        self.inner.submit(request);
+    }
+
+    fn facts(&self) -> IoFacts {
+        self.inner.facts()
+    }
+}
+
+/// Blocks are on devices only. Asking whether they exist could read them, or their headers: both forms of the question
+/// must answer from memory, over both transports.
+#[tokio::test(flavor = "multi_thread")]
+async fn exists_touches_no_device() {
+    let folder = folder();
+    let daemon = start(folder.path(), Hooks::default()).await;
+    {
+        let session = session(folder.path()).await;
+        let space = session.open_space(&manifest(0)).await.unwrap();
+        let keys = keys(BLOCKS);
+        let bytes = payloads(&keys, 0);
+        session.write(&space, &keys, None, &bytes, Durability::Durable).await.unwrap();
+    }
+    daemon.stop().await;
+    let reads = Arc::new(AtomicU64::new(0));
+    let counted = Arc::clone(&reads);
+    let hooks = Hooks {
+        wrap_device: Some(Box::new(move |_, inner| {
+            Arc::new(CountingDevice { inner, reads: Arc::clone(&counted) })
+        })),
+        ..Hooks::default()
+    };
+    let daemon = start_with(folder.path(), hooks, "scrub_bytes_per_second = \"0\"\n").await;
+    let pinned = info(&daemon).await.tiers[0].frames.map_or(0, |frames| frames.sealed);
+    assert_eq!(pinned, 0, "the blocks are in memory already: nothing is tested");
+    let remote = Target { grpc: Some(format!("http://{}", daemon.grpc)), ..Target::default() };
+    let before = reads.load(Ordering::SeqCst);
+    for session in [session(folder.path()).await, Session::connect(&remote).await.unwrap()] {
+        let space = session.open_space(&manifest(0)).await.unwrap();
+        for mode in [MatchMode::Prefix, MatchMode::Set] {
+            let (there, blocks) = session.exists(&[&space], &keys(BLOCKS), mode).await.unwrap();
+            assert!(there == BLOCKS as usize && blocks.iter().all(|there| *there), "{blocks:?}");
+            let found = session.match_blocks(&[&space], &keys(BLOCKS), mode).await.unwrap();
+            assert!(found.blocks.iter().all(|block| block.present && block.tier == wire::Tier::Nvme));
+        }
+    }
+    assert_eq!(reads.load(Ordering::SeqCst), before, "a device was read");
+    let session = session(folder.path()).await;
+    assert!(read(&session).await.iter().all(|there| *there));
+    assert!(reads.load(Ordering::SeqCst) > before, "reads are not counted: nothing was tested");
+    drop(session);
+    daemon.stop().await;
+}

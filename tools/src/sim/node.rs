@@ -285,7 +285,10 @@ impl Node {
             Effect::Reply { session: _, request, reply } => {
                 self.replies.push_back((request, Arc::unwrap_or_clone(reply)));
             }
-            Effect::Notify { .. } | Effect::SetFences { .. } | Effect::Publish { .. } => {}
+            Effect::EndSession { .. }
+            | Effect::Notify { .. }
+            | Effect::SetFences { .. }
+            | Effect::Publish { .. } => {}
             Effect::CreateChunk { op, .. } => self.instant.push_back((op, Ok(Done::ChunkCreated))),
             Effect::CloseWindow { op, .. }
             | Effect::DropChunk { op, .. }

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 
 use crate::api::{Locality, Reply};
-use crate::ids::{BlockId, ChunkId, Fence, FrameRef, LeaseId, RequestId, SessionId, TenantId};
+use crate::ids::{BlockId, ChunkId, ClientId, Fence, FrameRef, LeaseId, RequestId, SessionId, TenantId};
 use crate::policy::class::Tick;
 use crate::state::space::SpaceIndex;
 use crate::units::{Micros, Now};
@@ -26,6 +26,8 @@ pub(crate) struct Session {
     /// Pinned by its leases and held by its windows.
     pub(crate) leased_bytes: u64,
     pub(crate) waits: BTreeSet<WaitId>,
+    /// Who goes on by another connection when this one breaks.
+    pub(crate) client: Option<ClientId>,
     pub(crate) repeats: Repeats,
     /// Its last request for a prefix, so that writing the rest of it is no request of its own.
     pub(crate) asked: Option<Asked>,
@@ -62,6 +64,8 @@ pub(crate) enum Answer {
     Waiting(Vec<RequestId>),
     /// Its answer.
     Given(Arc<Reply>),
+    /// The session went while the space was being cleared to this generation; so many blocks were dropped.
+    Clearing { space: SpaceIndex, generation: u64, blocks: u64 },
 }
 
 /// What a repeat id says about a request.
@@ -82,6 +86,20 @@ impl Repeats {
             Some(seen) if seen.content != content => Seen::Differs,
             Some(_) => Seen::Same,
         }
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.answers.is_empty()
+    }
+
+    /// The session is gone: what was leased is too, and nobody waits any more.
+    pub(crate) fn depart(&mut self) {
+        self.answers.retain(|_, seen| match &seen.answer {
+            Answer::Waiting(_) => false,
+            Answer::Given(reply) => !matches!(**reply, Reply::Leased { .. }),
+            Answer::Clearing { .. } => true,
+        });
+        self.order.retain(|repeat| self.answers.contains_key(repeat));
     }
 
     pub(crate) fn answer_mut(&mut self, repeat: u64) -> Option<&mut Answer> {

@@ -3,6 +3,7 @@
 
 mod demotion;
 mod limits;
+mod resumed;
 
 use terrace_core::*;
 

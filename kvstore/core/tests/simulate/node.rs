@@ -274,6 +274,7 @@ impl World {
             Effect::Reply { session, request, reply } => {
                 return self.replied(*session, *request, Reply::clone(reply));
             }
+            Effect::EndSession { .. } => panic!("no session of a named client is opened here"),
             Effect::Notify { session, notice } => return self.notified(*session, notice.clone()),
             Effect::SetFences { fences } => return self.fences_moved(fences),
             Effect::Publish { events } => {

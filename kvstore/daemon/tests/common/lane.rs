@@ -37,21 +37,48 @@ impl Lane {
     }
 
     pub(crate) async fn over(stream: UnixStream, tenant: &str, token: &str) -> Self {
+        let hello = LaneHello { tenant: tenant.into(), token: token.into(), ..hello() };
+        let mut lane = Self::greet(stream, hello).await.map_err(|error| panic!("{error:?}")).unwrap();
+        lane.open_space().await;
+        lane
+    }
+
+    /// As a client that may come back.
+    pub(crate) async fn open_named(path: &Path, client_id: &[u8]) -> Self {
+        let hello = LaneHello { client_id: client_id.to_vec().into(), ..hello() };
+        let stream = UnixStream::connect(path).unwrap();
+        let mut lane = Self::greet(stream, hello).await.map_err(|error| panic!("{error:?}")).unwrap();
+        lane.open_space().await;
+        lane
+    }
+
+    pub(crate) async fn greet(stream: UnixStream, hello: LaneHello) -> Result<Self, LaneError> {
         let (_, reader, writer) = LaneConnection::from_stream(stream).unwrap().split();
         let mut lane = Self {
             reader,
             writer,
             last: 0,
-            tenant: tenant.into(),
+            tenant: hello.tenant.clone(),
             space: wire::OpenSpaceResponse::default(),
         };
-        let hello =
-            LaneHello { version: 1, tenant: tenant.into(), token: token.into(), client: "attacker".into() };
-        lane.ask(Op::Hello(hello)).await.unwrap();
+        lane.ask(Op::Hello(hello)).await?;
+        Ok(lane)
+    }
+
+    async fn open_space(&mut self) {
         let request = wire::OpenSpaceRequest { manifest: Some(to_wire(&manifest(0))), compute_cost: None };
-        let (Answer::OpenSpace(space), _) = lane.ask(Op::OpenSpace(request)).await.unwrap() else { panic!() };
-        lane.space = space;
-        lane
+        let (Answer::OpenSpace(space), _) = self.ask(Op::OpenSpace(request)).await.unwrap() else { panic!() };
+        self.space = space;
+    }
+
+    /// Waits until the daemon closes the connection.
+    pub(crate) async fn assert_ended(&mut self) {
+        loop {
+            match tokio::time::timeout(PATIENCE, self.reader.next()).await.unwrap() {
+                Ok(Some(_)) => {}
+                Ok(None) | Err(_) => return,
+            }
+        }
     }
 
     pub(crate) async fn ask(&mut self, op: Op) -> Result<(Answer, Vec<OwnedFd>), LaneError> {
@@ -158,24 +185,33 @@ impl Lane {
         leased: &wire::LeaseResponse,
         keys: &[[u8; 4]],
     ) -> Vec<wire::SealOutcome> {
-        let tenant = if self.tenant.is_empty() { "default" } else { &self.tenant };
-        let space = manifest(0).space_id(terrace_core::tenant_id(tenant));
-        let tenant = TenantKey::from_bytes(self.space.tenant_key.as_ref().try_into().unwrap());
-        let block = |(index, key): (u32, &[u8; 4])| {
-            let sum = checksum(tenant.block_id(space, key), self.space.generation, &payload(*key, 0));
-            wire::SealBlock { index, length: BLOCK_BYTES as u64, checksum: sum.get() }
-        };
-        let blocks = (0..).zip(keys).map(block).collect();
+        let block = |(index, checksum)| wire::SealBlock { index, length: BLOCK_BYTES as u64, checksum };
+        let blocks = (0..).zip(self.sums(keys)).map(block).collect();
         let seal =
             wire::SealRequest { request_id: 100 + self.last, lease: leased.lease, blocks, durability: 0 };
         let (Answer::Seal(sealed), _) = self.ask(Op::Seal(seal)).await.unwrap() else { panic!() };
         sealed.outcomes().collect()
     }
 
+    /// Checksums of what the blocks should hold.
+    pub(crate) fn sums(&self, keys: &[[u8; 4]]) -> Vec<u64> {
+        let tenant = if self.tenant.is_empty() { "default" } else { &self.tenant };
+        let space = manifest(0).space_id(terrace_core::tenant_id(tenant));
+        let tenant = TenantKey::from_bytes(self.space.tenant_key.as_ref().try_into().unwrap());
+        let sum = |key: &[u8; 4]| {
+            checksum(tenant.block_id(space, key), self.space.generation, &payload(*key, 0)).get()
+        };
+        keys.iter().map(sum).collect()
+    }
+
     pub(crate) async fn release(&mut self, lease: u64) {
         let request = wire::ReleaseRequest { request_id: 100 + self.last, leases: vec![lease] };
         self.ask(Op::Release(request)).await.unwrap();
     }
+}
+
+pub(crate) fn hello() -> LaneHello {
+    LaneHello { version: 1, client: "attacker".into(), ..LaneHello::default() }
 }
 
 pub(crate) fn map(

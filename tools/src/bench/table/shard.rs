@@ -254,7 +254,7 @@ impl Shard {
                 });
             }
             Effect::Notify { notice, .. } => bail!("the core says {notice:?}"),
-            Effect::SetFences { .. } | Effect::Publish { .. } => {}
+            Effect::EndSession { .. } | Effect::SetFences { .. } | Effect::Publish { .. } => {}
             Effect::Read { .. }
             | Effect::Promote { .. }
             | Effect::Cancel { .. }
