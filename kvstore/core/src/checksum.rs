@@ -44,6 +44,19 @@ impl Checksummer {
         self.0.update(bytes);
     }
 
+    /// What came so far, for code that folds it together with the next pieces.
+    pub fn state(&self) -> u64 {
+        self.0.get_state()
+    }
+
+    /// Goes on behind such code. `left` are bytes whose sum, begun with nothing, is that of everything so far.
+    #[must_use]
+    pub fn from_folded(left: &[u8]) -> Self {
+        let mut digest = crc_fast::Digest::new_with_init_state(crc_fast::CrcAlgorithm::Crc64Nvme, 0);
+        digest.update(left);
+        Self(digest)
+    }
+
     /// The checksum of seed and payload.
     pub fn finish(self) -> Checksum {
         Checksum(self.0.finalize())

@@ -50,26 +50,6 @@ pub(crate) fn drain() {
     unsafe { std::arch::x86_64::_mm_sfence() };
 }
 
-/// Fetches a range that will be read soon, while something else is computed.
-///
-/// # Safety
-/// The range must be readable.
-#[cfg(target_arch = "x86_64")]
-pub(crate) unsafe fn fetch(start: *const u8, length: usize) {
-    use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-    for at in (0..length).step_by(64) {
-        // SAFETY: inside the range; and nothing is loaded into a register.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(start.add(at).cast()) };
-    }
-}
-
-/// Elsewhere the processor guesses by itself.
-///
-/// # Safety
-/// None is needed.
-#[cfg(not(target_arch = "x86_64"))]
-pub(crate) unsafe fn fetch(_start: *const u8, _length: usize) {}
-
 /// Elsewhere stores are plain.
 #[cfg(not(target_arch = "x86_64"))]
 pub(crate) fn drain() {}

@@ -11,6 +11,7 @@ pub mod bare;
 
 mod copy;
 mod error;
+mod fold;
 mod frame;
 mod mapping;
 mod shared;

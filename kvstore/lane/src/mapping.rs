@@ -14,9 +14,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use terrace_core::{BlockId, ByteCount, Checksum, Checksummer, Fence};
 
-use crate::copy::{STREAM_BYTES_MIN, drain, stream};
+use crate::copy::drain;
 use crate::error::MapError;
-use crate::shared::{PIECE_BYTES, SharedBytes};
+use crate::fold::{Stores, copy_and_sum};
+use crate::shared::SharedBytes;
 use crate::syscall;
 
 const FENCE_BYTES: usize = size_of::<u64>();
@@ -200,30 +201,23 @@ impl SharedBytesMut {
         assert_eq!(source.len(), self.bytes.len(), "source and target of a copy have one length");
         self.populate();
         let mut summer = Checksummer::new(block, ByteCount::new(source.len() as u64), generation);
-        let mut offset = 0;
-        for piece in source.chunks(PIECE_BYTES) {
-            summer.update(piece);
-            if source.len() < STREAM_BYTES_MIN {
-                self.copy_from(offset, piece);
-            } else {
-                // SAFETY: the pieces lie in the block one after the other, and the block is as long as their sum;
-                // it stays writable while this view lives, and `source` is ordinary memory.
-                unsafe { stream(piece.as_ptr(), self.as_mut_ptr().add(offset), piece.len()) };
-            }
-            offset += piece.len();
-        }
+        let stores = Stores::of(source.len());
+        // SAFETY: the block stays mapped and writable while this view lives and has the source's length; `source` is
+        // ordinary memory, so the two do not overlap.
+        unsafe { copy_and_sum(source.as_ptr(), self.as_mut_ptr(), source.len(), stores, &mut summer) };
         drain();
         summer.finish()
     }
 
-    /// Maps the pages of the block in one call, where each would cost a fault of its own.
+    /// Maps the pages of the block in one call, where each would cost a fault of its own. They are there already:
+    /// populated as if for reading, they are mapped sixteen at a time, and can be written, for the kernel watches
+    /// no writes to this memory. Populated for writing, each is mapped by itself, which takes twice as long.
     fn populate(&self) {
         let start = self.bytes.as_ptr() as usize / PAGE_BYTES * PAGE_BYTES;
         let length = self.bytes.as_ptr() as usize + self.bytes.len() - start;
         // SAFETY: the range is the pages of our own mapping that hold this block. A kernel that does not know the
         // advice, or has no memory, refuses; then the pages fault in one by one.
-        let _refused =
-            unsafe { libc::madvise(start as *mut libc::c_void, length, libc::MADV_POPULATE_WRITE) };
+        let _refused = unsafe { libc::madvise(start as *mut libc::c_void, length, libc::MADV_POPULATE_READ) };
     }
 }
 

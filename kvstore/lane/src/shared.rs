@@ -12,13 +12,11 @@ use std::sync::Arc;
 
 use terrace_core::{BlockId, ByteCount, Checksum, Checksummer};
 
-use crate::copy::{STREAM_BYTES_MIN, drain, fetch, stream};
+use crate::copy::{STREAM_BYTES_MIN, drain, stream};
+use crate::fold::{Stores, copy_and_sum};
 
 // A piece stays in the first-level cache between being copied and being summed.
 pub(crate) const PIECE_BYTES: usize = 16 << 10;
-// Short, so that fetching and summing take turns often.
-const STREAM_PIECE_BYTES: usize = 2 << 10;
-const FETCH_AHEAD_BYTES: usize = 2 * STREAM_PIECE_BYTES;
 
 /// A readable piece of shared memory. Keeps the mapping alive.
 #[derive(Clone)]
@@ -107,43 +105,17 @@ impl SharedBytes {
         drain();
     }
 
-    /// Copies everything out and computes the checksum of what was copied, in
-    /// one pass over the shared memory.
+    /// Copies everything out and computes the checksum of what was copied: each
+    /// shared byte is loaded once.
     ///
     /// # Panics
     /// If `target` has another length.
     pub fn copy_and_checksum(&self, target: &mut [u8], block: BlockId, generation: u64) -> Checksum {
         assert_eq!(target.len(), self.length, "source and target of a copy have one length");
-        if self.length >= STREAM_BYTES_MIN {
-            return self.stream_and_checksum(target, block, generation);
-        }
         let mut summer = Checksummer::new(block, ByteCount::new(self.length as u64), generation);
-        let mut offset = 0;
-        for piece in target.chunks_mut(PIECE_BYTES) {
-            self.copy_part(offset, piece);
-            summer.update(piece);
-            offset += piece.len();
-        }
-        summer.finish()
-    }
-
-    /// Past the cache. What is summed is private already, because the shared bytes
-    /// may change between two looks at them; what comes next is fetched meanwhile.
-    fn stream_and_checksum(&self, target: &mut [u8], block: BlockId, generation: u64) -> Checksum {
-        let mut summer = Checksummer::new(block, ByteCount::new(self.length as u64), generation);
-        let mut between = [0u8; STREAM_PIECE_BYTES];
-        let mut offset = 0;
-        for piece in target.chunks_mut(STREAM_PIECE_BYTES) {
-            let between = &mut between[..piece.len()];
-            self.copy_part(offset, between);
-            let next = (offset + FETCH_AHEAD_BYTES).min(self.length);
-            // SAFETY: the range lies in the view, which stays mapped while `owner` lives.
-            unsafe { fetch(self.start.as_ptr().add(next), STREAM_PIECE_BYTES.min(self.length - next)) };
-            summer.update(between);
-            // SAFETY: both are private memory of ours, of one length, and different buffers.
-            unsafe { stream(between.as_ptr(), piece.as_mut_ptr(), piece.len()) };
-            offset += piece.len();
-        }
+        let (source, stores) = (self.start.as_ptr(), Stores::of(self.length));
+        // SAFETY: as in `copy_to`.
+        unsafe { copy_and_sum(source, target.as_mut_ptr(), self.length, stores, &mut summer) };
         drain();
         summer.finish()
     }

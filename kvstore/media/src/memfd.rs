@@ -4,7 +4,7 @@
 use std::fs::{File, Permissions};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::ptr::NonNull;
 
 use crate::facts;
@@ -12,6 +12,8 @@ use crate::memory::{HUGE_PAGE_BYTES, Holders, PageKind};
 
 /// The machine keeps this much for everything else when a chunk is made.
 const HEADROOM_BYTES: u64 = 256 << 20;
+/// Stays in the second-level cache.
+const FILL_BYTES: usize = 256 << 10;
 /// From `fcntl.h`: which signal says that a lease is broken.
 const F_SETSIG: libc::c_int = 10;
 
@@ -52,6 +54,15 @@ fn lease(probe: &OwnedFd, kind: libc::c_int) -> bool {
         }
         granted
     }
+}
+
+/// What of a mapping is populated.
+#[derive(Clone, Copy)]
+enum Populate {
+    /// Pages and their entries in the page table.
+    New,
+    /// The entries of pages that are there. Many are made at once.
+    AsItIs,
 }
 
 /// A shared read-write mapping of a whole memfd.
@@ -98,8 +109,12 @@ impl Mapping {
         }
     }
 
-    fn populate(&self) -> io::Result<()> {
-        match self.advise(libc::MADV_POPULATE_WRITE) {
+    fn populate(&self, how: Populate) -> io::Result<()> {
+        let advice = match how {
+            Populate::New => libc::MADV_POPULATE_WRITE,
+            Populate::AsItIs => libc::MADV_POPULATE_READ,
+        };
+        match self.advise(advice) {
             Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
                 // A kernel before 5.14: touch each page. Running out of memory then is the kernel's business.
                 for page in (0..self.length).step_by(4096) {
@@ -150,8 +165,27 @@ fn populated(bytes: u64, flags: libc::c_uint, pages: PageKind) -> io::Result<(Ow
     {
         tracing::debug!(%error, "MADV_HUGEPAGE refused");
     }
-    mapping.populate()?;
+    match pages {
+        PageKind::Small => {
+            fill(&fd, bytes)?;
+            mapping.populate(Populate::AsItIs)?;
+        }
+        PageKind::Reserved | PageKind::Transparent => mapping.populate(Populate::New)?,
+    }
     Ok((fd, mapping, pages))
+}
+
+/// Makes the pages of a memfd by writing zeros: less than half of the time of a fault for each of them.
+fn fill(fd: &OwnedFd, bytes: u64) -> io::Result<()> {
+    let zeros = vec![0; FILL_BYTES];
+    let file = File::from(fd.try_clone()?);
+    let mut done = 0;
+    while done < bytes {
+        let piece = usize::try_from(bytes - done).map_or(FILL_BYTES, |rest| rest.min(FILL_BYTES));
+        file.write_all_at(&zeros[..piece], done)?;
+        done += piece as u64;
+    }
+    Ok(())
 }
 
 pub(crate) fn memfd(name: &str, flags: libc::c_uint) -> io::Result<OwnedFd> {
