@@ -5,13 +5,14 @@
 mod common;
 
 use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use common::{PATIENCE, folder, keys, manifest, payload, payloads, socket};
 use terrace_client::{Durability, MatchMode, SealOutcome, Session, Target, wire};
 use terrace_core::DeviceId;
-use terrace_media::{FaultyDevice, Hooks, SlowDevice};
+use terrace_media::{BlockIo, FaultyDevice, Hooks, IoFacts, IoOp, IoRequest, SlowDevice};
 use terraced::{Config, Daemon};
 
 const BLOCKS: u32 = 40;

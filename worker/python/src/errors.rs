@@ -44,9 +44,10 @@ impl From<Failure> for PyErr {
 fn from_client(error: &ClientError) -> PyErr {
     let text = error.to_string();
     match error {
-        ClientError::NoTarget | ClientError::BadAddress { .. } | ClientError::Unreachable { .. } => {
-            ConnectError::new_err(text)
-        }
+        ClientError::NoTarget
+        | ClientError::BadAddress { .. }
+        | ClientError::Unreachable { .. }
+        | ClientError::NoRandom { .. } => ConnectError::new_err(text),
         ClientError::Disconnected => SessionEnded::new_err(text),
         ClientError::NoAnswer { .. } => NoAnswer::new_err(text),
         ClientError::Refused { code, .. } => Refused::new_err((text, format!("{code:?}"))),
