@@ -427,8 +427,6 @@ pub enum Limit {
     RequestsWaitingOfSession,
     /// `Limits::requests_waiting_per_tenant`.
     RequestsWaitingOfTenant,
-    /// Requests of one session that wait for their turn; a limit of the shell.
-    RequestsInFlight,
 }
 
 /// A request that can never be granted as it stands.

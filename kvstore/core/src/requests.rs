@@ -243,13 +243,6 @@ impl Core {
     }
 }
 
-impl Request {
-    /// How much work it is: the blocks that it names, and one for itself.
-    pub fn cost(&self) -> u32 {
-        u32::try_from(blocks_in(self)).unwrap_or(u32::MAX).saturating_add(1)
-    }
-}
-
 /// How many blocks, leases or positions a request names.
 fn blocks_in(op: &Request) -> usize {
     match op {

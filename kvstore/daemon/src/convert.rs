@@ -96,9 +96,6 @@ impl From<Limit> for CallError {
             Limit::LeasedBytesOfSession => {
                 "`limits.leased_bytes_per_session`: release leases or hand windows back first"
             }
-            Limit::RequestsInFlight => {
-                "`limits.requests_in_flight`: too many requests of this session wait for their turn"
-            }
             Limit::RequestsWaiting => "`limits.requests_waiting`: too many requests wait",
             Limit::RequestsWaitingOfSession => {
                 "`limits.requests_waiting_per_session`: too many requests of this session wait"

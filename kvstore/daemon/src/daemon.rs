@@ -107,8 +107,7 @@ impl Daemon {
         let events = EventLogs::new(tenants.all().map(|tenant| tenant.id), config.edges.events_per_tenant);
         let core = core_config(&config, report.incarnation);
         let device_slots = core.device_slots.clone();
-        let in_flight = config.edges.requests_in_flight;
-        let engine = Engine::new(core, Arc::new(media), events, spaces, &completions, in_flight);
+        let engine = Engine::new(core, Arc::new(media), events, spaces, &completions);
         let restored = tokio::task::spawn_blocking({
             let engine = engine.clone();
             let incarnation = report.incarnation;

@@ -20,7 +20,6 @@ use terrace_media::{Access, ChunkMemory, Complete, Media, MediaOp};
 use crate::events::EventLogs;
 use crate::rates::{OpKind, Rates};
 use crate::spaces::Spaces;
-use crate::turns::Gate;
 
 /// Notices that a session may leave unread before it is cut off.
 const NOTICES_MAX: usize = 1024;
@@ -28,7 +27,6 @@ const NOTICES_MAX: usize = 1024;
 /// Drives one core. Shared by every listener.
 pub struct Engine {
     state: Mutex<State>,
-    gate: Arc<Gate>,
     media: Arc<Media>,
     events: EventLogs,
     spaces: Arc<Spaces>,
@@ -79,8 +77,7 @@ impl Completions {
 }
 
 impl Engine {
-    /// An engine around a new core. `completions` is the one whose callback `media` has; `requests_in_flight`
-    /// is how many requests of one session may wait for their turn.
+    /// An engine around a new core. `completions` is the one whose callback `media` has.
     ///
     /// # Panics
     /// If another engine has these completions.
@@ -90,7 +87,6 @@ impl Engine {
         events: EventLogs,
         spaces: Arc<Spaces>,
         completions: &Completions,
-        requests_in_flight: usize,
     ) -> Arc<Self> {
         let sessions_max = config.limits.sessions as usize;
         let engine = Arc::new(Self {
@@ -102,7 +98,6 @@ impl Engine {
                 deadline: None,
                 running: HashMap::new(),
             }),
-            gate: Gate::new(requests_in_flight),
             media,
             events,
             spaces,
@@ -171,16 +166,12 @@ impl Engine {
         }
     }
 
-    /// Asks the core when it is the session's turn. Dropping the future forgets the answer, not a request that has
-    /// had its turn.
+    /// Asks the core. Dropping the future forgets the answer, not the request.
     ///
     /// # Errors
     /// [`Gone`].
     pub async fn ask(&self, session: SessionId, op: Request) -> Result<Reply, Gone> {
         let answer = {
-            let Ok(_turn) = self.gate.turn(session, op.cost()).await else {
-                return Ok(Reply::Throttled(Limit::RequestsInFlight));
-            };
             let mut state = self.state();
             state.request_last += 1;
             let request = RequestId::new(state.request_last);

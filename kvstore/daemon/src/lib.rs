@@ -22,7 +22,6 @@ mod signals;
 mod spaces;
 mod status;
 mod tenant;
-mod turns;
 mod upkeep;
 
 pub use config::{Config, ConfigError, Device, Edges, Tenant};
