@@ -57,7 +57,7 @@ enum Suite {
     Restart,
     /// Prefill and decode tokens per second of one worker on two threads
     Worker,
-    /// Latency of leases and look-ups against a bare echo over a Unix socket
+    /// Latency of leases and look-ups against a bare echo over a Unix socket, and beside a flood
     Lease,
     /// Put and get of five sizes by one to four processes, against bare loops in the same run
     Local,

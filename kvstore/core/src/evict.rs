@@ -12,7 +12,7 @@ use crate::policy::duel::{Duel, Leader};
 use crate::policy::ghost::Step;
 use crate::policy::queues::{Facts, Links, Look, Place, Queues, Slab};
 use crate::policy::s3fifo::S3Fifo;
-use crate::policy::{self, Choice, Lookup};
+use crate::policy::{self, Choice, Lookup, PASTS_MIN, PASTS_REACH};
 use crate::state::block::{Arriving, Block, BlockIndex, BlockTable, Nvme, WRITE_FAULTS_MAX};
 use crate::state::chunk::{ChunkKind, ChunkTable, FrameState};
 use crate::state::count;
@@ -30,10 +30,7 @@ const SWEEP_MAX: u32 = 4096;
 const SWEEP_PAUSE: Micros = Micros::from_millis(10);
 /// Requests between two looks at how many blocks a tier holds.
 const RESIZE_EVERY: u32 = 1024;
-/// Gone blocks whose past is remembered, for each that a small tier holds; at
-/// least, and until it would be more than one for each.
-const PASTS_REACH: u32 = 2;
-const PASTS_MIN: u32 = 4096;
+/// A tier is small, and more than one past for each of its blocks is remembered, until those would be so many.
 const PASTS_SMALL: u32 = 1 << 16;
 /// A block's worth never falls to nothing: of blocks that cost nothing the older goes first.
 const WORTH_MIN: f64 = 1e-15;

@@ -26,4 +26,8 @@ pub use duel::{Duel, Leader};
 pub use ghost::Step;
 pub use replay::{Costs, Replay, Served};
 
+/// Gone blocks whose past is remembered, for each that a small tier holds, and at least.
+pub(crate) const PASTS_REACH: u32 = 2;
+pub(crate) const PASTS_MIN: u32 = 4096;
+
 pub(crate) use choice::{Choice, ChunkFacts, cheapest_chunk};

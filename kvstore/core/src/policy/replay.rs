@@ -12,12 +12,10 @@ use crate::policy::duel::{Duel, Leader};
 use crate::policy::ghost::Step;
 use crate::policy::queues::{Facts, Links, Look, NONE, Place, Queues, Slab};
 use crate::policy::s3fifo::S3Fifo;
-use crate::state::index::{Index, Past};
+use crate::policy::{PASTS_MIN, PASTS_REACH};
+use crate::state::index::{Index, Past, tag};
 use crate::units::{BlockCount, TokenCount};
 
-/// Gone blocks whose past is remembered, for each that the tier holds, and at least.
-const PASTS_REACH: u32 = 2;
-const PASTS_MIN: u32 = 4096;
 /// The memory of S3-FIFO is as long as its main queue.
 const S3_SMALL_PART: u32 = 10;
 
@@ -115,11 +113,6 @@ pub struct Replay {
     duel: Duel,
     tick: Tick,
     path: Vec<u32>,
-}
-
-#[expect(clippy::cast_possible_truncation, reason = "a tag is the low bits of uniform ones")]
-fn tag(block: BlockId) -> u32 {
-    block.as_u128() as u32
 }
 
 impl Replay {

@@ -14,7 +14,7 @@ use crate::ids::{BlockId, DiskFrame, FrameRef, OpId};
 use crate::policy::class::Tick;
 use crate::policy::queues::Links;
 use crate::state::count;
-use crate::state::index::{Index, Past};
+use crate::state::index::{Index, Past, tag};
 use crate::state::space::SpaceIndex;
 use crate::units::{Micros, Now};
 
@@ -356,12 +356,6 @@ pub(crate) struct BlockTable {
     free: Vec<BlockIndex>,
     /// Also knows what blocks without an entry had earned.
     index: Index,
-}
-
-/// The id's own low bits: they are uniform already.
-#[expect(clippy::cast_possible_truncation, reason = "a tag is the low bits of uniform ones")]
-fn tag(id: BlockId) -> u32 {
-    id.as_u128() as u32
 }
 
 impl BlockTable {

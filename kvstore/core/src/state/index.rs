@@ -11,6 +11,8 @@
 //! come and go all day needs no rebuilding: tombstones made `hashbrown` spend a
 //! seventh of an eviction on that. Never iterated.
 
+use crate::ids::BlockId;
+
 /// Cells of an index that holds something.
 const CELLS_MIN: usize = 16;
 /// In the low half of a cell: it holds a past and no slot.
@@ -48,6 +50,12 @@ impl Past {
         let [uses, turn, ..] = cell.to_le_bytes();
         (value_of(cell) & PAST != 0).then_some(Self { turn, uses })
     }
+}
+
+/// Of a block: its id's own low bits, which are uniform already.
+#[expect(clippy::cast_possible_truncation, reason = "a tag is the low bits of uniform ones")]
+pub(crate) fn tag(block: BlockId) -> u32 {
+    block.as_u128() as u32
 }
 
 fn tag_of(cell: u64) -> u32 {
