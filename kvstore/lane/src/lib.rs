@@ -8,10 +8,10 @@
 //! frame may be read or written (fences and leases, checked by the client).
 
 pub mod bare;
+pub mod fold;
 
 mod copy;
 mod error;
-mod fold;
 mod frame;
 mod mapping;
 mod shared;

@@ -14,9 +14,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use terrace_core::{BlockId, ByteCount, Checksum, Checksummer, Fence};
 
-use crate::copy::drain;
 use crate::error::MapError;
-use crate::fold::{Stores, copy_and_sum};
+use crate::fold;
 use crate::shared::SharedBytes;
 use crate::syscall;
 
@@ -201,11 +200,9 @@ impl SharedBytesMut {
         assert_eq!(source.len(), self.bytes.len(), "source and target of a copy have one length");
         self.populate();
         let mut summer = Checksummer::new(block, ByteCount::new(source.len() as u64), generation);
-        let stores = Stores::of(source.len());
         // SAFETY: the block stays mapped and writable while this view lives and has the source's length; `source` is
         // ordinary memory, so the two do not overlap.
-        unsafe { copy_and_sum(source.as_ptr(), self.as_mut_ptr(), source.len(), stores, &mut summer) };
-        drain();
+        unsafe { fold::copy_and_sum(source.as_ptr(), self.as_mut_ptr(), source.len(), &mut summer) };
         summer.finish()
     }
 

@@ -13,10 +13,7 @@ use std::sync::Arc;
 use terrace_core::{BlockId, ByteCount, Checksum, Checksummer};
 
 use crate::copy::{STREAM_BYTES_MIN, drain, stream};
-use crate::fold::{Stores, copy_and_sum};
-
-// A piece stays in the first-level cache between being copied and being summed.
-pub(crate) const PIECE_BYTES: usize = 16 << 10;
+use crate::fold;
 
 /// A readable piece of shared memory. Keeps the mapping alive.
 #[derive(Clone)]
@@ -96,12 +93,16 @@ impl SharedBytes {
     /// If `target` has another length.
     pub fn copy_to(&self, target: &mut [u8]) {
         assert_eq!(target.len(), self.length, "source and target of a copy have one length");
-        if self.length < STREAM_BYTES_MIN {
-            return self.copy_part(0, target);
+        let (source, target) = (self.start.as_ptr(), target.as_mut_ptr());
+        // SAFETY: the source is mapped while `owner` lives and has the target's length; the target is private memory of
+        // ours, so the two do not overlap. Another process may store into the source meanwhile: the bytes are then
+        // arbitrary, which u8 allows, and the caller's fence check throws them away.
+        unsafe {
+            if self.length < STREAM_BYTES_MIN {
+                return std::ptr::copy_nonoverlapping(source, target, self.length);
+            }
+            stream(source, target, self.length);
         }
-        // SAFETY: the source is mapped while `owner` lives and has the target's length; `target` is private memory of
-        // ours, so the two do not overlap. As in `copy_part`, the bytes may be arbitrary.
-        unsafe { stream(self.start.as_ptr(), target.as_mut_ptr(), self.length) };
         drain();
     }
 
@@ -112,40 +113,27 @@ impl SharedBytes {
     /// If `target` has another length.
     pub fn copy_and_checksum(&self, target: &mut [u8], block: BlockId, generation: u64) -> Checksum {
         assert_eq!(target.len(), self.length, "source and target of a copy have one length");
+        // SAFETY: private memory of ours that has the length.
+        unsafe { self.copy_and_checksum_to(target.as_mut_ptr(), block, generation) }
+    }
+
+    /// The same, to memory that is no slice of ours.
+    ///
+    /// # Safety
+    /// `target` must be writable for [`Self::len`] bytes that do not overlap this view.
+    pub unsafe fn copy_and_checksum_to(&self, target: *mut u8, block: BlockId, generation: u64) -> Checksum {
         let mut summer = Checksummer::new(block, ByteCount::new(self.length as u64), generation);
-        let (source, stores) = (self.start.as_ptr(), Stores::of(self.length));
-        // SAFETY: as in `copy_to`.
-        unsafe { copy_and_sum(source, target.as_mut_ptr(), self.length, stores, &mut summer) };
-        drain();
+        // SAFETY: the source is mapped while `owner` lives; the rest is the caller's promise.
+        unsafe { fold::copy_and_sum(self.start.as_ptr(), target, self.length, &mut summer) };
         summer.finish()
     }
 
-    /// The checksum of the bytes as they are now, by way of a small buffer.
+    /// The checksum of the bytes as they are now: each is loaded once.
     pub fn checksum(&self, block: BlockId, generation: u64) -> Checksum {
         let mut summer = Checksummer::new(block, ByteCount::new(self.length as u64), generation);
-        let mut buffer = [0u8; PIECE_BYTES];
-        let mut offset = 0;
-        while offset < self.length {
-            let bytes = PIECE_BYTES.min(self.length - offset);
-            let piece = &mut buffer[..bytes];
-            self.copy_part(offset, piece);
-            summer.update(piece);
-            offset += bytes;
-        }
+        // SAFETY: mapped while `owner` lives.
+        unsafe { fold::sum(self.start.as_ptr(), self.length, &mut summer) };
         summer.finish()
-    }
-
-    fn copy_part(&self, offset: usize, target: &mut [u8]) {
-        let inside = offset.checked_add(target.len()).is_some_and(|end| end <= self.length);
-        assert!(inside, "a part lies inside its whole");
-        // SAFETY: the source range was just checked and stays mapped while
-        // `owner` lives; `target` is private memory of ours, so the two do not
-        // overlap. Another process may store into the source meanwhile: the
-        // bytes are then arbitrary, which u8 allows, and the caller's fence
-        // check throws them away.
-        unsafe {
-            std::ptr::copy_nonoverlapping(self.start.as_ptr().add(offset), target.as_mut_ptr(), target.len());
-        }
     }
 }
 
@@ -160,14 +148,13 @@ mod tests {
         unsafe { SharedBytes::from_raw(owner, start, memory.len()) }
     }
 
-    // A piecewise checksum could drop or repeat bytes at the seams: compare it
-    // with the whole one at lengths around the piece's.
+    // Copies change their way where they begin to go past the cache, and could lose bytes there: they are compared with
+    // the whole at lengths around it.
     #[test]
-    fn pieces_sum_to_the_whole() {
+    fn copies_and_sums_are_of_the_whole() {
         let block = BlockId::from_bytes([7; 16]);
-        let around = |at| [at - 1, at, at + 1];
-        let pieces = around(PIECE_BYTES).into_iter().chain(around(STREAM_BYTES_MIN));
-        for length in pieces.chain([0, 1, 3 * PIECE_BYTES + 5]) {
+        let around = [STREAM_BYTES_MIN - 1, STREAM_BYTES_MIN, STREAM_BYTES_MIN + 1];
+        for length in around.into_iter().chain([0, 1, 3 * 4096 + 5]) {
             let memory: Arc<Vec<u8>> =
                 Arc::new((0..length).map(|at| u8::try_from(at % 251).unwrap()).collect());
             let shared = over(&memory);

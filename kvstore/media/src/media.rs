@@ -11,6 +11,7 @@ use terrace_core::{
     BlockHeader, ByteCount, ChunkId, DeviceId, DiskFrame, Done, Fault, Fence, FrameRef, IoClass, OpId,
     SpaceId, Via,
 };
+use terrace_lane::fold;
 
 use crate::api::{
     Carve, Complete, FoundHeader, MediaConfig, MediaError, MediaFacts, MediaOp, OpenReport, ScanPiece,
@@ -723,7 +724,7 @@ fn bounce(
     let (page, payload) = pages.as_mut_slice()[..end].split_at_mut(4096);
     let (payload, rest) = payload.split_at_mut(length);
     memory.copy_out(index, 0, payload).map_err(|_| Fault::Checksum)?;
-    if terrace_core::checksum(header.block, header.generation, payload) != header.checksum {
+    if fold::checksum(header.block, header.generation, payload) != header.checksum {
         return Err(Fault::Checksum);
     }
     rest.fill(0);

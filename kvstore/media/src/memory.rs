@@ -13,15 +13,13 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{self, AtomicBool, AtomicU64, Ordering};
 
 use terrace_core::{BlockHeader, ByteCount, Checksum, Checksummer, Fence, MIB};
+use terrace_lane::fold;
 
 use crate::memfd::{Mapping, allocate, holders, memfd, probe, reopen, seal, truncate};
 
 /// Size and alignment of a header page, and of everything that O_DIRECT touches.
 pub const PAGE_BYTES: u64 = 4096;
 pub(crate) const HUGE_PAGE_BYTES: u64 = 2 * MIB;
-/// Bytes of shared memory that are copied before they are checksummed at once:
-/// small enough to stay in the L2 cache.
-const SCRATCH_BYTES: usize = 64 << 10;
 
 static NEXT_ID: AtomicU64 = AtomicU64::new(1);
 
@@ -102,8 +100,6 @@ pub struct ChunkMemory {
     frames: u32,
     pages: PageKind,
     sealed: AtomicBool,
-    /// A client could write at some time: its bytes may change under us.
-    ever_writable: AtomicBool,
     /// A descriptor was handed out that leases cannot tell from ours.
     shared_blindly: AtomicBool,
 }
@@ -145,7 +141,6 @@ impl ChunkMemory {
             frames,
             pages,
             sealed: AtomicBool::new(false),
-            ever_writable: AtomicBool::new(access == Access::Window),
             shared_blindly: AtomicBool::new(false),
         };
         for index in 0..frames {
@@ -307,19 +302,8 @@ impl ChunkMemory {
         let target = self.payload(index, 0, expect.length.get())?;
         let length = usize::try_from(expect.length.get()).map_err(|_| self.outside(index, 0, u64::MAX))?;
         let mut summer = Checksummer::new(expect.block, expect.length, expect.generation);
-        let mut scratch = vec![0u8; SCRATCH_BYTES.min(length)];
-        let mut done = 0;
-        while done < length {
-            let bytes = (length - done).min(scratch.len());
-            let piece = &mut scratch[..bytes];
-            // SAFETY: done + bytes <= length, which `payload` checked for both frames; `scratch` is ours alone.
-            unsafe {
-                std::ptr::copy_nonoverlapping(source.add(done), piece.as_mut_ptr(), bytes);
-                summer.update(piece);
-                std::ptr::copy_nonoverlapping(piece.as_ptr(), target.add(done), bytes);
-            }
-            done += bytes;
-        }
+        // SAFETY: `payload` checked both ranges; they are of two frames, and the target's is the caller's alone.
+        unsafe { fold::copy_and_sum(source, target, length, &mut summer) };
         Ok(summer.finish() == expect.checksum)
     }
 
@@ -359,21 +343,8 @@ impl ChunkMemory {
         let source = self.payload(index, 0, expect.length.get())?;
         let mut summer = Checksummer::new(expect.block, expect.length, expect.generation);
         let length = usize::try_from(expect.length.get()).map_err(|_| self.outside(index, 0, u64::MAX))?;
-        if self.ever_writable.load(Ordering::Acquire) {
-            let mut scratch = vec![0u8; SCRATCH_BYTES.min(length)];
-            let mut done = 0;
-            while done < length {
-                let piece = (length - done).min(scratch.len());
-                // SAFETY: done + piece <= length, which `payload` checked.
-                unsafe { std::ptr::copy_nonoverlapping(source.add(done), scratch.as_mut_ptr(), piece) };
-                summer.update(&scratch[..piece]);
-                done += piece;
-            }
-        } else {
-            // SAFETY: `payload` checked the range. No other process could ever map this chunk for writing, and the
-            // core starts no operation that writes a frame while one that reads it is in flight.
-            summer.update(unsafe { std::slice::from_raw_parts(source, length) });
-        }
+        // SAFETY: `payload` checked the range. Each byte is loaded once, whoever may be writing it.
+        unsafe { fold::sum(source, length, &mut summer) };
         Ok(summer.finish())
     }
 

@@ -3,7 +3,8 @@
 
 use std::sync::Arc;
 
-use terrace_core::{BlockHeader, Done, Fault, IoClass, OpId, checksum};
+use terrace_core::{BlockHeader, Done, Fault, IoClass, OpId};
+use terrace_lane::fold;
 
 use crate::api::Complete;
 use crate::device::{BlockIo, IoBuffer, IoOp, IoRequest, PagePool};
@@ -43,5 +44,6 @@ pub(crate) fn holds(frame: &[u8], expect: &BlockHeader) -> bool {
     let Some((page, rest)) = frame.split_at_checked(PAGE) else { return false };
     let payload = usize::try_from(expect.length.get()).ok().and_then(|length| rest.get(..length));
     decode_header(page).is_ok_and(|found| found == *expect)
-        && payload.is_some_and(|bytes| checksum(expect.block, expect.generation, bytes) == expect.checksum)
+        && payload
+            .is_some_and(|bytes| fold::checksum(expect.block, expect.generation, bytes) == expect.checksum)
 }

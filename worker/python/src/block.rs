@@ -17,14 +17,10 @@ use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 
 use terrace_client::{BadBlock, BlockId, Checksum, ReadBlock, SharedBytes, Stale};
-use terrace_core::Checksummer;
 
 use crate::errors::{bad_block, closed, in_use, invalid, stale};
 use crate::lease::Writing;
 use crate::owned::Owned;
-
-// Stays in the first-level cache between being copied, summed and copied on.
-const PIECE_BYTES: usize = 16 << 10;
 
 /// Where the bytes of a sealed block are.
 #[derive(Clone, Debug)]
@@ -153,7 +149,7 @@ impl Source {
             }
             Self::Leased { block, generation } => {
                 // SAFETY: `target` holds the whole block, as the caller vouches.
-                let found = unsafe { copy_and_sum(block, *generation, target) };
+                let found = unsafe { block.bytes().copy_and_checksum_to(target, block.id(), *generation) };
                 if !block.is_valid() {
                     return Err(Stale.into());
                 }
@@ -164,28 +160,6 @@ impl Source {
             }
         }
     }
-}
-
-/// Copies a block out and sums what was copied, piece by piece by way of memory
-/// that nobody else sees, so that the sum is that of the copy.
-///
-/// # Safety
-/// `target` is valid for as many stores as the block has bytes.
-unsafe fn copy_and_sum(block: &ReadBlock, generation: u64, target: *mut u8) -> Checksum {
-    let bytes = block.bytes();
-    let mut summer = Checksummer::new(block.id(), block.length(), generation);
-    let mut buffer = [0u8; PIECE_BYTES];
-    let mut offset = 0;
-    while offset < bytes.len() {
-        let piece = &mut buffer[..PIECE_BYTES.min(bytes.len() - offset)];
-        bytes.part(offset, piece.len()).copy_to(piece);
-        summer.update(piece);
-        // SAFETY: `offset` and the piece lie inside the block's length, for which
-        // the caller vouches; `buffer` is on our stack, so the two do not overlap.
-        unsafe { ptr::copy_nonoverlapping(piece.as_ptr(), target.add(offset), piece.len()) };
-        offset += piece.len();
-    }
-    summer.finish()
 }
 
 /// An address that goes with a closure to where the interpreter is released.

@@ -4,6 +4,7 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use terrace_core::{BlockHeader, BlockId, BlockView, Checksum, Checksummer, Fence, FrameRef};
+use terrace_lane::fold;
 use terrace_media::{MediaFacts, PAGE_BYTES, decode_header};
 use terrace_proto::v1;
 
@@ -139,7 +140,7 @@ fn on_device(path: &Path, offset: u64, header: &BlockHeader) -> Result<Checksum,
     while at < end {
         let bytes = usize::try_from(end - at).unwrap_or(PIECE_BYTES).min(PIECE_BYTES);
         file.read_exact_at(&mut piece[..bytes], at).map_err(failed)?;
-        summer.update(&piece[..bytes]);
+        fold::update(&mut summer, &piece[..bytes]);
         at += bytes as u64;
     }
     Ok(summer.finish())

@@ -14,6 +14,7 @@ use futures_util::stream::{FuturesUnordered, StreamExt};
 use tonic::{Code, Status, Streaming};
 
 use terrace_core::{BlockId, Checksum, Checksummer, Durability, Fence, FrameRef, Grant, Request};
+use terrace_lane::fold;
 use terrace_proto::v1::{self, SealOutcome, write_request::Part};
 
 use crate::convert::{self, CallError};
@@ -148,7 +149,7 @@ impl Write {
             )));
         };
         self.service.metrics().streamed_in(piece.data.len());
-        filling.summer.update(&piece.data);
+        fold::update(&mut filling.summer, &piece.data);
         if let Target::Frame { frame, fence, .. } = &filling.target {
             copy_in(&self.service, *frame, *fence, piece)?;
         }
