@@ -69,7 +69,8 @@ impl BareLoop {
         Ok(Self { ring, _file: file, chunks })
     }
 
-    /// Moves one frame an offset, `depth` at once, and says how long all took.
+    /// Moves one frame an offset, `depth` at once, and says how long all but the last `depth` took: those only keep the
+    /// device at its depth until the others have ended.
     /// `frames` are (chunk, frame), used in turn; at least `depth` of them. What is checked holds the block `expect`.
     ///
     /// # Errors
@@ -95,10 +96,7 @@ impl BareLoop {
             let (chunk, frame) = frames[place];
             self.chunks[chunk].verify(frame, expect).unwrap_or(false)
         };
-        let began = Instant::now();
-        let outcome = drive(&mut self.ring, op, offsets, bytes, &addresses, depth, check);
-        let took = began.elapsed();
-        outcome.map(|()| took)
+        drive(&mut self.ring, op, offsets, bytes, &addresses, depth, check)
     }
 }
 
@@ -110,7 +108,9 @@ fn drive(
     addresses: &[(*mut u8, u16)],
     depth: usize,
     check: impl Fn(usize) -> bool,
-) -> io::Result<()> {
+) -> io::Result<Duration> {
+    let began = Instant::now();
+    let (mut counted, mut took) = (offsets.len().saturating_sub(depth), None);
     let mut next = offsets.iter();
     let mut free: VecDeque<usize> = (0..addresses.len()).collect();
     let mut unchecked = Vec::new();
@@ -137,6 +137,10 @@ fn drive(
         let completions: Vec<_> = ring.completion().collect();
         for completion in completions {
             running -= 1;
+            counted = counted.saturating_sub(1);
+            if counted == 0 && took.is_none() {
+                took = Some(began.elapsed());
+            }
             if u32::try_from(completion.result()) != Ok(bytes) {
                 failed = Some(io::Error::other(format!("an I/O answered {}", completion.result())));
             }
@@ -149,7 +153,7 @@ fn drive(
             }
         }
     }
-    failed.map_or(Ok(()), Err)
+    failed.map_or_else(|| Ok(took.unwrap_or_default()), Err)
 }
 
 fn push(

@@ -56,7 +56,9 @@ struct Rounds {
     media: Vec<f64>,
     media_cpu: Vec<f64>,
     bare: Vec<f64>,
+    bare_cpu: Vec<f64>,
     checked: Vec<f64>,
+    checked_cpu: Vec<f64>,
     fio: Vec<f64>,
 }
 
@@ -77,6 +79,10 @@ fn one_size(dir: &std::path::Path, block_bytes: u64) -> anyhow::Result<Vec<Line>
             if kind == Kind::Read {
                 let cpu = median(&rounds.media_cpu);
                 let cpu_name = format!("media_{name}_read_{depth}_cpu");
+                let bare = median(&rounds.bare_cpu);
+                let checked = median(&rounds.checked_cpu);
+                lines.push(Line::plain(&format!("{cpu_name}_bare"), bare, "s/GiB"));
+                lines.push(Line::plain(&format!("{cpu_name}_checked"), checked, "s/GiB"));
                 lines.push(if depth >= CPU_DEPTH {
                     Line::at_most(&cpu_name, cpu, CPU_MAX + checksum, "s/GiB")
                 } else {
@@ -93,6 +99,7 @@ fn compare(rig: &mut Rig, kind: Kind, depth: usize) -> anyhow::Result<Rounds> {
     let count = usize::try_from(ROUND_BYTES / rig.frame_bytes())?;
     let mut rounds = Rounds::default();
     let moved = float(count as u64 * rig.frame_bytes()) / float(GIB);
+    let block = float(rig.frame_bytes()) / float(GIB);
     for round in 0..ROUNDS {
         // Who goes first changes, so that nobody always finds what another left.
         for turn in 0..4 {
@@ -100,11 +107,17 @@ fn compare(rig: &mut Rig, kind: Kind, depth: usize) -> anyhow::Result<Rounds> {
                 0 => {
                     let (seconds, cpu) = rig.media(kind, depth, count, round)?;
                     rounds.media.push(moved / seconds);
-                    rounds.media_cpu.push(cpu / moved);
+                    rounds.media_cpu.push(cpu / block);
                 }
-                1 => rounds.bare.push(moved / rig.bare(kind.bare(), depth, count, round)?),
+                1 => {
+                    let (seconds, cpu) = rig.bare(kind.bare(), depth, count, round)?;
+                    rounds.bare.push(moved / seconds);
+                    rounds.bare_cpu.push(cpu / block);
+                }
                 2 if kind == Kind::Read => {
-                    rounds.checked.push(moved / rig.bare(BareOp::ReadChecked, depth, count, round)?);
+                    let (seconds, cpu) = rig.bare(BareOp::ReadChecked, depth, count, round)?;
+                    rounds.checked.push(moved / seconds);
+                    rounds.checked_cpu.push(cpu / block);
                 }
                 2 => {}
                 _ => rounds.fio.extend(fio::run(rig, kind, depth)?),

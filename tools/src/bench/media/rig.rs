@@ -1,6 +1,7 @@
 //! Media on a file of its own, filled with blocks, and driven as the daemon
 //! drives it: the completion of one operation starts the next.
 
+use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -20,8 +21,11 @@ const SLOT_BYTES: u64 = 64 * MIB;
 /// Slots: 1 GiB, more than any cache of a device would take for a hit.
 const SLOTS: u32 = 16;
 /// Blocks that media is asked for at once, the daemon's default of `reads_in_flight`;
-/// what the device does not have yet waits in front of it. As many frames in memory.
-const FRAMES: u32 = 64;
+/// what the device does not have yet waits in front of it.
+const ASKED: usize = 64;
+/// Bytes of the frames in memory, which are used in turn. Several times the largest cache: where the device is a thread
+/// of a host, blocks that are read into the same few frames again and again never leave its cache.
+const MEMORY_BYTES: u64 = 512 * MIB;
 /// Odd, so that a median is a round.
 const CHECKSUM_ROUNDS: usize = 9;
 const TIME_MAX: Duration = Duration::from_secs(60);
@@ -71,6 +75,7 @@ pub(super) struct Rig {
     path: PathBuf,
     payload: u64,
     frame: u64,
+    frames: u32,
     places: Vec<Place>,
     op_last: u64,
 }
@@ -87,10 +92,15 @@ struct Drive {
     kind: Kind,
     queue: Vec<Place>,
     running: usize,
+    /// Frames that nothing uses, the one that has rested longest first.
+    free: VecDeque<u32>,
     /// Frames by the operations that use them, which are numbered from `first`.
     frames: Vec<u32>,
     first: u64,
     failed: Option<Fault>,
+    /// What still counts: those behind it only keep the device at its depth until the last one that counts has ended.
+    counted: usize,
+    finished: Option<Instant>,
     ended: Option<Sender<Instant>>,
 }
 
@@ -101,14 +111,18 @@ impl Rig {
         let path = home.join("nvme0.dat");
         std::fs::create_dir_all(&home)?;
         let frame = frame_bytes(ByteCount::new(payload)).context("a block of that size has no frame")?;
+        let frames = u32::try_from(MEMORY_BYTES / frame.get())?;
         let (loose, answers) = channel();
         let drive = Drive {
             kind: Kind::Read,
             queue: Vec::new(),
             running: 0,
+            free: VecDeque::new(),
             frames: Vec::new(),
             first: 0,
             failed: None,
+            counted: 0,
+            finished: None,
             ended: None,
         };
         let pump = Arc::new(Pump {
@@ -137,11 +151,11 @@ impl Rig {
             chunk: CHUNK,
             access: Access::Pool,
             frame_bytes: frame,
-            frames: FRAMES,
+            frames,
         };
         media.start(created);
         let (_, made) = answers.recv_timeout(TIME_MAX)?;
-        ensure!(made.is_ok(), "no memory for {FRAMES} frames: {made:?}");
+        ensure!(made.is_ok(), "no memory for {frames} frames: {made:?}");
         let memory = media.chunk(CHUNK).context("the chunk was made")?;
         let mut rig = Self {
             media,
@@ -151,6 +165,7 @@ impl Rig {
             path,
             payload,
             frame: frame.get(),
+            frames,
             places: Vec::new(),
             op_last: 1,
         };
@@ -167,7 +182,7 @@ impl Rig {
     /// written is right, and whatever is read can be checked.
     fn fill(&mut self) -> anyhow::Result<()> {
         let bytes: Vec<u8> = (0..self.payload).map(|at| byte(at.wrapping_mul(0x9e37_79b9) >> 11)).collect();
-        for index in 0..FRAMES {
+        for index in 0..self.frames {
             self.memory.copy_in(index, 0, &bytes)?;
         }
         let block = BlockId::from_bytes([5; 16]);
@@ -200,7 +215,7 @@ impl Rig {
             }
         }
         let all = self.places.clone();
-        self.drive(Kind::Write, 16, all)?;
+        self.drive(Kind::Write, 16, all.len(), all)?;
         Ok(())
     }
 
@@ -218,7 +233,7 @@ impl Rig {
         (0..count).map(|_| self.places[pick(next())]).collect()
     }
 
-    /// Seconds and CPU seconds of the whole process for `count` blocks.
+    /// Seconds of `count` blocks with the device at its depth throughout, and CPU seconds of the whole process for a block.
     pub(super) fn media(
         &mut self,
         kind: Kind,
@@ -226,13 +241,20 @@ impl Rig {
         count: usize,
         round: usize,
     ) -> anyhow::Result<(f64, f64)> {
-        let queue = self.some(count, round);
+        let queue = self.some(count + depth, round);
+        let moved = super::float(queue.len() as u64);
         let before = cpu_time().as_secs_f64();
-        let seconds = self.drive(kind, depth, queue)?;
-        Ok((seconds, cpu_time().as_secs_f64() - before))
+        let seconds = self.drive(kind, depth, count, queue)?;
+        Ok((seconds, (cpu_time().as_secs_f64() - before) / moved))
     }
 
-    fn drive(&mut self, kind: Kind, depth: usize, mut queue: Vec<Place>) -> anyhow::Result<f64> {
+    fn drive(
+        &mut self,
+        kind: Kind,
+        depth: usize,
+        counted: usize,
+        mut queue: Vec<Place>,
+    ) -> anyhow::Result<f64> {
         queue.reverse();
         let (ended, end) = channel();
         let count = queue.len();
@@ -244,17 +266,20 @@ impl Rig {
                 kind,
                 queue,
                 running: 0,
+                free: (0..self.frames).collect(),
                 frames: Vec::new(),
                 first,
                 failed: None,
+                counted,
+                finished: None,
                 ended: Some(ended),
             };
         }
         self.media.set_bytes_in_flight_max(ByteCount::new(self.frame * depth as u64));
         self.pump.driving.store(true, Ordering::SeqCst);
         let began = Instant::now();
-        for frame in 0..FRAMES {
-            self.pump.next(frame);
+        for _ in 0..ASKED {
+            self.pump.next();
         }
         let finished = end.recv_timeout(TIME_MAX).context("an operation was never answered")?;
         self.pump.driving.store(false, Ordering::SeqCst);
@@ -264,19 +289,22 @@ impl Rig {
         Ok(finished.duration_since(began).as_secs_f64())
     }
 
-    /// Seconds of a bare loop for as many blocks at the same places.
+    /// The same of a bare loop for as many blocks at the same places.
     pub(super) fn bare(
         &mut self,
         op: BareOp,
         depth: usize,
         count: usize,
         round: usize,
-    ) -> anyhow::Result<f64> {
-        let offsets: Vec<u64> = self.some(count, round).iter().map(|place| place.offset).collect();
-        let frames: Vec<(usize, u32)> = (0..FRAMES).map(|frame| (0, frame)).collect();
+    ) -> anyhow::Result<(f64, f64)> {
+        let offsets: Vec<u64> = self.some(count + depth, round).iter().map(|place| place.offset).collect();
+        let frames: Vec<(usize, u32)> = (0..self.frames).map(|frame| (0, frame)).collect();
         let expect = self.places[0].header;
         let mut ring = BareLoop::new(&self.path, vec![Arc::clone(&self.memory)])?;
-        Ok(ring.run(op, &offsets, u32::try_from(self.frame)?, &frames, depth, &expect)?.as_secs_f64())
+        let before = cpu_time().as_secs_f64();
+        let took = ring.run(op, &offsets, u32::try_from(self.frame)?, &frames, depth, &expect)?;
+        let cpu = (cpu_time().as_secs_f64() - before) / super::float(offsets.len() as u64);
+        Ok((took.as_secs_f64(), cpu))
     }
 
     /// CPU seconds a GiB of the checksum by itself, of blocks that just came from
@@ -284,15 +312,15 @@ impl Rig {
     pub(super) fn checksum_seconds_per_gib(&mut self) -> anyhow::Result<f64> {
         let mut rounds = Vec::new();
         for round in 0..CHECKSUM_ROUNDS {
-            self.bare(BareOp::Read, 4, FRAMES as usize, round)?;
+            self.bare(BareOp::Read, 4, self.frames as usize, round)?;
             let before = cpu_time();
-            for index in 0..FRAMES {
+            for index in 0..self.frames {
                 let header = self.places[index as usize].header;
                 ensure!(self.memory.verify(index, &header)?, "frame {index} holds other bytes");
             }
             rounds.push((cpu_time() - before).as_secs_f64());
         }
-        let bytes = super::float(self.payload * u64::from(FRAMES));
+        let bytes = super::float(self.payload * u64::from(self.frames));
         Ok(super::median(&rounds) / (bytes / super::float(terrace_core::GIB)))
     }
 
@@ -329,25 +357,31 @@ impl Pump {
             let _ = self.loose.send((op, outcome));
             return;
         }
-        let frame = {
+        {
             let mut state = self.lock();
             state.running -= 1;
+            state.counted = state.counted.saturating_sub(1);
+            if state.counted == 0 && state.finished.is_none() {
+                state.finished = Some(Instant::now());
+            }
             state.failed = state.failed.or(outcome.err());
-            usize::try_from(op.get() - state.first).ok().and_then(|place| state.frames.get(place).copied())
-        };
-        self.next(frame.unwrap_or(0));
+            let place = usize::try_from(op.get() - state.first).ok();
+            let frame = place.and_then(|place| state.frames.get(place).copied());
+            state.free.extend(frame);
+        }
+        self.next();
     }
 
-    /// Starts the next operation in this frame, or says that all have ended.
-    fn next(&self, target: u32) {
+    /// Starts the next operation, or says that all have ended.
+    fn next(&self) {
         let Some(media) = self.media.get().and_then(Weak::upgrade) else { return };
         let mut state = self.lock();
-        let next = if state.failed.is_none() { state.queue.pop() } else { None };
-        let Some(place) = next else {
+        let place = if state.failed.is_none() { state.queue.pop() } else { None };
+        let Some((place, target)) = place.and_then(|place| Some((place, state.free.pop_front()?))) else {
             if state.running == 0
                 && let Some(ended) = state.ended.take()
             {
-                let _ = ended.send(Instant::now());
+                let _ = ended.send(state.finished.unwrap_or_else(Instant::now));
             }
             return;
         };
