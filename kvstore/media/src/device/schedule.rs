@@ -26,6 +26,9 @@ const RUNNING_MAX: usize = 128;
 const BACKGROUND_PART: u64 = 2;
 /// What is not answered after so many patiences is taken for stuck.
 const STUCK_PATIENCES: u32 = 3;
+/// A look that comes this part of a patience after the last one was kept from coming: the process stood still, or had
+/// no processor.
+const LATE_PART: u32 = 4;
 /// Part of the pool's memory that a device may keep.
 const STUCK_PART: u64 = 100;
 
@@ -101,6 +104,7 @@ struct State {
     /// To be answered by the watch.
     refused: Vec<(IoRequest, Fault)>,
     probing: bool,
+    looked: Instant,
     /// I/Os that were given up and then answered.
     late: u64,
 }
@@ -138,6 +142,7 @@ impl Scheduler {
             health: Health::new(),
             refused: Vec::new(),
             probing: false,
+            looked: Instant::now(),
             late: 0,
         };
         let (state, quiet) = (Mutex::new(state), Condvar::new());
@@ -211,6 +216,7 @@ impl Scheduler {
         let inner = &self.0;
         let now = Instant::now();
         let mut state = inner.lock();
+        state.forgive_standstill(now, inner.patience.io / LATE_PART);
         match &state.health.standing {
             Standing::Well => {
                 let reason = inner.overdue(&state, now).or_else(|| state.health.complaint(peers));
@@ -231,6 +237,17 @@ impl Scheduler {
             Standing::Ejected { .. } => {}
         }
         inner.answer_refused(state);
+    }
+}
+
+impl State {
+    /// Time in which we did not look is not held against the device: it may have answered, and nobody heard.
+    fn forgive_standstill(&mut self, now: Instant, allowed: Duration) {
+        let stood = now.saturating_duration_since(self.looked).saturating_sub(allowed);
+        self.looked = now;
+        for running in self.running.iter_mut().flatten() {
+            running.since = (running.since + stood).min(now);
+        }
     }
 }
 
@@ -455,5 +472,58 @@ impl Drop for Scheduler {
         let drained = state.queues.drain();
         state.refused.extend(drained.into_iter().map(|request| (request, Fault::NotStarted)));
         self.0.answer_refused(state);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Never answers.
+    #[derive(Default)]
+    struct Silent(Mutex<Vec<IoRequest>>);
+
+    impl BlockIo for Silent {
+        fn submit(&self, request: IoRequest) {
+            self.0.lock().unwrap().push(request);
+        }
+
+        fn facts(&self) -> IoFacts {
+            IoFacts::default()
+        }
+    }
+
+    /// A process that was stopped, or had no processor, finds reads that look overdue although their device answered
+    /// in time: five such pauses would eject a healthy device. The time between two looks that lie too far apart must
+    /// not count; a device that is looked at and says nothing must still be taken out.
+    #[test]
+    fn standing_still_is_not_held_against_a_device() {
+        let patience = Patience { io: Duration::from_millis(400), sync: Duration::from_secs(9) };
+        let silent = Arc::new(Silent::default());
+        let io = Arc::clone(&silent) as Arc<dyn BlockIo>;
+        let scheduler = Scheduler::new(DeviceId::new(0), io, PAGE_BYTES, patience, Arc::default());
+        scheduler.submit(IoRequest {
+            op: IoOp::Read,
+            offset: 0,
+            bytes: PAGE_BYTES,
+            buffer: IoBuffer::Pages(AlignedPages::new(PAGE_BYTES)),
+            class: IoClass::DecodeFetch,
+            done: Box::new(|_, _| {}),
+        });
+        let pool = 100 * STUCK_PART * PAGE_BYTES;
+        for _ in 0..2 {
+            std::thread::sleep(patience.io * 2);
+            scheduler.look(None, pool);
+            assert!(scheduler.is_usable(), "we stood still, not the device");
+        }
+        let began = Instant::now();
+        while scheduler.is_usable() {
+            assert!(began.elapsed() < patience.io * 20, "a device that never answers stays in");
+            std::thread::sleep(patience.io / 40);
+            scheduler.look(None, pool);
+        }
+        assert!(began.elapsed() > patience.io / 4, "it was taken out for the time that we stood still");
+        // Whoever drops a scheduler waits for a device that may still answer; this one is out.
+        silent.0.lock().unwrap().clear();
     }
 }
