@@ -19,9 +19,11 @@ mod index;
 mod plan;
 mod pool;
 mod run;
+mod snapshot;
 mod write;
 
 pub use find::{Found, Held, Span};
 pub use ids::{HOLDERS_MAX, HolderId, Key, Limits, Refused, SizeClass, Tier, TierSet};
 pub use index::{Counts, Index};
 pub use plan::{Piece, Plan, source_plan};
+pub use snapshot::BadSnapshot;

@@ -23,14 +23,14 @@ const LOOKED_AT_MAX: u32 = 4_096;
 
 /// What only the writer knows of a run.
 #[derive(Clone, Copy, Debug, Default)]
-struct Note {
+pub(crate) struct Note {
     /// The run that this one goes on from; 0 if none, or if that is gone.
-    parent: u32,
-    parent_birth: u32,
+    pub(crate) parent: u32,
+    pub(crate) parent_birth: u32,
     /// Runs that go on from this one.
-    children: u32,
+    pub(crate) children: u32,
     /// Counts the lives of this number.
-    birth: u32,
+    pub(crate) birth: u32,
 }
 
 /// The writer's own state. One at a time changes the tables.
@@ -38,7 +38,7 @@ struct Note {
 pub(crate) struct Writer {
     extents: FreeExtents,
     runs: Vec<u32>,
-    notes: Vec<Note>,
+    pub(crate) notes: Vec<Note>,
     /// The run that is looked at next when one must go.
     hand: u32,
     /// Operations so far; wraps.
@@ -76,7 +76,7 @@ impl Writer {
         before: Option<Key>,
         blocks: &[Key],
     ) -> u64 {
-        self.reserve(tables);
+        self.reserve(tables, 0);
         let mut at = before.and_then(|key| tables.locate(key)).map(|(place, _)| place);
         let mut part = Part::default();
         let mut added = 0;
@@ -113,6 +113,12 @@ impl Writer {
     /// Gives a block that is not live a place: after the one before it, or in a run of its own.
     fn place(&mut self, tables: &Tables, at: Option<Place>, key: Key) -> Place {
         let place = self.place_after(tables, at, key).unwrap_or_else(|| self.open(tables, at));
+        self.put(tables, place, key);
+        place
+    }
+
+    /// Makes a block live in a slot that has none.
+    pub(crate) fn put(&mut self, tables: &Tables, place: Place, key: Key) {
         let run = tables.runs.at(place.run);
         let slot = &run.keys[(place.position / 8) as usize];
         if slot.load(Ordering::Relaxed) == 0 {
@@ -127,7 +133,6 @@ impl Writer {
         self.blocks += 1;
         let bytes_free = self.bytes_max.saturating_sub(tables.bytes() + self.bytes());
         tables.directory.keep_up(&tables.pool, &mut self.extents, self.blocks, |bytes| bytes <= bytes_free);
-        place
     }
 
     /// The slot after `at`, if the run ends there, or if the slot held this very block before.
@@ -143,7 +148,7 @@ impl Writer {
     }
 
     /// A new run that goes on from `at`.
-    fn open(&mut self, tables: &Tables, at: Option<Place>) -> Place {
+    pub(crate) fn open(&mut self, tables: &Tables, at: Option<Place>) -> Place {
         let run = self.runs.pop().expect("a batch begins only with enough free runs");
         assert!(tables.runs.at(run).live.load(Ordering::Relaxed) == 0, "a free run has no live block");
         let parent = at.map_or(0, |place| place.run);
@@ -185,7 +190,12 @@ impl Writer {
     }
 
     /// A record for a holder that has none in this run.
-    fn admit<'a>(&mut self, tables: &'a Tables, run: &Run, word: u64) -> &'a [AtomicU64; RECORD_WORDS] {
+    pub(crate) fn admit<'a>(
+        &mut self,
+        tables: &'a Tables,
+        run: &Run,
+        word: u64,
+    ) -> &'a [AtomicU64; RECORD_WORDS] {
         let (first, count) = chain_of(run.chain.load(Ordering::Relaxed));
         let holders = run.holders.load(Ordering::Relaxed);
         run.holders.store(holders + 1, Ordering::Relaxed);
@@ -392,14 +402,15 @@ impl Writer {
         }
     }
 
-    /// Makes sure that a batch finds what it may need: makes it within the limit, else forgets the coldest.
-    fn reserve(&mut self, tables: &Tables) {
+    /// Makes sure that a batch, and so many records of one run beside it, find what they may need: makes it within the limit, else forgets the coldest.
+    pub(crate) fn reserve(&mut self, tables: &Tables, records: usize) {
         while self.runs.len() < RUNS_READY {
             if !self.grow_runs(tables) && !self.evict(tables) {
                 panic!("{} bytes hold less than one batch", self.bytes_max);
             }
         }
-        while self.extents.len() < EXTENTS_READY {
+        let extents = EXTENTS_READY + records.div_ceil(EXTENT_RECORDS as usize);
+        while self.extents.len() < extents {
             let room = self.has_room(tables, Pool::segment_bytes());
             let grown = room && tables.pool.grow(&mut self.extents);
             if !grown && !self.evict(tables) {
@@ -514,6 +525,6 @@ fn vacant(tables: &Tables, first: u32, count: u32) -> Option<&[AtomicU64; RECORD
 
 /// Blocks that a record has in any tier.
 #[inline]
-fn all_of(record: &[AtomicU64; RECORD_WORDS]) -> u64 {
+pub(crate) fn all_of(record: &[AtomicU64; RECORD_WORDS]) -> u64 {
     record[1..].iter().fold(0, |bits, word| bits | word.load(Ordering::Relaxed))
 }
