@@ -74,10 +74,10 @@ impl Directory {
         }
     }
 
-    /// Loads the line that [`Self::find`] will need.
+    /// Loads the line that a look-up, a change or both will need.
     #[inline]
     pub(crate) fn warm(&self, hash: u32) -> u64 {
-        self.buckets.at(bucket_of(hash, self.count())).entries[0].load(Ordering::Relaxed)
+        self.buckets.at(bucket_of(hash, self.count())).overflow.load(Ordering::Relaxed)
     }
 
     /// Adds an entry. May take one extent.
@@ -119,7 +119,7 @@ impl Directory {
             return;
         }
         if count == self.buckets.items()
-            && (!grow(Slab::<Bucket>::segment_bytes()) || self.buckets.grow().is_none())
+            && (!grow(self.buckets.segment_bytes()) || self.buckets.grow().is_none())
         {
             return;
         }

@@ -4,12 +4,12 @@ use std::hint::black_box;
 use std::sync::atomic::Ordering;
 
 use crate::ids::{HolderId, Key, SizeClass, Tier};
-use crate::run::{Next, Place, Run, Tables, holder_of, size_of_record};
+use crate::run::{Next, Place, RUN_BLOCKS, Run, Tables, chain_of, holder_of, size_of_record};
 
-/// Readings of a run that changed meanwhile, before it counts as gone.
+/// Readings before a run that was reused meanwhile counts as gone.
 const READINGS_MAX: usize = 4;
-/// How far ahead of a run's first block the directory's line is loaded.
-const AHEAD: usize = 64;
+/// Runs that are looked up together.
+const AHEAD: usize = 16;
 
 /// One holder's part of a prompt. Counts are blocks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,7 +51,6 @@ pub struct Found {
     spans: Vec<Span>,
     /// For each holder's number its index in `holders`, if that index names it.
     slots: Vec<u32>,
-    records: Vec<Words>,
 }
 
 /// A record as it was read: about, and the bits of each tier.
@@ -134,6 +133,14 @@ impl Found {
         let held = &mut self.holders[slot];
         held.size = size_of_record(about);
         held.heat = (about >> 32 & 63) as u8;
+        let full = ones(count);
+        if hbm == full {
+            held.blocks += count;
+            held.fastest[0] += if held.prefix[2] == start { count } else { 0 };
+            held.prefix.iter_mut().filter(|prefix| **prefix == start).for_each(|prefix| *prefix += count);
+            self.add_span(slot, Tier::Hbm, start, start + count);
+            return;
+        }
         held.blocks += all.count_ones();
         if held.prefix[2] == start {
             let whole = run_of_ones(all);
@@ -148,11 +155,6 @@ impl Found {
             held.fastest[0] += (hbm & prefix).count_ones();
             held.fastest[1] += (pinned & !hbm & prefix).count_ones();
             held.fastest[2] += (nvme & !hbm & !pinned & prefix).count_ones();
-        }
-        let full = ones(count);
-        if hbm == full {
-            self.add_span(slot, Tier::Hbm, start, start + count);
-            return;
         }
         let mut left = all;
         while left != 0 {
@@ -197,80 +199,137 @@ const fn ones(count: u32) -> u64 {
     if count == 0 { 0 } else { u64::MAX >> (64 - count) }
 }
 
-pub(crate) fn find(tables: &Tables, prompt: &[Key], found: &mut Found) {
-    found.clear();
-    let (mut start, mut readings) = (0, 0);
-    while start < prompt.len() {
-        if let Some(ahead) = prompt.get(start + AHEAD) {
-            black_box(tables.directory.warm(ahead.hash()));
+/// Fills `found`. Starts again if something was reused under its eyes; where that goes on, the prompt is
+/// cut before it, so this ends whatever a writer does.
+pub(crate) fn find(tables: &Tables, mut prompt: &[Key], found: &mut Found) {
+    let mut readings = 0;
+    while let Err(moved) = read(tables, prompt, found) {
+        readings += 1;
+        if readings >= READINGS_MAX {
+            prompt = &prompt[..moved];
         }
-        let Some((place, seen)) = tables.locate(prompt[start]) else { break };
-        let run = tables.runs.at(place.run);
-        let count = matched(tables, run, place, &prompt[start..]);
-        read_records(tables, run, place.position, count, &mut found.records);
-        if !run.is_unmoved(seen) {
-            readings += 1;
-            if readings == READINGS_MAX {
-                break;
-            }
-            continue;
-        }
-        readings = 0;
-        // A prompt of more blocks than 32 bits count is cut there.
-        let Ok(first) = u32::try_from(start) else { break };
-        let mut records = std::mem::take(&mut found.records);
-        let mut union = 0;
-        for words in &records {
-            union |= words[1] | words[2] | words[3];
-            found.add(*words, first, count);
-        }
-        records.clear();
-        found.records = records;
-        // The blocks live when the run was read, but their last holder may have gone since.
-        let held = run_of_ones(union).min(count);
-        found.blocks = first + held;
-        if held < count {
-            break;
-        }
-        start += count as usize;
     }
 }
 
-/// Blocks of the prompt that the run has from `place` on, all of them live; at least the first.
+/// One reading. Fails with the block at which a run changed hands.
+fn read(tables: &Tables, prompt: &[Key], found: &mut Found) -> Result<(), usize> {
+    found.clear();
+    let mut ahead = Ahead { count: 0, at: 0, places: [(0, Place::of(0)); AHEAD] };
+    let mut start = 0;
+    while start < prompt.len() {
+        let hint = ahead.next(start).map(|place| {
+            let seen = tables.runs.at(place.run).fence.load(Ordering::Acquire);
+            (place, seen, matched(tables, place, &prompt[start..]))
+        });
+        let (place, seen, count) = match hint {
+            Some(found) if found.2 > 0 => found,
+            _ => {
+                let Some((place, seen)) = tables.locate(prompt[start]) else { break };
+                ahead.look(tables, prompt.len(), (start, place));
+                (place, seen, matched(tables, place, &prompt[start..]).max(1))
+            }
+        };
+        let run = tables.runs.at(place.run);
+        let Some(count) = take(tables, run, (place.position, seen), (start, count), found)? else { break };
+        start += count;
+    }
+    Ok(())
+}
+
+/// Adds what a run's holders have of `count` blocks from `start` on; none where nobody has all of them,
+/// and the prompt ends for everybody.
 #[inline]
-fn matched(tables: &Tables, run: &Run, place: Place, prompt: &[Key]) -> u32 {
+fn take(
+    tables: &Tables,
+    run: &Run,
+    (position, seen): (u32, u32),
+    (start, count): (usize, u32),
+    found: &mut Found,
+) -> Result<Option<usize>, usize> {
+    // A prompt of more blocks than 32 bits count is cut there.
+    let Ok(first) = u32::try_from(start) else { return Ok(None) };
+    let (mask, mut union) = (ones(count), 0);
+    tables.each_record(run, |record| {
+        let about = record[0].load(Ordering::Acquire);
+        let bits = |word: usize| record[word].load(Ordering::Acquire) >> position & mask;
+        let words = [about, bits(1), bits(2), bits(3)];
+        let held = words[1] | words[2] | words[3];
+        // A record that changed hands while it was read is left out.
+        if held != 0 && holder_of(record[0].load(Ordering::Relaxed)) == holder_of(about) {
+            union |= held;
+            found.add(words, first, count);
+        }
+        Next::Go
+    });
+    if !run.is_unmoved(seen) {
+        return Err(start);
+    }
+    // The blocks lived when the run was read, but their last holder may have gone since.
+    let held = run_of_ones(union).min(count);
+    found.blocks = first + held;
+    Ok((held == count).then_some(count as usize))
+}
+
+/// Where the runs of a prompt probably are, as each names the one that goes on from it. What is there is
+/// loaded side by side, so that cache misses overlap; nothing of it is trusted before keys were compared.
+struct Ahead {
+    count: usize,
+    /// The place that is used next.
+    at: usize,
+    /// A block of the prompt, and where it may be.
+    places: [(usize, Place); AHEAD],
+}
+
+impl Ahead {
+    #[inline]
+    fn next(&mut self, start: usize) -> Option<Place> {
+        let (block, place) = *self.places[..self.count].get(self.at)?;
+        self.at += 1;
+        (block == start).then_some(place)
+    }
+
+    /// Follows the runs from a known place on.
+    fn look(&mut self, tables: &Tables, blocks: usize, (mut start, mut place): (usize, Place)) {
+        (self.count, self.at) = (0, 1);
+        let mut extents = [(0, 0); AHEAD];
+        while self.count < AHEAD && start < blocks {
+            let run = tables.runs.at(place.run);
+            let last = run.keys[run.keys.len() - 1].load(Ordering::Acquire);
+            extents[self.count] = (last, chain_of(run.chain.load(Ordering::Acquire)).0);
+            self.places[self.count] = (start, place);
+            self.count += 1;
+            let next = run.next.load(Ordering::Acquire);
+            if next == 0 {
+                break;
+            }
+            start += (RUN_BLOCKS - place.position) as usize;
+            place = Place { run: next, position: 0 };
+        }
+        let loaded = extents[..self.count].iter().fold(0, |sum, (keys, records)| {
+            sum ^ tables.pool.load(*keys, 15) ^ tables.pool.load(*records, 0) ^ tables.pool.load(*records, 8)
+        });
+        black_box(loaded);
+    }
+}
+
+/// Blocks of the prompt that the run has from `place` on, all of them live.
+#[inline]
+fn matched(tables: &Tables, place: Place, prompt: &[Key]) -> u32 {
+    let run = tables.runs.at(place.run);
     let live = run_of_ones(run.live.load(Ordering::Acquire) >> place.position);
-    let most = live.min(u32::try_from(prompt.len()).unwrap_or(u32::MAX)).max(1);
+    let most = live.min(u32::try_from(prompt.len()).unwrap_or(u32::MAX));
     let is_here = |count: u32| tables.key(run, place.position + count) == Some(prompt[count as usize]);
-    if most == 1 || is_here(most - 1) {
+    // Keys are chained: where one is equal, all before it are, and where one differs, all after it do.
+    if most == 0 || is_here(most - 1) {
         return most;
     }
-    // Keys are chained: where one differs, all after it do.
+    if !is_here(0) {
+        return 0;
+    }
     let (mut same, mut other) = (0, most - 1);
     while same + 1 < other {
         let middle = same + (other - same) / 2;
         if is_here(middle) { same = middle } else { other = middle }
     }
     same + 1
-}
-
-/// Every record that has one of `count` blocks from `position` on, its bits moved to bit 0. A record that
-/// changed hands while it was read is left out.
-#[inline]
-fn read_records(tables: &Tables, run: &Run, position: u32, count: u32, records: &mut Vec<Words>) {
-    let mask = ones(count);
-    records.clear();
-    tables.each_record(run, |record| {
-        let about = record[0].load(Ordering::Acquire);
-        let bits = |word: usize| record[word].load(Ordering::Acquire) >> position & mask;
-        let words = [about, bits(1), bits(2), bits(3)];
-        let holder = holder_of(about);
-        if words[1] | words[2] | words[3] != 0
-            && holder.is_some()
-            && holder_of(record[0].load(Ordering::Relaxed)) == holder
-        {
-            records.push(words);
-        }
-        Next::Go
-    });
 }

@@ -4,15 +4,18 @@
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
-/// Items in a segment.
-const SEGMENT_ITEMS: u32 = 1 << SEGMENT_SHIFT;
-const SEGMENT_SHIFT: u32 = 10;
-const SEGMENT_MASK: usize = (1 << SEGMENT_SHIFT) - 1;
+/// Items in a segment, as a power of two.
+const SHIFT_MIN: u32 = 10;
+const SHIFT_MAX: u32 = 13;
+/// Segments wanted of a slab that is as large as it may be.
+const SEGMENTS: u64 = 512;
 
 /// A growing array whose items stay where they are.
 #[derive(Debug)]
 pub(crate) struct Slab<T> {
     segments: Box<[OnceLock<Box<[T]>>]>,
+    /// Items in a segment, as a power of two.
+    shift: u32,
     /// Segments made so far. Only the writer changes it.
     made: AtomicU32,
 }
@@ -20,29 +23,31 @@ pub(crate) struct Slab<T> {
 impl<T: Default> Slab<T> {
     /// Room for `items`, none of them made yet.
     pub(crate) fn new(items: u64) -> Self {
-        let segments = items.div_ceil(u64::from(SEGMENT_ITEMS)).max(1);
-        Self { segments: (0..segments).map(|_| OnceLock::new()).collect(), made: AtomicU32::new(0) }
+        let shift = (items / SEGMENTS).checked_ilog2().unwrap_or(0).clamp(SHIFT_MIN, SHIFT_MAX);
+        let segments = items.div_ceil(1 << shift).max(1);
+        Self { segments: (0..segments).map(|_| OnceLock::new()).collect(), shift, made: AtomicU32::new(0) }
     }
 
     /// The item, which must have been made.
     #[inline]
     pub(crate) fn at(&self, index: u32) -> &T {
-        let segment = self.segments[(index >> SEGMENT_SHIFT) as usize].get();
-        &segment.expect("a number in the index names an item that was made")[index as usize & SEGMENT_MASK]
+        let segment = self.segments[(index >> self.shift) as usize].get();
+        &segment.expect("a number in the index names an item that was made")
+            [index as usize & ((1 << self.shift) - 1)]
     }
 
     /// Makes the next segment and says which items it holds; none if the slab is as large as it may be.
     pub(crate) fn grow(&self) -> Option<std::ops::Range<u32>> {
         let made = self.made.load(Ordering::Relaxed);
         let segment = self.segments.get(made as usize)?;
-        segment.get_or_init(|| (0..SEGMENT_ITEMS).map(|_| T::default()).collect());
+        segment.get_or_init(|| (0..1 << self.shift).map(|_| T::default()).collect());
         self.made.store(made + 1, Ordering::Relaxed);
-        Some(made * SEGMENT_ITEMS..(made + 1) * SEGMENT_ITEMS)
+        Some(made << self.shift..(made + 1) << self.shift)
     }
 
     /// Items made so far.
     pub(crate) fn items(&self) -> u32 {
-        self.made.load(Ordering::Relaxed) * SEGMENT_ITEMS
+        self.made.load(Ordering::Relaxed) << self.shift
     }
 
     /// Bytes of all segments and of the array that names them.
@@ -52,8 +57,8 @@ impl<T: Default> Slab<T> {
     }
 
     /// Bytes of one more segment.
-    pub(crate) const fn segment_bytes() -> u64 {
-        SEGMENT_ITEMS as u64 * size_of::<T>() as u64
+    pub(crate) fn segment_bytes(&self) -> u64 {
+        (size_of::<T>() as u64) << self.shift
     }
 }
 
@@ -88,22 +93,28 @@ impl Pool {
         &self.extents.at(extent).0
     }
 
+    /// A word of an extent; 0 of none.
+    #[inline]
+    pub(crate) fn load(&self, extent: u32, word: usize) -> u64 {
+        if extent == 0 { 0 } else { self.at(extent)[word].load(Ordering::Relaxed) }
+    }
+
     /// The extent after this one, or 0.
     #[inline]
     pub(crate) fn next(&self, extent: u32) -> u32 {
-        self.links.at(extent).load(Ordering::Relaxed)
+        self.links.at(extent).load(Ordering::Acquire)
     }
 
     pub(crate) fn link(&self, extent: u32, next: u32) {
-        self.links.at(extent).store(next, Ordering::Relaxed);
+        self.links.at(extent).store(next, Ordering::Release);
     }
 
     pub(crate) fn bytes(&self) -> u64 {
         self.extents.bytes() + self.links.bytes()
     }
 
-    pub(crate) const fn segment_bytes() -> u64 {
-        Slab::<Extent>::segment_bytes() + Slab::<AtomicU32>::segment_bytes()
+    pub(crate) fn segment_bytes(&self) -> u64 {
+        self.extents.segment_bytes() + self.links.segment_bytes()
     }
 
     /// Makes a segment of extents. False if there may be no more.

@@ -36,6 +36,8 @@ pub(crate) struct Run {
     pub(crate) tail: AtomicU32,
     /// Records that have a holder, for the writer.
     pub(crate) holders: AtomicU32,
+    /// The run that probably goes on from the last block of this one; 0 if none was seen.
+    pub(crate) next: AtomicU32,
 }
 
 const _: () = assert!(size_of::<Run>() == 64);
@@ -158,6 +160,14 @@ impl Run {
     pub(crate) fn is_unmoved(&self, seen: u32) -> bool {
         fence(Ordering::Acquire);
         self.fence.load(Ordering::Relaxed) == seen
+    }
+
+    /// Moves the hint, which readers do not trust.
+    #[inline]
+    pub(crate) fn set_next(&self, next: u32) {
+        if self.next.load(Ordering::Relaxed) != next {
+            self.next.store(next, Ordering::Release);
+        }
     }
 
     /// The position after the last live block.

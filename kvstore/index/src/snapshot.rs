@@ -107,7 +107,7 @@ impl Index {
             }
             for (_, parent, new) in &numbers {
                 if let Ok(at) = numbers.binary_search_by_key(parent, |(old, ..)| *old) {
-                    writer.adopt(numbers[at].2, *new);
+                    writer.adopt(&index.tables, numbers[at].2, *new);
                 }
             }
         }
@@ -234,13 +234,14 @@ impl Writer {
     }
 
     /// Notes that `child` goes on from `parent`, if neither is gone.
-    fn adopt(&mut self, parent: (u32, u32), child: (u32, u32)) {
+    fn adopt(&mut self, tables: &Tables, parent: (u32, u32), child: (u32, u32)) {
         let is_here = |(number, birth): (u32, u32)| self.notes[number as usize].birth == birth;
         if is_here(parent) && is_here(child) && parent.0 != child.0 {
             self.notes[0].children -= 1;
             self.notes[parent.0 as usize].children += 1;
             let note = &mut self.notes[child.0 as usize];
             (note.parent, note.parent_birth) = parent;
+            tables.runs.at(parent.0).set_next(child.0);
         }
     }
 }

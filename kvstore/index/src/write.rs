@@ -1,9 +1,10 @@
 //! The writer's side: what changes runs, and what it forgets to stay within the limit.
 
+use std::hint::black_box;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::ids::{HolderId, Key, SizeClass, TierSet};
-use crate::pool::{FreeExtents, Pool, Slab};
+use crate::pool::{FreeExtents, Pool};
 use crate::run::{
     EXTENT_RECORDS, Next, Place, RECORD_WORDS, RUN_BLOCKS, Run, Tables, about, age_at, chain_of, chain_word,
     heat_at, holder_of, in_tiers, used,
@@ -80,11 +81,25 @@ impl Writer {
         let mut at = before.and_then(|key| tables.locate(key)).map(|(place, _)| place);
         let mut part = Part::default();
         let mut added = 0;
-        for key in blocks {
+        let mut is_warm = false;
+        for (number, key) in blocks.iter().enumerate() {
             let place = match self.known(tables, at, *key) {
                 Some(place) => place,
-                None => self.place(tables, at, *key),
+                None => {
+                    // Most blocks after a new one are new: their cache misses overlap.
+                    if !is_warm {
+                        warm(tables, blocks[number..].iter().copied());
+                        is_warm = true;
+                    }
+                    self.place(tables, at, *key)
+                }
             };
+            if let Some(before) = at
+                && before.position + 1 == RUN_BLOCKS
+                && place.position == 0
+            {
+                tables.runs.at(before.run).set_next(place.run);
+            }
             if place.run != part.run {
                 added += self.hold(tables, (holder, tiers, size), part);
                 part = Part { run: place.run, mask: 0 };
@@ -98,13 +113,17 @@ impl Writer {
     /// Where a live block is, if it is. Most blocks follow the one before.
     #[inline]
     fn known(&self, tables: &Tables, at: Option<Place>, key: Key) -> Option<Place> {
-        if let Some(Place { run, position }) = at
-            && position + 1 < RUN_BLOCKS
-        {
+        if let Some(Place { run, position }) = at {
             let here = tables.runs.at(run);
-            let live = here.live.load(Ordering::Relaxed) >> (position + 1) & 1 == 1;
-            if live && tables.key(here, position + 1) == Some(key) {
-                return Some(Place { run, position: position + 1 });
+            let next = if position + 1 < RUN_BLOCKS {
+                Place { run, position: position + 1 }
+            } else {
+                Place { run: here.next.load(Ordering::Relaxed), position: 0 }
+            };
+            let there = tables.runs.at(next.run);
+            let live = there.live.load(Ordering::Relaxed) >> next.position & 1 == 1;
+            if live && tables.key(there, next.position) == Some(key) {
+                return Some(next);
             }
         }
         tables.locate(key).map(|(place, _)| place)
@@ -128,11 +147,13 @@ impl Writer {
             run.move_fence();
         }
         tables.set_key(run, place.position, key);
-        run.live.fetch_or(1 << place.position, Ordering::Release);
+        let live = run.live.load(Ordering::Relaxed) | 1 << place.position;
+        run.live.store(live, Ordering::Release);
         tables.directory.insert(&tables.pool, &mut self.extents, key.hash(), place.bits());
         self.blocks += 1;
-        let bytes_free = self.bytes_max.saturating_sub(tables.bytes() + self.bytes());
-        tables.directory.keep_up(&tables.pool, &mut self.extents, self.blocks, |bytes| bytes <= bytes_free);
+        let (own, most) = (self.bytes(), self.bytes_max);
+        let has_room = |bytes| tables.bytes() + own + bytes <= most;
+        tables.directory.keep_up(&tables.pool, &mut self.extents, self.blocks, has_room);
     }
 
     /// The slot after `at`, if the run ends there, or if the slot held this very block before.
@@ -181,7 +202,7 @@ impl Writer {
         let before = all_of(record);
         for (word, bits) in record[1..].iter().zip(in_tiers(tiers, part.mask)) {
             if bits != 0 {
-                word.fetch_or(bits, Ordering::Release);
+                word.store(word.load(Ordering::Relaxed) | bits, Ordering::Release);
             }
         }
         let added = u64::from((part.mask & !before).count_ones());
@@ -267,13 +288,13 @@ impl Writer {
         let before = all_of(record);
         for (word, bits) in record[1..].iter().zip(in_tiers(tiers, part.mask)) {
             if bits != 0 {
-                word.fetch_and(!bits, Ordering::Relaxed);
+                word.store(word.load(Ordering::Relaxed) & !bits, Ordering::Release);
             }
         }
         let after = all_of(record);
         if after == 0 {
             record[0].store(0, Ordering::Release);
-            run.holders.fetch_sub(1, Ordering::Relaxed);
+            run.holders.store(run.holders.load(Ordering::Relaxed) - 1, Ordering::Relaxed);
             self.records -= 1;
         }
         let mut dead = before & !after;
@@ -297,10 +318,8 @@ impl Writer {
         let run = tables.runs.at(number);
         let live = run.live.load(Ordering::Relaxed) & !dead;
         run.live.store(live, Ordering::Release);
-        let mut left = dead;
-        while left != 0 {
-            let position = left.trailing_zeros();
-            left &= left - 1;
+        warm(tables, positions(dead).filter_map(|position| tables.key(run, position)));
+        for position in positions(dead) {
             let key = tables.key(run, position).expect("a block that was live has a key");
             tables.directory.remove(&tables.pool, key.hash(), Place { run: number, position }.bits());
             self.blocks -= 1;
@@ -329,6 +348,7 @@ impl Writer {
         run.chain.store(0, Ordering::Relaxed);
         run.tail.store(0, Ordering::Relaxed);
         run.holders.store(0, Ordering::Relaxed);
+        run.next.store(0, Ordering::Relaxed);
         self.give_chain(&tables.pool, first);
         let note = self.notes[number as usize];
         let parent = &mut self.notes[note.parent as usize];
@@ -411,7 +431,7 @@ impl Writer {
         }
         let extents = EXTENTS_READY + records.div_ceil(EXTENT_RECORDS as usize);
         while self.extents.len() < extents {
-            let room = self.has_room(tables, Pool::segment_bytes());
+            let room = self.has_room(tables, tables.pool.segment_bytes());
             let grown = room && tables.pool.grow(&mut self.extents);
             if !grown && !self.evict(tables) {
                 panic!("{} bytes hold less than one batch", self.bytes_max);
@@ -424,7 +444,7 @@ impl Writer {
     }
 
     fn grow_runs(&mut self, tables: &Tables) -> bool {
-        if !self.has_room(tables, Slab::<Run>::segment_bytes() + 64 * size_of::<Note>() as u64) {
+        if !self.has_room(tables, tables.runs.segment_bytes() + tables.runs.segment_bytes() / 2) {
             return false;
         }
         let Some(range) = tables.runs.grow() else { return false };
@@ -495,6 +515,20 @@ impl Writer {
         let live = run.live.load(Ordering::Relaxed);
         self.bury(tables, number, live);
     }
+}
+
+/// Loads the directory's lines for keys side by side.
+fn warm(tables: &Tables, keys: impl Iterator<Item = Key>) {
+    black_box(keys.fold(0, |sum, key| sum ^ tables.directory.warm(key.hash())));
+}
+
+/// The positions of a mask's ones.
+fn positions(mut mask: u64) -> impl Iterator<Item = u32> {
+    std::iter::from_fn(move || {
+        let position = mask.trailing_zeros();
+        mask &= mask.checked_sub(1)?;
+        Some(position)
+    })
 }
 
 /// The slot after or before `at`, if it holds this block.
