@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering, fence};
 use crate::pool::{FreeExtents, Pool, Slab};
 
 /// Entries wanted in a bucket, on average. Buckets that wait for their split have up to twice as many.
-const LOAD: u32 = 4;
+const LOAD: u32 = 3;
 const SLOTS: usize = 7;
 
 /// Seven entries (hash in the high half, place in the low; 0 if empty) and the first overflow extent.

@@ -9,7 +9,7 @@ use crate::run::{Next, Place, RUN_BLOCKS, Run, Tables, chain_of, holder_of, size
 /// Readings before a run that was reused meanwhile counts as gone.
 const READINGS_MAX: usize = 4;
 /// Runs that are looked up together.
-const AHEAD: usize = 16;
+const AHEAD: usize = 32;
 
 /// One holder's part of a prompt. Counts are blocks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
