@@ -10,6 +10,7 @@ mod catalog;
 mod control;
 mod eviction;
 mod fair;
+mod index;
 mod local;
 mod media;
 mod prompt;
@@ -69,6 +70,8 @@ enum Suite {
     LocalBareGrpc,
     /// The residency table: time and memory for each block, and two threads against one
     Table,
+    /// The router's index: stores, removals, look-ups alone and beside a writer, and memory for each entry
+    Index,
     /// Device reads and writes against a bare io_uring loop and fio; write amplification
     Media,
     /// A start with a million blocks, commits, and the rebuild of a lost catalog
@@ -177,6 +180,7 @@ pub(crate) async fn run(options: Options, format: Format) -> anyhow::Result<Exit
         Suite::LocalClient => return local::client::serve().await.map(|()| ExitCode::SUCCESS),
         Suite::LocalBareGrpc => return local::serve_bare().await.map(|()| ExitCode::SUCCESS),
         Suite::Table => table::run()?,
+        Suite::Index => index::run()?,
         Suite::Media => media::run(&options).await?,
         Suite::Catalog => catalog::run(&options).await?,
     };
