@@ -1,3 +1,5 @@
+//! Reports, failures and work in flight of a fleet.
+
 use super::*;
 
 fn load(name: &str, pid: u32) -> WorkerLoad {

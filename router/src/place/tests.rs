@@ -1,3 +1,5 @@
+//! Placement: each term by itself, and the choices that follow from them.
+
 use super::source::{Link, Run, Tier};
 use super::*;
 

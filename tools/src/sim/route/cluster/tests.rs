@@ -1,3 +1,5 @@
+//! The simulated cluster: times made by hand, late events, turns, and replays that repeat.
+
 use super::*;
 
 /// Requests as they are written in a trace, 100 tokens a block.
