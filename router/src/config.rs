@@ -55,6 +55,10 @@ pub struct Options {
     /// Most workers that one request is tried on.
     #[arg(long, default_value_t = 4)]
     pub attempts_max: u32,
+    /// How freely a request goes to a worker that is nearly as good as the best one; 0 always takes the best.
+    /// Several routers before the same workers want about 0.05.
+    #[arg(long, default_value_t = 0.0)]
+    pub temperature: f64,
 }
 
 /// Checked settings.
@@ -90,16 +94,24 @@ pub struct Config {
     pub index_wait: Duration,
     /// Most workers that one request is tried on.
     pub attempts_max: u32,
+    /// How freely a request goes to a worker that is nearly as good as the best one.
+    pub temperature: f64,
 }
 
 /// A setting that cannot be used.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
 pub enum BadConfig {
     /// A limit of zero would refuse every request.
     #[error("--{name} is 0, which refuses every request; give at least 1")]
     Zero {
         /// The option.
         name: &'static str,
+    },
+    /// A temperature that is no number of 0 or more.
+    #[error("--temperature is {found}: it must be from 0 to 1")]
+    Temperature {
+        /// What was given.
+        found: f64,
     },
     /// The daemon's address is no URL.
     #[error("--grpc {found} is no address; write it like http://127.0.0.1:7100")]
@@ -125,6 +137,9 @@ impl Options {
         if let Some((name, _)) = limits.into_iter().find(|(_, limit)| *limit == 0) {
             return Err(BadConfig::Zero { name });
         }
+        if !(0.0..=1.0).contains(&self.temperature) {
+            return Err(BadConfig::Temperature { found: self.temperature });
+        }
         if tonic::transport::Endpoint::from_shared(self.grpc.clone()).is_err() || !self.grpc.contains("://") {
             return Err(BadConfig::Address { found: self.grpc });
         }
@@ -144,6 +159,7 @@ impl Options {
             worker_wait: Duration::from_millis(self.worker_wait_ms),
             index_wait: Duration::from_millis(self.index_wait_ms),
             attempts_max: self.attempts_max,
+            temperature: self.temperature,
         })
     }
 }
@@ -165,6 +181,7 @@ mod tests {
         );
         let error = options(&["--grpc", "localhost"]).check().unwrap_err();
         assert!(error.to_string().contains("--grpc localhost"), "{error}");
+        assert!(options(&["--temperature", "NaN"]).check().is_err());
         assert!(options(&[]).check().is_ok());
     }
 }

@@ -2,12 +2,13 @@
 //! router itself has in flight on each.
 //!
 //! Reports lag by some hundred milliseconds, so the router's own count stands
-//! beside them and the larger of the two is believed. While the daemon is away
-//! the last known workers stay; one whose endpoint fails is left alone for a
-//! while, longer after each failure in a row.
+//! beside them and the larger of the two is believed, as far as the worker still
+//! reports work ([`Active`]). What prompts took on a worker calibrates what the
+//! next ones will. While the daemon is away the last known workers stay; one
+//! whose endpoint fails is left alone for a while, longer after each failure in
+//! a row.
 
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -16,7 +17,9 @@ use terrace_proto::v1::{WorkerLoad, WorkerRole};
 use tokio::sync::watch;
 use tonic::transport::{Channel, Endpoint};
 
-use crate::place::Candidate;
+use crate::place::active::{Active, Reported};
+use crate::place::rate::{Calibration, Prefill};
+use crate::place::{Candidate, Decodes};
 
 /// Most workers kept.
 const WORKERS_MAX: usize = 1024;
@@ -32,12 +35,17 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
 /// A worker that does not answer pings for this long is gone.
 const PING_EVERY: Duration = Duration::from_secs(10);
 const PING_TIMEOUT: Duration = Duration::from_secs(10);
+/// Fewer computed tokens say more of calls and queues than of computing.
+const OBSERVED_TOKENS_MIN: u32 = 32;
+/// Share of a measured time that is computing at least, however slow loading was said to be.
+const COMPUTE_SHARE_MIN: f64 = 0.1;
 
 /// All known workers. Cheap to ask; safe to share.
 #[derive(Debug)]
 pub struct Fleet {
     state: Mutex<State>,
     changed: watch::Sender<()>,
+    clock: Instant,
 }
 
 #[derive(Debug, Default)]
@@ -59,11 +67,29 @@ struct Entry {
     absent_since: Option<Instant>,
 }
 
-/// What this router has in flight on one worker.
-#[derive(Debug, Default)]
+/// What this router has in flight on one worker process, and what it learned of it.
+#[derive(Debug)]
 struct Own {
-    requests: AtomicU32,
-    tokens: AtomicU64,
+    /// Where the seconds of its times begin.
+    clock: Instant,
+    known: Mutex<Known>,
+}
+
+#[derive(Debug, Default)]
+struct Known {
+    active: Active,
+    calibration: Option<Calibration>,
+}
+
+impl Own {
+    fn seconds(&self) -> f64 {
+        self.clock.elapsed().as_secs_f64()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Known> {
+        // Each change is one call, complete before the lock is let go.
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 /// One worker, as it was when asked for.
@@ -97,28 +123,42 @@ pub struct View {
 #[derive(Debug)]
 pub struct InFlight {
     own: Arc<Own>,
-    tokens: u64,
+    job: u64,
     changed: watch::Sender<()>,
 }
 
 impl InFlight {
     /// The prompt is computed: only the request itself still counts.
     pub fn computed(&mut self) {
-        self.own.tokens.fetch_sub(std::mem::take(&mut self.tokens), Ordering::Relaxed);
+        let now = self.own.seconds();
+        self.own.lock().active.computed(self.job, now);
     }
 }
 
 impl Drop for InFlight {
     fn drop(&mut self) {
-        self.computed();
-        self.own.requests.fetch_sub(1, Ordering::Relaxed);
+        let now = self.own.seconds();
+        self.own.lock().active.end(self.job, now);
         self.changed.send_replace(());
     }
 }
 
+/// What a worker said of a prompt that it computed.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Computed {
+    /// Tokens that it found.
+    pub cached_tokens: u32,
+    /// Tokens that it computed.
+    pub computed_tokens: u32,
+    /// Microseconds that both took.
+    pub prefill_us: u64,
+    /// Seconds of that which loading should have taken.
+    pub load_seconds: f64,
+}
+
 impl Default for Fleet {
     fn default() -> Self {
-        Self { state: Mutex::default(), changed: watch::Sender::new(()) }
+        Self { state: Mutex::default(), changed: watch::Sender::new(()), clock: Instant::now() }
     }
 }
 
@@ -132,7 +172,7 @@ impl Fleet {
         let mut known = std::mem::take(&mut state.workers);
         for load in reports.workers.iter().take(WORKERS_MAX) {
             let known = known.remove(&load.name);
-            if let Some(entry) = Entry::updated(known, load) {
+            if let Some(entry) = Entry::updated(known, load, self.clock) {
                 state.workers.insert(load.name.clone(), entry);
             }
         }
@@ -184,11 +224,28 @@ impl Fleet {
         self.changed.subscribe()
     }
 
-    /// Counts one request with this many prompt tokens to compute, from now on.
-    pub fn begin(&self, worker: &Worker, tokens: u64) -> InFlight {
-        worker.own.requests.fetch_add(1, Ordering::Relaxed);
-        worker.own.tokens.fetch_add(tokens, Ordering::Relaxed);
-        InFlight { own: Arc::clone(&worker.own), tokens, changed: self.changed.clone() }
+    /// Counts one request with this many prompt tokens to compute, in about so
+    /// many seconds, from now on.
+    pub fn begin(&self, worker: &Worker, tokens: u64, seconds: f64) -> InFlight {
+        let now = worker.own.seconds();
+        let job = worker.own.lock().active.send(tokens, seconds, now);
+        InFlight { own: Arc::clone(&worker.own), job, changed: self.changed.clone() }
+    }
+
+    /// Learns from a prompt that a worker has computed.
+    pub fn computed(&self, worker: &Worker, computed: Computed) {
+        if computed.computed_tokens < OBSERVED_TOKENS_MIN {
+            return;
+        }
+        let whole = Duration::from_micros(computed.prefill_us).as_secs_f64();
+        let seconds = (whole - computed.load_seconds).max(whole * COMPUTE_SHARE_MIN);
+        let guess = || Calibration::new(Prefill::of_rate(worker.load.prefill_tokens_per_second));
+        let mut known = worker.own.lock();
+        known.calibration.get_or_insert_with(guess).observe(
+            computed.cached_tokens.into(),
+            computed.computed_tokens.into(),
+            seconds,
+        );
     }
 
     /// The worker's endpoint failed: leave it alone for a while. One that no
@@ -238,7 +295,7 @@ impl State {
 
 impl Entry {
     /// The entry of a reported worker: the known one if it is the same process.
-    fn updated(known: Option<Self>, load: &WorkerLoad) -> Option<Self> {
+    fn updated(known: Option<Self>, load: &WorkerLoad, clock: Instant) -> Option<Self> {
         if let Some(mut entry) = known
             && entry.load.endpoint == load.endpoint
             && entry.load.pid == load.pid
@@ -263,7 +320,7 @@ impl Entry {
         Some(Self {
             load: load.clone(),
             channel,
-            own: Arc::default(),
+            own: Arc::new(Own { clock, known: Mutex::default() }),
             failures: 0,
             suspended_until: None,
             is_busy: false,
@@ -272,119 +329,37 @@ impl Entry {
     }
 
     fn worker(&self, space: usize) -> Worker {
-        let own_requests = self.own.requests.load(Ordering::Relaxed);
-        let own_tokens = self.own.tokens.load(Ordering::Relaxed);
-        let reported = self.load.active_requests.saturating_add(self.load.queued_requests);
+        let load = &self.load;
+        let reported = Reported {
+            requests: load.active_requests.saturating_add(load.queued_requests),
+            pending_tokens: load.pending_tokens,
+        };
+        let now = self.own.seconds();
+        let known = self.own.lock();
+        let guess = || Prefill::of_rate(load.prefill_tokens_per_second);
         let candidate = Candidate {
+            view: space,
             space,
-            pending_tokens: self.load.pending_tokens.max(own_tokens),
-            requests: reported.max(own_requests),
-            requests_max: self.load.requests_max,
-            prefill_rate: self.load.prefill_tokens_per_second,
-            decode_rate: self.load.decode_tokens_per_second,
+            queued_seconds: known.active.queue_seconds(now, reported),
+            pending_tokens: known.active.pending_tokens(now, reported),
+            requests: known.active.requests(now, reported),
+            requests_max: load.requests_max,
+            decodes: match load.role() {
+                WorkerRole::Prefill => Decodes::Elsewhere,
+                WorkerRole::Decode | WorkerRole::Unspecified => Decodes::Here,
+            },
+            prefill: known.calibration.map_or_else(guess, |calibration| calibration.cost()),
+            decode_rate: load.decode_tokens_per_second,
         };
         Worker {
-            load: self.load.clone(),
+            load: load.clone(),
             candidate,
             channel: self.channel.clone(),
-            is_filled: self.load.requests_max > 0 && own_requests >= self.load.requests_max,
+            is_filled: load.requests_max > 0 && known.active.count() >= load.requests_max,
             own: Arc::clone(&self.own),
         }
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn load(name: &str, pid: u32) -> WorkerLoad {
-        WorkerLoad {
-            name: name.to_owned(),
-            role: WorkerRole::Decode.into(),
-            endpoint: "http://127.0.0.1:1".to_owned(),
-            pid,
-            space: Some(v1::SpaceManifest::default()),
-            requests_max: 2,
-            ..WorkerLoad::default()
-        }
-    }
-
-    fn reports(incarnation: u64, workers: &[WorkerLoad]) -> v1::ObserveResponse {
-        v1::ObserveResponse { incarnation, workers: workers.to_vec(), pressures: Vec::new() }
-    }
-
-    fn names(fleet: &Fleet, now: Instant) -> Vec<String> {
-        fleet.view(now, |_| true).decode.into_iter().map(|worker| worker.load.name).collect()
-    }
-
-    /// A daemon that restarts knows no worker for a moment; dropping them all would answer 503 to
-    /// everybody although each worker is alive. One that the same daemon forgot is really gone.
-    #[tokio::test]
-    async fn workers_survive_a_restart_of_the_daemon() {
-        let (fleet, now) = (Fleet::default(), Instant::now());
-        fleet.observe(&reports(1, &[load("a", 1), load("b", 2)]), now);
-        fleet.observe(&reports(1, &[load("a", 1)]), now);
-        assert_eq!(names(&fleet, now), ["a"]);
-        fleet.observe(&reports(2, &[]), now);
-        fleet.observe(&reports(2, &[]), now + Duration::from_secs(1));
-        assert_eq!(names(&fleet, now), ["a"]);
-        fleet.observe(&reports(2, &[]), now + ABSENT_MAX);
-        assert!(names(&fleet, now).is_empty());
-        // Without the daemon's word, the first failure is the last.
-        fleet.observe(&reports(2, &[load("a", 1)]), now);
-        fleet.observe(&reports(3, &[]), now);
-        let worker = fleet.view(now, |_| true).decode.remove(0);
-        fleet.failed(&worker, now);
-        assert!(fleet.loads().is_empty());
-    }
-
-    /// A worker that fails must be left alone for a growing while, and a successor under the same name
-    /// must not inherit that, nor the work in flight of the dead one.
-    #[tokio::test]
-    async fn failures_suspend_one_process_only() {
-        let (fleet, now) = (Fleet::default(), Instant::now());
-        fleet.observe(&reports(1, &[load("a", 1)]), now);
-        let worker = fleet.view(now, |_| true).decode.remove(0);
-        let _in_flight = fleet.begin(&worker, 100);
-        fleet.failed(&worker, now);
-        fleet.failed(&worker, now);
-        assert!(names(&fleet, now + SUSPEND).is_empty());
-        assert_eq!(names(&fleet, now + SUSPEND * 2), ["a"]);
-        fleet.observe(&reports(1, &[load("a", 2)]), now);
-        fleet.failed(&worker, now);
-        let successor = fleet.view(now, |_| true).decode.remove(0);
-        assert_eq!((successor.candidate.requests, successor.candidate.pending_tokens), (0, 0));
-    }
-
-    /// Reports lag: two requests sent within one report must count at once, and cease to count when they end.
-    #[tokio::test]
-    async fn work_in_flight_counts_before_it_is_reported() {
-        let (fleet, now) = (Fleet::default(), Instant::now());
-        let reported = WorkerLoad { active_requests: 1, pending_tokens: 30, ..load("a", 1) };
-        fleet.observe(&reports(1, &[reported]), now);
-        let view = || fleet.view(now, |_| true).decode.remove(0);
-        let mut first = fleet.begin(&view(), 100);
-        let second = fleet.begin(&view(), 50);
-        assert_eq!((view().candidate.requests, view().candidate.pending_tokens), (2, 150));
-        assert!(view().is_filled && view().candidate.is_full());
-        first.computed();
-        drop(second);
-        assert_eq!((view().candidate.requests, view().candidate.pending_tokens), (1, 30));
-        let mut changes = fleet.changes();
-        drop(first);
-        assert!(changes.has_changed().unwrap());
-        changes.mark_unchanged();
-    }
-
-    /// A draining worker, one of another model, and one with a broken address take nothing new.
-    #[tokio::test]
-    async fn unfit_workers_are_not_offered() {
-        let (fleet, now) = (Fleet::default(), Instant::now());
-        let draining = WorkerLoad { draining: true, ..load("a", 1) };
-        let broken = WorkerLoad { endpoint: "not an address".to_owned(), ..load("b", 2) };
-        let foreign = WorkerLoad { model_path: "/other".to_owned(), ..load("c", 3) };
-        fleet.observe(&reports(1, &[draining, broken, foreign]), now);
-        assert!(fleet.view(now, |load| load.model_path.is_empty()).decode.is_empty());
-        assert_eq!(fleet.loads().len(), 2);
-    }
-}
+mod tests;

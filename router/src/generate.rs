@@ -18,10 +18,12 @@ use tokio::sync::mpsc;
 use tonic::{Code, Request, Status};
 
 use crate::error::ApiError;
-use crate::fleet::{InFlight, View, Worker};
+use crate::fleet::{Computed, InFlight, View, Worker};
+use crate::index::Found;
 use crate::metrics::Path;
 use crate::models::Model;
-use crate::place::{self, Candidate, Hit};
+use crate::place::source::{self, Link, Run, Tier};
+use crate::place::{self, Candidate};
 use crate::pressure::Share;
 use crate::response::{Finish, Usage};
 use crate::serve::{Place, Router};
@@ -118,7 +120,7 @@ struct Answer<'a> {
     filter: StopFilter,
     generated: Vec<u32>,
     /// What the index said, by space.
-    hits: Vec<(v1::SpaceManifest, Hit)>,
+    found: Vec<(v1::SpaceManifest, Found)>,
     /// What a separate prefill said.
     prefilled: Option<v1::PrefillResponse>,
     prefill_failures: u32,
@@ -133,6 +135,8 @@ struct Answer<'a> {
 struct Placed {
     worker: Worker,
     role: Step,
+    /// Estimated seconds of loading what is there.
+    load_seconds: f64,
     in_flight: InFlight,
 }
 
@@ -162,7 +166,7 @@ impl<'a> Answer<'a> {
             decode: job.model.tokenizer.decode_stream(),
             filter: StopFilter::new(job.stops.clone()),
             generated: Vec::new(),
-            hits: Vec::new(),
+            found: Vec::new(),
             prefilled: None,
             prefill_failures: 0,
             failures: 0,
@@ -201,8 +205,8 @@ impl<'a> Answer<'a> {
         loop {
             let view = self.view();
             if let Some(space) = view.spaces.iter().find(|space| !self.knows(space)).cloned() {
-                let hit = router.index.look_up(&space, &self.job.tokens, &router.metrics).await;
-                self.hits.push((space, hit));
+                let found = router.index.look_up(&space, &self.job.tokens, &router.metrics).await;
+                self.found.push((space, found));
                 continue;
             }
             if let Some(placed) = self.choose(&view) {
@@ -229,43 +233,71 @@ impl<'a> Answer<'a> {
     }
 
     fn knows(&self, space: &v1::SpaceManifest) -> bool {
-        self.prefilled.is_some() || self.hits.iter().any(|(known, _)| known == space)
+        self.prefilled.is_some() || self.found.iter().any(|(known, _)| known == space)
     }
 
     fn choose(&mut self, view: &View) -> Option<Placed> {
         let tokens = (self.job.tokens.len() + self.generated.len()) as u64;
-        let hit = |space: &v1::SpaceManifest| match self.prefilled {
-            Some(_) => Hit { cached_tokens: self.job.tokens.len() as u64, fetch_us: 0 },
-            None => {
-                self.hits.iter().find(|(known, _)| known == space).map_or(Hit::default(), |(_, hit)| *hit)
-            }
-        };
-        let hits: Vec<Hit> = view.spaces.iter().map(hit).collect();
+        let views: Vec<source::View> = view.spaces.iter().map(|space| self.sources(space)).collect();
         let free: Vec<&Worker> = view.decode.iter().filter(|worker| !worker.is_filled).collect();
         let decode: Vec<Candidate> = free.iter().map(|worker| worker.candidate.clone()).collect();
         let wants_prefill = self.prefilled.is_none() && self.prefill_failures < PREFILL_FAILURES_MAX;
         let helpers: &[Worker] = if wants_prefill { &view.prefill } else { &[] };
         let prefill: Vec<Candidate> = helpers.iter().map(|worker| worker.candidate.clone()).collect();
-        let plan = place::choose(tokens, &hits, &prefill, &decode)?;
+        let plan = place::choose(tokens, &views, &prefill, &decode, self.router.ties())?;
+        let estimate = plan.estimate;
         if self.estimate_seconds.is_none() {
-            self.estimate_seconds = Some(plan.seconds);
+            self.estimate_seconds = Some(estimate.first_token());
             self.router.metrics.placed(if plan.prefill.is_some() { Path::Separate } else { Path::Direct });
         }
-        self.share.missing(plan.missing_tokens);
+        self.share.missing(estimate.missing_tokens);
         let (worker, role) = match plan.prefill {
             Some(index) => (&helpers[index], Step::Prefill),
             None => (free[plan.decode], Step::Generate),
         };
-        let in_flight = self.router.fleet.begin(worker, plan.missing_tokens);
+        let work = estimate.load + estimate.prefill;
+        let in_flight = self.router.fleet.begin(worker, estimate.missing_tokens, work);
+        self.prefetch(&view.spaces[worker.candidate.space], &plan);
         tracing::debug!(
             request = self.job.id,
             worker = worker.load.name,
             tokens,
-            missing = plan.missing_tokens,
-            seconds = plan.seconds,
+            missing = estimate.missing_tokens,
+            loaded = estimate.loaded_tokens,
+            queue = estimate.queue,
+            load = estimate.load,
+            prefill = estimate.prefill,
+            handover = estimate.handover,
+            harm = estimate.harm,
             "placed"
         );
-        Some(Placed { worker: worker.clone(), role, in_flight })
+        Some(Placed { worker: worker.clone(), role, load_seconds: estimate.load, in_flight })
+    }
+
+    /// Where a space has the prompt's blocks. What a prefill worker has just
+    /// sealed is all there.
+    fn sources(&self, space: &v1::SpaceManifest) -> source::View {
+        if self.prefilled.is_some() {
+            let link = Link {
+                holder: 0,
+                tier: Tier::Pinned,
+                latency_seconds: 0.0,
+                seconds_per_token: 0.0,
+                queued_seconds: 0.0,
+            };
+            let run = Run { link: 0, begin: 0, end: self.job.tokens.len() as u64 };
+            return source::View { links: vec![link], runs: vec![run] };
+        }
+        let found = self.found.iter().find(|(known, _)| known == space);
+        found.map_or_else(source::View::default, |(_, found)| found.view.clone())
+    }
+
+    /// What will be loaded from a slow tier is asked for before the worker is.
+    fn prefetch(&self, space: &v1::SpaceManifest, plan: &place::Plan) {
+        let Some((_, found)) = self.found.iter().find(|(known, _)| known == space) else { return };
+        for part in plan.prefetches() {
+            self.router.index.prefetch(space, found, part);
+        }
     }
 
     async fn prefill(&mut self, placed: Placed) -> Result<(), Status> {
@@ -273,13 +305,20 @@ impl<'a> Answer<'a> {
         let request = v1::PrefillRequest { request_id: self.job.id.clone(), tokens };
         let answer = client(&placed.worker).prefill(self.request(request)).await?.into_inner();
         self.router.fleet.answered(&placed.worker);
+        let computed = Computed {
+            cached_tokens: answer.cached_tokens,
+            computed_tokens: answer.computed_tokens,
+            prefill_us: answer.prefill_us,
+            load_seconds: placed.load_seconds,
+        };
+        self.router.fleet.computed(&placed.worker, computed);
         self.prefilled = Some(answer);
         Ok(())
     }
 
     /// Streams tokens. `None` never comes back: the type is that of all steps.
     async fn generate(&mut self, placed: Placed) -> Result<Option<Finish>, Status> {
-        let Placed { worker, mut in_flight, .. } = placed;
+        let Placed { worker, mut in_flight, load_seconds, .. } = placed;
         let request = v1::GenerateRequest {
             request_id: self.job.id.clone(),
             tokens: [self.job.tokens.as_slice(), &self.generated].concat(),
@@ -299,6 +338,13 @@ impl<'a> Answer<'a> {
                 Some(Part::Started(started)) => {
                     in_flight.computed();
                     self.router.fleet.answered(&worker);
+                    let computed = Computed {
+                        cached_tokens: started.cached_tokens,
+                        computed_tokens: started.computed_tokens,
+                        prefill_us: started.prefill_us,
+                        load_seconds,
+                    };
+                    self.router.fleet.computed(&worker, computed);
                     self.started(started).await;
                 }
                 Some(Part::Token(token)) => {

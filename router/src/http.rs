@@ -1,7 +1,6 @@
 //! The routes of the API, and what a request passes on its way in and out.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use axum::body::{Body, Bytes};
@@ -19,6 +18,7 @@ use tokio::sync::mpsc;
 use crate::error::ApiError;
 use crate::generate::{self, Event, Job};
 use crate::models::{Model, unix_seconds};
+use crate::random;
 use crate::request::{Ask, Delivery, Endpoint, Prompt};
 use crate::response::{self, Frame};
 use crate::serve::Router;
@@ -33,7 +33,6 @@ const DRAIN_TIME: Duration = Duration::from_secs(2);
 const DRAIN_FACTOR: usize = 16;
 /// Time between two signs of life while a stream waits.
 const SIGN_OF_LIFE: Duration = Duration::from_secs(15);
-const SEED_STEP: u64 = 0x9E37_79B9_7F4A_7C15;
 
 /// Id of a request, for logs, workers and the caller.
 #[derive(Clone, Debug)]
@@ -71,20 +70,7 @@ async fn around(State(router): State<Arc<Router>>, mut request: Request, next: N
 
 /// Hard to guess and never the same twice in one process.
 fn new_id() -> String {
-    format!("{:016x}", random())
-}
-
-/// A number nobody chose. Not for secrets.
-fn random() -> u64 {
-    static NEXT: AtomicU64 = AtomicU64::new(0);
-    let count = NEXT.fetch_add(1, Ordering::Relaxed);
-    let clock = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
-    let nanos = clock.map_or(0, |since| u64::from(since.subsec_nanos()) ^ (since.as_secs() << 30));
-    let mut bits =
-        nanos.wrapping_add(count.wrapping_mul(SEED_STEP)).wrapping_add(u64::from(std::process::id()) << 32);
-    bits = (bits ^ (bits >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-    bits = (bits ^ (bits >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-    bits ^ (bits >> 31)
+    format!("{:016x}", random::bits())
 }
 
 async fn unknown_route(method: Method, uri: Uri) -> ApiError {
@@ -192,7 +178,7 @@ async fn prepare(
         tokens_max: tokens_max.unwrap_or(room).min(room),
         temperature,
         top_p,
-        seed: seed.unwrap_or_else(random),
+        seed: seed.unwrap_or_else(random::bits),
         arrived,
     })
 }

@@ -7,14 +7,16 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use terrace_client::{ClientError, Connector, MatchMode, Session, Space, Target, from_wire, wire};
+use terrace_client::{
+    BlockMatch, ClientError, Connector, MatchMode, Session, Space, Target, from_wire, wire,
+};
 use terrace_core::{TokenCount, chain_keys};
 use tokio::sync::watch;
 use tokio::task::AbortHandle;
 
 use crate::config::Config;
 use crate::metrics::Metrics;
-use crate::place::Hit;
+use crate::place::source::{Fetch, Link, Run, Tier, View};
 
 /// Most spaces that are kept open.
 const SPACES_MAX: usize = 64;
@@ -27,6 +29,15 @@ pub struct Index {
     wait: Duration,
     current: watch::Receiver<Option<Arc<Open>>>,
     keeper: AbortHandle,
+}
+
+/// What one space holds of a prompt.
+#[derive(Clone, Debug, Default)]
+pub struct Found {
+    /// Where the blocks are, and how long loading them takes.
+    pub view: View,
+    keys: Vec<[u8; 16]>,
+    block_tokens: u64,
 }
 
 /// A session and the spaces that it has opened.
@@ -57,16 +68,15 @@ impl Index {
         Self { wait: config.index_wait, current, keeper }
     }
 
-    /// What `space` holds of these tokens. Blocks on a slow tier are asked for
-    /// at once, so that they are on their way before a worker leases them.
-    pub async fn look_up(&self, space: &wire::SpaceManifest, tokens: &[u32], metrics: &Metrics) -> Hit {
+    /// What `space` holds of these tokens.
+    pub async fn look_up(&self, space: &wire::SpaceManifest, tokens: &[u32], metrics: &Metrics) -> Found {
         let current = self.current.borrow().clone();
         let Some(open) = current else {
             metrics.index_failed();
-            return Hit::default();
+            return Found::default();
         };
         match tokio::time::timeout(self.wait, open.ask(space, tokens)).await {
-            Ok(Ok(hit)) => return hit,
+            Ok(Ok(found)) => return found,
             Ok(Err(error)) => {
                 tracing::debug!(%error, "the index cannot be asked");
                 // The handle may be stale: the next look-up opens the space again.
@@ -75,37 +85,42 @@ impl Index {
             Err(_) => tracing::debug!("the index did not answer in {} ms", self.wait.as_millis()),
         }
         metrics.index_failed();
-        Hit::default()
+        Found::default()
+    }
+
+    /// Asks for a part of what was found, so that it is on its way before a
+    /// worker leases it. Nobody waits for the answer.
+    pub fn prefetch(&self, space: &wire::SpaceManifest, found: &Found, part: &Fetch) {
+        let Some(open) = self.current.borrow().clone() else { return };
+        let block = |tokens: u64| usize::try_from(tokens / found.block_tokens.max(1)).unwrap_or(usize::MAX);
+        let Some(keys) = found.keys.get(block(part.begin)..block(part.end).min(found.keys.len())) else {
+            return;
+        };
+        let (keys, space) = (keys.to_vec(), space.clone());
+        tokio::spawn(async move {
+            let asked = async { open.session.prefetch(&open.space(&space).await?, &keys).await };
+            if let Err(error) = asked.await {
+                tracing::debug!(%error, "blocks could not be asked for in advance");
+            }
+        });
     }
 }
 
 impl Open {
-    async fn ask(&self, manifest: &wire::SpaceManifest, tokens: &[u32]) -> Result<Hit, ClientError> {
+    async fn ask(&self, manifest: &wire::SpaceManifest, tokens: &[u32]) -> Result<Found, ClientError> {
         if manifest.tokens_per_block == 0 {
-            return Ok(Hit::default());
+            return Ok(Found::default());
         }
         let mut keys = chain_keys(tokens, TokenCount::new(manifest.tokens_per_block));
         keys.truncate(self.session.blocks_max());
         if keys.is_empty() {
-            return Ok(Hit::default());
+            return Ok(Found::default());
         }
         let space = self.space(manifest).await?;
         let found = self.session.match_blocks(&[&space], &keys, MatchMode::Prefix).await?;
-        let prefix = found.blocks.iter().take(found.prefix);
-        let fetch: Duration = prefix.clone().map(|block| block.fetch).sum();
-        if prefix.clone().any(|block| matches!(block.tier, wire::Tier::Nvme | wire::Tier::Remote)) {
-            keys.truncate(found.prefix);
-            let session = self.session.clone();
-            tokio::spawn(async move {
-                if let Err(error) = session.prefetch(&space, &keys).await {
-                    tracing::debug!(%error, "blocks could not be asked for in advance");
-                }
-            });
-        }
-        Ok(Hit {
-            cached_tokens: found.prefix as u64 * u64::from(manifest.tokens_per_block),
-            fetch_us: u64::try_from(fetch.as_micros()).unwrap_or(u64::MAX),
-        })
+        keys.truncate(found.prefix);
+        let block_tokens = u64::from(manifest.tokens_per_block);
+        Ok(Found { view: view(&found.blocks[..found.prefix], block_tokens), keys, block_tokens })
     }
 
     async fn space(&self, manifest: &wire::SpaceManifest) -> Result<Space, ClientError> {
@@ -131,6 +146,42 @@ impl Open {
     }
 }
 
+/// Runs of blocks in one tier of one holder. The daemon's estimates already hold
+/// the queue in front of each device.
+fn view(blocks: &[BlockMatch], block_tokens: u64) -> View {
+    let mut view = View::default();
+    let mut holders: Vec<&str> = Vec::new();
+    let (mut begin, mut blocks) = (0, blocks);
+    while let Some(first) = blocks.first() {
+        let same = |block: &&BlockMatch| (block.tier, &block.holder) == (first.tier, &first.holder);
+        let count = blocks.iter().take_while(same).count();
+        let (run, rest) = blocks.split_at(count);
+        let holder = holders.iter().position(|known| *known == first.holder).unwrap_or_else(|| {
+            holders.push(&first.holder);
+            holders.len() - 1
+        });
+        let end = begin + count as u64 * block_tokens;
+        let fetch: Duration = run.iter().map(|block| block.fetch).sum();
+        #[expect(clippy::cast_precision_loss, reason = "prompts are far shorter than 2^53 tokens")]
+        let tokens = (end - begin) as f64;
+        view.runs.push(Run { link: view.links.len(), begin, end });
+        view.links.push(Link {
+            holder: u32::try_from(holder).unwrap_or(u32::MAX),
+            tier: match first.tier {
+                wire::Tier::Hbm => Tier::Hbm,
+                wire::Tier::Pinned => Tier::Pinned,
+                wire::Tier::Nvme => Tier::Nvme,
+                wire::Tier::Remote | wire::Tier::Unspecified => Tier::Remote,
+            },
+            latency_seconds: 0.0,
+            seconds_per_token: fetch.as_secs_f64() / tokens,
+            queued_seconds: 0.0,
+        });
+        (begin, blocks) = (end, rest);
+    }
+    view
+}
+
 /// Publishes a live session whenever there is one.
 async fn keep_open(connector: Connector, publish: watch::Sender<Option<Arc<Open>>>) {
     loop {
@@ -149,5 +200,37 @@ async fn keep_open(connector: Connector, publish: watch::Sender<Option<Arc<Open>
                 tokio::time::sleep(PAUSE).await;
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Runs that are merged over a change of tier, or times that are lost, would place prompts by a wrong
+    /// estimate: the view of a mixed match is compared with its blocks.
+    #[test]
+    fn a_match_becomes_runs_of_one_tier() {
+        let block = |tier, holder: &str, fetch| BlockMatch {
+            present: true,
+            tier,
+            holder: holder.to_owned(),
+            fetch: Duration::from_millis(fetch),
+        };
+        let blocks = [
+            block(wire::Tier::Pinned, "", 0),
+            block(wire::Tier::Pinned, "", 0),
+            block(wire::Tier::Nvme, "", 3),
+            block(wire::Tier::Nvme, "", 5),
+            block(wire::Tier::Remote, "other", 16),
+        ];
+        let view = view(&blocks, 16);
+        let runs: Vec<_> = view.runs.iter().map(|run| (run.begin, run.end)).collect();
+        assert_eq!(runs, [(0, 32), (32, 64), (64, 80)]);
+        let holders: Vec<_> = view.links.iter().map(|link| (link.holder, link.tier)).collect();
+        assert_eq!(holders, [(0, Tier::Pinned), (0, Tier::Nvme), (1, Tier::Remote)]);
+        let fetches = view.fetches(80);
+        assert!((fetches[1].seconds - 0.008).abs() < 1e-9 && (fetches[2].seconds - 0.016).abs() < 1e-9);
+        assert!(view.split(81, crate::place::rate::Prefill::of_rate(100.0)).loaded_tokens == 80);
     }
 }

@@ -22,6 +22,7 @@ pub mod metrics;
 pub mod models;
 pub mod place;
 pub mod pressure;
+mod random;
 pub mod request;
 pub mod response;
 pub mod serve;

@@ -10,7 +10,9 @@ use crate::fleet::Fleet;
 use crate::index::Index;
 use crate::metrics::Metrics;
 use crate::models::Models;
+use crate::place::Ties;
 use crate::pressure::Pressure;
+use crate::random;
 
 /// Everything that requests share.
 pub struct Router {
@@ -61,6 +63,12 @@ impl Router {
             queue: Arc::new(Semaphore::new(config.queue_max.min(Semaphore::MAX_PERMITS))),
             config,
         })
+    }
+
+    /// How the next request's equals are told apart.
+    pub fn ties(&self) -> Ties {
+        let temperature = self.config.temperature;
+        if temperature > 0.0 { Ties::Drawn { temperature, random: random::share() } } else { Ties::First }
     }
 
     /// Lets a request in.

@@ -130,6 +130,8 @@ enum SpaceCommand {
 enum SimCommand {
     /// What a store of a given size would hit, write and save
     Store(Box<sim::options::Options>),
+    /// How soon workers behind a router would answer, by who serves what
+    Route(Box<sim::route::options::Options>),
 }
 
 #[derive(Debug, Subcommand)]
@@ -151,6 +153,7 @@ impl Cli {
             Command::Up(options) => runtime.block_on(up::run(options, target.home)),
             Command::Bench(options) => runtime.block_on(bench::run(options, format)),
             Command::Sim(SimCommand::Store(options)) => sim::store::run(&options, format),
+            Command::Sim(SimCommand::Route(options)) => sim::route::run(&options, format),
             Command::Doctor => runtime.block_on(doctor::run(&target, format)),
             Command::Model(ModelCommand::Fetch) => {
                 println!("{}", model::fetch()?.display());

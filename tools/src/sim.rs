@@ -10,6 +10,7 @@ mod plot;
 pub(crate) mod profile;
 pub(crate) mod reference;
 pub(crate) mod report;
+pub(crate) mod route;
 pub(crate) mod serve;
 pub(crate) mod size;
 pub(crate) mod store;

@@ -100,7 +100,7 @@ fn replay(options: &Options, trace: &Trace, job: &Job, progress: &ProgressBar) -
 }
 
 /// On standard error, and only when that is a terminal.
-fn progress_bar(requests: usize) -> ProgressBar {
+pub(crate) fn progress_bar(requests: usize) -> ProgressBar {
     let style =
         ProgressStyle::with_template("{bar:40} {human_pos} of {human_len} requests, {per_sec}, {eta} left");
     ProgressBar::new(requests as u64).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))

@@ -223,6 +223,11 @@ impl Trace {
         self.ids.len() as u64
     }
 
+    /// Every distinct block, by number.
+    pub(crate) fn ids(&self) -> &[BlockId] {
+        &self.ids
+    }
+
     /// Blocks of all prompts.
     #[cfg(test)]
     pub(crate) fn references(&self) -> u64 {

@@ -1,0 +1,166 @@
+//! The command line of `sim route`, checked.
+
+use std::path::PathBuf;
+
+use anyhow::{bail, ensure};
+use clap::Args;
+
+use super::cluster::{Setting, speed_for};
+use super::policy::Policy;
+use crate::sim::profile::{BYTES_PER_TOKEN, FLOPS_PER_SECOND, LINEAR_FLOPS, Profile, QUADRATIC_FLOPS};
+use crate::sim::size::Size;
+use crate::sim::trace::Trace;
+
+const GB: f64 = 1e9;
+
+/// Replay a trace against workers behind a router
+#[derive(Clone, Debug, Args)]
+pub(crate) struct Options {
+    /// Traces: JSON lines, plain or zstd
+    #[arg(required = true, value_name = "FILE")]
+    pub(crate) files: Vec<PathBuf>,
+    /// Who serves the next prompt; several are replayed one after another
+    #[arg(long, value_enum, value_delimiter = ',', default_value = "least-load,blocks1,blocks2,estimate")]
+    pub(crate) policy: Vec<Policy>,
+    /// Prefill workers
+    #[arg(long, default_value_t = 16)]
+    pub(crate) workers: u32,
+    /// Memory of each worker: bytes (1TB) or a share of the trace's distinct blocks
+    #[arg(long, default_value = "1TB")]
+    pub(crate) private: Size,
+    /// Memory that all workers share; 0 is none
+    #[arg(long, default_value = "0")]
+    pub(crate) pool: Size,
+    /// GB a second from a worker's own memory
+    #[arg(long, value_name = "GB", default_value_t = 100.0)]
+    pub(crate) private_rate: f64,
+    /// GB a second from the pool to a worker
+    #[arg(long, value_name = "GB", default_value_t = 40.0)]
+    pub(crate) pool_rate: f64,
+    /// Seconds after which the router learns what a worker has, 0 to 5 or more; several are replayed
+    #[arg(long, value_delimiter = ',', value_name = "SECONDS", default_value = "0")]
+    pub(crate) event_delay: Vec<f64>,
+    /// Arrivals come this many times as fast as they were recorded
+    #[arg(long, conflicts_with = "utilisation")]
+    pub(crate) speed: Option<f64>,
+    /// The same, so that workers with one endless memory would be busy for this share of the time
+    #[arg(long, value_name = "SHARE")]
+    pub(crate) utilisation: Option<f64>,
+    /// A turn comes when the one before it was answered, plus its think time [default: if the trace names sessions]
+    #[arg(long, conflicts_with = "open_loop")]
+    pub(crate) closed_loop: bool,
+    /// Requests come when they were recorded, whatever became of those before
+    #[arg(long)]
+    pub(crate) open_loop: bool,
+    /// Sessions start at this share of their recorded start; closed loop only
+    #[arg(long, value_name = "SHARE", default_value_t = 1.0)]
+    pub(crate) starts: f64,
+    /// Tokens a second of one answer
+    #[arg(long, value_name = "TOKENS", default_value_t = 40.0)]
+    pub(crate) decode_rate: f64,
+    /// How freely `estimate` chooses between near equals
+    #[arg(long, default_value_t = 0.001)]
+    pub(crate) temperature: f64,
+    /// Of all draws
+    #[arg(long, default_value_t = 1)]
+    pub(crate) seed: u64,
+    /// Replay only so many requests
+    #[arg(long, value_name = "REQUESTS")]
+    pub(crate) limit: Option<usize>,
+    /// Tokens of a block [default: told from the trace]
+    #[arg(long, value_name = "TOKENS")]
+    pub(crate) tokens_per_block: Option<u32>,
+    /// KV of one token
+    #[arg(long, value_name = "BYTES", default_value_t = BYTES_PER_TOKEN)]
+    pub(crate) bytes_per_token: u64,
+    /// FLOPs of prefilling a token: a in a h + b h^2
+    #[arg(long, value_name = "FLOPS", default_value_t = LINEAR_FLOPS)]
+    pub(crate) flops_linear: f64,
+    /// FLOPs that grow with the position: b in a h + b h^2
+    #[arg(long, value_name = "FLOPS", default_value_t = QUADRATIC_FLOPS)]
+    pub(crate) flops_quadratic: f64,
+    /// FLOPs that a worker does in a second
+    #[arg(long, value_name = "FLOPS", default_value_t = FLOPS_PER_SECOND)]
+    pub(crate) flops_rate: f64,
+    /// Replays at one time [default: one a core]
+    #[arg(long)]
+    pub(crate) threads: Option<usize>,
+    /// Plot times to first token into this file
+    #[arg(long, value_name = "FILE")]
+    pub(crate) svg: Option<PathBuf>,
+}
+
+impl Options {
+    /// Everything that clap cannot check.
+    ///
+    /// # Errors
+    /// With what is wrong and what is allowed.
+    pub(crate) fn check(&self) -> anyhow::Result<()> {
+        let rates = [
+            ("--private-rate", self.private_rate),
+            ("--pool-rate", self.pool_rate),
+            ("--speed", self.speed.unwrap_or(1.0)),
+            ("--utilisation", self.utilisation.unwrap_or(1.0)),
+            ("--starts", self.starts),
+            ("--decode-rate", self.decode_rate),
+            ("--flops-linear", self.flops_linear),
+            ("--flops-rate", self.flops_rate),
+            ("--bytes-per-token", super::super::report::float(self.bytes_per_token)),
+        ];
+        for (name, rate) in rates {
+            ensure!(rate.is_finite() && rate > 0.0, "{name} is {rate}: it must be more than 0");
+        }
+        for (name, value) in
+            [("--temperature", self.temperature), ("--flops-quadratic", self.flops_quadratic)]
+        {
+            ensure!(value.is_finite() && value >= 0.0, "{name} is {value}: it must be 0 or more");
+        }
+        for delay in &self.event_delay {
+            ensure!(
+                (0.0..=3600.0).contains(delay),
+                "--event-delay is {delay}: allowed are 0 to 3600 seconds"
+            );
+        }
+        ensure!((1..=4096).contains(&self.workers), "--workers is {}: allowed are 1 to 4096", self.workers);
+        ensure!(self.limit != Some(0), "--limit 0 leaves nothing to replay");
+        ensure!(self.threads != Some(0), "--threads is 0: it must be 1 or more");
+        if self.starts < 1.0 && self.open_loop {
+            bail!("--starts moves sessions, which --open-loop takes apart: use --speed");
+        }
+        Ok(())
+    }
+
+    /// The cluster and its traffic; the delay comes with each replay.
+    ///
+    /// # Errors
+    /// When a size is too large to count.
+    pub(crate) fn setting(&self, trace: &Trace) -> anyhow::Result<Setting> {
+        let block_bytes = u64::from(trace.tokens_per_block) * self.bytes_per_token;
+        let profile = Profile {
+            linear: self.flops_linear,
+            quadratic: self.flops_quadratic,
+            rate: self.flops_rate,
+            bytes_per_token: self.bytes_per_token,
+        };
+        let closed_loop = self.closed_loop || (trace.has_sessions && !self.open_loop);
+        let by_load = |share| speed_for(trace, self.workers, &profile, share);
+        // No more blocks than there are can be kept.
+        let blocks =
+            |size: Size| usize::try_from(size.frames(block_bytes, trace.distinct()).min(trace.distinct()));
+        Ok(Setting {
+            workers: self.workers,
+            private_blocks: blocks(self.private)?,
+            pool_blocks: blocks(self.pool)?,
+            private_rate: self.private_rate * GB,
+            pool_rate: self.pool_rate * GB,
+            delay: 0,
+            decode_rate: self.decode_rate,
+            closed_loop,
+            speed: self.speed.or(self.utilisation.map(by_load)).unwrap_or(1.0),
+            starts: self.starts,
+            temperature: self.temperature,
+            seed: self.seed,
+            profile,
+        })
+    }
+}
