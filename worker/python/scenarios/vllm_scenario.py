@@ -17,16 +17,29 @@ from typing import Any
 from processes import Terraced, Vllm
 
 PROMPT_TOKENS = 880
-WORDS = range(1000, 40000)
 ROUNDS = 5
 RATIO_MIN = 8.0
 # Blocks that are on their way into the store; every wait ends long before.
 PATIENCE = 30.0
 
 
-def prompt(seed: int, tokens: int = PROMPT_TOKENS) -> list[int]:
-    """Tokens that no other seed has."""
-    return random.Random(seed).choices(WORDS, k=tokens)
+SENTENCES = [
+    "The river rises in the hills and runs through three old towns before it reaches the sea.",
+    "A baker who wants good bread must wait for the dough, and there is no way to hurry it.",
+    "Most of the letters in the archive were written in winter, when the roads were closed.",
+    "Sailors learned to read the colour of the water long before they had charts of the coast.",
+    "The train to the capital leaves at seven in the morning and arrives a little after noon.",
+    "Glass is made of sand, ash and lime, and it takes a great deal of heat to melt them.",
+    "In the garden behind the school the children grow beans, onions and a few sunflowers.",
+    "The clock in the market square has been ten minutes late for as long as anybody remembers.",
+]
+
+
+def prompt(seed: int, tokens: int = PROMPT_TOKENS) -> str:
+    """About so many tokens of plain text that no other seed has, with an end that any model can go on from."""
+    chosen = random.Random(seed)
+    lines = [f"Note {chosen.randrange(10**6)}: {chosen.choice(SENTENCES)}" for _ in range(max(1, tokens // 26))]
+    return "\n".join([*lines, "Question: What is the capital of France? Answer: The capital of France is"])
 
 
 def say(step: str, **figures: Any) -> None:
@@ -50,7 +63,7 @@ class Story:
         self.terraced = terraced
         self.state = state
         self.servers: list[Vllm] = []
-        self.texts: dict[int, str] = {}
+        self.texts: dict[tuple[int, str], str] = {}
         self.connector = {
             "kv_connector": "TerraceConnector",
             "kv_connector_module_path": "terrace_kv.vllm",
@@ -65,42 +78,61 @@ class Story:
         say("vllm started", name=name, seconds=round(server.wait(), 1))
         return server
 
-    def ask(self, server: Vllm, seed: int) -> float:
-        """Asks, and compares the text with what was answered to the same prompt before."""
+    def ask(self, server: Vllm, seed: int, way: str) -> float:
+        """Asks, and compares the text with what was answered to the same prompt before.
+
+        A prompt that is computed as a whole and one whose beginning is cached run other kernels over other shapes,
+        in plain vLLM too. So texts must be equal when they came the same way ("computed" or "cached"), whoever
+        cached it; texts of both ways are compared and counted.
+        """
         seconds, text = server.ask(prompt(seed))
-        check(self.texts.setdefault(seed, text) == text, f"another text for prompt {seed}: {text!r}")
+        known = self.texts.setdefault((seed, way), text)
+        check(known == text, f"another text for prompt {seed}, {way}: {text!r}, before {known!r}")
         return seconds
+
+    def compare_ways(self) -> None:
+        seeds = {seed for seed, _ in self.texts}
+        both = [seed for seed in seeds if (seed, "computed") in self.texts and (seed, "cached") in self.texts]
+        same = sum(self.texts[seed, "computed"] == self.texts[seed, "cached"] for seed in both)
+        say("texts", prompts=len(both), computed_equals_cached=same, example=self.texts[both[0], "cached"])
 
     def stored(self, server: Vllm, before: float) -> None:
         """Until the blocks of a prompt are in the store."""
         deadline = time.monotonic() + PATIENCE
-        while server.counters().get("vllm:terrace_blocks_stored_total", 0) < before + PROMPT_TOKENS // 32:
+        while server.counters().get("vllm:terrace_blocks_stored_total", 0) <= before:
             check(time.monotonic() < deadline, "the blocks of a prompt never reached the store")
             # Counters travel with a step of the engine.
-            server.ask([1, 2, 3], tokens=1)
+            server.ask("A", tokens=1)
 
     def cold_warm_hit(self, server: Vllm) -> None:
         server.ask(prompt(10_000, 200))
         rows: dict[str, list[float]] = {"cold": [], "warm": [], "hit": []}
+        tokens: list[float] = []
         for seed in range(ROUNDS):
             stored = server.counters().get("vllm:terrace_blocks_stored_total", 0)
-            rows["cold"].append(self.ask(server, seed))
-            rows["warm"].append(self.ask(server, seed))
+            rows["cold"].append(self.ask(server, seed, "computed"))
+            rows["warm"].append(self.ask(server, seed, "cached"))
             self.stored(server, stored)
             server.reset()
             before = hits(server)
-            rows["hit"].append(self.ask(server, seed))
+            rows["hit"].append(self.ask(server, seed, "cached"))
             found = hits(server) - before
-            check(found == PROMPT_TOKENS // 32 * 32, f"{found} tokens came from the store")
+            tokens.append(found)
+            check(found > PROMPT_TOKENS // 2, f"{found} tokens came from the store")
         medians = {name: statistics.median(values) for name, values in rows.items()}
         ratio = medians["cold"] / medians["hit"]
         say("cold, warm, hit", ratio=round(ratio, 1), **{name: round(value, 4) for name, value in medians.items()})
-        say("of these", **{name: [round(value, 4) for value in values] for name, values in rows.items()})
+        self.compare_ways()
+        say(
+            "of these",
+            tokens_from_store=tokens,
+            **{name: [round(value, 4) for value in values] for name, values in rows.items()},
+        )
         check(ratio >= RATIO_MIN, f"a hit is only {ratio:.1f} times as fast")
 
     def first_request_hits(self, server: Vllm, name: str, seed: int = 0) -> None:
         before = hits(server)
-        seconds = self.ask(server, seed)
+        seconds = self.ask(server, seed, "cached")
         say(name, seconds=round(seconds, 4), tokens_from_store=hits(server) - before)
         check(hits(server) > before, f"{name}: nothing came from the store")
 
@@ -120,7 +152,7 @@ class Story:
         self.terraced.kill()
         gone = len(answered)
         server.reset()
-        seconds = self.ask(server, 1)
+        seconds = self.ask(server, 1, "computed")
         time.sleep(2)
         during = len(answered) - gone
         self.terraced.start()
@@ -138,7 +170,7 @@ class Story:
         while True:
             server.reset()
             before = hits(server)
-            seconds = self.ask(server, 2)
+            seconds = server.ask(prompt(2))[0]
             if hits(server) > before:
                 break
             check(time.monotonic() < deadline, "no hits after terraced was started again")
@@ -162,7 +194,7 @@ class Story:
         if "ttft" in parts:
             self.cold_warm_hit(first)
         for seed in range(3):
-            self.ask(first, seed)
+            first.ask(prompt(seed))
         if "overhead" in parts:
             self.overhead(first, plain := self.server("plain", plain=True), 100)
             plain.kill()
@@ -178,11 +210,11 @@ class Story:
             self.first_request_hits(second, "vllm killed and started again")
             self.terraced.kill()
             second.reset()
-            slow = [round(self.ask(second, seed), 4) for seed in range(3)]
+            slow = [round(self.ask(second, seed, "computed"), 4) for seed in range(3)]
             say("terraced stopped for good", answered=len(slow), seconds=slow)
             second.kill()
             late = self.server("late")
-            say("vllm started without terraced", seconds=round(self.ask(late, 0), 4))
+            say("vllm started without terraced", seconds=round(self.ask(late, 0, "computed"), 4))
             check("no terraced at" in late.log_text(), "the log does not say that there is no daemon")
 
 
