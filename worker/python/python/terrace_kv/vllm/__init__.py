@@ -1,9 +1,12 @@
-"""vLLM uses Terrace: name ``TerraceConnector`` in ``--kv-transfer-config``, with this module as its
-``kv_connector_module_path``. It is loaded when it is asked for, so that this package can be looked at without vLLM."""
+"""vLLM uses Terrace: name one of these classes in ``--kv-transfer-config``, with this module as its path.
+
+``TerraceConnector`` is a connector (``kv_connector_module_path``); ``TerraceTier`` a secondary tier of vLLM's own
+offloading (``secondary_tiers``). Each is loaded when it is asked for, as not every vLLM has what both need.
+"""
 
 from typing import Any
 
-__all__ = ["TerraceConnector"]
+__all__ = ["TerraceConnector", "TerraceTier"]
 
 
 def __getattr__(name: str) -> Any:
@@ -11,4 +14,8 @@ def __getattr__(name: str) -> Any:
         from .connector import TerraceConnector
 
         return TerraceConnector
+    if name == "TerraceTier":
+        from .tier import TerraceTier
+
+        return TerraceTier
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
