@@ -142,7 +142,8 @@ def test_a_cleared_space_is_opened_again(daemon: Daemon) -> None:
     assert StoreSpace(store(daemon), manifest()).clear()
     assert stored(space, keys(3)) == [None] * 3
     wait_for(lambda: all(space.put(keys(3), fill(keys(3)))), "the space to be opened again")
-    assert stored(space, keys(3)) == [payload(name) for name in keys(3)]
+    for reader in (space, StoreSpace(store(daemon), manifest())):
+        assert stored(reader, keys(3)) == [payload(name) for name in keys(3)]
 
 
 def test_a_full_store_goes_on(daemon: Daemon) -> None:

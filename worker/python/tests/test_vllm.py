@@ -200,6 +200,7 @@ def test_what_one_engine_saves_another_loads(engine: Engine, daemon: Daemon) -> 
     other = Engine(daemon.socket)
     again = other.request("b", 10 * TOKENS + 5)
     assert other.load(again, [*range(40, 50), 3]) == set()
+    daemon.expect_leases(0)
     for name, cache in other.caches.items():
         assert torch.equal(cache[40:50], there[name])
         assert not cache[0:40].any()

@@ -20,6 +20,8 @@ from ._native import Block, ReadLease, Session, Space, WriteBlock, WriteLease, c
 
 RETRY_SECONDS = 1.0
 """After a daemon was found missing or silent, it is asked again only after this time."""
+FRESH_SECONDS = 1.0
+"""A space that was opened longer ago is opened again before a read: somebody may have cleared it."""
 PUT_BLOCKS = 32
 """Most blocks in one write lease: what is reserved, copied and sealed in one go."""
 
@@ -241,21 +243,24 @@ class StoreSpace:
         self.store = store
         self.manifest = manifest
         self._compute_cost = compute_cost
-        self._opened: tuple[Session, Space] | None = None
+        self._opened: tuple[Session, Space, float] | None = None
 
-    def open(self) -> Space | None:
+    def open(self, age_max: float = FRESH_SECONDS) -> Space | None:
         """The space in the session of now; ``None`` while there is no daemon.
+
+        Checksums are those of a generation, which ends when anybody clears the space. What is read by an old one
+        is a miss, but what is sealed by it nobody else could read: whoever stores asks for the space of now.
 
         Raises what the daemon refuses.
         """
         session = self.store.session()
         if session is None:
             return None
-        opened = self._opened
-        if opened is not None and opened[0] is session:
+        opened, now = self._opened, time.monotonic()
+        if opened is not None and opened[0] is session and now - opened[2] < age_max:
             return opened[1]
         space = session.open_space(self.manifest, compute_cost=self._compute_cost)
-        self._opened = (session, space)
+        self._opened = (session, space, now)
         return space
 
     def forget(self) -> None:
@@ -333,7 +338,7 @@ class StoreSpace:
         """
         there: list[bool] = []
         try:
-            session, space = self.store.session(), self.open()
+            session, space = self.store.session(), self.open(age_max=0.0)
             if session is not None and space is not None:
                 for part in _parts(keys, min(session.blocks_max, PUT_BLOCKS)):
                     stored, go_on = self._put_part(session, space, part, len(there), give, parent, wait)
