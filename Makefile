@@ -20,7 +20,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH):$(HOME)/.cargo/bin
 NATIVE = native=$$(tools/dev/native-env); eval "$$native"
 BUILD = $(NATIVE); cargo build --release --locked --workspace --bins
 
-.PHONY: help up test bench build setup setup-test fmt clean
+.PHONY: help up test test-vllm bench build setup setup-test fmt clean
 
 help: ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -31,6 +31,9 @@ up: setup ## build and run everything on loopback, in the foreground; Ctrl-C sto
 
 test: setup-test ## everything that CI checks: format, lints, wire contract, licences, tests
 	@$(NATIVE); exec tools/dev/check
+
+test-vllm: setup-test ## run vLLM with Terrace on the CPU (installs 6 GB once; PARTS=ttft,restart)
+	@exec tools/dev/test-vllm $(PARTS)
 
 bench: setup ## run the benchmarks (SUITES='ttft lease'), each on its own temporary state
 	@$(BUILD)

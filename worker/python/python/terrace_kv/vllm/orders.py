@@ -1,0 +1,34 @@
+"""What the scheduler tells the workers in each step."""
+
+from dataclasses import dataclass, field
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata
+
+
+@dataclass(frozen=True)
+class Load:
+    """Blocks of a request that are to be filled from the store."""
+
+    request_id: str
+    keys: list[bytes]
+    block_ids: list[int]
+
+
+@dataclass(frozen=True)
+class Save:
+    """Full blocks that may be stored once this step has run."""
+
+    keys: list[bytes]
+    block_ids: list[int]
+    parent: bytes | None
+
+
+@dataclass
+class Orders(KVConnectorMetadata):
+    """All of it. ``taken`` are blocks that get a new owner in this step: nobody reads them for an older save any more.
+    ``resets`` counts how often the cache was reset."""
+
+    loads: list[Load] = field(default_factory=list)
+    saves: list[Save] = field(default_factory=list)
+    taken: set[int] = field(default_factory=set)
+    resets: int = 0

@@ -1,0 +1,228 @@
+"""What every connector builds on: it must never harm its engine, whatever becomes of the daemon."""
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import BLOCK_BYTES, PATIENCE, Daemon, keys, manifest, payload, wait_for
+from terrace_kv import _engine
+from terrace_kv._background import Background
+from terrace_kv._engine import Store, StoreSpace, Target
+from terrace_kv._versions import advice
+from test_faults import run_python
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_engine, "RETRY_SECONDS", 0.05)
+
+
+def store(daemon: Daemon, transport: str = "lane", **options: Any) -> Store:
+    where = {"socket": daemon.socket} if transport == "lane" else {"grpc": daemon.grpc}
+    return Store(Target.of({**where, **options}, "test"))
+
+
+def fill(names: list[bytes]) -> Any:
+    def give(index: int, frame: Any) -> bool:
+        memoryview(frame)[:] = payload(names[index])
+        return True
+
+    return give
+
+
+def stored(space: StoreSpace, names: list[bytes]) -> list[bytes | None]:
+    found: list[bytes | None] = [None] * len(names)
+    good = space.get(names, lambda index, block: found.__setitem__(index, bytes(block)), wait=5.0)
+    return [value if fine else None for value, fine in zip(found, good, strict=True)]
+
+
+@pytest.mark.parametrize("transport", ["lane", "grpc"])
+def test_hit_partial_hit_and_miss(daemon: Daemon, transport: str) -> None:
+    """A gap is taken for a hit, or bytes come back under another name."""
+    space = StoreSpace(store(daemon, transport), manifest())
+    names = keys(70)
+    assert all(space.put(names, fill(names)))
+    asked = [*names[:40], b"absent", *names[40:]]
+    assert space.store.prefix([space], asked) == 40
+    assert space.store.present([space], asked) == [True] * 40 + [False] + [True] * 30
+    assert stored(space, asked) == [None if name == b"absent" else payload(name) for name in asked]
+    assert all(space.put(names, lambda *_: pytest.fail("stored already")))
+
+
+def test_a_source_that_goes_away_stores_nothing_more(daemon: Daemon) -> None:
+    """An engine takes its memory back in the middle: what was not copied by then must not be sealed."""
+    space = StoreSpace(store(daemon), manifest())
+    names = keys(40)
+    whole = fill(names)
+    answers = space.put(names, lambda index, frame: index < 5 and whole(index, frame))
+    assert answers == [True] * 5 + [False] * 35
+    assert space.store.prefix([space], names) == 5
+
+
+@pytest.mark.parametrize("change", [{"dtype": "bf16"}, {"tokens_per_block": 32}, {"topology": "tp2"}, {"rank": 1}])
+def test_another_manifest_is_another_space(daemon: Daemon, change: dict[str, Any]) -> None:
+    """Two engines that differ in one thing serve each other's blocks."""
+    first = store(daemon)
+    space = StoreSpace(first, manifest())
+    space.put(keys(3), fill(keys(3)))
+    other = StoreSpace(first, manifest(**change))
+    assert first.prefix([space], keys(3)) == 3
+    assert first.prefix([other], keys(3)) == 0
+    assert first.prefix([space, other], keys(3)) == 0, "every rank must hold it"
+
+
+def test_two_engines_share_and_two_tenants_do_not(daemon: Daemon) -> None:
+    """What one stored the other finds; another tenant does not."""
+    space = StoreSpace(store(daemon), manifest())
+    space.put(keys(3), fill(keys(3)))
+    assert stored(StoreSpace(store(daemon), manifest()), keys(3)) == [payload(name) for name in keys(3)]
+    stranger = StoreSpace(store(daemon, tenant="stranger"), manifest())
+    assert stored(stranger, keys(3)) == [None] * 3
+
+
+def test_no_daemon_at_all(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The socket is wrong, or nobody is there: said once, everything is a miss, nothing raises, nothing is slow."""
+    space = StoreSpace(Store(Target.of({"socket": str(folder / "nobody.sock")}, "test")), manifest())
+    began = time.monotonic()
+    for _ in range(50):
+        assert stored(space, keys(3)) == [None] * 3
+        assert space.put(keys(3), fill(keys(3))) == [False] * 3
+        assert space.store.prefix([space], keys(3)) == 0
+    assert time.monotonic() - began < PATIENCE / 4
+    said = [record.message for record in caplog.records if "no terraced at" in record.message]
+    assert len(said) == 1
+    assert "goes on without" in said[0]
+
+
+def test_the_daemon_dies_and_comes_back(daemon: Daemon, folder: Path, wire: SimpleNamespace) -> None:
+    """It is killed while blocks are held, and started again: misses meanwhile, and then what it had made durable."""
+    space = StoreSpace(store(daemon), manifest())
+    names = keys(5)
+    session = space.store.session()
+    assert session is not None
+    session.write(space.open(), names, [payload(name) for name in names], durability="durable")  # type: ignore[arg-type]
+    with space.read(names, wait=5.0) as reading:
+        assert reading.good() == [True] * 5
+        arrays = [np.frombuffer(block, np.uint8) for block in reading.blocks if block is not None]
+        daemon.kill()
+        assert all(array.sum() > 0 for array in arrays), "no fault"
+        wait_for(lambda: reading.good() == [False] * 5, "what was read since to be bad")
+    del arrays
+    assert stored(space, names) == [None] * 5
+    assert space.put(names, fill(names)) == [False] * 5
+    again = Daemon(folder, wire)
+    try:
+        wait_for(lambda: stored(space, names) == [payload(name) for name in names], "hits of the second life")
+    finally:
+        again.kill()
+
+
+def test_a_daemon_that_hangs_is_left_alone(daemon: Daemon) -> None:
+    """It is stopped, not dead: a paused store asks nothing, and the engine goes on."""
+    space = StoreSpace(store(daemon), manifest())
+    space.put(keys(3), fill(keys(3)))
+    os.kill(daemon.process.pid, signal.SIGSTOP)
+    try:
+        space.store.pause(PATIENCE)
+        assert space.store.silent
+    finally:
+        os.kill(daemon.process.pid, signal.SIGCONT)
+
+
+def test_a_cleared_space_is_opened_again(daemon: Daemon) -> None:
+    """Somebody clears the space under us: nothing old is served, and storing works again by itself."""
+    space = StoreSpace(store(daemon), manifest())
+    space.put(keys(3), fill(keys(3)))
+    assert StoreSpace(store(daemon), manifest()).clear()
+    assert stored(space, keys(3)) == [None] * 3
+    wait_for(lambda: all(space.put(keys(3), fill(keys(3)))), "the space to be opened again")
+    for reader in (space, StoreSpace(store(daemon), manifest())):
+        assert stored(reader, keys(3)) == [payload(name) for name in keys(3)]
+
+
+def test_a_full_store_goes_on(daemon: Daemon) -> None:
+    """Much more is stored than there is memory: every answer is true, and the latest block is there."""
+    space = StoreSpace(store(daemon), manifest())
+    names = keys(3 * (32 << 20) // BLOCK_BYTES)
+    for start in range(0, len(names), 64):
+        part = names[start : start + 64]
+        space.put(part, fill(part), wait=PATIENCE)
+    assert all(value in (None, payload(name)) for name, value in zip(names, stored(space, names), strict=True))
+    wait_for(lambda: all(space.put([b"last"], fill([b"last"]), wait=PATIENCE)), "room for one more")
+    assert stored(space, [b"last"]) == [payload(b"last")]
+    daemon.expect_leases(0)
+
+
+def test_fork_after_connect(daemon: Daemon) -> None:
+    """A child uses its parent's store: it must get a session of its own and leave the parent's alone."""
+    space = StoreSpace(store(daemon), manifest())
+    space.put(keys(3), fill(keys(3)))
+    child = os.fork()
+    if child == 0:
+        signal.alarm(int(PATIENCE))
+        os._exit(0 if stored(space, keys(3)) == [payload(name) for name in keys(3)] else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert stored(space, keys(3)) == [payload(name) for name in keys(3)]
+
+
+def test_the_interpreter_ends_in_the_middle_of_a_save(daemon: Daemon) -> None:
+    """The process ends while a thread fills a frame: no hang, no crash, and a block is whole or not there."""
+    program = """
+        import sys, threading
+        from conftest import keys, manifest, payload
+        from terrace_kv._background import Background
+        from terrace_kv._engine import Store, StoreSpace, Target
+
+        space = StoreSpace(Store(Target.of({"socket": sys.argv[1]}, "test")), manifest())
+        names, begun = keys(2000), threading.Event()
+
+        def give(index, frame):
+            memoryview(frame)[:] = payload(names[index])
+            if index == 40:
+                begun.set()
+            return True
+
+        saves = Background("save")
+        saves.submit(lambda: space.put(names, give))
+        assert begun.wait(30)
+    """
+    done = run_python(program, daemon.socket)
+    assert done.returncode == 0, done.stderr
+    assert "Fatal" not in done.stderr
+    daemon.expect_quiet()
+    space = StoreSpace(store(daemon), manifest())
+    found = stored(space, keys(200))
+    assert found[0] == payload(keys(1)[0])
+    assert all(value in (None, payload(name)) for name, value in zip(keys(200), found, strict=True))
+
+
+def test_background_refuses_what_does_not_fit() -> None:
+    """A queue without a limit grows while the daemon is slow."""
+    gate, calls = threading.Event(), Background("test", limit=2)
+    started = threading.Event()
+    assert calls.submit(lambda: (started.set(), gate.wait(PATIENCE)))  # type: ignore[func-returns-value]
+    assert started.wait(PATIENCE)
+    assert calls.submit(lambda: None)
+    assert calls.submit(lambda: None)
+    assert not calls.submit(lambda: None)
+    gate.set()
+    calls.stop(PATIENCE)
+    assert not calls.submit(lambda: None)
+
+
+def test_untried_versions_are_named() -> None:
+    assert advice("vllm", "0.32.0") is None
+    assert "was not tried" in (advice("vllm", "0.3") or "")
+    assert "unknown" in (advice("vllm", None) or "")
+
+
+def test_environment_names_the_daemon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERRACE_SOCKET", "/from/environment")
+    assert Target.of({}, "test").socket == "/from/environment"
+    assert Target.of({"socket": "/named"}, "test").socket == "/named"
