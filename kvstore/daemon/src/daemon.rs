@@ -31,8 +31,9 @@ const END_WITHIN: Duration = Duration::from_secs(3);
 const DEVICE_BYTES_IN_FLIGHT: u64 = 16 << 20;
 /// Frames that a full pool keeps free for blocks that are promoted or streamed in.
 const FRAMES_READY_MIN: u32 = 32;
-/// Memory that reclaiming keeps ready for windows, in chunks.
-const CHUNKS_READY_MIN: u32 = 1;
+/// This part of the memory, in chunks and within limits, reclaiming keeps ready for windows.
+const CHUNKS_READY_PART: u64 = 16;
+const CHUNKS_READY: std::ops::RangeInclusive<u32> = 1..=4;
 
 /// A daemon that serves.
 pub struct Daemon {
@@ -320,6 +321,7 @@ fn status(began: Instant, config: &Config, report: &OpenReport) -> Arc<Status> {
 }
 
 fn core_config(config: &Config, incarnation: u32) -> CoreConfig {
+    let chunks = config.pinned_bytes.get() / config.chunk_bytes.get().max(1);
     CoreConfig {
         incarnation,
         pinned_bytes: config.pinned_bytes,
@@ -328,7 +330,9 @@ fn core_config(config: &Config, incarnation: u32) -> CoreConfig {
         persist_delay: config.persist_delay,
         window_idle: config.window_idle,
         window_recall_max: config.window_recall_max,
-        chunks_ready_min: CHUNKS_READY_MIN,
+        chunks_ready_min: u32::try_from(chunks / CHUNKS_READY_PART)
+            .unwrap_or(u32::MAX)
+            .clamp(*CHUNKS_READY.start(), *CHUNKS_READY.end()),
         frames_ready_min: FRAMES_READY_MIN,
         policy: config.policy,
         admission: config.admission,

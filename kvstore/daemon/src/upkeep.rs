@@ -25,11 +25,14 @@ const NO_ROOM_PAUSE: Duration = Duration::from_millis(500);
 pub(crate) async fn watch_memory(engine: Arc<Engine>, pinned: ByteCount, chunk: ByteCount) {
     let mut told = pinned;
     loop {
-        let lingering = engine.media().facts().lingering.get();
+        let facts = engine.media().facts();
+        let (lingering, ready) = (facts.lingering.get(), facts.ready.get());
         let existing = engine.view(|core| core.tier_views().pinned.bytes.get());
         let free = terrace_media::memory_available().get().saturating_sub(HEADROOM_BYTES);
-        let limit = pinned.get().saturating_sub(lingering).min(existing.saturating_add(free));
+        let limit =
+            pinned.get().saturating_sub(lingering).min(existing.saturating_add(free).saturating_add(ready));
         let limit = ByteCount::new(limit - limit % chunk.get());
+        engine.media().set_memory_max(limit);
         if limit != told {
             tracing::info!(bytes = limit.get(), lingering, "memory for chunks");
             engine.submit(Input::MemoryLimit { bytes: limit });

@@ -22,6 +22,8 @@ use crate::syscall;
 const FENCE_BYTES: usize = size_of::<u64>();
 // The smallest there is: a larger one only makes the range that is populated round.
 const PAGE_BYTES: usize = 4096;
+// What begins here can be mapped by pages of this size, where the memory has them.
+const HUGE_PAGE_BYTES: usize = 2 << 20;
 
 /// How the data is mapped. Fences are always read-only.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -260,11 +262,12 @@ impl Region {
         if !sealed {
             return Err(MapError::NotSealed { what });
         }
-        // SAFETY: a new shared mapping at an address of the kernel's choice;
-        // nothing that exists is touched.
+        let wish = syscall::place_of(length, HUGE_PAGE_BYTES);
+        // SAFETY: a new shared mapping at an address of the kernel's choice: where something lies at the one that is
+        // wished for, it takes another.
         let start = unsafe {
             libc::mmap(
-                std::ptr::null_mut(),
+                wish,
                 length,
                 protection,
                 libc::MAP_SHARED | libc::MAP_NORESERVE,

@@ -28,6 +28,20 @@ pub(crate) struct Arrived {
     pub(crate) cut: bool,
 }
 
+/// An aligned address where so many bytes would fit just now; null, which is no wish, where the kernel names none.
+pub(crate) fn place_of(length: usize, align: usize) -> *mut libc::c_void {
+    let Some(room) = length.checked_add(align) else { return std::ptr::null_mut() };
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+    // SAFETY: a new mapping of no memory at an address of the kernel's choice.
+    let found = unsafe { libc::mmap(std::ptr::null_mut(), room, libc::PROT_NONE, flags, -1, 0) };
+    if found == libc::MAP_FAILED {
+        return std::ptr::null_mut();
+    }
+    // SAFETY: our own mapping of just now, which nobody knows.
+    unsafe { libc::munmap(found, room) };
+    found.map_addr(|address| address.next_multiple_of(align))
+}
+
 /// Receives into `target`; never blocks.
 pub(crate) fn receive(socket: BorrowedFd<'_>, target: &mut [u8]) -> io::Result<Arrived> {
     let mut control = Control([0; CONTROL_BYTES]);

@@ -288,6 +288,8 @@ pub struct MediaFacts {
     pub chunk_pages: Vec<(&'static str, u64)>,
     /// Memory of dropped chunks that other processes still hold.
     pub lingering: ByteCount,
+    /// Memory made ahead for the next chunks.
+    pub ready: ByteCount,
     /// The catalog takes writes.
     pub catalog_usable: bool,
     /// Syncs of devices and catalog batches since the start: `(commits, batches)`.

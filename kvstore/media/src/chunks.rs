@@ -1,5 +1,8 @@
 //! The table of chunks, and the thread that makes and drops them.
 //!
+//! Between its wishes the thread makes memory ahead for the next chunks, so that
+//! a writer does not wait for it: what is ahead counts against the pool's limit.
+//!
 //! A dropped chunk is unmapped, and then watched until no other process holds
 //! its pages: the answer is given when the kernel has them back, or as
 //! [`Fault::StillMapped`] after two seconds. What stays held is counted as
@@ -14,6 +17,7 @@ use terrace_core::{ByteCount, ChunkId, Done, Fault, IoClass, OpId};
 
 use crate::api::Complete;
 use crate::device::{IoBuffer, IoOp, IoRequest};
+use crate::memfd::Blank;
 use crate::memory::{Access, ChunkMemory, Retired};
 use crate::slots::Slots;
 
@@ -21,6 +25,8 @@ use crate::slots::Slots;
 const PATIENCE: Duration = Duration::from_secs(2);
 /// Where the kernel cannot tell who holds memory, it is taken for free after this long.
 const UNPROVABLE: Duration = Duration::from_secs(60);
+/// This part of the pool's limit is made ahead, so that as much is written without a wait for memory.
+const READY_PART: u64 = 4;
 /// How often a held chunk is looked at, before and after patience has run out.
 const LOOK_SOON: Duration = Duration::from_millis(2);
 const LOOK_LATE: Duration = Duration::from_millis(250);
@@ -93,6 +99,8 @@ pub(crate) struct Wishes {
     queue: Mutex<(VecDeque<Wish>, bool)>,
     wake: Condvar,
     lingering: AtomicU64,
+    memory_max: AtomicU64,
+    ready: AtomicU64,
 }
 
 impl Wishes {
@@ -104,6 +112,19 @@ impl Wishes {
     pub(crate) fn stop(&self) {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner).1 = true;
         self.wake.notify_one();
+    }
+
+    /// Memory that chunks, and what is made ahead for them, may take together. Nothing is made ahead before this.
+    pub(crate) fn set_memory_max(&self, bytes: ByteCount) {
+        // Under the lock, so that the thread sees it before it waits, or is woken.
+        let _queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner);
+        self.memory_max.store(bytes.get(), Ordering::Relaxed);
+        self.wake.notify_one();
+    }
+
+    /// Memory that was made ahead.
+    pub(crate) fn ready(&self) -> ByteCount {
+        ByteCount::new(self.ready.load(Ordering::Relaxed))
     }
 
     /// Memory that is dropped, and still held by others.
@@ -118,6 +139,35 @@ pub(crate) struct ChunkMaker {
     pub(crate) table: Arc<ChunkTable>,
     pub(crate) slots: Arc<Slots>,
     pub(crate) complete: Arc<Complete>,
+}
+
+/// Memory that nobody has had, for chunks to come.
+#[derive(Default)]
+struct Ahead {
+    ready: Vec<Blank>,
+    /// There was no memory for more: not before somebody asks for a chunk again.
+    short: bool,
+}
+
+impl Ahead {
+    fn bytes(&self) -> u64 {
+        self.ready.iter().map(|blank| blank.mapping.bytes).sum()
+    }
+
+    fn prepare(&mut self, bytes: u64) {
+        match Blank::make(bytes) {
+            Ok(blank) => self.ready.push(blank),
+            Err(error) => {
+                tracing::debug!(%error, "no memory ahead");
+                self.short = true;
+            }
+        }
+    }
+}
+
+/// Memory of chunks on their way out.
+fn held(leaving: &[Leaving]) -> u64 {
+    leaving.iter().map(|chunk| chunk.bytes).sum()
 }
 
 /// A chunk on its way out.
@@ -138,17 +188,24 @@ enum Memory {
 enum Turn {
     Wish(Wish),
     Look,
+    /// Nobody wants anything: the time to make memory ahead.
+    Prepare,
     Stop,
 }
 
 impl ChunkMaker {
     pub(crate) fn run(self) {
         let mut leaving: Vec<Leaving> = Vec::new();
+        let mut ahead = Ahead::default();
         loop {
-            match self.turn(&leaving) {
+            match self.turn(&leaving, &ahead) {
                 Turn::Wish(Wish::Create { op, chunk, access, frame_bytes, frames }) => {
-                    (self.complete)(op, self.create(chunk, access, frame_bytes, frames));
+                    let made = self.create(&mut ahead, held(&leaving), chunk, access, frame_bytes, frames);
+                    // As the one who asked for the chunk may look.
+                    self.wishes.ready.store(ahead.bytes(), Ordering::Relaxed);
+                    (self.complete)(op, made);
                 }
+                Turn::Prepare => ahead.prepare(self.slots.chunk_bytes()),
                 Turn::Wish(Wish::Drop { op, chunk }) => self.begin_drop(op, chunk, &mut leaving),
                 Turn::Wish(Wish::Refuse { op, fault }) => (self.complete)(op, Err(fault)),
                 Turn::Look => {}
@@ -156,15 +213,16 @@ impl ChunkMaker {
             }
             let looked = std::mem::take(&mut leaving);
             leaving.extend(looked.into_iter().filter_map(|chunk| self.look(chunk)));
-            let held = leaving.iter().map(|chunk| chunk.bytes).sum();
-            self.wishes.lingering.store(held, Ordering::Relaxed);
+            self.wishes.lingering.store(held(&leaving), Ordering::Relaxed);
+            self.wishes.ready.store(ahead.bytes(), Ordering::Relaxed);
         }
         for op in leaving.into_iter().filter_map(|chunk| chunk.op) {
             (self.complete)(op, Err(Fault::StillMapped));
         }
     }
 
-    fn turn(&self, leaving: &[Leaving]) -> Turn {
+    fn turn(&self, leaving: &[Leaving], ahead: &Ahead) -> Turn {
+        let leaving_bytes = held(leaving);
         let mut queue = self.wishes.queue.lock().unwrap_or_else(PoisonError::into_inner);
         let pause = match leaving {
             [] => None,
@@ -177,6 +235,9 @@ impl ChunkMaker {
             }
             if queue.1 {
                 return Turn::Stop;
+            }
+            if self.prepares(ahead, leaving_bytes) {
+                return Turn::Prepare;
             }
             let Some(pause) = pause else {
                 queue = self.wishes.wake.wait(queue).unwrap_or_else(PoisonError::into_inner);
@@ -191,14 +252,41 @@ impl ChunkMaker {
         }
     }
 
+    /// Whether so much more stays below the limit of the pool.
+    fn has_room(&self, ahead: &Ahead, leaving: u64, more: u64) -> bool {
+        let taken = self.table.bytes() + ahead.bytes() + leaving;
+        taken.saturating_add(more) <= self.wishes.memory_max.load(Ordering::Relaxed)
+    }
+
+    /// Whether another chunk's memory is to be made ahead.
+    fn prepares(&self, ahead: &Ahead, leaving: u64) -> bool {
+        let chunk = self.slots.chunk_bytes();
+        let most = self.wishes.memory_max.load(Ordering::Relaxed) / READY_PART;
+        !ahead.short && ahead.bytes() + chunk <= most && self.has_room(ahead, leaving, chunk)
+    }
+
     fn create(
         &self,
+        ahead: &mut Ahead,
+        leaving: u64,
         chunk: ChunkId,
         access: Access,
         frame_bytes: ByteCount,
         frames: u32,
     ) -> Result<Done, Fault> {
-        match ChunkMemory::create(frame_bytes, frames, access) {
+        let made = ChunkMemory::bytes_for(frame_bytes, frames).and_then(|bytes| {
+            let chunk = self.slots.chunk_bytes();
+            ahead.short = false;
+            let blank = match ahead.ready.pop().filter(|_| bytes <= chunk) {
+                Some(blank) => blank,
+                None => {
+                    while !self.has_room(ahead, leaving, bytes) && ahead.ready.pop().is_some() {}
+                    Blank::make(bytes.max(chunk))?
+                }
+            };
+            ChunkMemory::on(blank, frame_bytes, frames, access)
+        });
+        match made {
             Ok(memory) => {
                 self.table.insert(chunk, memory);
                 Ok(Done::ChunkCreated)

@@ -58,7 +58,7 @@ pub fn memory_facts() -> MemoryFacts {
     let mut notes = Vec::new();
     if huge_pages_free == 0 && shmem_huge() == ShmemHuge::Never {
         notes.push(
-            "chunks get 4 KiB pages, which halves disk speed: run `echo advise > \
+            "chunks get 2 MiB pages only where such are at hand, and 4 KiB pages halve disk speed: run `echo advise > \
              /sys/kernel/mm/transparent_hugepage/shmem_enabled`, or reserve pages with `vm.nr_hugepages`"
                 .to_owned(),
         );

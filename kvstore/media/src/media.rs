@@ -234,6 +234,11 @@ impl Media {
         }
     }
 
+    /// Memory for chunks; some of what is free of it is made ready ahead of need. Nothing is before this is said.
+    pub fn set_memory_max(&self, bytes: ByteCount) {
+        self.wishes.set_memory_max(bytes);
+    }
+
     /// A chunk, for sharing its descriptors and for streams. Holding it delays its drop.
     pub fn chunk(&self, chunk: ChunkId) -> Option<Arc<ChunkMemory>> {
         self.table.find(chunk)
@@ -369,6 +374,7 @@ impl Media {
             devices: self.slots.facts(),
             chunk_pages: self.table.pages(),
             lingering: self.wishes.lingering(),
+            ready: self.wishes.ready(),
             catalog_usable: self.catalog.usable(),
             commits: self.commits.counts(),
             notes: self.notes.clone(),

@@ -15,7 +15,7 @@ use std::sync::atomic::{self, AtomicBool, AtomicU64, Ordering};
 use terrace_core::{BlockHeader, ByteCount, Checksum, Checksummer, Fence, MIB};
 use terrace_lane::fold;
 
-use crate::memfd::{Mapping, allocate, holders, memfd, probe, reopen, seal, truncate};
+use crate::memfd::{Blank, Mapping, holders, memfd, probe, reopen, seal, truncate};
 
 /// Size and alignment of a header page, and of everything that O_DIRECT touches.
 pub const PAGE_BYTES: u64 = 4096;
@@ -113,6 +113,14 @@ impl ChunkMemory {
     /// `OutOfMemory` if the machine would keep less than 256 MiB available;
     /// `InvalidInput` for frames that are not whole pages; else what the kernel said.
     pub fn create(frame_bytes: ByteCount, frames: u32, access: Access) -> io::Result<Self> {
+        Self::on(Blank::make(Self::bytes_for(frame_bytes, frames)?)?, frame_bytes, frames, access)
+    }
+
+    /// Memory of a chunk of so many frames, fences apart.
+    ///
+    /// # Errors
+    /// `InvalidInput`, as for [`Self::create`].
+    pub(crate) fn bytes_for(frame_bytes: ByteCount, frames: u32) -> io::Result<u64> {
         let frame_bytes = frame_bytes.get();
         if frames == 0 || frame_bytes <= PAGE_BYTES || !frame_bytes.is_multiple_of(PAGE_BYTES) {
             return Err(io::Error::new(
@@ -120,11 +128,17 @@ impl ChunkMemory {
                 "a chunk has at least one frame of a header page and whole payload pages",
             ));
         }
-        let bytes = u64::from(frames)
+        u64::from(frames)
             .checked_mul(frame_bytes)
             .and_then(|bytes| bytes.checked_next_multiple_of(HUGE_PAGE_BYTES))
-            .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, "the chunk's size overflows"))?;
-        let (data, mapping, pages) = allocate(bytes)?;
+            .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, "the chunk's size overflows"))
+    }
+
+    /// As [`Self::create`], on memory of at least [`Self::bytes_for`] these frames that was made before.
+    pub(crate) fn on(blank: Blank, frame_bytes: ByteCount, frames: u32, access: Access) -> io::Result<Self> {
+        let frame_bytes = frame_bytes.get();
+        let Blank { data, mapping, pages } = blank;
+        assert!(u64::from(frames) * frame_bytes <= mapping.bytes, "a chunk's memory holds its frames");
         let probe = probe(&data);
         let fence_bytes = (u64::from(frames) * 8).next_multiple_of(PAGE_BYTES);
         let fence_data = memfd("terrace-fences", 0)?;

@@ -185,6 +185,40 @@ fn dropped_chunks_leave_nothing_behind() {
     }
 }
 
+/// Memory that is made ahead could push the pool past its limit, or come to no use. With room for four chunks it is
+/// one, before there is a chunk and beside three; the fourth takes it, and beside four there is none.
+#[test]
+fn memory_made_ahead_stays_below_the_limit() {
+    let folder = folder();
+    let mut store = Store::open(&folder, Backend::Auto);
+    store.chunk(1, Access::Window);
+    assert_eq!(store.media.facts().ready.get(), 0, "made ahead before anybody said how much");
+    let bytes = store.media.chunk(ChunkId::new(1)).unwrap().bytes().get();
+    assert_eq!(bytes, CHUNK_BYTES, "memory of one length serves all frames");
+    store.media.set_memory_max(ByteCount::new(4 * CHUNK_BYTES));
+    for chunk in 2..=3 {
+        ready_becomes(&store, CHUNK_BYTES);
+        store.chunk(chunk, Access::Pool);
+    }
+    ready_becomes(&store, CHUNK_BYTES);
+    store.chunk(4, Access::Window);
+    assert_eq!(store.media.facts().ready.get(), 0, "four chunks, and some ahead");
+    assert_eq!(
+        store.run(|op| MediaOp::DropChunk { op, chunk: ChunkId::new(1) }),
+        Ok(Done::Plain),
+        "nobody holds it"
+    );
+    ready_becomes(&store, CHUNK_BYTES);
+}
+
+fn ready_becomes(store: &Store, bytes: u64) {
+    let deadline = Instant::now() + PATIENCE;
+    while store.media.facts().ready.get() != bytes {
+        assert!(Instant::now() < deadline, "{} bytes ahead", store.media.facts().ready.get());
+        std::thread::yield_now();
+    }
+}
+
 /// Ranges outside a frame come from the wire in the end: they must be refused, not trusted.
 #[test]
 fn ranges_outside_a_frame_are_refused() {

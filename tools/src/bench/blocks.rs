@@ -106,8 +106,9 @@ pub(super) async fn read(
 ) -> anyhow::Result<()> {
     let options = ReadOptions { wait: WAIT, ..ReadOptions::default() };
     let lease = session.lease_read(space, keys, options).await?;
-    for grant in &lease.grants {
-        each(grant.granted().context("a block that was put is not there")?)?;
+    for (index, grant) in lease.grants.iter().enumerate() {
+        let block = grant.granted();
+        each(block.with_context(|| format!("block {index} of {} is not there: {grant:?}", keys.len()))?)?;
     }
     lease.release().await?;
     Ok(())

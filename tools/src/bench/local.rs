@@ -39,6 +39,9 @@ const LOAD: f64 = 0.5;
 /// Blocks that were sealed just now are being copied to the device; reads are measured after that.
 const SETTLE: Duration = Duration::from_secs(2);
 const WAIT: Duration = Duration::from_secs(10);
+/// What is read stays that long, before everything else.
+const RETAINED: Duration = Duration::from_secs(120);
+const RETAIN_FIRST: u8 = 100;
 
 pub(super) async fn run(options: &Options) -> anyhow::Result<Vec<Line>> {
     let dir = stand::temp_dir(options)?;
@@ -52,6 +55,8 @@ pub(super) async fn run(options: &Options) -> anyhow::Result<Vec<Line>> {
         let mut set = Set::new(bytes)?;
         let isolated_space = blocks::space(&isolated, bytes).await?;
         lines.extend(set.against_bare((&session, &space), (&isolated, &isolated_space)).await?);
+        lines[known..].iter().for_each(Line::say);
+        let known = lines.len();
         lines.extend(processes(&daemon, &set)?);
         lines[known..].iter().for_each(Line::say);
     }
@@ -100,9 +105,11 @@ impl Set {
     /// Rate of the whole, and of filling alone.
     async fn put(&self, session: &Session, space: &Space) -> anyhow::Result<(f64, f64)> {
         let (began, mut filling) = (Instant::now(), Duration::ZERO);
+        let mut parent = None;
         for (keys, payloads) in self.keys.chunks(self.batch).zip(self.source.chunks(self.batch * self.block))
         {
-            filling += put_batch(session, space, keys, payloads.chunks(self.block)).await?;
+            filling += put_batch(session, space, keys, parent, payloads.chunks(self.block)).await?;
+            parent = keys.last();
         }
         Ok((self.gib() / began.elapsed().as_secs_f64(), self.gib() / filling.as_secs_f64()))
     }
@@ -142,6 +149,9 @@ impl Set {
             puts_isolated.push(self.put(isolated.0, isolated.1).await?.0);
             put_bare.push(self.rate(bare::checked).max(self.rate(bare::checked_streaming)));
         }
+        // What is put from now on would push it out, for nothing else of it was ever used twice.
+        let kept = session.retain(space, &self.keys, RETAINED, RETAIN_FIRST).await?;
+        ensure!(kept as usize == self.count(), "only {kept} of {} blocks are kept for reading", self.count());
         tokio::time::sleep(SETTLE).await;
         let (mut verified, mut copied) = (Vec::new(), Vec::new());
         let (mut bare_verified, mut bare_copied, mut memcpy) = (Vec::new(), Vec::new(), Vec::new());
@@ -169,20 +179,22 @@ impl Set {
     }
 }
 
-/// Writes and seals blocks, one after the other; answers how long filling them took.
+/// Writes and seals blocks that nobody has written, the first of them the child of `parent`; answers how long filling
+/// them took.
 pub(super) async fn put_batch<'a>(
     session: &Session,
     space: &Space,
     keys: &[[u8; 16]],
+    parent: Option<&[u8; 16]>,
     payloads: impl Iterator<Item = &'a [u8]>,
 ) -> anyhow::Result<Duration> {
     let options = WriteOptions { ttl: None, wait: WAIT };
-    let mut lease = session.lease_write(space, keys, None, options).await?;
+    let mut lease = session.lease_write(space, keys, parent.map(|key| &key[..]), options).await?;
     let mut sums = Vec::with_capacity(keys.len());
     let began = Instant::now();
     for ((index, grant), payload) in (0u32..).zip(&mut lease.grants).zip(payloads) {
         let Outcome::Granted(block) = grant else {
-            anyhow::bail!("block {index} of {} was not granted for writing", keys.len());
+            anyhow::bail!("block {index} of {} was not granted for writing: {grant:?}", keys.len());
         };
         sums.push((index, block.write_checked(payload)?));
     }

@@ -225,7 +225,8 @@ impl<'a> Work<'a> {
         let (found, _) = session.exists(&[space], &self.keys, MatchMode::Prefix).await?;
         if self.job.op != Op::Put && found < self.keys.len() {
             let payload = &self.buffer[..usize::try_from(self.job.block_bytes)?];
-            put_batch(session, space, &self.keys, self.keys.iter().map(|_| payload)).await?;
+            // Its head may be there still.
+            blocks::put(session, space, &self.keys, payload).await?;
         }
         Ok(())
     }
@@ -273,7 +274,7 @@ impl<'a> Work<'a> {
                 // Of no other process, and of no round of the parent.
                 let chain = std::process::id().wrapping_mul(1 << 12).wrapping_add(self.written) | 1 << 31;
                 let keys = blocks::keys(chain, self.job.batch);
-                put_batch(session, space, &keys, self.buffer.chunks(block)).await.map(|_filling| ())
+                put_batch(session, space, &keys, None, self.buffer.chunks(block)).await.map(|_filling| ())
             }
             Op::Get => blocks::read(session, space, keys, |block| Ok(block.read_into(place()?)?)).await,
             Op::GetVerified => {

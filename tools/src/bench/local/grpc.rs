@@ -36,7 +36,7 @@ pub(super) async fn run(daemon: &stand::Daemon) -> anyhow::Result<Vec<Line>> {
     let keys = blocks::keys(1 << 30, BLOCKS);
     let payload = vec![9; usize::try_from(BLOCK_BYTES)?];
     let payloads = keys.iter().map(|_| &payload[..]);
-    put_batch(&lane, &blocks::space(&lane, BLOCK_BYTES).await?, &keys, payloads).await?;
+    put_batch(&lane, &blocks::space(&lane, BLOCK_BYTES).await?, &keys, None, payloads).await?;
 
     let target = Target { grpc: Some(daemon.grpc.clone()), ..Target::default() };
     let session = Session::connect(&target).await?;
