@@ -16,7 +16,7 @@ use pyo3::ffi;
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 
-use terrace_client::{BadBlock, BlockId, Checksum, ReadBlock, SharedBytes, Stale};
+use terrace_client::{BadBlock, BlockId, ReadBlock, SharedBytes, Stale};
 
 use crate::errors::{bad_block, closed, in_use, invalid, stale};
 use crate::lease::Writing;
