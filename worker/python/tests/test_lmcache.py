@@ -115,7 +115,7 @@ def test_store_lookup_load_unlock(level: TerraceL2, daemon: Daemon) -> None:
 
 
 def test_a_large_load_and_an_empty_one(level: TerraceL2) -> None:
-    """More keys than a lease takes at once, or none: every task must end, once."""
+    """Many keys, or none: every task must end, once."""
     values = objects(23, fill=7)
     assert store(level, names(23), values)
     empty = objects(23)
