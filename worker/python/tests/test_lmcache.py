@@ -114,6 +114,16 @@ def test_store_lookup_load_unlock(level: TerraceL2, daemon: Daemon) -> None:
     assert load(level, names(8), objects(8)) == list(range(8)), "a lock is not needed to load"
 
 
+def test_a_large_load_and_an_empty_one(level: TerraceL2) -> None:
+    """Many keys, or none: every task must end, once."""
+    values = objects(23, fill=7)
+    assert store(level, names(23), values)
+    empty = objects(23)
+    assert load(level, names(23), empty) == list(range(23))
+    assert same(empty, values)
+    assert load(level, [], []) == []
+
+
 def test_two_locks_need_two_unlocks(level: TerraceL2, daemon: Daemon) -> None:
     """The first unlock of two frees what the second still needs."""
     store(level, names(2), objects(2, fill=7))
