@@ -14,6 +14,7 @@
 
 mod directory;
 mod find;
+pub mod hashes;
 mod ids;
 mod index;
 mod plan;
