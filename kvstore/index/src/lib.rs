@@ -14,12 +14,14 @@
 
 mod directory;
 mod find;
+pub mod hashes;
 mod ids;
 mod index;
 mod plan;
 mod pool;
 mod run;
 mod snapshot;
+mod stream;
 mod write;
 
 pub use find::{Found, Held, Span};
@@ -27,3 +29,4 @@ pub use ids::{HOLDERS_MAX, HolderId, Key, Limits, Refused, SizeClass, Tier, Tier
 pub use index::{Counts, Index};
 pub use plan::{Piece, Plan, source_plan};
 pub use snapshot::BadSnapshot;
+pub use stream::{Stream, Tally, Verdict};
