@@ -6,7 +6,7 @@
 //! thread waited for a core is left out.
 
 mod bare;
-mod clock;
+pub(super) mod clock;
 mod memory;
 mod shard;
 mod threads;

@@ -6,25 +6,25 @@ use std::time::{Duration, Instant};
 
 /// A stretch of work on this thread, which does not sleep.
 #[derive(Debug)]
-pub(super) struct Stretch {
+pub(in crate::bench) struct Stretch {
     began: Instant,
     waited: Duration,
 }
 
 impl Stretch {
     /// Begins now.
-    pub(super) fn begin() -> Self {
+    pub(in crate::bench) fn begin() -> Self {
         let waited = waited();
         Self { began: Instant::now(), waited }
     }
 
     /// Time since the beginning, on a core or not.
-    pub(super) fn elapsed(&self) -> Duration {
+    pub(in crate::bench) fn elapsed(&self) -> Duration {
         self.began.elapsed()
     }
 
     /// Of the time since the beginning, the share that this thread had a core, above 0 and at most 1.
-    pub(super) fn share(&self) -> f64 {
+    pub(in crate::bench) fn share(&self) -> f64 {
         let elapsed = self.elapsed().as_secs_f64().max(f64::MIN_POSITIVE);
         let waited = waited().saturating_sub(self.waited).as_secs_f64();
         (1.0 - waited / elapsed).clamp(0.01, 1.0)
