@@ -23,6 +23,8 @@ use crate::request::{Ask, Delivery, Endpoint, Prompt};
 use crate::response::{self, Frame};
 use crate::serve::Router;
 
+/// A request's own time in which its first token is wanted, in milliseconds.
+const FIRST_TOKEN_MS: HeaderName = HeaderName::from_static("x-first-token-ms");
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 /// Longest id that is taken over from a caller.
 const REQUEST_ID_BYTES_MAX: usize = 128;
@@ -132,6 +134,7 @@ async fn serve(router: Arc<Router>, endpoint: Endpoint, request: Request) -> Res
     let arrived = Instant::now();
     let id = request.extensions().get::<RequestId>().map_or_else(new_id, |id| id.0.clone());
     let (parts, body) = request.into_parts();
+    let first_token_by = first_token_by(&parts.headers)?.or(router.config.first_token_by);
     let place = router.admit()?;
     let body = read_body(&parts.headers, body, router.config.body_bytes_max).await?;
     let ask = Ask::parse(endpoint, &body)?;
@@ -145,12 +148,21 @@ async fn serve(router: Arc<Router>, endpoint: Endpoint, request: Request) -> Res
         with_usage: ask.delivery == Delivery::StreamWithUsage,
     };
     let delivery = ask.delivery;
-    let job = prepare(&router, model, ask, id, arrived).await?;
+    let job = Job { first_token_by, ..prepare(&router, model, ask, id, arrived).await? };
     let events = generate::start(router, job, place);
     match delivery {
         Delivery::Whole => whole(&frame, events).await,
         Delivery::Stream | Delivery::StreamWithUsage => stream(frame, events).await,
     }
+}
+
+/// How soon the caller wants the first token, if it says so.
+fn first_token_by(headers: &HeaderMap) -> Result<Option<Duration>, ApiError> {
+    let Some(value) = headers.get(&FIRST_TOKEN_MS) else { return Ok(None) };
+    let milliseconds = value.to_str().ok().and_then(|text| text.parse::<u32>().ok()).filter(|&ms| ms > 0);
+    let message = "`x-first-token-ms` must be a whole number of milliseconds, more than 0";
+    let milliseconds = milliseconds.ok_or_else(|| ApiError::bad("x-first-token-ms", message))?;
+    Ok(Some(Duration::from_millis(milliseconds.into())))
 }
 
 /// Turns the prompt into tokens and fits the answer into the context.
@@ -180,6 +192,7 @@ async fn prepare(
         top_p,
         seed: seed.unwrap_or_else(random::bits),
         arrived,
+        first_token_by: None,
     })
 }
 

@@ -200,6 +200,26 @@ async fn a_full_router_says_when_to_come_back() {
     assert_eq!((third, fourth), (200, 429), "{body}");
 }
 
+/// A request that would get its first token too late must be told at once and cost no worker anything; one
+/// that would be in time is served. The worker computes 1,000 tokens a second.
+#[tokio::test]
+async fn requests_that_would_be_late_are_refused() {
+    let fleet = Fleet::start(&[(Decode, &[])], &["--first-token-seconds-max", "0.1"]).await;
+    let long = question(&json!({"prompt": "word ".repeat(90)}));
+    let (status, headers, body) = fleet.post("/v1/completions", long.clone()).await;
+    assert_eq!((status, headers["retry-after"].to_str().unwrap()), (429, "1"), "{body}");
+    assert!(body.contains("deadline_exceeded") && body.contains("wanted within 0.1 s"), "{body}");
+    assert_eq!(fleet.workers[0].calls.load(Ordering::SeqCst), 0);
+    assert_eq!(fleet.ask(&json!({})).await.0, 200);
+    let client = reqwest::Client::builder().no_proxy().timeout(DEADLINE).build().unwrap();
+    let url = format!("{}/v1/completions", fleet.url);
+    for (wanted, expected) in [("60000", 200), ("1", 429), ("soon", 400), ("0", 400)] {
+        let request = client.post(&url).header("x-first-token-ms", wanted).body(long.clone());
+        assert_eq!(request.send().await.unwrap().status().as_u16(), expected, "{wanted}");
+    }
+    assert_eq!(fleet.router.metrics.waiting.get(), 0);
+}
+
 /// An answer that takes too long ends with a clear error, before and after its first token.
 #[tokio::test]
 async fn requests_have_a_deadline() {
