@@ -16,6 +16,7 @@ use terrace_proto::v1::{WorkerLoad, WorkerRole};
 use tokio::sync::mpsc;
 
 use crate::error::ApiError;
+use crate::explain;
 use crate::generate::{self, Event, Job};
 use crate::models::{Model, unix_seconds};
 use crate::random;
@@ -47,6 +48,7 @@ pub fn routes(router: Arc<Router>) -> Routes {
         .route("/v1/models/{*model}", get(one_model))
         .route("/v1/completions", post(completions))
         .route("/v1/chat/completions", post(chat))
+        .route("/admin/explain", post(explain::explain))
         .route("/metrics", get(metrics))
         .route("/healthz", get(health))
         .method_not_allowed_fallback(wrong_method)
@@ -197,7 +199,7 @@ async fn prepare(
 }
 
 /// Tokenizes beside the other requests: a long text takes a while.
-async fn tokenize(model: &Arc<Model>, prompt: Prompt) -> Result<Vec<u32>, ApiError> {
+pub(crate) async fn tokenize(model: &Arc<Model>, prompt: Prompt) -> Result<Vec<u32>, ApiError> {
     let model = Arc::clone(model);
     let tokens = tokio::task::spawn_blocking(move || model.tokens(&prompt)).await;
     tokens.map_err(|error| {
@@ -220,7 +222,7 @@ fn context(router: &Router, model: &Arc<Model>) -> usize {
 }
 
 /// Reads a body up to a limit.
-async fn read_body(headers: &HeaderMap, body: Body, limit: usize) -> Result<Bytes, ApiError> {
+pub(crate) async fn read_body(headers: &HeaderMap, body: Body, limit: usize) -> Result<Bytes, ApiError> {
     let too_large = || {
         let message = format!("the body is larger than {limit} bytes, which is the limit; send less");
         ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, message).code("body_too_large")
