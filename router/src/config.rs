@@ -55,9 +55,13 @@ pub struct Options {
     /// Most workers that one request is tried on.
     #[arg(long, default_value_t = 4)]
     pub attempts_max: u32,
-    /// How freely a request goes to a worker that is nearly as good as the best one; 0 always takes the best.
-    /// Several routers before the same workers want about 0.05.
-    #[arg(long, default_value_t = 0.0)]
+    /// Time in which a first token is wanted, in seconds; a request for which it is not expected in time is
+    /// answered 429. A request may say its own by the header `x-first-token-ms`. The default is none.
+    #[arg(long, value_name = "SECONDS")]
+    pub first_token_seconds_max: Option<f64>,
+    /// How freely a request goes to a worker that is nearly as good as the best one. The default spreads equals
+    /// only; 0 always takes the first; several routers before the same workers want about 0.05.
+    #[arg(long, default_value_t = 0.001)]
     pub temperature: f64,
 }
 
@@ -94,6 +98,8 @@ pub struct Config {
     pub index_wait: Duration,
     /// Most workers that one request is tried on.
     pub attempts_max: u32,
+    /// Time in which a first token is wanted, if the request does not say its own.
+    pub first_token_by: Option<Duration>,
     /// How freely a request goes to a worker that is nearly as good as the best one.
     pub temperature: f64,
 }
@@ -110,6 +116,12 @@ pub enum BadConfig {
     /// A temperature that is no number of 0 or more.
     #[error("--temperature is {found}: it must be from 0 to 1")]
     Temperature {
+        /// What was given.
+        found: f64,
+    },
+    /// A time in which no first token can come.
+    #[error("--first-token-seconds-max is {found}: it must be more than 0")]
+    FirstToken {
         /// What was given.
         found: f64,
     },
@@ -140,6 +152,11 @@ impl Options {
         if !(0.0..=1.0).contains(&self.temperature) {
             return Err(BadConfig::Temperature { found: self.temperature });
         }
+        let wanted = self.first_token_seconds_max;
+        let first_token_by = wanted.map(Duration::try_from_secs_f64).transpose().ok();
+        let Some(first_token_by) = first_token_by.filter(|wanted| *wanted != Some(Duration::ZERO)) else {
+            return Err(BadConfig::FirstToken { found: wanted.unwrap_or(0.0) });
+        };
         if tonic::transport::Endpoint::from_shared(self.grpc.clone()).is_err() || !self.grpc.contains("://") {
             return Err(BadConfig::Address { found: self.grpc });
         }
@@ -159,6 +176,7 @@ impl Options {
             worker_wait: Duration::from_millis(self.worker_wait_ms),
             index_wait: Duration::from_millis(self.index_wait_ms),
             attempts_max: self.attempts_max,
+            first_token_by,
             temperature: self.temperature,
         })
     }
@@ -182,6 +200,9 @@ mod tests {
         let error = options(&["--grpc", "localhost"]).check().unwrap_err();
         assert!(error.to_string().contains("--grpc localhost"), "{error}");
         assert!(options(&["--temperature", "NaN"]).check().is_err());
+        assert!(options(&["--first-token-seconds-max", "0"]).check().is_err());
+        let wanted = options(&["--first-token-seconds-max", "1.5"]).check().unwrap().first_token_by;
+        assert_eq!(wanted, Some(Duration::from_millis(1500)));
         assert!(options(&[]).check().is_ok());
     }
 }

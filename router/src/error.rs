@@ -5,6 +5,9 @@ use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde_json::{Value, json};
 
+/// Longest time after which a refused caller is told to come back.
+const RETRY_SECONDS_MAX: u32 = 60;
+
 /// A refusal or failure, ready to be shown to the caller.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{message}")]
@@ -51,6 +54,20 @@ impl ApiError {
     pub fn busy(message: impl Into<String>) -> Self {
         Self { retry_after: Some(1), ..Self::new(StatusCode::TOO_MANY_REQUESTS, message) }
             .code("rate_limit_exceeded")
+    }
+
+    /// The first token would come later than the caller waits for it. Times are seconds from the arrival.
+    pub fn late(expected: f64, wanted: f64) -> Self {
+        let message = format!(
+            "the first token is expected after {expected:.1} s and was wanted within {wanted:.1} s; retry later"
+        );
+        #[expect(
+            clippy::cast_possible_truncation,
+            clippy::cast_sign_loss,
+            reason = "clamped to a range of whole numbers"
+        )]
+        let seconds = (expected - wanted).ceil().clamp(1.0, f64::from(RETRY_SECONDS_MAX)) as u32;
+        Self { retry_after: Some(seconds), ..Self::busy(message) }.code("deadline_exceeded")
     }
 
     /// Nobody is there to serve the request.
@@ -123,5 +140,7 @@ mod tests {
         assert_eq!(response.status(), StatusCode::TOO_MANY_REQUESTS);
         assert_eq!(response.headers()[header::RETRY_AFTER], "1");
         assert_eq!(ApiError::busy("full").body()["error"]["type"], "rate_limit_error");
+        let late = |expected| ApiError::late(expected, 1.0).retry_after;
+        assert_eq!([late(1.2), late(3.5), late(f64::INFINITY)], [Some(1), Some(3), Some(60)]);
     }
 }

@@ -58,6 +58,8 @@ pub struct Job {
     pub seed: u64,
     /// When the request came in.
     pub arrived: Instant,
+    /// Time after that in which the first token is wanted; without it nobody waits for the answer.
+    pub first_token_by: Option<Duration>,
 }
 
 /// What becomes of it.
@@ -209,9 +211,10 @@ impl<'a> Answer<'a> {
                 self.found.push((space, found));
                 continue;
             }
-            if let Some(placed) = self.choose(&view) {
+            if let Some(placed) = self.choose(&view)? {
                 return Ok(placed);
             }
+            self.refuse_if_late(0.0)?;
             if view.decode.is_empty() && view.busy == 0 && began.elapsed() >= router.config.worker_wait {
                 let message = "no decode worker is left; start one with `terrace-worker decode`, or see \
                                the planner's output for why it starts none";
@@ -236,7 +239,18 @@ impl<'a> Answer<'a> {
         self.prefilled.is_some() || self.found.iter().any(|(known, _)| known == space)
     }
 
-    fn choose(&mut self, view: &View) -> Option<Placed> {
+    /// A request whose first token would come too late is refused before it costs anything.
+    fn refuse_if_late(&self, seconds: f64) -> Result<(), ApiError> {
+        let Some(wanted) = self.job.first_token_by.filter(|_| !self.started) else { return Ok(()) };
+        let (wanted, expected) = (wanted.as_secs_f64(), self.job.arrived.elapsed().as_secs_f64() + seconds);
+        if expected <= wanted {
+            return Ok(());
+        }
+        self.router.metrics.late();
+        Err(ApiError::late(expected, wanted))
+    }
+
+    fn choose(&mut self, view: &View) -> Result<Option<Placed>, ApiError> {
         let tokens = (self.job.tokens.len() + self.generated.len()) as u64;
         let views: Vec<source::View> = view.spaces.iter().map(|space| self.sources(space)).collect();
         let free: Vec<&Worker> = view.decode.iter().filter(|worker| !worker.is_filled).collect();
@@ -244,8 +258,11 @@ impl<'a> Answer<'a> {
         let wants_prefill = self.prefilled.is_none() && self.prefill_failures < PREFILL_FAILURES_MAX;
         let helpers: &[Worker] = if wants_prefill { &view.prefill } else { &[] };
         let prefill: Vec<Candidate> = helpers.iter().map(|worker| worker.candidate.clone()).collect();
-        let plan = place::choose(tokens, &views, &prefill, &decode, self.router.ties())?;
+        let Some(plan) = place::choose(tokens, &views, &prefill, &decode, self.router.ties()) else {
+            return Ok(None);
+        };
         let estimate = plan.estimate;
+        self.refuse_if_late(estimate.first_token())?;
         if self.estimate_seconds.is_none() {
             self.estimate_seconds = Some(estimate.first_token());
             self.router.metrics.placed(if plan.prefill.is_some() { Path::Separate } else { Path::Direct });
@@ -271,7 +288,7 @@ impl<'a> Answer<'a> {
             harm = estimate.harm,
             "placed"
         );
-        Some(Placed { worker: worker.clone(), role, load_seconds: estimate.load, in_flight })
+        Ok(Some(Placed { worker: worker.clone(), role, load_seconds: estimate.load, in_flight }))
     }
 
     /// Where a space has the prompt's blocks. What a prefill worker has just

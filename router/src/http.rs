@@ -16,6 +16,7 @@ use terrace_proto::v1::{WorkerLoad, WorkerRole};
 use tokio::sync::mpsc;
 
 use crate::error::ApiError;
+use crate::explain;
 use crate::generate::{self, Event, Job};
 use crate::models::{Model, unix_seconds};
 use crate::random;
@@ -23,6 +24,8 @@ use crate::request::{Ask, Delivery, Endpoint, Prompt};
 use crate::response::{self, Frame};
 use crate::serve::Router;
 
+/// A request's own time in which its first token is wanted, in milliseconds.
+const FIRST_TOKEN_MS: HeaderName = HeaderName::from_static("x-first-token-ms");
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 /// Longest id that is taken over from a caller.
 const REQUEST_ID_BYTES_MAX: usize = 128;
@@ -45,6 +48,7 @@ pub fn routes(router: Arc<Router>) -> Routes {
         .route("/v1/models/{*model}", get(one_model))
         .route("/v1/completions", post(completions))
         .route("/v1/chat/completions", post(chat))
+        .route("/admin/explain", post(explain::explain))
         .route("/metrics", get(metrics))
         .route("/healthz", get(health))
         .method_not_allowed_fallback(wrong_method)
@@ -132,6 +136,7 @@ async fn serve(router: Arc<Router>, endpoint: Endpoint, request: Request) -> Res
     let arrived = Instant::now();
     let id = request.extensions().get::<RequestId>().map_or_else(new_id, |id| id.0.clone());
     let (parts, body) = request.into_parts();
+    let first_token_by = first_token_by(&parts.headers)?.or(router.config.first_token_by);
     let place = router.admit()?;
     let body = read_body(&parts.headers, body, router.config.body_bytes_max).await?;
     let ask = Ask::parse(endpoint, &body)?;
@@ -145,12 +150,21 @@ async fn serve(router: Arc<Router>, endpoint: Endpoint, request: Request) -> Res
         with_usage: ask.delivery == Delivery::StreamWithUsage,
     };
     let delivery = ask.delivery;
-    let job = prepare(&router, model, ask, id, arrived).await?;
+    let job = Job { first_token_by, ..prepare(&router, model, ask, id, arrived).await? };
     let events = generate::start(router, job, place);
     match delivery {
         Delivery::Whole => whole(&frame, events).await,
         Delivery::Stream | Delivery::StreamWithUsage => stream(frame, events).await,
     }
+}
+
+/// How soon the caller wants the first token, if it says so.
+fn first_token_by(headers: &HeaderMap) -> Result<Option<Duration>, ApiError> {
+    let Some(value) = headers.get(&FIRST_TOKEN_MS) else { return Ok(None) };
+    let milliseconds = value.to_str().ok().and_then(|text| text.parse::<u32>().ok()).filter(|&ms| ms > 0);
+    let message = "`x-first-token-ms` must be a whole number of milliseconds, more than 0";
+    let milliseconds = milliseconds.ok_or_else(|| ApiError::bad("x-first-token-ms", message))?;
+    Ok(Some(Duration::from_millis(milliseconds.into())))
 }
 
 /// Turns the prompt into tokens and fits the answer into the context.
@@ -180,11 +194,12 @@ async fn prepare(
         top_p,
         seed: seed.unwrap_or_else(random::bits),
         arrived,
+        first_token_by: None,
     })
 }
 
 /// Tokenizes beside the other requests: a long text takes a while.
-async fn tokenize(model: &Arc<Model>, prompt: Prompt) -> Result<Vec<u32>, ApiError> {
+pub(crate) async fn tokenize(model: &Arc<Model>, prompt: Prompt) -> Result<Vec<u32>, ApiError> {
     let model = Arc::clone(model);
     let tokens = tokio::task::spawn_blocking(move || model.tokens(&prompt)).await;
     tokens.map_err(|error| {
@@ -207,7 +222,7 @@ fn context(router: &Router, model: &Arc<Model>) -> usize {
 }
 
 /// Reads a body up to a limit.
-async fn read_body(headers: &HeaderMap, body: Body, limit: usize) -> Result<Bytes, ApiError> {
+pub(crate) async fn read_body(headers: &HeaderMap, body: Body, limit: usize) -> Result<Bytes, ApiError> {
     let too_large = || {
         let message = format!("the body is larger than {limit} bytes, which is the limit; send less");
         ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, message).code("body_too_large")

@@ -6,6 +6,7 @@
 //! asks the daemon what is cached, [`models`] has the tokenizers. The router
 //! holds no state that a restart would lose.
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -14,6 +15,7 @@ use tokio::signal::unix::{SignalKind, signal};
 
 pub mod config;
 pub mod error;
+pub mod explain;
 pub mod fleet;
 pub mod generate;
 pub mod http;
@@ -71,7 +73,8 @@ pub async fn serve(
     let observer = tokio::spawn(signals::follow(Arc::clone(&router)));
     let reporter = tokio::spawn(signals::report(Arc::clone(&router)));
     let (stopping, stopped) = tokio::sync::oneshot::channel::<()>();
-    let server = axum::serve(listener, http::routes(router)).with_graceful_shutdown(async move {
+    let routes = http::routes(router).into_make_service_with_connect_info::<SocketAddr>();
+    let server = axum::serve(listener, routes).with_graceful_shutdown(async move {
         stop.await;
         let _ = stopping.send(());
     });

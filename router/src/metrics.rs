@@ -25,6 +25,7 @@ pub struct Metrics {
     resumed: IntCounter,
     cancelled: IntCounter,
     index_misses: IntCounter,
+    late: IntCounter,
     ttft: Histogram,
     estimate_ratio: Histogram,
     /// Requests in progress.
@@ -93,6 +94,10 @@ impl Metrics {
                 "Answers continued on another worker after theirs had failed.",
             )?,
             cancelled: counter("terrace_router_cancelled_total", "Answers whose client went away.")?,
+            late: counter(
+                "terrace_router_late_total",
+                "Requests refused because their first token would have come too late.",
+            )?,
             index_misses: counter(
                 "terrace_router_index_failures_total",
                 "Requests placed without the block index, as it did not answer in time.",
@@ -152,6 +157,11 @@ impl Metrics {
     /// Counts an answer that nobody waits for any more.
     pub fn cancelled(&self) {
         self.cancelled.inc();
+    }
+
+    /// Counts a request that was refused as it would have been late.
+    pub fn late(&self) {
+        self.late.inc();
     }
 
     /// Counts a look-up that failed or took too long.

@@ -200,6 +200,62 @@ async fn a_full_router_says_when_to_come_back() {
     assert_eq!((third, fourth), (200, 429), "{body}");
 }
 
+/// A request that would get its first token too late must be told at once and cost no worker anything; one
+/// that would be in time is served. The worker computes 1,000 tokens a second.
+#[tokio::test]
+async fn requests_that_would_be_late_are_refused() {
+    let fleet = Fleet::start(&[(Decode, &[])], &["--first-token-seconds-max", "0.1"]).await;
+    let long = question(&json!({"prompt": "word ".repeat(90)}));
+    let (status, headers, body) = fleet.post("/v1/completions", long.clone()).await;
+    assert_eq!((status, headers["retry-after"].to_str().unwrap()), (429, "1"), "{body}");
+    assert!(body.contains("deadline_exceeded") && body.contains("wanted within 0.1 s"), "{body}");
+    assert_eq!(fleet.workers[0].calls.load(Ordering::SeqCst), 0);
+    assert_eq!(fleet.ask(&json!({})).await.0, 200);
+    let client = reqwest::Client::builder().no_proxy().timeout(DEADLINE).build().unwrap();
+    let url = format!("{}/v1/completions", fleet.url);
+    for (wanted, expected) in [("60000", 200), ("1", 429), ("soon", 400), ("0", 400)] {
+        let request = client.post(&url).header("x-first-token-ms", wanted).body(long.clone());
+        assert_eq!(request.send().await.unwrap().status().as_u16(), expected, "{wanted}");
+    }
+    assert_eq!(fleet.router.metrics.waiting.get(), 0);
+}
+
+/// What the router would do must be what it then does, with every term shown and nothing started.
+#[tokio::test]
+async fn placement_is_explained() {
+    let fleet = Fleet::start(&[(Decode, &[]), (Decode, &[]), (Prefill, &[])], &[]).await;
+    let prompt = json!({"prompt": "word ".repeat(60)});
+    let (status, _, body) = fleet.post("/admin/explain", question(&prompt)).await;
+    let body: Value = serde_json::from_str(&body).unwrap();
+    assert_eq!((status, &body["ways_in_all"]), (200, &json!(4)), "{body}");
+    let ways = body["ways"].as_array().unwrap();
+    let cost = |way: &Value| way["cost_seconds"].as_f64().unwrap();
+    assert!(ways.windows(2).all(|pair| cost(&pair[0]) <= cost(&pair[1])), "{body}");
+    for way in ways {
+        let terms = ["queue_seconds", "load_seconds", "prefill_seconds", "handover_seconds", "harm_seconds"];
+        let sum: f64 = terms.iter().map(|term| way[*term].as_f64().unwrap()).sum();
+        assert!((sum - cost(way)).abs() < 1e-9, "{way}");
+        assert_eq!(way["missing_tokens"], body["prompt_tokens"], "{way}");
+    }
+    assert_eq!(ways[0]["prefill"], "worker-2");
+    let calls = || fleet.workers.iter().map(|worker| worker.calls.load(Ordering::SeqCst)).collect::<Vec<_>>();
+    assert_eq!(calls(), [0, 0, 0]);
+    fleet.ask(&prompt).await;
+    assert_eq!(calls()[2], 1);
+    let (status, _, body) = fleet.post("/admin/explain", question(&json!({"model": "gpt-9"}))).await;
+    assert_eq!(status, 404, "{body}");
+    let chat = json!({"messages": [{"role": "user", "content": "say it?"}]});
+    assert_eq!(fleet.post("/admin/explain", chat.to_string()).await.0, 200);
+    // A listener that does not say who calls must be taken for one that anybody reaches.
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    let app = terrace_router::http::routes(std::sync::Arc::clone(&fleet.router));
+    tokio::spawn(async move { axum::serve(listener, app).await });
+    let client = reqwest::Client::builder().no_proxy().timeout(DEADLINE).build().unwrap();
+    let sent = client.post(format!("{url}/admin/explain")).body(question(&prompt)).send().await;
+    assert_eq!(sent.unwrap().status().as_u16(), 403);
+}
+
 /// An answer that takes too long ends with a clear error, before and after its first token.
 #[tokio::test]
 async fn requests_have_a_deadline() {

@@ -15,6 +15,7 @@ mod local;
 mod media;
 mod prompt;
 mod restart;
+mod route;
 mod stand;
 mod table;
 mod ttft;
@@ -45,7 +46,7 @@ pub(crate) struct Options {
     /// Directory for the temporary state; it should lie on the device to be measured
     #[arg(long)]
     dir: Option<PathBuf>,
-    /// Directory of recorded traffic, for eviction and admission
+    /// Directory of recorded traffic, for eviction, admission and route
     #[arg(long, env = "TERRACE_TRACES", default_value = "../shared/traces")]
     traces: PathBuf,
 }
@@ -80,6 +81,8 @@ enum Suite {
     Eviction,
     /// Bytes written to Nvme on recorded traffic: learned admission against writing all
     Admission,
+    /// Simulated time to first token: the router's placement against block-count cost; its overhead
+    Route,
 }
 
 /// One figure.
@@ -176,6 +179,7 @@ pub(crate) async fn run(options: Options, format: Format) -> anyhow::Result<Exit
         Suite::Lease => control::run(&options).await?,
         Suite::Eviction => eviction::eviction(&options.traces)?,
         Suite::Admission => eviction::admission(&options.traces)?,
+        Suite::Route => route::run(&options.traces)?,
         Suite::Local => local::run(&options).await?,
         Suite::LocalClient => return local::client::serve().await.map(|()| ExitCode::SUCCESS),
         Suite::LocalBareGrpc => return local::serve_bare().await.map(|()| ExitCode::SUCCESS),

@@ -10,7 +10,7 @@ use clap::{Args, CommandFactory, Parser, Subcommand};
 use clap_complete::Shell;
 
 use crate::output::Format;
-use crate::{admin, bench, block, curve, doctor, inspect, model, scrub, sim, up};
+use crate::{admin, bench, block, curve, doctor, explain, inspect, model, scrub, sim, up};
 
 /// Terrace: a KV-cache service for LLM inference
 #[derive(Debug, Parser)]
@@ -51,6 +51,9 @@ enum Command {
     /// Stored prefixes
     #[command(subcommand)]
     Prefix(PrefixCommand),
+    /// Where requests go
+    #[command(subcommand)]
+    Route(RouteCommand),
     /// Live leases
     #[command(subcommand)]
     Lease(LeaseCommand),
@@ -115,6 +118,12 @@ enum PrefixCommand {
 }
 
 #[derive(Debug, Subcommand)]
+enum RouteCommand {
+    /// Every way to serve a prompt, with every term of its estimate
+    Explain(explain::Options),
+}
+
+#[derive(Debug, Subcommand)]
 enum LeaseCommand {
     /// Who holds what, longest first
     Ls,
@@ -167,6 +176,9 @@ impl Cli {
             Command::Tier(TierCommand::Ls) => runtime.block_on(admin::tiers(&target, format)),
             Command::Tier(TierCommand::Curve(options)) => {
                 runtime.block_on(curve::run(&target, format, &options))
+            }
+            Command::Route(RouteCommand::Explain(options)) => {
+                runtime.block_on(explain::run(&target, format, &options))
             }
             Command::Lease(LeaseCommand::Ls) => runtime.block_on(admin::leases(&target, format)),
             Command::Space(SpaceCommand::Ls) => runtime.block_on(admin::spaces(&target, format)),

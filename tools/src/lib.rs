@@ -10,6 +10,7 @@ mod connect;
 mod curve;
 mod daemon_config;
 mod doctor;
+mod explain;
 mod home;
 mod inspect;
 mod model;

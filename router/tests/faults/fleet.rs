@@ -3,6 +3,7 @@
 //! that a test can say what must come out.
 
 use std::collections::VecDeque;
+use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
@@ -211,7 +212,7 @@ impl Fleet {
         router.fleet.observe(&reports, Instant::now());
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
-        let app = routes(Arc::clone(&router));
+        let app = routes(Arc::clone(&router)).into_make_service_with_connect_info::<SocketAddr>();
         tokio::spawn(async move { axum::serve(listener, app).await });
         Self { url, router, workers, tokenizer, _home: home }
     }
