@@ -127,6 +127,7 @@ pub(crate) struct Frame {
     pub(crate) length: ByteCount,
     pub(crate) checksum: Checksum,
     pub(crate) block: BlockId,
+    pub(crate) generation: u64,
     pub(crate) writer: Option<WriterToken>,
 }
 
@@ -176,7 +177,13 @@ pub(crate) async fn lease(
                 return Err(ClientError::Protocol { detail: "a granted block without a lease" });
             }
             GrantOutcome::Granted => {
-                Outcome::Granted(frame(session, wanted.space, wanted.kind, grant, writers.next()).await?)
+                let writer = writers.next();
+                let mut frame = frame(session, wanted.space, wanted.kind, grant, writer).await?;
+                // A daemon that does not say it is older than this library.
+                if granted.generation != 0 {
+                    frame.generation = granted.generation;
+                }
+                Outcome::Granted(frame)
             }
         };
         outcomes.push(outcome);
@@ -204,6 +211,7 @@ async fn frame(
         length: ByteCount::new(grant.length),
         checksum: Checksum::new(grant.checksum),
         block: block_from_wire(&grant.block_id)?,
+        generation: space.generation(),
         writer,
     })
 }

@@ -9,7 +9,6 @@ use terrace_lane::{Mapping, SharedBytes};
 
 use crate::error::ClientError;
 use crate::lease::{Frame, Lease, Outcome};
-use crate::space::Space;
 
 /// How to lease for reading.
 #[derive(Clone, Copy, Debug, Default)]
@@ -39,16 +38,12 @@ pub struct ReadLease {
 }
 
 impl ReadLease {
-    pub(crate) fn new(
-        space: &Space,
-        lease: Option<Arc<Lease>>,
-        outcomes: Vec<Outcome<Frame>>,
-    ) -> Result<Self, ClientError> {
+    pub(crate) fn new(lease: Option<Arc<Lease>>, outcomes: Vec<Outcome<Frame>>) -> Result<Self, ClientError> {
         let mut grants = Vec::with_capacity(outcomes.len());
         for outcome in outcomes {
             grants.push(match (outcome, &lease) {
                 (Outcome::Granted(frame), Some(lease)) => {
-                    Outcome::Granted(ReadBlock::new(frame, space.generation(), Arc::clone(lease))?)
+                    Outcome::Granted(ReadBlock::new(frame, Arc::clone(lease))?)
                 }
                 (Outcome::Granted(_), None) => {
                     return Err(ClientError::Protocol { detail: "a granted block without a lease" });
@@ -123,7 +118,7 @@ pub enum BadBlock {
 }
 
 impl ReadBlock {
-    pub(crate) fn new(frame: Frame, generation: u64, lease: Arc<Lease>) -> Result<Self, ClientError> {
+    pub(crate) fn new(frame: Frame, lease: Arc<Lease>) -> Result<Self, ClientError> {
         let bytes = frame
             .mapping
             .view(frame.offset, frame.length)
@@ -135,7 +130,7 @@ impl ReadBlock {
             fence: frame.fence,
             checksum: frame.checksum,
             block: frame.block,
-            generation,
+            generation: frame.generation,
             lease,
         })
     }
@@ -148,6 +143,11 @@ impl ReadBlock {
     /// Checksum that was sealed.
     pub fn checksum(&self) -> Checksum {
         self.checksum
+    }
+
+    /// Generation of the space when it was leased: what its checksum is seeded with.
+    pub fn generation(&self) -> u64 {
+        self.generation
     }
 
     /// Payload length.

@@ -426,7 +426,7 @@ impl Session {
             },
         };
         let (held, outcomes) = lease(lane, wanted).await?;
-        ReadLease::new(space, held, outcomes)
+        ReadLease::new(held, outcomes)
     }
 
     /// Reserves frames for blocks, each the child of the one before it, the
@@ -452,7 +452,7 @@ impl Session {
             purpose: v1::LeasePurpose::Unspecified,
         };
         let (held, outcomes) = lease(lane, wanted).await?;
-        WriteLease::new(space, held, outcomes)
+        WriteLease::new(held, outcomes)
     }
 
     /// Marks blocks as used; answers how many were present.

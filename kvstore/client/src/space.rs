@@ -8,8 +8,8 @@ use terrace_proto::v1::OpenSpaceResponse;
 use crate::convert::id_from_wire;
 use crate::error::ClientError;
 
-/// A space that this session opened. It goes stale when the space is cleared
-/// (by anybody) or the session ends: open it again.
+/// A space that this session opened. It goes stale when the session ends, and, for
+/// reads and writes over gRPC, when anybody clears the space: open it again.
 #[derive(Clone, Debug)]
 pub struct Space {
     pub(crate) session: u64,
@@ -87,7 +87,7 @@ impl Space {
         self.block_bytes
     }
 
-    /// Generation when it was opened; part of every checksum.
+    /// Generation when it was opened. Leases say what it is now.
     pub fn generation(&self) -> u64 {
         self.generation
     }

@@ -16,7 +16,6 @@ use crate::convert::{durability_to_wire, seals_from_wire};
 use crate::error::ClientError;
 use crate::lease::{Frame, Lease, Outcome};
 use crate::read::ReadBlock;
-use crate::space::Space;
 
 /// How to lease for writing.
 #[derive(Clone, Copy, Debug, Default)]
@@ -39,16 +38,12 @@ pub struct WriteLease {
 }
 
 impl WriteLease {
-    pub(crate) fn new(
-        space: &Space,
-        lease: Option<Arc<Lease>>,
-        outcomes: Vec<Outcome<Frame>>,
-    ) -> Result<Self, ClientError> {
+    pub(crate) fn new(lease: Option<Arc<Lease>>, outcomes: Vec<Outcome<Frame>>) -> Result<Self, ClientError> {
         let mut grants = Vec::with_capacity(outcomes.len());
         for outcome in outcomes {
             grants.push(match (outcome, &lease) {
                 (Outcome::Granted(frame), Some(lease)) => {
-                    Outcome::Granted(WriteBlock::new(frame, space.generation(), Arc::clone(lease))?)
+                    Outcome::Granted(WriteBlock::new(frame, Arc::clone(lease))?)
                 }
                 (Outcome::Granted(_), None) => {
                     return Err(ClientError::Protocol { detail: "a granted block without a lease" });
@@ -180,9 +175,10 @@ impl WriteLease {
             length: block.length(),
             checksum: block.sealed?,
             block: block.block,
+            generation: block.generation,
             writer: None,
         };
-        ReadBlock::new(frame, block.generation, Arc::clone(&block.lease)).ok()
+        ReadBlock::new(frame, Arc::clone(&block.lease)).ok()
     }
 
     /// Ends the lease now and waits until the daemon knows: what is not sealed
@@ -228,7 +224,7 @@ struct Writer {
 }
 
 impl WriteBlock {
-    fn new(frame: Frame, generation: u64, lease: Arc<Lease>) -> Result<Self, ClientError> {
+    fn new(frame: Frame, lease: Arc<Lease>) -> Result<Self, ClientError> {
         let outside = ClientError::Protocol { detail: "a frame outside its chunk" };
         let view = frame.mapping.view_mut(frame.offset, frame.length).ok_or(outside)?;
         let window =
@@ -240,7 +236,7 @@ impl WriteBlock {
             offset: frame.offset,
             fence: frame.fence,
             block: frame.block,
-            generation,
+            generation: frame.generation,
             sealed: None,
             lease,
             writer: Some(Writer { view, _window: window }),

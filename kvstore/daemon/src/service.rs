@@ -351,6 +351,9 @@ impl Service {
             lease: leased.lease.map_or(0, LeaseId::get),
             ttl_ms: leased.ttl.millis(),
             blocks: leased.grants.iter().map(convert::grant).collect(),
+            // Somebody may have cleared it since this session opened it. What is granted here is not older: it would
+            // have been cleared too.
+            generation: self.engine.spaces().one(open.space).map_or(0, |known| known.generation),
         })
     }
 

@@ -39,6 +39,24 @@ async fn guards_outlive_the_daemon_and_are_stale() {
     assert!(!block.is_valid(), "a new daemon does not revive old guards");
 }
 
+// Checksums are seeded with the space's generation. A session that had opened the space before somebody cleared it
+// could seal blocks that only it can read, and that stand in everybody's way.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_space_that_somebody_cleared_is_written_and_read_on() {
+    let daemon = Daemon::start("");
+    let (session, space) = daemon.open().await;
+    let (other, other_space) = daemon.open().await;
+    other.write(&other_space, &keys(0, 4), None, &payloads(0, 4), Durability::Readable).await.unwrap();
+    other.clear(&other_space).await.unwrap();
+    session.write(&space, &keys(0, 4), None, &payloads(0, 4), Durability::Readable).await.unwrap();
+    let all: Vec<_> = payloads(0, 4).into_iter().map(Some).collect();
+    for (who, opened) in [(&other, &other_space), (&session, &space)] {
+        assert_eq!(who.read(opened, &keys(0, 4)).await.unwrap(), all, "by a space that was opened before");
+    }
+    let (third, opened) = daemon.open().await;
+    assert_eq!(third.read(&opened, &keys(0, 4)).await.unwrap(), all, "by a space that was opened since");
+}
+
 // A session could keep its leases after its process gave it up.
 #[tokio::test(flavor = "multi_thread")]
 async fn closing_ends_everything() {

@@ -189,8 +189,12 @@ fn sizes(ask: Ask, keys: &[[u8; 16]]) -> (usize, usize) {
                 block_id: vec![7; 16].into(),
                 ..wire::BlockGrant::default()
             };
-            let granted =
-                wire::LeaseResponse { lease: 1_000, ttl_ms: 10_000, blocks: vec![grant; keys.len()] };
+            let granted = wire::LeaseResponse {
+                lease: 1_000,
+                ttl_ms: 10_000,
+                blocks: vec![grant; keys.len()],
+                generation: 1,
+            };
             let wanted =
                 wire::LeaseRequest { request_id: 1_000, keys: wanted, ..wire::LeaseRequest::default() };
             (Op::Lease(wanted), Answer::Lease(granted))

@@ -26,7 +26,7 @@ use crate::owned::Owned;
 #[derive(Clone, Debug)]
 pub(crate) enum Source {
     /// In shared memory, pinned by a lease.
-    Leased { block: ReadBlock, generation: u64 },
+    Leased(ReadBlock),
     /// In memory of our own, compared with their checksum when they came.
     Copied { block: BlockId, bytes: Arc<Vec<u8>> },
 }
@@ -109,28 +109,28 @@ impl Held {
 impl Source {
     fn is_valid(&self) -> bool {
         match self {
-            Self::Leased { block, .. } => block.is_valid(),
+            Self::Leased(block) => block.is_valid(),
             Self::Copied { .. } => true,
         }
     }
 
     fn length(&self) -> usize {
         match self {
-            Self::Leased { block, .. } => block.bytes().len(),
+            Self::Leased(block) => block.bytes().len(),
             Self::Copied { bytes, .. } => bytes.len(),
         }
     }
 
     fn id(&self) -> BlockId {
         match self {
-            Self::Leased { block, .. } => block.id(),
+            Self::Leased(block) => block.id(),
             Self::Copied { block, .. } => *block,
         }
     }
 
     fn start(&self) -> *const u8 {
         match self {
-            Self::Leased { block, .. } => block.bytes().as_ptr(),
+            Self::Leased(block) => block.bytes().as_ptr(),
             Self::Copied { bytes, .. } => bytes.as_ptr(),
         }
     }
@@ -147,9 +147,10 @@ impl Source {
                 unsafe { ptr::copy_nonoverlapping(bytes.as_ptr(), target, bytes.len()) };
                 Ok(())
             }
-            Self::Leased { block, generation } => {
+            Self::Leased(block) => {
                 // SAFETY: `target` holds the whole block, as the caller vouches.
-                let found = unsafe { block.bytes().copy_and_checksum_to(target, block.id(), *generation) };
+                let found =
+                    unsafe { block.bytes().copy_and_checksum_to(target, block.id(), block.generation()) };
                 if !block.is_valid() {
                     return Err(Stale.into());
                 }
@@ -349,7 +350,7 @@ impl Block {
     /// Compares the bytes in place with the sealed checksum.
     fn verify(&self, py: Python<'_>) -> PyResult<()> {
         match self.held.here()?.source()? {
-            Source::Leased { block, .. } => py.detach(move || block.verify()).map_err(bad_block),
+            Source::Leased(block) => py.detach(move || block.verify()).map_err(bad_block),
             // Compared when they came.
             Source::Copied { .. } => Ok(()),
         }

@@ -69,13 +69,12 @@ impl ReadLease {
     pub(crate) fn wrap(
         py: Python<'_>,
         mut lease: terrace_client::ReadLease,
-        generation: u64,
         engine: Arc<Engine>,
         mode: Mode,
     ) -> PyResult<Py<PyAny>> {
         let words = Words::of(&lease.grants);
         let grants = std::mem::take(&mut lease.grants);
-        let hold = |block| Held::new(Source::Leased { block, generation });
+        let hold = |block| Held::new(Source::Leased(block));
         let blocks = grants.into_iter().map(|grant| grant.into_granted().map(hold)).collect();
         let id = lease.id();
         let reading = Owned::new(Reading { blocks, lease: Mutex::new(Some(lease)) });
@@ -192,7 +191,6 @@ impl ReadLease {
 pub(crate) struct Writing {
     // Held over awaits by the one call that seals, aborts or releases.
     lease: tokio::sync::Mutex<Option<terrace_client::WriteLease>>,
-    generation: u64,
     table: Mutex<Table>,
 }
 
@@ -237,13 +235,13 @@ impl Frame {
 }
 
 impl Writing {
-    fn new(lease: terrace_client::WriteLease, generation: u64) -> Arc<Self> {
+    fn new(lease: terrace_client::WriteLease) -> Arc<Self> {
         let frames = lease.grants.iter().map(|grant| match grant.granted() {
             Some(block) => Frame::Writable { bytes: block.bytes().clone(), views: 0 },
             None => Frame::NotGranted,
         });
         let table = Mutex::new(Table { closed: false, frames: frames.collect() });
-        Arc::new(Self { lease: tokio::sync::Mutex::new(Some(lease)), generation, table })
+        Arc::new(Self { lease: tokio::sync::Mutex::new(Some(lease)), table })
     }
 
     // Only ever locked for a moment.
@@ -373,9 +371,8 @@ impl Writing {
         };
         match (&outcomes, lease.as_ref()) {
             (Ok(_), Some(open)) => {
-                let generation = self.generation;
                 self.mark(&indexes, |index, _| {
-                    let source = open.reader(index).map(|block| Source::Leased { block, generation });
+                    let source = open.reader(index).map(Source::Leased);
                     Frame::Sealed { source, readers: Vec::new() }
                 });
             }
@@ -437,7 +434,6 @@ impl WriteLease {
     pub(crate) fn wrap(
         py: Python<'_>,
         lease: terrace_client::WriteLease,
-        generation: u64,
         engine: Arc<Engine>,
         mode: Mode,
     ) -> PyResult<Py<PyAny>> {
@@ -445,7 +441,7 @@ impl WriteLease {
         let granted = lease.grants.iter().map(Outcome::granted);
         let blocks = granted.map(|block| block.map(|block| (block.id(), block.bytes().len()))).collect();
         let id = lease.id();
-        let writing = Owned::new(Writing::new(lease, generation));
+        let writing = Owned::new(Writing::new(lease));
         let base = PyClassInitializer::from(Self { writing, blocks, words, id, engine, mode });
         match mode {
             Mode::Blocking => Ok(Py::new(py, base)?.into_any()),

@@ -218,9 +218,9 @@ impl Calls {
         let (session, space) = (self.session.here()?.clone(), space.get().space.clone());
         let ttl = ttl.map(|ttl| span("ttl", ttl)).transpose()?;
         let options = ReadOptions { ttl, wait: span("wait", wait)?, purpose: self::purpose(purpose)? };
-        let (engine, mode, generation) = (Arc::clone(&self.engine), self.mode, space.generation());
+        let (engine, mode) = (Arc::clone(&self.engine), self.mode);
         let call = async move { Ok(session.lease_read(&space, &keys, options).await?) };
-        self.engine.run(py, mode, call, move |py, lease| ReadLease::wrap(py, lease, generation, engine, mode))
+        self.engine.run(py, mode, call, move |py, lease| ReadLease::wrap(py, lease, engine, mode))
     }
 
     /// Reserves frames for blocks, each the child of the one before it.
@@ -237,10 +237,9 @@ impl Calls {
         let (session, space) = (self.session.here()?.clone(), space.get().space.clone());
         let ttl = ttl.map(|ttl| span("ttl", ttl)).transpose()?;
         let options = WriteOptions { ttl, wait: span("wait", wait)? };
-        let (engine, mode, generation) = (Arc::clone(&self.engine), self.mode, space.generation());
+        let (engine, mode) = (Arc::clone(&self.engine), self.mode);
         let call = async move { Ok(session.lease_write(&space, &keys, parent.as_deref(), options).await?) };
-        self.engine
-            .run(py, mode, call, move |py, lease| WriteLease::wrap(py, lease, generation, engine, mode))
+        self.engine.run(py, mode, call, move |py, lease| WriteLease::wrap(py, lease, engine, mode))
     }
 
     /// Copies blocks out; `None` is a miss.
