@@ -80,14 +80,17 @@ pub(crate) fn keys_to_wire<K: AsRef<[u8]>>(keys: &[K], limit: usize) -> Result<V
     if keys.len() > limit {
         return Err(ClientError::TooManyBlocks { found: keys.len(), limit });
     }
-    let checked = keys.iter().map(AsRef::as_ref).enumerate().map(|(index, key)| {
+    // All in one piece of memory, of which each is a part.
+    let mut all = Vec::with_capacity(keys.iter().map(|key| key.as_ref().len()).sum());
+    for (index, key) in keys.iter().map(AsRef::as_ref).enumerate() {
         let found = key.len();
         if found == 0 || found > KEY_BYTES_MAX {
             return Err(ClientError::BadKey { index, found, limit: KEY_BYTES_MAX });
         }
-        Ok(Bytes::copy_from_slice(key))
-    });
-    checked.collect()
+        all.extend_from_slice(key);
+    }
+    let mut all = Bytes::from(all);
+    Ok(keys.iter().map(|key| all.split_to(key.as_ref().len())).collect())
 }
 
 /// A parent key: empty where there is none.

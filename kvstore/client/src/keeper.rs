@@ -2,7 +2,7 @@
 //! them afterwards, handing windows back, giving up idle mappings. One task.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -136,16 +136,16 @@ impl Keeper {
         Ok(())
     }
 
-    /// Releases leases and waits for the answer.
-    pub(crate) async fn release_now(&self, link: &LaneLink, leases: Vec<u64>) -> Result<(), ClientError> {
+    /// Releases leases and waits for the answer. True: the daemon knows.
+    pub(crate) async fn release_now(&self, link: &LaneLink, leases: Vec<u64>) -> Result<bool, ClientError> {
         let request = ReleaseRequest { request_id: self.request_id(), leases };
         match link.call_at_once(Op::Release(request)).await {
             Err(ClientError::Disconnected) => Err(ClientError::Disconnected),
             Err(error) => {
                 tracing::warn!(%error, "leases were not released; they end by themselves");
-                Ok(())
+                Ok(false)
             }
-            Ok(_) => Ok(()),
+            Ok(_) => Ok(true),
         }
     }
 
@@ -207,23 +207,29 @@ pub(crate) async fn return_one(link: &LaneLink, chunks: &Chunks, chunk: u64) -> 
 #[derive(Debug)]
 pub(crate) struct LeaseToken {
     id: u64,
-    keeper: Option<Arc<Keeper>>,
+    keeper: Arc<Keeper>,
+    released: AtomicBool,
 }
 
 impl LeaseToken {
     pub(crate) fn new(id: u64, keeper: Arc<Keeper>) -> Self {
-        Self { id, keeper: Some(keeper) }
+        Self { id, keeper, released: AtomicBool::new(false) }
     }
 
     pub(crate) fn id(&self) -> u64 {
         self.id
     }
+
+    /// The daemon has been told: it is not told again.
+    pub(crate) fn released(&self) {
+        self.released.store(true, Ordering::Relaxed);
+    }
 }
 
 impl Drop for LeaseToken {
     fn drop(&mut self) {
-        if let Some(keeper) = self.keeper.take() {
-            keeper.release_later(self.id);
+        if !*self.released.get_mut() {
+            self.keeper.release_later(self.id);
         }
     }
 }

@@ -101,7 +101,10 @@ impl Lease {
     pub(crate) async fn release(&self) -> Result<(), ClientError> {
         self.state.end();
         if self.session.keeper.forget(self.id()) {
-            self.session.keeper.release_now(&self.session.link, vec![self.id()]).await?;
+            let known = self.session.keeper.release_now(&self.session.link, vec![self.id()]).await?;
+            if known {
+                self.token.released();
+            }
         }
         Ok(())
     }
@@ -164,6 +167,8 @@ pub(crate) async fn lease(
     });
     let mut writers = delivered.writers.into_iter();
     let mut outcomes = Vec::with_capacity(asked);
+    // The blocks of a lease are mostly neighbours.
+    let mut last: Option<(u64, Arc<Mapping>)> = None;
     for grant in &granted.blocks {
         let outcome = match grant.outcome() {
             GrantOutcome::Unspecified => {
@@ -177,8 +182,13 @@ pub(crate) async fn lease(
                 return Err(ClientError::Protocol { detail: "a granted block without a lease" });
             }
             GrantOutcome::Granted => {
-                let writer = writers.next();
-                let mut frame = frame(session, wanted.space, wanted.kind, grant, writer).await?;
+                let access = if wanted.kind == LeaseKind::Write { Access::Write } else { Access::Read };
+                let mapping = match &last {
+                    Some((chunk, mapping)) if *chunk == grant.chunk => Arc::clone(mapping),
+                    Some(_) | None => session.chunks.mapping(&session.link, grant.chunk, access).await?,
+                };
+                last = Some((grant.chunk, Arc::clone(&mapping)));
+                let mut frame = frame(mapping, wanted.space, grant, writers.next())?;
                 // A daemon that does not say it is older than this library.
                 if granted.generation != 0 {
                     frame.generation = granted.generation;
@@ -191,18 +201,15 @@ pub(crate) async fn lease(
     Ok((lease, outcomes))
 }
 
-async fn frame(
-    session: &LaneSession,
+fn frame(
+    mapping: Arc<Mapping>,
     space: &Space,
-    kind: LeaseKind,
     grant: &BlockGrant,
     writer: Option<WriterToken>,
 ) -> Result<Frame, ClientError> {
     if grant.length != space.block_bytes().get() {
         return Err(ClientError::Protocol { detail: "a frame that is not one block long" });
     }
-    let access = if kind == LeaseKind::Write { Access::Write } else { Access::Read };
-    let mapping = session.chunks.mapping(&session.link, grant.chunk, access).await?;
     Ok(Frame {
         mapping,
         frame: grant.frame,

@@ -15,6 +15,8 @@ use terrace_media::SelfTestLine;
 use terrace_proto::{KEY_BYTES_MAX, v1};
 use tonic::{Code, Status};
 
+const BLOCK_ID_BYTES: usize = size_of::<BlockId>();
+
 /// A request that is not answered as asked. `code` is a gRPC status code on both transports.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{message}")]
@@ -317,18 +319,31 @@ pub(crate) fn outcome(grant: &Grant) -> (v1::GrantOutcome, v1::MissReason) {
     }
 }
 
-pub(crate) fn grant(grant: &Grant) -> v1::BlockGrant {
+/// The blocks of a lease. Their identities share one piece of memory.
+pub(crate) fn grants(grants: &[Grant]) -> Vec<v1::BlockGrant> {
+    let mut ids = Vec::with_capacity(grants.len() * BLOCK_ID_BYTES);
+    for grant in grants {
+        if let Grant::Granted { block, .. } = grant {
+            ids.extend_from_slice(&block.to_bytes());
+        }
+    }
+    let mut ids = Bytes::from(ids);
+    grants.iter().map(|one| grant(one, &mut ids)).collect()
+}
+
+/// `ids` begins with the identity of this block, if it is granted.
+fn grant(grant: &Grant, ids: &mut Bytes) -> v1::BlockGrant {
     let (outcome, reason) = outcome(grant);
     let bare = v1::BlockGrant { outcome: outcome.into(), reason: reason.into(), ..Default::default() };
     match grant {
-        Grant::Granted { block, frame, fence, offset, length, checksum } => v1::BlockGrant {
+        Grant::Granted { block: _, frame, fence, offset, length, checksum } => v1::BlockGrant {
             chunk: frame.chunk.get(),
             frame: frame.index,
             offset: *offset,
             fence: fence.get(),
             length: length.get(),
             checksum: checksum.map_or(0, Checksum::get),
-            block_id: block_bytes(*block),
+            block_id: ids.split_to(BLOCK_ID_BYTES),
             ..bare
         },
         Grant::Promoting | Grant::Missing(_) | Grant::Throttled | Grant::Exists => bare,

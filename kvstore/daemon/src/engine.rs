@@ -12,8 +12,8 @@ use std::time::{Duration, Instant};
 use tokio::sync::{Notify, mpsc, oneshot};
 
 use terrace_core::{
-    ChunkId, ClientId, Config, Core, Done, Effect, Fault, Input, Limit, Locality, Notice, Now, OpId, Reply,
-    Request, RequestId, SessionId, TenantId,
+    ChunkId, ClientId, Config, Core, Done, Effect, Fault, Input, Limit, Locality, Micros, Notice, Now, OpId,
+    Reply, Request, RequestId, SessionId, TenantId,
 };
 use terrace_media::{Access, ChunkMemory, Complete, Media, MediaOp};
 
@@ -23,6 +23,8 @@ use crate::spaces::Spaces;
 
 /// Notices that a session may leave unread before it is cut off.
 const NOTICES_MAX: usize = 1024;
+/// The ticker looks at the deadlines this often at least, so that it need not be woken for every one that is later.
+const TICK_MAX: Micros = Micros::from_millis(500);
 
 /// Drives one core. Shared by every listener.
 pub struct Engine {
@@ -43,8 +45,8 @@ struct State {
     mailboxes: HashMap<SessionId, Mailbox>,
     session_last: u64,
     request_last: u64,
-    /// When the ticker means to wake up.
-    deadline: Option<Now>,
+    /// When the ticker wakes up, unless it is told to sooner.
+    wakes_at: Now,
     /// Slow effects in flight, for their durations.
     running: HashMap<OpId, (OpKind, Now, u64)>,
 }
@@ -95,7 +97,7 @@ impl Engine {
                 mailboxes: HashMap::new(),
                 session_last: 0,
                 request_last: 0,
-                deadline: None,
+                wakes_at: Now::default(),
                 running: HashMap::new(),
             }),
             media,
@@ -274,21 +276,20 @@ impl Engine {
     /// Gives the core its ticks until it is dropped. Cancel-safe.
     pub async fn tick(&self) {
         loop {
-            let sooner = self.sooner.notified();
-            let deadline = self.state().deadline;
-            match deadline {
-                None => sooner.await,
-                Some(deadline) => {
-                    let wait = Duration::from_micros(deadline.since(self.now()).get());
-                    tokio::select! {
-                        () = tokio::time::sleep(wait) => {
-                            if self.now() >= deadline {
-                                self.submit(Input::Tick);
-                            }
-                        }
-                        () = sooner => {}
+            let (deadline, wait) = {
+                let mut state = self.state();
+                let (now, deadline) = (self.now(), state.core.next_deadline());
+                let latest = now.after(TICK_MAX);
+                state.wakes_at = deadline.map_or(latest, |deadline| deadline.min(latest));
+                (deadline, Duration::from_micros(state.wakes_at.since(now).get()))
+            };
+            tokio::select! {
+                () = tokio::time::sleep(wait) => {
+                    if deadline.is_some_and(|deadline| self.now() >= deadline) {
+                        self.submit(Input::Tick);
                     }
                 }
+                () = self.sooner.notified() => {}
             }
         }
     }
@@ -329,14 +330,10 @@ impl Engine {
         while let Some(effect) = state.core.poll_effect() {
             self.perform(state, effect);
         }
-        let deadline = state.core.next_deadline();
-        let sooner = match (deadline, state.deadline) {
-            (Some(new), Some(old)) => new < old || old <= self.now(),
-            (Some(_), None) => true,
-            (None, _) => false,
-        };
-        state.deadline = deadline;
-        if sooner {
+        if let Some(deadline) = state.core.next_deadline()
+            && deadline < state.wakes_at
+        {
+            state.wakes_at = deadline;
             self.sooner.notify_one();
         }
     }

@@ -350,10 +350,10 @@ impl Service {
         Ok(v1::LeaseResponse {
             lease: leased.lease.map_or(0, LeaseId::get),
             ttl_ms: leased.ttl.millis(),
-            blocks: leased.grants.iter().map(convert::grant).collect(),
+            blocks: convert::grants(&leased.grants),
             // Somebody may have cleared it since this session opened it. What is granted here is not older: it would
             // have been cleared too.
-            generation: self.engine.spaces().one(open.space).map_or(0, |known| known.generation),
+            generation: self.engine.spaces().generation(open.space).unwrap_or(0),
         })
     }
 

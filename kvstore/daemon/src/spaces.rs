@@ -109,6 +109,11 @@ impl Spaces {
         self.known().get(&space).cloned()
     }
 
+    /// Its generation now.
+    pub fn generation(&self, space: SpaceId) -> Option<u64> {
+        self.known().get(&space).map(|known| known.generation)
+    }
+
     /// Every space, by id.
     pub fn all(&self) -> Vec<(SpaceId, KnownSpace)> {
         self.known().iter().map(|(space, known)| (*space, known.clone())).collect()

@@ -72,8 +72,7 @@ impl Write {
         let generation = service
             .engine()
             .spaces()
-            .one(open.space)
-            .map(|known| known.generation)
+            .generation(open.space)
             .ok_or_else(|| CallError::internal("an open space is unknown"))?;
         Ok(Self {
             outcomes: vec![SealOutcome::Lost; blocks.len()],
