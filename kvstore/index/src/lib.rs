@@ -13,6 +13,7 @@
 //! what it costs to fetch from it. Keys are those of a chain: equal keys mean equal tokens before them too.
 
 mod directory;
+pub mod events;
 mod find;
 pub mod hashes;
 mod ids;
