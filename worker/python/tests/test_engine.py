@@ -159,6 +159,25 @@ def test_a_full_store_goes_on(daemon: Daemon) -> None:
     daemon.expect_leases(0)
 
 
+def test_a_lease_ends_during_a_load(folder: Path, wire: SimpleNamespace) -> None:
+    """The daemon takes the lease back while blocks are copied: what was copied is not good, and nothing is raised."""
+    short = Daemon(folder, wire, "[limits]\nlease_hold_max_ms = 200")
+    try:
+        space = StoreSpace(store(short), manifest())
+        space.put(keys(5), fill(keys(5)))
+
+        def take(index: int, block: Any) -> None:
+            view = memoryview(block)
+            if index == 1:
+                short.expect_leases(0)
+            bytes(view)
+
+        assert space.get(keys(5), take, wait=5.0) == [False] * 5
+        space.store.close()
+    finally:
+        short.kill()
+
+
 def test_fork_after_connect(daemon: Daemon) -> None:
     """A child uses its parent's store: it must get a session of its own and leave the parent's alone."""
     space = StoreSpace(store(daemon), manifest())
