@@ -62,15 +62,17 @@ def wire(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
 class Daemon:
     """One running ``terraced``."""
 
-    def __init__(self, folder: Path, wire: SimpleNamespace, extra: str = "") -> None:
+    def __init__(
+        self, folder: Path, wire: SimpleNamespace, extra: str = "", *, pinned: str = "32MiB", device: str = "64MiB"
+    ) -> None:
         data = folder / "data"
         self.socket = folder / "lane.sock"
         config = folder / "terraced.toml"
         config.write_text(
             f'data_dir = "{data}"\nlane_socket = "{self.socket}"\n'
             'grpc_listen = "127.0.0.1:0"\nmetrics_listen = "127.0.0.1:0"\n'
-            'pinned_bytes = "32MiB"\nchunk_bytes = "4MiB"\npersist_delay_ms = 50\nwindow_idle_ms = 300\n'
-            f'{extra}\n[[device]]\npath = "{data / "nvme0.dat"}"\nbytes = "64MiB"\n'
+            f'pinned_bytes = "{pinned}"\nchunk_bytes = "4MiB"\npersist_delay_ms = 50\nwindow_idle_ms = 300\n'
+            f'{extra}\n[[device]]\npath = "{data / "nvme0.dat"}"\nbytes = "{device}"\n'
         )
         assert TERRACED.exists(), f"{TERRACED} is missing; build it: cargo build --release -p terraced"
         self.process = subprocess.Popen(

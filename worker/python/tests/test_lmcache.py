@@ -19,7 +19,6 @@ from lmcache.v1.distributed.l2_adapters.plugin_l2_adapter import (  # noqa: E402
     PluginL2AdapterConfig,
     _create_plugin_adapter,
 )
-from terrace_kv._versions import advice, installed  # noqa: E402
 from terrace_kv.lmcache import TerraceL2  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("default")
@@ -172,16 +171,3 @@ def test_the_daemon_dies_under_locks(level: TerraceL2, daemon: Daemon) -> None:
     assert lookup(level, names(3)) == []
     level.submit_unlock(names(3))
     assert level.report_status()["is_healthy"] is False
-
-
-def test_no_daemon_at_the_start(folder: Path) -> None:
-    """The server must start, and every task must end."""
-    level = adapter(folder / "nobody.sock")
-    assert not store(level, names(2), objects(2))
-    assert lookup(level, names(2)) == []
-    assert load(level, names(2), objects(2)) == []
-    level.close()
-
-
-def test_the_installed_version_is_in_the_table() -> None:
-    assert advice("lmcache", installed("lmcache")) is None

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Daemon, wait_for
+from conftest import Daemon
 
 # What others deprecate while they are imported is not ours.
 warnings.simplefilter("default")
@@ -16,7 +16,6 @@ pytest.importorskip("sglang", reason="SGLang is not installed: its backend is no
 from sglang.srt.environ import envs  # noqa: E402
 from sglang.srt.mem_cache.hicache_storage import HiCacheStorageConfig, HiCacheStorageExtraInfo  # noqa: E402
 from sglang.srt.mem_cache.storage.backend_factory import StorageBackendFactory  # noqa: E402
-from terrace_kv._versions import advice, installed  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("default")
 PAGE = 16
@@ -27,27 +26,27 @@ LAYERS, WIDTH = 3, 32
 class Pool:
     """A host pool of K and V. ``page_first``: a page is one piece of each; ``layer_first``: it is scattered."""
 
-    def __init__(self, layout: str = "page_first", dtype: Any = torch.bfloat16) -> None:
-        self.layout, self.dtype, self.page_size = layout, dtype, PAGE
+    def __init__(self, layout: str = "page_first", dtype: Any = torch.bfloat16, page: int = PAGE) -> None:
+        self.layout, self.dtype, self.page_size = layout, dtype, page
         # Two halves, K and V: tokens of a page lie together, layer by layer.
-        self.kv_buffer = torch.zeros((2, PAGES, PAGE, LAYERS, WIDTH), dtype=dtype)
+        self.kv_buffer = torch.zeros((2, PAGES, page, LAYERS, WIDTH), dtype=dtype)
 
     def get_page_buffer_meta(self, indices: Any) -> tuple[list[int], list[int]]:
         if self.layout != "page_first":
             raise ValueError(f"Unsupported layout: {self.layout}")
-        pages = [int(index) // PAGE for index in indices[::PAGE]]
+        pages = [int(index) // self.page_size for index in indices[:: self.page_size]]
         addresses = [self.kv_buffer[half, page].data_ptr() for page in pages for half in range(2)]
-        length = PAGE * LAYERS * WIDTH * self.dtype.itemsize
+        length = self.page_size * LAYERS * WIDTH * self.dtype.itemsize
         return addresses, [length] * len(addresses)
 
     def get_data_page(self, index: Any, flat: bool = True) -> Any:
-        return self.kv_buffer[:, int(index) // PAGE].flatten()
+        return self.kv_buffer[:, int(index) // self.page_size].flatten()
 
     def get_dummy_flat_data_page(self) -> Any:
-        return torch.zeros(2 * PAGE * LAYERS * WIDTH, dtype=self.dtype)
+        return torch.zeros(2 * self.page_size * LAYERS * WIDTH, dtype=self.dtype)
 
     def set_from_flat_data_page(self, index: Any, page: Any) -> None:
-        self.kv_buffer[:, int(index) // PAGE] = page.reshape(2, PAGE, LAYERS, WIDTH)
+        self.kv_buffer[:, int(index) // self.page_size] = page.reshape(2, self.page_size, LAYERS, WIDTH)
 
     def fill(self, seed: int) -> Any:
         torch.manual_seed(seed)
@@ -130,19 +129,13 @@ def test_flat_pages(daemon: Daemon) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"model_name": "other"}, {"tp_rank": 1, "tp_size": 2}, {"tp_size": 2}, {"pp_size": 2}, {"extra": {"tenant": "x"}}],
+    [{"model_name": "other"}, {"tp_rank": 1, "tp_size": 2}, {"pp_size": 2}],
 )
 def test_servers_that_differ_share_nothing(daemon: Daemon, change: dict[str, Any]) -> None:
-    """Another model, rank, topology or tenant finds the pages."""
+    """Another model, rank or number of stages finds the pages."""
     backend(daemon.socket, Pool()).batch_set_v1(names(3), indices(0, 3))
     assert backend(daemon.socket, Pool()).batch_exists(names(3)) == 3
     assert backend(daemon.socket, Pool(), **change).batch_exists(names(3)) == 0
-
-
-def test_types_share_nothing(daemon: Daemon) -> None:
-    """SGLang's keys do not name the type: f16 finds bf16, of the same length."""
-    backend(daemon.socket, Pool()).batch_set_v1(names(3), indices(0, 3))
-    assert backend(daemon.socket, Pool(dtype=torch.float16)).batch_exists(names(3)) == 0
 
 
 def test_one_writer_of_equal_ranks(daemon: Daemon) -> None:
@@ -152,24 +145,6 @@ def test_one_writer_of_equal_ranks(daemon: Daemon) -> None:
     assert first.batch_exists(names(3)) == 0
     first.batch_set_v1(names(3), indices(0, 3))
     assert second.batch_exists(names(3)) == 3
-
-
-def test_the_daemon_dies(daemon: Daemon) -> None:
-    """It is killed: everything is a miss, nothing raises."""
-    store = backend(daemon.socket, Pool())
-    store.batch_set_v1(names(3), indices(0, 3))
-    daemon.process.kill()
-    daemon.process.wait()
-    wait_for(lambda: store.batch_exists(names(3)) == 0, "misses")
-    assert store.batch_get_v1(names(3), indices(0, 3)) == [False] * 3
-    assert store.batch_set_v1(names(3), indices(0, 3)) == [False] * 3
-    assert not store.set(names(1)[0], Pool().get_dummy_flat_data_page())
-
-
-def test_no_daemon_at_the_start(folder: Path) -> None:
-    store = backend(folder / "nobody.sock", Pool())
-    assert store.batch_exists(names(3)) == 0
-    assert store.batch_get_v1(names(3), indices(0, 3)) == [False] * 3
 
 
 def test_under_injected_faults(daemon: Daemon) -> None:
@@ -197,7 +172,3 @@ def test_under_injected_faults(daemon: Daemon) -> None:
             loaded += 1
             assert torch.equal(other.kv_buffer[:, page], there[:, page])
     assert 0 < loaded < 60
-
-
-def test_the_installed_version_is_in_the_table() -> None:
-    assert advice("sglang", installed("sglang")) is None

@@ -319,8 +319,13 @@ class StoreSpace:
         """Gives every block that is there to ``take(index, block)``; answers which were good until after that."""
         with self.read(keys, wait=wait) as reading:
             for index, block in enumerate(reading.blocks):
-                if block is not None:
+                if block is None:
+                    continue
+                try:
                     take(index, block)
+                except TerraceError as error:
+                    # Its lease ended since: from here on it is not good.
+                    self.store.failed(error)
             return reading.good()
 
     def put(
