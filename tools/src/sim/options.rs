@@ -7,7 +7,7 @@ use clap::{Args, ValueEnum};
 use terrace_core::{Admission, ByteCount, HEADER_PAGE_BYTES, Policy};
 
 use super::node::{DeviceModel, Hardware};
-use super::profile::{BYTES_PER_TOKEN, FLOPS_PER_SECOND, LINEAR_FLOPS, Profile, QUADRATIC_FLOPS};
+use super::profile::{Profile, ReplayOptions};
 use super::serve::Service;
 use super::size::Size;
 use super::trace::Trace;
@@ -59,24 +59,8 @@ pub(crate) struct Options {
     /// A node with workers, devices and time, or the plain model that policies are compared by
     #[arg(long, value_enum, default_value_t = Model::Node)]
     pub(crate) model: Model,
-    /// Replay only so many requests
-    #[arg(long, value_name = "REQUESTS")]
-    pub(crate) limit: Option<usize>,
-    /// Tokens of a block [default: told from the trace]
-    #[arg(long, value_name = "TOKENS")]
-    pub(crate) tokens_per_block: Option<u32>,
-    /// KV of one token
-    #[arg(long, value_name = "BYTES", default_value_t = BYTES_PER_TOKEN)]
-    pub(crate) bytes_per_token: u64,
-    /// FLOPs of prefilling a token: a in a h + b h^2
-    #[arg(long, value_name = "FLOPS", default_value_t = LINEAR_FLOPS)]
-    pub(crate) flops_linear: f64,
-    /// FLOPs that grow with the position: b in a h + b h^2
-    #[arg(long, value_name = "FLOPS", default_value_t = QUADRATIC_FLOPS)]
-    pub(crate) flops_quadratic: f64,
-    /// FLOPs that a worker does in a second
-    #[arg(long, value_name = "FLOPS", default_value_t = FLOPS_PER_SECOND)]
-    pub(crate) flops_rate: f64,
+    #[command(flatten)]
+    pub(crate) replay: ReplayOptions,
     /// Measured seconds of prefilling a token, instead of FLOPs
     #[arg(long, value_name = "SECONDS", conflicts_with_all = ["flops_linear", "flops_quadratic", "flops_rate"])]
     pub(crate) seconds_per_token: Option<f64>,
@@ -182,10 +166,8 @@ impl Options {
     /// # Errors
     /// With what is wrong and what is allowed.
     pub(crate) fn check(&self) -> anyhow::Result<()> {
+        self.replay.check()?;
         let rates = [
-            ("--bytes-per-token", super::report::float(self.bytes_per_token)),
-            ("--flops-linear", self.flops_linear),
-            ("--flops-rate", self.flops_rate),
             ("--seconds-per-token", self.seconds_per_token.unwrap_or(1.0)),
             ("--decode-rate", self.decode_rate),
             ("--link-rate", self.link_rate),
@@ -197,17 +179,8 @@ impl Options {
         for (name, rate) in rates {
             ensure!(rate.is_finite() && rate > 0.0, "{name} is {rate}: it must be more than 0");
         }
-        let quadratic = self.flops_quadratic;
-        ensure!(
-            quadratic.is_finite() && quadratic >= 0.0,
-            "--flops-quadratic is {quadratic}: it must be 0 or more"
-        );
-        ensure!(self.bytes_per_token <= 1 << 30, "--bytes-per-token is more than 1 GiB");
         ensure!(self.device_latency <= 60_000_000, "--device-latency is more than a minute");
-        ensure!(self.limit != Some(0), "--limit 0 leaves nothing to replay");
         ensure!(self.threads != Some(0), "--threads is 0: it must be 1 or more");
-        let tokens = self.tokens_per_block.unwrap_or(1);
-        ensure!((1..=1 << 20).contains(&tokens), "--tokens-per-block is {tokens}: allowed are 1 to 2^20");
         let nvme =
             self.nvme != Size::Bytes(0) || (self.sweep.is_some() && self.sweep_tier == SweepTier::Nvme);
         ensure!(!nvme || self.devices > 0, "--devices is 0: an Nvme tier needs at least one");
@@ -238,15 +211,10 @@ impl Options {
 
     /// The model that workers run.
     pub(crate) fn profile(&self) -> Profile {
-        let bytes_per_token = self.bytes_per_token;
+        let profile = self.replay.profile();
         match self.seconds_per_token {
-            Some(seconds) => Profile { linear: seconds, quadratic: 0.0, rate: 1.0, bytes_per_token },
-            None => Profile {
-                linear: self.flops_linear,
-                quadratic: self.flops_quadratic,
-                rate: self.flops_rate,
-                bytes_per_token,
-            },
+            Some(seconds) => Profile { linear: seconds, quadratic: 0.0, rate: 1.0, ..profile },
+            None => profile,
         }
     }
 
@@ -272,7 +240,7 @@ impl Options {
         sizes: (Size, Size),
         policy: Policy,
     ) -> anyhow::Result<Hardware> {
-        let block_bytes = u64::from(trace.tokens_per_block) * self.bytes_per_token;
+        let block_bytes = u64::from(trace.tokens_per_block) * self.replay.bytes_per_token;
         let frame_bytes = block_bytes + HEADER_PAGE_BYTES;
         let pinned = frames("--pinned", sizes.0, frame_bytes, trace)?;
         let nvme = frames("--nvme", sizes.1, frame_bytes, trace)?;

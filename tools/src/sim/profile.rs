@@ -1,6 +1,76 @@
 //! What recomputing a prefix costs, and how many bytes its KV has.
 
+use std::path::Path;
+
+use anyhow::ensure;
+use clap::Args;
 use terrace_core::ComputeCost;
+
+use super::trace::Trace;
+
+/// What of a trace is replayed, and the model that it is replayed on: the same for every simulation.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct ReplayOptions {
+    /// Replay only so many requests
+    #[arg(long, value_name = "REQUESTS")]
+    limit: Option<usize>,
+    /// Tokens of a block [default: told from the trace]
+    #[arg(long, value_name = "TOKENS")]
+    tokens_per_block: Option<u32>,
+    /// KV of one token
+    #[arg(long, value_name = "BYTES", default_value_t = BYTES_PER_TOKEN)]
+    pub(crate) bytes_per_token: u64,
+    /// FLOPs of prefilling a token: a in a h + b h^2
+    #[arg(long, value_name = "FLOPS", default_value_t = LINEAR_FLOPS)]
+    flops_linear: f64,
+    /// FLOPs that grow with the position: b in a h + b h^2
+    #[arg(long, value_name = "FLOPS", default_value_t = QUADRATIC_FLOPS)]
+    flops_quadratic: f64,
+    /// FLOPs that a worker does in a second
+    #[arg(long, value_name = "FLOPS", default_value_t = FLOPS_PER_SECOND)]
+    flops_rate: f64,
+}
+
+impl ReplayOptions {
+    /// Everything that clap cannot check.
+    ///
+    /// # Errors
+    /// With what is wrong and what is allowed.
+    pub(crate) fn check(&self) -> anyhow::Result<()> {
+        for (name, rate) in [("--flops-linear", self.flops_linear), ("--flops-rate", self.flops_rate)] {
+            ensure!(rate.is_finite() && rate > 0.0, "{name} is {rate}: it must be more than 0");
+        }
+        let quadratic = self.flops_quadratic;
+        ensure!(
+            quadratic.is_finite() && quadratic >= 0.0,
+            "--flops-quadratic is {quadratic}: it must be 0 or more"
+        );
+        ensure!(self.bytes_per_token > 0, "--bytes-per-token is 0: it must be more than 0");
+        ensure!(self.bytes_per_token <= 1 << 30, "--bytes-per-token is more than 1 GiB");
+        ensure!(self.limit != Some(0), "--limit 0 leaves nothing to replay");
+        let tokens = self.tokens_per_block.unwrap_or(1);
+        ensure!((1..=1 << 20).contains(&tokens), "--tokens-per-block is {tokens}: allowed are 1 to 2^20");
+        Ok(())
+    }
+
+    /// The part of a file that is replayed.
+    ///
+    /// # Errors
+    /// When it cannot be read, or is no trace.
+    pub(crate) fn trace(&self, file: &Path) -> anyhow::Result<Trace> {
+        Trace::read(file, self.limit, self.tokens_per_block)
+    }
+
+    /// The model.
+    pub(crate) fn profile(&self) -> Profile {
+        Profile {
+            linear: self.flops_linear,
+            quadratic: self.flops_quadratic,
+            rate: self.flops_rate,
+            bytes_per_token: self.bytes_per_token,
+        }
+    }
+}
 
 /// A model on a worker.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -59,6 +129,37 @@ impl Profile {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[derive(clap::Parser)]
+    struct Line {
+        #[command(flatten)]
+        replay: ReplayOptions,
+    }
+
+    // A block of no tokens would replay to no hits at all, and a huge token would overflow a size: each is refused by
+    // name, whatever is simulated.
+    #[test]
+    fn what_cannot_be_replayed_is_refused_by_name() {
+        let check = |words: &[&str]| {
+            let line: Line = clap::Parser::parse_from([&["sim"], words].concat());
+            line.replay.check()
+        };
+        check(&[]).unwrap();
+        let wrong = [
+            ["--limit", "0"],
+            ["--tokens-per-block", "0"],
+            ["--tokens-per-block", "1048577"],
+            ["--bytes-per-token", "0"],
+            ["--bytes-per-token", "1000000000000000000"],
+            ["--flops-linear", "0"],
+            ["--flops-quadratic", "NaN"],
+            ["--flops-rate", "inf"],
+        ];
+        for words in wrong {
+            let error = check(&words).unwrap_err().to_string();
+            assert!(error.contains(words[0]), "{words:?}: {error}");
+        }
+    }
 
     /// The unit could be lost on the way: the reference model reads 12,000 tokens in about a second.
     #[test]

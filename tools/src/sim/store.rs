@@ -30,7 +30,7 @@ pub(crate) fn run(options: &Options, format: Format) -> anyhow::Result<ExitCode>
     options.check()?;
     let mut runs = Vec::new();
     for file in &options.files {
-        let trace = Trace::read(file, options.limit, options.tokens_per_block)?;
+        let trace = options.replay.trace(file)?;
         runs.extend(replay_all(options, &trace)?);
     }
     match format {
@@ -71,7 +71,7 @@ fn replay_all(options: &Options, trace: &Trace) -> anyhow::Result<Vec<Run>> {
 
 fn replay(options: &Options, trace: &Trace, job: &Job, progress: &ProgressBar) -> anyhow::Result<Run> {
     let profile = options.profile();
-    let frame_bytes = u64::from(trace.tokens_per_block) * options.bytes_per_token + HEADER_PAGE_BYTES;
+    let frame_bytes = u64::from(trace.tokens_per_block) * options.replay.bytes_per_token + HEADER_PAGE_BYTES;
     let begin = Instant::now();
     let (model, pinned_frames, nvme_frames, outcome) = match options.model {
         Model::Reference => {

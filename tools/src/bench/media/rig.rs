@@ -112,6 +112,7 @@ impl Rig {
         std::fs::create_dir_all(&home)?;
         let frame = frame_bytes(ByteCount::new(payload)).context("a block of that size has no frame")?;
         let frames = u32::try_from(MEMORY_BYTES / frame.get())?;
+        ensure!(frames as usize >= ASKED, "blocks of {payload} bytes leave too few frames");
         let (loose, answers) = channel();
         let drive = Drive {
             kind: Kind::Read,
@@ -376,8 +377,8 @@ impl Pump {
     fn next(&self) {
         let Some(media) = self.media.get().and_then(Weak::upgrade) else { return };
         let mut state = self.lock();
-        let place = if state.failed.is_none() { state.queue.pop() } else { None };
-        let Some((place, target)) = place.and_then(|place| Some((place, state.free.pop_front()?))) else {
+        let next = if state.failed.is_none() { state.queue.pop() } else { None };
+        let Some(place) = next else {
             if state.running == 0
                 && let Some(ended) = state.ended.take()
             {
@@ -385,6 +386,7 @@ impl Pump {
             }
             return;
         };
+        let target = state.free.pop_front().expect("there are more frames than blocks are asked for at once");
         let op = OpId::new(state.first + state.frames.len() as u64);
         state.frames.push(target);
         state.running += 1;

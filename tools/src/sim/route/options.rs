@@ -7,7 +7,7 @@ use clap::Args;
 
 use super::cluster::{Setting, speed_for};
 use super::policy::Policy;
-use crate::sim::profile::{BYTES_PER_TOKEN, FLOPS_PER_SECOND, LINEAR_FLOPS, Profile, QUADRATIC_FLOPS};
+use crate::sim::profile::ReplayOptions;
 use crate::sim::size::Size;
 use crate::sim::trace::Trace;
 
@@ -64,24 +64,8 @@ pub(crate) struct Options {
     /// Of all draws
     #[arg(long, default_value_t = 1)]
     pub(crate) seed: u64,
-    /// Replay only so many requests
-    #[arg(long, value_name = "REQUESTS")]
-    pub(crate) limit: Option<usize>,
-    /// Tokens of a block [default: told from the trace]
-    #[arg(long, value_name = "TOKENS")]
-    pub(crate) tokens_per_block: Option<u32>,
-    /// KV of one token
-    #[arg(long, value_name = "BYTES", default_value_t = BYTES_PER_TOKEN)]
-    pub(crate) bytes_per_token: u64,
-    /// FLOPs of prefilling a token: a in a h + b h^2
-    #[arg(long, value_name = "FLOPS", default_value_t = LINEAR_FLOPS)]
-    pub(crate) flops_linear: f64,
-    /// FLOPs that grow with the position: b in a h + b h^2
-    #[arg(long, value_name = "FLOPS", default_value_t = QUADRATIC_FLOPS)]
-    pub(crate) flops_quadratic: f64,
-    /// FLOPs that a worker does in a second
-    #[arg(long, value_name = "FLOPS", default_value_t = FLOPS_PER_SECOND)]
-    pub(crate) flops_rate: f64,
+    #[command(flatten)]
+    pub(crate) replay: ReplayOptions,
     /// Replays at one time [default: one a core]
     #[arg(long)]
     pub(crate) threads: Option<usize>,
@@ -96,6 +80,7 @@ impl Options {
     /// # Errors
     /// With what is wrong and what is allowed.
     pub(crate) fn check(&self) -> anyhow::Result<()> {
+        self.replay.check()?;
         let rates = [
             ("--private-rate", self.private_rate),
             ("--pool-rate", self.pool_rate),
@@ -103,18 +88,15 @@ impl Options {
             ("--utilisation", self.utilisation.unwrap_or(1.0)),
             ("--starts", self.starts),
             ("--decode-rate", self.decode_rate),
-            ("--flops-linear", self.flops_linear),
-            ("--flops-rate", self.flops_rate),
-            ("--bytes-per-token", super::super::report::float(self.bytes_per_token)),
         ];
         for (name, rate) in rates {
             ensure!(rate.is_finite() && rate > 0.0, "{name} is {rate}: it must be more than 0");
         }
-        for (name, value) in
-            [("--temperature", self.temperature), ("--flops-quadratic", self.flops_quadratic)]
-        {
-            ensure!(value.is_finite() && value >= 0.0, "{name} is {value}: it must be 0 or more");
-        }
+        let temperature = self.temperature;
+        ensure!(
+            temperature.is_finite() && temperature >= 0.0,
+            "--temperature is {temperature}: it must be 0 or more"
+        );
         for delay in &self.event_delay {
             ensure!(
                 (0.0..=3600.0).contains(delay),
@@ -122,7 +104,6 @@ impl Options {
             );
         }
         ensure!((1..=4096).contains(&self.workers), "--workers is {}: allowed are 1 to 4096", self.workers);
-        ensure!(self.limit != Some(0), "--limit 0 leaves nothing to replay");
         ensure!(self.threads != Some(0), "--threads is 0: it must be 1 or more");
         if self.starts < 1.0 && self.open_loop {
             bail!("--starts moves sessions, which --open-loop takes apart: use --speed");
@@ -135,13 +116,8 @@ impl Options {
     /// # Errors
     /// When a size is too large to count.
     pub(crate) fn setting(&self, trace: &Trace) -> anyhow::Result<Setting> {
-        let block_bytes = u64::from(trace.tokens_per_block) * self.bytes_per_token;
-        let profile = Profile {
-            linear: self.flops_linear,
-            quadratic: self.flops_quadratic,
-            rate: self.flops_rate,
-            bytes_per_token: self.bytes_per_token,
-        };
+        let profile = self.replay.profile();
+        let block_bytes = u64::from(trace.tokens_per_block) * profile.bytes_per_token;
         let closed_loop = self.closed_loop || (trace.has_sessions && !self.open_loop);
         let by_load = |share| speed_for(trace, self.workers, &profile, share);
         // No more blocks than there are can be kept.
