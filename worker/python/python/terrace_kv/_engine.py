@@ -21,7 +21,7 @@ from ._native import Block, ReadLease, Session, Space, WriteBlock, WriteLease, c
 RETRY_SECONDS = 1.0
 """After a daemon was found missing or silent, it is asked again only after this time."""
 FRESH_SECONDS = 1.0
-"""A space that was opened longer ago is opened again before a read: somebody may have cleared it."""
+"""Over gRPC a space that was opened longer ago is opened again before a read: somebody may have cleared it."""
 PUT_BLOCKS = 32
 """Most blocks in one write lease: what is reserved, copied and sealed in one go."""
 
@@ -248,8 +248,9 @@ class StoreSpace:
     def open(self, age_max: float = FRESH_SECONDS) -> Space | None:
         """The space in the session of now; ``None`` while there is no daemon.
 
-        Checksums are those of a generation, which ends when anybody clears the space. What is read by an old one
-        is a miss, but what is sealed by it nobody else could read: whoever stores asks for the space of now.
+        Checksums are those of a generation, which ends when anybody clears the space. Leases over the lane say it.
+        Streams over gRPC do not: what is read by an old one is a miss, and what is stored by it is refused, so there
+        whoever stores asks for the space of now.
 
         Raises what the daemon refuses.
         """
@@ -257,7 +258,7 @@ class StoreSpace:
         if session is None:
             return None
         opened, now = self._opened, time.monotonic()
-        if opened is not None and opened[0] is session and now - opened[2] < age_max:
+        if opened is not None and opened[0] is session and (session.transport == "lane" or now - opened[2] < age_max):
             return opened[1]
         space = session.open_space(self.manifest, compute_cost=self._compute_cost)
         self._opened = (session, space, now)
