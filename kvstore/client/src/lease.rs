@@ -188,11 +188,7 @@ pub(crate) async fn lease(
                     Some(_) | None => session.chunks.mapping(&session.link, grant.chunk, access).await?,
                 };
                 last = Some((grant.chunk, Arc::clone(&mapping)));
-                let mut frame = frame(mapping, wanted.space, grant, writers.next())?;
-                // A daemon that does not say it is older than this library.
-                if granted.generation != 0 {
-                    frame.generation = granted.generation;
-                }
+                let frame = frame(mapping, wanted.space, granted.generation, grant, writers.next())?;
                 Outcome::Granted(frame)
             }
         };
@@ -204,6 +200,7 @@ pub(crate) async fn lease(
 fn frame(
     mapping: Arc<Mapping>,
     space: &Space,
+    generation: u64,
     grant: &BlockGrant,
     writer: Option<WriterToken>,
 ) -> Result<Frame, ClientError> {
@@ -218,7 +215,7 @@ fn frame(
         length: ByteCount::new(grant.length),
         checksum: Checksum::new(grant.checksum),
         block: block_from_wire(&grant.block_id)?,
-        generation: space.generation(),
+        generation,
         writer,
     })
 }

@@ -7,7 +7,8 @@ use bytes::Bytes;
 use tokio::sync::mpsc;
 use tonic::Code;
 
-use terrace_core::{Checksum, Durability, SealOutcome, checksum};
+use terrace_core::{Checksum, Durability, SealOutcome};
+use terrace_lane::fold;
 use terrace_proto::v1::write_request::Part;
 use terrace_proto::v1::{GrantOutcome, ReadRequest, ReadResponse, WriteHeader, WritePiece, WriteRequest};
 
@@ -314,7 +315,7 @@ impl<'a> Assembly<'a> {
             let block = self.space.block_id(&self.keys[at]);
             // A short payload was cut off on the way: its fence moved.
             let whole = payload.len() == self.bytes;
-            if !whole || checksum(block, self.space.generation(), payload) != self.sums[at] {
+            if !whole || fold::checksum(block, self.space.generation(), payload) != self.sums[at] {
                 tracing::warn!(%block, whole, "counted as a miss: not the bytes that were sealed");
                 *slot = None;
             }
@@ -377,7 +378,7 @@ async fn feed(
     send(Part::Header(header)).await?;
     for (at, payload) in payloads.iter().enumerate() {
         let index = index_u32(at)?;
-        let sum = checksum(space.block_id(&keys[at]), space.generation(), payload).get();
+        let sum = fold::checksum(space.block_id(&keys[at]), space.generation(), payload).get();
         let mut offset = 0;
         for piece in payload.chunks(PIECE_BYTES) {
             let end = offset + piece.len();

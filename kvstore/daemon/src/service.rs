@@ -347,13 +347,14 @@ impl Service {
         };
         let leased = self.leased(session, op).await?;
         self.metrics.leased(kind, began.elapsed());
+        // Somebody may have cleared it since this session opened it. What is granted here is not older: it would have
+        // been cleared too.
+        let generation = self.engine.spaces().generation(open.space);
         Ok(v1::LeaseResponse {
             lease: leased.lease.map_or(0, LeaseId::get),
             ttl_ms: leased.ttl.millis(),
             blocks: convert::grants(&leased.grants),
-            // Somebody may have cleared it since this session opened it. What is granted here is not older: it would
-            // have been cleared too.
-            generation: self.engine.spaces().generation(open.space).unwrap_or(0),
+            generation: generation.ok_or_else(|| CallError::internal("an open space is unknown"))?,
         })
     }
 
