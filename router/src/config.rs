@@ -6,6 +6,9 @@ use std::time::Duration;
 
 use clap::Parser;
 
+/// Most daemons that one router follows.
+pub const DAEMONS_MAX: usize = 1024;
+
 /// Command line of `terrace-router`.
 #[derive(Clone, Debug, Parser)]
 #[command(name = "terrace-router", version, about = "OpenAI-compatible front door of Terrace")]
@@ -13,10 +16,10 @@ pub struct Options {
     /// Address of the HTTP API, /metrics and /healthz.
     #[arg(long, default_value = "127.0.0.1:8080")]
     pub listen: SocketAddr,
-    /// gRPC address of the daemon.
-    #[arg(long, default_value = "http://127.0.0.1:7100", env = "TERRACE_ENDPOINT")]
-    pub grpc: String,
-    /// Unix socket of the daemon, if it runs on this node.
+    /// gRPC addresses of the daemons, repeated or with commas between; the router reports to the first.
+    #[arg(long, default_value = "http://127.0.0.1:7100", env = "TERRACE_ENDPOINT", value_delimiter = ',')]
+    pub grpc: Vec<String>,
+    /// Unix socket of the first daemon, if it runs on this node.
     #[arg(long)]
     pub socket: Option<PathBuf>,
     /// Tenant whose blocks are asked for.
@@ -52,6 +55,9 @@ pub struct Options {
     /// How long a request waits for the block index, in milliseconds.
     #[arg(long, default_value_t = 50)]
     pub index_wait_ms: u64,
+    /// Memory of the block index in bytes, from 1 MiB; what is coldest is forgotten at it.
+    #[arg(long, default_value_t = 512 << 20)]
+    pub index_bytes_max: u64,
     /// Most workers that one request is tried on.
     #[arg(long, default_value_t = 4)]
     pub attempts_max: u32,
@@ -70,9 +76,9 @@ pub struct Options {
 pub struct Config {
     /// Address of the HTTP API.
     pub listen: SocketAddr,
-    /// gRPC address of the daemon.
-    pub grpc: String,
-    /// Unix socket of the daemon.
+    /// gRPC addresses of the daemons.
+    pub grpc: Vec<String>,
+    /// Unix socket of the first daemon.
     pub socket: Option<PathBuf>,
     /// Tenant whose blocks are asked for.
     pub tenant: String,
@@ -96,6 +102,8 @@ pub struct Config {
     pub worker_wait: Duration,
     /// Longest wait for the block index.
     pub index_wait: Duration,
+    /// Most memory of the block index.
+    pub index_bytes_max: u64,
     /// Most workers that one request is tried on.
     pub attempts_max: u32,
     /// Time in which a first token is wanted, if the request does not say its own.
@@ -124,6 +132,18 @@ pub enum BadConfig {
     FirstToken {
         /// What was given.
         found: f64,
+    },
+    /// No daemon, or too many.
+    #[error("--grpc names {count} daemons; it must be from 1 to {DAEMONS_MAX}")]
+    Daemons {
+        /// So many were given.
+        count: usize,
+    },
+    /// A daemon that would be followed twice.
+    #[error("--grpc names {found} twice; its blocks would be counted twice")]
+    Twice {
+        /// The address.
+        found: String,
     },
     /// The daemon's address is no URL.
     #[error("--grpc {found} is no address; write it like http://127.0.0.1:7100")]
@@ -157,8 +177,17 @@ impl Options {
         let Some(first_token_by) = first_token_by.filter(|wanted| *wanted != Some(Duration::ZERO)) else {
             return Err(BadConfig::FirstToken { found: wanted.unwrap_or(0.0) });
         };
-        if tonic::transport::Endpoint::from_shared(self.grpc.clone()).is_err() || !self.grpc.contains("://") {
-            return Err(BadConfig::Address { found: self.grpc });
+        let is_address = |text: &str| {
+            text.contains("://") && tonic::transport::Endpoint::from_shared(text.to_owned()).is_ok()
+        };
+        if let Some(found) = self.grpc.iter().find(|text| !is_address(text)) {
+            return Err(BadConfig::Address { found: found.clone() });
+        }
+        if self.grpc.is_empty() || self.grpc.len() > DAEMONS_MAX {
+            return Err(BadConfig::Daemons { count: self.grpc.len() });
+        }
+        if let Some(found) = (1..self.grpc.len()).find(|&at| self.grpc[..at].contains(&self.grpc[at])) {
+            return Err(BadConfig::Twice { found: self.grpc[found].clone() });
         }
         Ok(Config {
             listen: self.listen,
@@ -175,6 +204,7 @@ impl Options {
             request_time_max: Duration::from_secs(self.request_seconds_max),
             worker_wait: Duration::from_millis(self.worker_wait_ms),
             index_wait: Duration::from_millis(self.index_wait_ms),
+            index_bytes_max: self.index_bytes_max,
             attempts_max: self.attempts_max,
             first_token_by,
             temperature: self.temperature,
@@ -199,6 +229,10 @@ mod tests {
         );
         let error = options(&["--grpc", "localhost"]).check().unwrap_err();
         assert!(error.to_string().contains("--grpc localhost"), "{error}");
+        let twice = options(&["--grpc", "http://a:1,http://b:1", "--grpc", "http://a:1"]).check().unwrap_err();
+        assert_eq!(twice, BadConfig::Twice { found: "http://a:1".to_owned() });
+        let both = options(&["--grpc", "http://a:1", "--grpc", "http://b:1"]).check().unwrap();
+        assert_eq!(both.grpc, ["http://a:1", "http://b:1"]);
         assert!(options(&["--temperature", "NaN"]).check().is_err());
         assert!(options(&["--first-token-seconds-max", "0"]).check().is_err());
         let wanted = options(&["--first-token-seconds-max", "1.5"]).check().unwrap().first_token_by;

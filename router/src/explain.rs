@@ -50,9 +50,11 @@ async fn ways(router: &Router, model: &Arc<Model>, tokens: &[u32]) -> Value {
     let view = router.fleet.view(Instant::now(), serves);
     let mut views: Vec<View> = Vec::new();
     for space in &view.spaces {
-        views.push(router.index.look_up(space, tokens, &router.metrics).await.view);
+        views.extend(router.index.look_up(space, tokens, &router.metrics).await.views);
     }
-    let (prefill, decode) = (candidates(&view.prefill), candidates(&view.decode));
+    let daemons = router.index.daemons();
+    let prefill = router.homes.candidates(&view.prefill, daemons);
+    let decode = router.homes.candidates(&view.decode, daemons);
     let mut ways = place::explain(tokens.len() as u64, &views, &prefill, &decode);
     let count = ways.len();
     ways.truncate(WAYS_MAX);
@@ -82,10 +84,6 @@ async fn ways(router: &Router, model: &Arc<Model>, tokens: &[u32]) -> Value {
         "ways_in_all": count,
         "fetches": fetches,
     })
-}
-
-fn candidates(workers: &[Worker]) -> Vec<Candidate> {
-    workers.iter().map(|worker| worker.candidate.clone()).collect()
 }
 
 fn space(space: &SpaceManifest) -> Value {

@@ -252,12 +252,12 @@ impl<'a> Answer<'a> {
 
     fn choose(&mut self, view: &View) -> Result<Option<Placed>, ApiError> {
         let tokens = (self.job.tokens.len() + self.generated.len()) as u64;
-        let views: Vec<source::View> = view.spaces.iter().map(|space| self.sources(space)).collect();
+        let views: Vec<source::View> = view.spaces.iter().flat_map(|space| self.sources(space)).collect();
         let free: Vec<&Worker> = view.decode.iter().filter(|worker| !worker.is_filled).collect();
-        let decode: Vec<Candidate> = free.iter().map(|worker| worker.candidate.clone()).collect();
+        let decode = self.candidates(free.iter().copied());
         let wants_prefill = self.prefilled.is_none() && self.prefill_failures < PREFILL_FAILURES_MAX;
         let helpers: &[Worker] = if wants_prefill { &view.prefill } else { &[] };
-        let prefill: Vec<Candidate> = helpers.iter().map(|worker| worker.candidate.clone()).collect();
+        let prefill = self.candidates(helpers);
         let Some(plan) = place::choose(tokens, &views, &prefill, &decode, self.router.ties()) else {
             return Ok(None);
         };
@@ -291,9 +291,14 @@ impl<'a> Answer<'a> {
         Ok(Some(Placed { worker: worker.clone(), role, load_seconds: estimate.load, in_flight }))
     }
 
-    /// Where a space has the prompt's blocks. What a prefill worker has just
-    /// sealed is all there.
-    fn sources(&self, space: &v1::SpaceManifest) -> source::View {
+    fn candidates<'w>(&self, workers: impl IntoIterator<Item = &'w Worker>) -> Vec<Candidate> {
+        self.router.homes.candidates(workers, self.router.index.daemons())
+    }
+
+    /// Where a space has the prompt's blocks, for each daemon. What a prefill worker
+    /// has just sealed is all there.
+    fn sources(&self, space: &v1::SpaceManifest) -> Vec<source::View> {
+        let daemons = self.router.index.daemons();
         if self.prefilled.is_some() {
             let link = Link {
                 holder: 0,
@@ -303,10 +308,10 @@ impl<'a> Answer<'a> {
                 queued_seconds: 0.0,
             };
             let run = Run { link: 0, begin: 0, end: self.job.tokens.len() as u64 };
-            return source::View { links: vec![link], runs: vec![run] };
+            return vec![source::View { links: vec![link], runs: vec![run] }; daemons];
         }
         let found = self.found.iter().find(|(known, _)| known == space);
-        found.map_or_else(source::View::default, |(_, found)| found.view.clone())
+        found.map_or_else(|| vec![source::View::default(); daemons], |(_, found)| found.views.clone())
     }
 
     /// What will be loaded from a slow tier is asked for before the worker is.

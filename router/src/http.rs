@@ -110,6 +110,7 @@ async fn metrics(State(router): State<Arc<Router>>) -> Result<Response, ApiError
     let loads = router.fleet.loads();
     let count = |role| loads.iter().filter(|load| load.role() == role).count();
     let text = router.metrics.text(count(WorkerRole::Prefill), count(WorkerRole::Decode));
+    let text = text.and_then(|text| Ok(text + &router.index.text()?));
     let text = text.map_err(|error| ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, error.to_string()))?;
     Ok(([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], text).into_response())
 }

@@ -1,236 +1,221 @@
-//! What the store holds of a prompt.
+//! What the daemons hold of a prompt.
 //!
-//! Asks the daemon's index over one session that is kept open in the background.
-//! A look-up that fails or takes too long is no error: the prompt is placed as
-//! if nothing were cached, and the worker finds the blocks by itself.
+//! The router follows every daemon that it is given and keeps an index of their
+//! blocks, so that a look-up is a walk in its own memory. A daemon is asked itself
+//! only before its first snapshot is complete, and, outside of look-ups, for how
+//! long its devices take, as only it knows their queues.
+//!
+//! The index may be late. What it says that is gone costs a miss, and what it does
+//! not say yet is found by the worker. A look-up that fails or takes too long is no
+//! error: the prompt is placed as if that daemon had nothing.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use terrace_client::{
-    BlockMatch, ClientError, Connector, MatchMode, Session, Space, Target, from_wire, wire,
-};
+use futures_util::future::join_all;
+use terrace_client::{ClientError, Connector, Target, wire};
 use terrace_core::{TokenCount, chain_keys};
+use terrace_index::{Index as Blocks, Key, Limits};
 use tokio::sync::watch;
 use tokio::task::AbortHandle;
 
+mod follow;
+mod gauges;
+mod mirror;
+mod open;
+mod view;
+
 use crate::config::Config;
 use crate::metrics::Metrics;
-use crate::place::source::{Fetch, Link, Run, Tier, View};
+use crate::place::source::{Fetch, View};
+use gauges::{Gauges, Row};
+use mirror::{HOLDERS, Mirror, Shown};
+use open::Open;
 
-/// Most spaces that are kept open.
-const SPACES_MAX: usize = 64;
-/// Pause after a refusal that waiting alone does not mend.
-const PAUSE: Duration = Duration::from_secs(5);
+/// A longer prompt is hashed on a thread of its own, so that others need not wait.
+const HASHED_HERE_TOKENS_MAX: usize = 1 << 16;
 
-/// Asks the daemon.
+/// The blocks of all daemons.
 #[derive(Debug)]
 pub struct Index {
     wait: Duration,
-    current: watch::Receiver<Option<Arc<Open>>>,
-    keeper: AbortHandle,
+    blocks: Arc<Blocks>,
+    daemons: Vec<Daemon>,
+    gauges: Gauges,
 }
 
-/// What one space holds of a prompt.
+/// One daemon that is followed.
+#[derive(Debug)]
+struct Daemon {
+    number: u32,
+    name: String,
+    blocks: Arc<Blocks>,
+    shown: Arc<Shown>,
+    current: watch::Receiver<Option<Arc<Open>>>,
+    follower: AbortHandle,
+}
+
+/// What the daemons hold of a prompt in one space.
 #[derive(Clone, Debug, Default)]
 pub struct Found {
-    /// Where the blocks are, and how long loading them takes.
-    pub view: View,
-    keys: Vec<[u8; 16]>,
+    /// For each daemon, where the blocks are and how long loading them takes.
+    pub views: Vec<View>,
+    keys: Arc<Vec<[u8; 16]>>,
     block_tokens: u64,
 }
 
-/// A session and the spaces that it has opened.
-#[derive(Debug)]
-struct Open {
-    session: Session,
-    spaces: Mutex<Vec<(wire::SpaceManifest, Space)>>,
-}
-
-impl Drop for Index {
+impl Drop for Daemon {
     fn drop(&mut self) {
-        self.keeper.abort();
+        self.follower.abort();
     }
 }
 
 impl Index {
-    /// Connects in the background. Call it inside a tokio runtime.
-    pub fn start(config: &Config) -> Self {
-        let connector = Connector::new(Target {
-            socket: config.socket.clone(),
-            grpc: Some(config.grpc.clone()),
-            tenant: config.tenant.clone(),
-            token: config.token.clone(),
-            client_name: format!("{} pid {}", config.name, std::process::id()),
-        });
-        let (publish, current) = watch::channel(None);
-        let keeper = tokio::spawn(keep_open(connector, publish)).abort_handle();
-        Self { wait: config.index_wait, current, keeper }
+    /// Follows every daemon in the background. Call it inside a tokio runtime.
+    ///
+    /// # Errors
+    /// When two metrics have one name, which a test rules out.
+    pub fn start(config: &Config) -> Result<Self, prometheus::Error> {
+        let count = u32::try_from(config.grpc.len()).unwrap_or(u32::MAX);
+        let limits = Limits { holders: count.saturating_mul(HOLDERS), bytes: config.index_bytes_max };
+        let blocks = Arc::new(Blocks::new(limits));
+        let daemons = (0..count).zip(&config.grpc);
+        let daemons = daemons.map(|(number, grpc)| Daemon::start(config, &blocks, number, grpc)).collect();
+        Ok(Self { wait: config.index_wait, blocks, daemons, gauges: Gauges::new()? })
     }
 
-    /// What `space` holds of these tokens.
+    /// What `space` holds of these tokens, one view for each daemon.
     pub async fn look_up(&self, space: &wire::SpaceManifest, tokens: &[u32], metrics: &Metrics) -> Found {
-        let current = self.current.borrow().clone();
-        let Some(open) = current else {
-            metrics.index_failed();
-            return Found::default();
-        };
-        match tokio::time::timeout(self.wait, open.ask(space, tokens)).await {
-            Ok(Ok(found)) => return found,
-            Ok(Err(error)) => {
-                tracing::debug!(%error, "the index cannot be asked");
-                // The handle may be stale: the next look-up opens the space again.
-                open.spaces().retain(|(known, _)| known != space);
-            }
-            Err(_) => tracing::debug!("the index did not answer in {} ms", self.wait.as_millis()),
+        let block_tokens = u64::from(space.tokens_per_block);
+        if block_tokens == 0 || tokens.len() < space.tokens_per_block as usize {
+            return Found { views: vec![View::default(); self.daemons.len()], ..Found::default() };
         }
-        metrics.index_failed();
-        Found::default()
+        let keys = Arc::new(hash(tokens, TokenCount::new(space.tokens_per_block)).await);
+        let asked = join_all(self.daemons.iter().map(|daemon| {
+            let looked = daemon.look_up(space, &keys);
+            async move { tokio::time::timeout(self.wait, looked).await }
+        }));
+        let mut views = Vec::with_capacity(self.daemons.len());
+        for (daemon, answer) in self.daemons.iter().zip(asked.await) {
+            let view = match answer {
+                Ok(Ok(view)) => Some(view),
+                Ok(Err(error)) => {
+                    tracing::debug!(daemon = daemon.name, %error, "a daemon's blocks cannot be looked up");
+                    None
+                }
+                Err(_) => {
+                    let wait = self.wait.as_millis();
+                    tracing::debug!(daemon = daemon.name, "no answer in {wait} ms");
+                    None
+                }
+            };
+            if view.is_none() {
+                metrics.index_failed();
+            }
+            views.push(view.unwrap_or_default());
+        }
+        Found { views, keys, block_tokens }
     }
 
     /// Asks for a part of what was found, so that it is on its way before a
     /// worker leases it. Nobody waits for the answer.
     pub fn prefetch(&self, space: &wire::SpaceManifest, found: &Found, part: &Fetch) {
-        let Some(open) = self.current.borrow().clone() else { return };
+        let daemon = self.daemons.iter().find(|daemon| daemon.number == part.holder);
+        let Some(open) = daemon.and_then(|daemon| daemon.current.borrow().clone()) else { return };
         let block = |tokens: u64| usize::try_from(tokens / found.block_tokens.max(1)).unwrap_or(usize::MAX);
         let Some(keys) = found.keys.get(block(part.begin)..block(part.end).min(found.keys.len())) else {
             return;
         };
-        let (keys, space) = (keys.to_vec(), space.clone());
+        let keys = keys[..keys.len().min(open.blocks_max())].to_vec();
+        let space = space.clone();
         tokio::spawn(async move {
-            let asked = async { open.session.prefetch(&open.space(&space).await?, &keys).await };
+            let asked = async { open.prefetch(&open.space(&space).await?.space, &keys).await };
             if let Err(error) = asked.await {
                 tracing::debug!(%error, "blocks could not be asked for in advance");
             }
         });
     }
+
+    /// Daemons that are followed.
+    pub fn daemons(&self) -> usize {
+        self.daemons.len()
+    }
+
+    /// The Prometheus text of the index.
+    ///
+    /// # Errors
+    /// When a metric cannot be written, which a test rules out.
+    pub fn text(&self) -> Result<String, prometheus::Error> {
+        let rows: Vec<Row<'_>> = self.daemons.iter().map(Daemon::row).collect();
+        self.gauges.text(self.blocks.counts(), &rows)
+    }
 }
 
-impl Open {
-    async fn ask(&self, manifest: &wire::SpaceManifest, tokens: &[u32]) -> Result<Found, ClientError> {
-        if manifest.tokens_per_block == 0 {
-            return Ok(Found::default());
+impl Daemon {
+    fn start(config: &Config, blocks: &Arc<Blocks>, number: u32, grpc: &str) -> Self {
+        let connector = Connector::new(Target {
+            socket: config.socket.clone().filter(|_| number == 0),
+            grpc: Some(grpc.to_owned()),
+            tenant: config.tenant.clone(),
+            token: config.token.clone(),
+            client_name: format!("{} pid {}", config.name, std::process::id()),
+        });
+        let shown = Arc::new(Shown::default());
+        let mirror = Mirror::new(Arc::clone(blocks), number, Arc::clone(&shown));
+        let (publish, current) = watch::channel(None);
+        let follower = tokio::spawn(follow::follow(connector, mirror, publish)).abort_handle();
+        Self { number, name: grpc.to_owned(), blocks: Arc::clone(blocks), shown, current, follower }
+    }
+
+    fn row(&self) -> Row<'_> {
+        Row {
+            daemon: &self.name,
+            connected: self.current.borrow().is_some(),
+            known: self.shown.holder().is_some(),
+            behind: self.shown.behind.load(Ordering::Relaxed),
+            applied: self.shown.applied.load(Ordering::Relaxed),
+            snapshots: self.shown.snapshots.load(Ordering::Relaxed),
         }
-        let mut keys = chain_keys(tokens, TokenCount::new(manifest.tokens_per_block));
-        keys.truncate(self.session.blocks_max());
-        if keys.is_empty() {
-            return Ok(Found::default());
-        }
-        let space = self.space(manifest).await?;
-        let found = self.session.match_blocks(&[&space], &keys, MatchMode::Prefix).await?;
-        keys.truncate(found.prefix);
+    }
+
+    /// What it holds of a prompt.
+    async fn look_up(
+        &self,
+        manifest: &wire::SpaceManifest,
+        keys: &[[u8; 16]],
+    ) -> Result<View, ClientError> {
+        // A daemon that is away serves nobody, whatever it holds.
+        let open = self.current.borrow().clone().ok_or(ClientError::Disconnected)?;
+        let space = open.space(manifest).await?;
         let block_tokens = u64::from(manifest.tokens_per_block);
-        Ok(Found { view: view(&found.blocks[..found.prefix], block_tokens), keys, block_tokens })
-    }
-
-    async fn space(&self, manifest: &wire::SpaceManifest) -> Result<Space, ClientError> {
-        if let Some((_, space)) = self.spaces().iter().find(|(known, _)| known == manifest) {
-            return Ok(space.clone());
-        }
-        let checked = from_wire(manifest).map_err(|error| {
-            tracing::warn!(model = manifest.model, %error, "a worker reported a space that is none");
-            ClientError::Protocol { detail: "a worker's space manifest" }
-        })?;
-        let space = self.session.open_space(&checked).await?;
-        let mut spaces = self.spaces();
-        if spaces.len() == SPACES_MAX {
-            spaces.remove(0);
-        }
-        spaces.push((manifest.clone(), space.clone()));
-        Ok(space)
-    }
-
-    fn spaces(&self) -> MutexGuard<'_, Vec<(wire::SpaceManifest, Space)>> {
-        // The list is never left half changed.
-        self.spaces.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-/// Runs of blocks in one tier of one holder. The daemon's estimates already hold
-/// the queue in front of each device.
-fn view(blocks: &[BlockMatch], block_tokens: u64) -> View {
-    let mut view = View::default();
-    let mut holders: Vec<&str> = Vec::new();
-    let (mut begin, mut blocks) = (0, blocks);
-    while let Some(first) = blocks.first() {
-        let same = |block: &&BlockMatch| (block.tier, &block.holder) == (first.tier, &first.holder);
-        let count = blocks.iter().take_while(same).count();
-        let (run, rest) = blocks.split_at(count);
-        let holder = holders.iter().position(|known| *known == first.holder).unwrap_or_else(|| {
-            holders.push(&first.holder);
-            holders.len() - 1
-        });
-        let end = begin + count as u64 * block_tokens;
-        let fetch: Duration = run.iter().map(|block| block.fetch).sum();
-        #[expect(clippy::cast_precision_loss, reason = "prompts are far shorter than 2^53 tokens")]
-        let tokens = (end - begin) as f64;
-        view.runs.push(Run { link: view.links.len(), begin, end });
-        view.links.push(Link {
-            holder: u32::try_from(holder).unwrap_or(u32::MAX),
-            tier: match first.tier {
-                wire::Tier::Hbm => Tier::Hbm,
-                wire::Tier::Pinned => Tier::Pinned,
-                wire::Tier::Nvme => Tier::Nvme,
-                wire::Tier::Remote | wire::Tier::Unspecified => Tier::Remote,
-            },
-            latency_seconds: 0.0,
-            seconds_per_token: fetch.as_secs_f64() / tokens,
-            queued_seconds: 0.0,
-        });
-        (begin, blocks) = (end, rest);
-    }
-    view
-}
-
-/// Publishes a live session whenever there is one.
-async fn keep_open(connector: Connector, publish: watch::Sender<Option<Arc<Open>>>) {
-    loop {
-        match connector.wait().await {
-            Ok(session) => {
-                let open = Open { session: session.clone(), spaces: Mutex::default() };
-                publish.send_replace(Some(Arc::new(open)));
-                session.closed().await;
-                publish.send_replace(None);
-                tracing::info!(
-                    "the session with the daemon ended; prompts are placed without the index until it is back"
-                );
-            }
-            Err(error) => {
-                tracing::warn!(%error, "the daemon refuses a session; prompts are placed without the index");
-                tokio::time::sleep(PAUSE).await;
-            }
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// Runs that are merged over a change of tier, or times that are lost, would place prompts by a wrong
-    /// estimate: the view of a mixed match is compared with its blocks.
-    #[test]
-    fn a_match_becomes_runs_of_one_tier() {
-        let block = |tier, holder: &str, fetch| BlockMatch {
-            present: true,
-            tier,
-            holder: holder.to_owned(),
-            fetch: Duration::from_millis(fetch),
+        let Some(holder) = self.shown.holder() else {
+            let keys = &keys[..keys.len().min(open.blocks_max())];
+            let asked = open.ask(&space.space, keys).await.inspect_err(|_| open.forget(manifest))?;
+            return Ok(view::of_match(&asked.blocks[..asked.prefix], self.number, block_tokens));
         };
-        let blocks = [
-            block(wire::Tier::Pinned, "", 0),
-            block(wire::Tier::Pinned, "", 0),
-            block(wire::Tier::Nvme, "", 3),
-            block(wire::Tier::Nvme, "", 5),
-            block(wire::Tier::Remote, "other", 16),
-        ];
-        let view = view(&blocks, 16);
-        let runs: Vec<_> = view.runs.iter().map(|run| (run.begin, run.end)).collect();
-        assert_eq!(runs, [(0, 32), (32, 64), (64, 80)]);
-        let holders: Vec<_> = view.links.iter().map(|link| (link.holder, link.tier)).collect();
-        assert_eq!(holders, [(0, Tier::Pinned), (0, Tier::Nvme), (1, Tier::Remote)]);
-        let fetches = view.fetches(80);
-        assert!((fetches[1].seconds - 0.008).abs() < 1e-9 && (fetches[2].seconds - 0.016).abs() < 1e-9);
-        assert!(view.split(81, crate::place::rate::Prefill::of_rate(100.0)).loaded_tokens == 80);
+        let ids: Vec<Key> =
+            keys.iter().map(|key| Key::from_bytes(space.space.block_id(key).to_bytes())).collect();
+        let mut found = terrace_index::Found::new();
+        self.blocks.find(&ids, &mut found);
+        let Some(held) = found.held(holder) else { return Ok(View::default()) };
+        // What prompts begin with stays when memory runs out.
+        let prefix = &ids[..held.prefix[2] as usize];
+        self.blocks.touch(holder, prefix).expect("the index was made for all daemons' holders");
+        let on_devices = view::on_devices(&found, holder).next();
+        let seconds = match on_devices {
+            Some((start, end)) => open.nvme_seconds(&space, &keys[start as usize..end as usize]).await,
+            None => 0.0,
+        };
+        Ok(view::of_index(&found, holder, self.number, block_tokens, seconds))
     }
+}
+
+async fn hash(tokens: &[u32], per_block: TokenCount) -> Vec<[u8; 16]> {
+    if tokens.len() <= HASHED_HERE_TOKENS_MAX {
+        return chain_keys(tokens, per_block);
+    }
+    let tokens = tokens.to_vec();
+    let hashed = tokio::task::spawn_blocking(move || chain_keys(&tokens, per_block)).await;
+    hashed.expect("hashing tokens does not panic")
 }

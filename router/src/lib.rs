@@ -2,9 +2,10 @@
 //!
 //! A request passes [`http`] (routes, limits, shapes), becomes a [`generate`]
 //! task, and is placed by [`place`], a pure function that minimises the
-//! estimated time to the first token. [`fleet`] knows the workers, [`index`]
-//! asks the daemon what is cached, [`models`] has the tokenizers. The router
-//! holds no state that a restart would lose.
+//! estimated time to the first token. [`fleet`] knows the workers, [`homes`]
+//! which daemon each works with, [`index`] follows the daemons and knows what is
+//! cached, [`models`] has the tokenizers. The router holds no state that it does
+//! not learn again within seconds of a restart.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -18,6 +19,7 @@ pub mod error;
 pub mod explain;
 pub mod fleet;
 pub mod generate;
+pub mod homes;
 pub mod http;
 pub mod index;
 pub mod metrics;
@@ -50,7 +52,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         .await
         .with_context(|| format!("cannot listen on {}; choose another --listen", config.listen))?;
     let address = listener.local_addr().context("cannot tell the address listened on")?;
-    tracing::info!(%address, grpc = config.grpc, "router listens");
+    tracing::info!(%address, daemons = config.grpc.join(","), "router listens");
     serve(config, listener, async move {
         tokio::select! {
             _ = terminate.recv() => {}

@@ -7,6 +7,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use crate::config::Config;
 use crate::error::ApiError;
 use crate::fleet::Fleet;
+use crate::homes::Homes;
 use crate::index::Index;
 use crate::metrics::Metrics;
 use crate::models::Models;
@@ -22,6 +23,8 @@ pub struct Router {
     pub models: Models,
     /// Workers.
     pub fleet: Fleet,
+    /// Which daemon each worker works with.
+    pub homes: Homes,
     /// What is cached where.
     pub index: Index,
     /// Sums for planners.
@@ -46,7 +49,7 @@ impl Drop for Place {
 }
 
 impl Router {
-    /// Starts a session with the daemon in the background. Call it inside a tokio
+    /// Follows the daemons in the background. Call it inside a tokio
     /// runtime.
     ///
     /// # Errors
@@ -56,7 +59,8 @@ impl Router {
         Ok(Self {
             models,
             fleet: Fleet::default(),
-            index: Index::start(&config),
+            homes: Homes::default(),
+            index: Index::start(&config)?,
             pressure: Pressure::default(),
             metrics: Metrics::new()?,
             places: Arc::new(Semaphore::new(config.requests_max.min(Semaphore::MAX_PERMITS))),

@@ -1,9 +1,11 @@
-//! The two streams to the daemon: what the workers report, and what this router
-//! reports. Both come back by themselves when the daemon was away.
+//! The streams of signals: what the workers report to each daemon, and what this
+//! router reports to the first. They come back by themselves when a daemon was away.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use futures_util::future::select_all;
+use terrace_proto::v1::ObserveResponse;
 use terrace_client::signals::{Follower, Report, Reporter};
 
 use crate::serve::Router;
@@ -13,11 +15,18 @@ const REPORT_EVERY: Duration = Duration::from_millis(250);
 
 /// Keeps the fleet up to date. Never ends; may be dropped at any time.
 pub async fn follow(router: Arc<Router>) {
-    let follower = Follower::start(router.config.grpc.clone());
-    let mut reports = follower.reports();
+    let followers: Vec<_> = router.config.grpc.iter().map(|grpc| Follower::start(grpc.clone())).collect();
+    let mut reports: Vec<_> = followers.iter().map(Follower::reports).collect();
+    let mut known = vec![ObserveResponse::default(); reports.len()];
     loop {
-        let seen = reports.borrow_and_update().clone();
-        // Without a daemon there are no reports; what was known stays.
+        for (known, report) in known.iter_mut().zip(&mut reports) {
+            // Without a daemon there are no reports; what was known stays.
+            let report = report.borrow_and_update();
+            if report.incarnation != 0 {
+                known.clone_from(&report);
+            }
+        }
+        let seen = router.homes.join(&known, &router.config.grpc);
         if seen.incarnation != 0 {
             let reader = Arc::clone(&router);
             let workers = seen.workers.clone();
@@ -27,7 +36,8 @@ pub async fn follow(router: Arc<Router>) {
             }
             router.fleet.observe(&seen, Instant::now());
         }
-        if reports.changed().await.is_err() {
+        let (changed, _, _) = select_all(reports.iter_mut().map(|report| Box::pin(report.changed()))).await;
+        if changed.is_err() {
             return;
         }
     }
@@ -36,7 +46,7 @@ pub async fn follow(router: Arc<Router>) {
 /// Reports prefill pressure. Never ends; may be dropped at any time.
 pub async fn report(router: Arc<Router>) {
     let pressure = || Report::Pressure(router.pressure.report(&router.config.name, Instant::now()));
-    let reporter = Reporter::start(router.config.grpc.clone(), pressure());
+    let reporter = Reporter::start(router.config.grpc[0].clone(), pressure());
     loop {
         tokio::time::sleep(REPORT_EVERY).await;
         reporter.report(pressure());

@@ -63,6 +63,7 @@ impl Watch {
             match run {
                 Run::Resync => {
                     message.sequence = self.log.next_sequence();
+                    message.next_sequence = message.sequence;
                     message.resync = true;
                     // If nobody reads, the stream ends all the same.
                     let _ = sender.send(Ok(message)).await;
@@ -77,6 +78,7 @@ impl Watch {
                     message.events = events.iter().map(convert::event).collect();
                 }
             }
+            message.next_sequence = self.log.next_sequence();
             if sender.send(Ok(message)).await.is_err() {
                 return;
             }
