@@ -1,26 +1,66 @@
 //! From a key's hash to where the key is: run and position in one 32-bit place.
 //!
 //! Linear hashing: one bucket at a time is split while the table grows, so that no store pays for a
-//! rebuild. A bucket is one cache line of seven entries and a link to overflow. Entries never move but when
-//! their bucket is split; a reader that missed looks again if a split came between.
+//! rebuild. A bucket is one cache line of ten entries and a link to overflow. An entry keeps a
+//! part of its hash; the key itself lies where the entry points. Entries never move but when their bucket is split; a
+//! reader that missed looks again if a split came between.
 
-use std::sync::atomic::{AtomicU64, Ordering, fence};
+use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering, fence};
 
 use crate::pool::{FreeExtents, Pool, Slab};
 
 /// Entries wanted in a bucket, on average. Buckets that wait for their split have up to twice as many.
-const LOAD: u32 = 3;
-const SLOTS: usize = 7;
+const LOAD: u32 = 5;
+const SLOTS: usize = 10;
+/// A tag is 16 bits of a hash from this one on: all bits that ever decide where an entry goes in a split.
+const TAG_SHIFT: u32 = 10;
+/// Most buckets. Beyond, overflow grows.
+pub(crate) const BUCKETS_MAX: u64 = 1 << (TAG_SHIFT + u16::BITS);
 
-/// Seven entries (hash in the high half, place in the low; 0 if empty) and the first overflow extent.
+/// Ten entries: a place (0 if there is none) and the tag of its key's hash; and the first overflow extent.
 #[derive(Debug, Default)]
 #[repr(align(64))]
 pub(crate) struct Bucket {
-    entries: [AtomicU64; SLOTS],
-    overflow: AtomicU64,
+    places: [AtomicU32; SLOTS],
+    tags: [AtomicU16; SLOTS],
+    overflow: AtomicU32,
 }
 
 const _: () = assert!(size_of::<Bucket>() == 64);
+
+/// An entry's place in memory, in a bucket's line or in its overflow.
+enum Slot<'a> {
+    Own(&'a AtomicU32, &'a AtomicU16),
+    Over(&'a AtomicU64),
+}
+
+impl Slot<'_> {
+    /// Tag and place; place 0 if there is none.
+    fn entry(&self) -> (u16, u32) {
+        match self {
+            Self::Own(place, tag) => (tag.load(Ordering::Relaxed), place.load(Ordering::Relaxed)),
+            Self::Over(word) => entry_of(word.load(Ordering::Relaxed)),
+        }
+    }
+
+    /// The place last: who sees it sees the tag, and the key that it points to.
+    fn set(&self, (tag, place): (u16, u32)) {
+        match self {
+            Self::Own(places, tags) => {
+                tags.store(tag, Ordering::Relaxed);
+                places.store(place, Ordering::Release);
+            }
+            Self::Over(word) => word.store(word_of(tag, place), Ordering::Release),
+        }
+    }
+
+    fn clear(&self) {
+        match self {
+            Self::Own(place, _) => place.store(0, Ordering::Release),
+            Self::Over(word) => word.store(0, Ordering::Release),
+        }
+    }
+}
 
 #[derive(Debug)]
 pub(crate) struct Directory {
@@ -32,13 +72,14 @@ pub(crate) struct Directory {
 
 impl Directory {
     pub(crate) fn new(buckets_max: u64) -> Self {
-        let buckets = Slab::new(buckets_max);
+        let buckets = Slab::new(buckets_max.min(BUCKETS_MAX));
         let first = buckets.grow().expect("a slab has room for one segment");
+        assert!(first.end >= 1 << TAG_SHIFT, "a segment of buckets has fewer than a tag needs");
         Self { buckets, shape: AtomicU64::new(u64::from(first.end)) }
     }
 
     fn count(&self) -> u32 {
-        place_of(self.shape.load(Ordering::Relaxed))
+        low_of(self.shape.load(Ordering::Relaxed))
     }
 
     pub(crate) fn bytes(&self) -> u64 {
@@ -53,15 +94,23 @@ impl Directory {
         hash: u32,
         mut accept: impl FnMut(u32) -> Option<T>,
     ) -> Option<T> {
+        let tag = tag_of(hash);
         loop {
             let shape = self.shape.load(Ordering::Acquire);
-            let bucket = self.buckets.at(bucket_of(hash, place_of(shape)));
-            if let Some(found) = search(&bucket.entries, hash, &mut accept) {
-                return Some(found);
+            let bucket = self.buckets.at(bucket_of(hash, low_of(shape)));
+            for (kept, place) in bucket.tags.iter().zip(&bucket.places) {
+                if kept.load(Ordering::Relaxed) == tag {
+                    let place = place.load(Ordering::Acquire);
+                    if place != 0
+                        && let Some(found) = accept(place)
+                    {
+                        return Some(found);
+                    }
+                }
             }
-            let mut extent = extent_of(&bucket.overflow);
+            let mut extent = bucket.overflow.load(Ordering::Acquire);
             while extent != 0 {
-                if let Some(found) = search(pool.at(extent), hash, &mut accept) {
+                if let Some(found) = search(pool.at(extent), tag, &mut accept) {
                     return Some(found);
                 }
                 extent = pool.next(extent);
@@ -76,14 +125,25 @@ impl Directory {
 
     /// Loads the line that a look-up, a change or both will need.
     #[inline]
-    pub(crate) fn warm(&self, hash: u32) -> u64 {
+    pub(crate) fn warm(&self, hash: u32) -> u32 {
         self.buckets.at(bucket_of(hash, self.count())).overflow.load(Ordering::Relaxed)
+    }
+
+    /// A place that a key of this hash may be at. Overflow is not looked at.
+    #[inline]
+    pub(crate) fn guess(&self, hash: u32) -> Option<u32> {
+        let bucket = self.buckets.at(bucket_of(hash, self.count()));
+        let mut entries = bucket.tags.iter().zip(&bucket.places);
+        entries.find_map(|(tag, place)| {
+            let place = if tag.load(Ordering::Relaxed) == tag_of(hash) { place.load(Ordering::Acquire) } else { 0 };
+            (place != 0).then_some(place)
+        })
     }
 
     /// Adds an entry. May take one extent.
     pub(crate) fn insert(&self, pool: &Pool, free: &mut FreeExtents, hash: u32, place: u32) {
         let bucket = self.buckets.at(bucket_of(hash, self.count()));
-        put(bucket, pool, free, entry(hash, place));
+        put(bucket, pool, free, (tag_of(hash), place));
     }
 
     /// Takes an entry out.
@@ -92,16 +152,18 @@ impl Directory {
     /// If it is not there: two structures of ours disagree.
     pub(crate) fn remove(&self, pool: &Pool, hash: u32, place: u32) {
         let bucket = self.buckets.at(bucket_of(hash, self.count()));
-        let wanted = entry(hash, place);
-        let mut slots: &[AtomicU64] = &bucket.entries;
-        let mut extent = extent_of(&bucket.overflow);
+        if let Some(own) = bucket.places.iter().find(|own| own.load(Ordering::Relaxed) == place) {
+            own.store(0, Ordering::Release);
+            return;
+        }
+        let wanted = word_of(tag_of(hash), place);
+        let mut extent = bucket.overflow.load(Ordering::Relaxed);
         loop {
-            if let Some(slot) = slots.iter().find(|slot| slot.load(Ordering::Relaxed) == wanted) {
-                slot.store(0, Ordering::Release);
+            assert!(extent != 0, "every live block is in the directory");
+            if let Some(word) = pool.at(extent).iter().find(|word| word.load(Ordering::Relaxed) == wanted) {
+                word.store(0, Ordering::Release);
                 return;
             }
-            assert!(extent != 0, "every live block is in the directory");
-            slots = pool.at(extent);
             extent = pool.next(extent);
         }
     }
@@ -134,18 +196,19 @@ impl Directory {
     fn split(&self, pool: &Pool, free: &mut FreeExtents, count: u32) {
         let old = self.buckets.at(bucket_of(count, count));
         let new = self.buckets.at(count);
-        let moves = |word: u64| word != 0 && bucket_of(hash_of(word), count + 1) == count;
+        let moves = |(tag, place): (u16, u32)| place != 0 && tag >> (count.ilog2() - TAG_SHIFT) & 1 == 1;
         each(old, pool, |slot| {
-            let word = slot.load(Ordering::Relaxed);
-            if moves(word) {
-                put(new, pool, free, word);
+            let entry = slot.entry();
+            if moves(entry) {
+                put(new, pool, free, entry);
             }
         });
         self.shape.fetch_add(1, Ordering::Release);
         fence(Ordering::Release);
         each(old, pool, |slot| {
-            if moves(slot.load(Ordering::Relaxed)) {
-                slot.store(0, Ordering::Relaxed);
+            let entry = slot.entry();
+            if moves(entry) {
+                slot.clear();
             }
         });
         self.shorten(old, pool, free);
@@ -153,19 +216,19 @@ impl Directory {
 
     /// Frees the overflow of a bucket whose own slots can take all of it: copies, says so, then unlinks.
     fn shorten(&self, bucket: &Bucket, pool: &Pool, free: &mut FreeExtents) {
-        let first = extent_of(&bucket.overflow);
+        let first = bucket.overflow.load(Ordering::Relaxed);
         let mut entries = 0;
-        each(bucket, pool, |slot| entries += usize::from(slot.load(Ordering::Relaxed) != 0));
+        each(bucket, pool, |slot| entries += usize::from(slot.entry().1 != 0));
         if first == 0 || entries > SLOTS {
             return;
         }
         let mut extent = first;
         while extent != 0 {
-            for slot in pool.at(extent) {
-                let word = slot.load(Ordering::Relaxed);
-                if word != 0 {
-                    let empty = bucket.entries.iter().find(|own| own.load(Ordering::Relaxed) == 0);
-                    empty.expect("as many are free as are needed").store(word, Ordering::Relaxed);
+            for word in pool.at(extent) {
+                let entry = entry_of(word.load(Ordering::Relaxed));
+                if entry.1 != 0 {
+                    let empty = own(bucket).find(|slot| slot.entry().1 == 0);
+                    empty.expect("as many are free as are needed").set(entry);
                 }
             }
             extent = pool.next(extent);
@@ -182,18 +245,22 @@ impl Directory {
     }
 }
 
-fn each(bucket: &Bucket, pool: &Pool, mut act: impl FnMut(&AtomicU64)) {
-    bucket.entries.iter().for_each(&mut act);
-    let mut extent = extent_of(&bucket.overflow);
+fn own(bucket: &Bucket) -> impl Iterator<Item = Slot<'_>> {
+    bucket.places.iter().zip(&bucket.tags).map(|(place, tag)| Slot::Own(place, tag))
+}
+
+fn each<'a>(bucket: &'a Bucket, pool: &'a Pool, mut act: impl FnMut(Slot<'a>)) {
+    own(bucket).for_each(&mut act);
+    let mut extent = bucket.overflow.load(Ordering::Acquire);
     while extent != 0 {
-        pool.at(extent).iter().for_each(&mut act);
+        pool.at(extent).iter().map(Slot::Over).for_each(&mut act);
         extent = pool.next(extent);
     }
 }
 
 /// Extents of a bucket's overflow.
 fn chain_extents(bucket: &Bucket, pool: &Pool) -> usize {
-    let (mut extents, mut extent) = (0, extent_of(&bucket.overflow));
+    let (mut extents, mut extent) = (0, bucket.overflow.load(Ordering::Acquire));
     while extent != 0 {
         extents += 1;
         extent = pool.next(extent);
@@ -201,38 +268,32 @@ fn chain_extents(bucket: &Bucket, pool: &Pool) -> usize {
     extents
 }
 
-fn put(bucket: &Bucket, pool: &Pool, free: &mut FreeExtents, word: u64) {
-    let mut slots: &[AtomicU64] = &bucket.entries;
-    let mut extent = extent_of(&bucket.overflow);
-    loop {
-        if let Some(slot) = slots.iter().find(|slot| slot.load(Ordering::Relaxed) == 0) {
-            slot.store(word, Ordering::Release);
+fn put(bucket: &Bucket, pool: &Pool, free: &mut FreeExtents, (tag, place): (u16, u32)) {
+    if let Some(slot) = bucket.places.iter().position(|place| place.load(Ordering::Relaxed) == 0) {
+        Slot::Own(&bucket.places[slot], &bucket.tags[slot]).set((tag, place));
+        return;
+    }
+    let first = bucket.overflow.load(Ordering::Relaxed);
+    let mut extent = first;
+    while extent != 0 {
+        if let Some(word) = pool.at(extent).iter().find(|word| word.load(Ordering::Relaxed) == 0) {
+            word.store(word_of(tag, place), Ordering::Release);
             return;
         }
-        if extent == 0 {
-            break;
-        }
-        slots = pool.at(extent);
         extent = pool.next(extent);
     }
     let taken = pool.take(free);
-    pool.at(taken)[0].store(word, Ordering::Relaxed);
-    pool.link(taken, extent_of(&bucket.overflow));
-    bucket.overflow.store(u64::from(taken), Ordering::Release);
+    pool.at(taken)[0].store(word_of(tag, place), Ordering::Relaxed);
+    pool.link(taken, first);
+    bucket.overflow.store(taken, Ordering::Release);
 }
 
 #[inline]
-fn search<T>(slots: &[AtomicU64], hash: u32, accept: &mut impl FnMut(u32) -> Option<T>) -> Option<T> {
-    for slot in slots {
-        let word = slot.load(Ordering::Acquire);
-        if hash_of(word) == hash
-            && word != 0
-            && let Some(found) = accept(place_of(word))
-        {
-            return Some(found);
-        }
-    }
-    None
+fn search<T>(words: &[AtomicU64], tag: u16, accept: &mut impl FnMut(u32) -> Option<T>) -> Option<T> {
+    words.iter().find_map(|word| {
+        let (kept, place) = entry_of(word.load(Ordering::Acquire));
+        if kept == tag && place != 0 { accept(place) } else { None }
+    })
 }
 
 /// The bucket of a hash while `count` buckets are in use.
@@ -243,22 +304,25 @@ fn bucket_of(hash: u32, count: u32) -> u32 {
     if bucket < count { bucket } else { bucket & (wide / 2 - 1) }
 }
 
-fn entry(hash: u32, place: u32) -> u64 {
-    u64::from(hash) << 32 | u64::from(place)
+#[inline]
+#[expect(clippy::cast_possible_truncation, reason = "a part is what is asked for")]
+const fn tag_of(hash: u32) -> u16 {
+    (hash >> TAG_SHIFT) as u16
+}
+
+/// An entry as overflow keeps it: tag in the high half, place in the low.
+fn word_of(tag: u16, place: u32) -> u64 {
+    u64::from(tag) << 32 | u64::from(place)
 }
 
 #[inline]
-const fn hash_of(word: u64) -> u32 {
-    (word >> 32) as u32
+#[expect(clippy::cast_possible_truncation, reason = "both halves are what is asked for")]
+const fn entry_of(word: u64) -> (u16, u32) {
+    ((word >> 32) as u16, word as u32)
 }
 
 #[inline]
 #[expect(clippy::cast_possible_truncation, reason = "the low half is what is asked for")]
-const fn place_of(word: u64) -> u32 {
-    word as u32
-}
-
-#[inline]
-fn extent_of(word: &AtomicU64) -> u32 {
-    place_of(word.load(Ordering::Acquire))
+const fn low_of(shape: u64) -> u32 {
+    shape as u32
 }

@@ -27,7 +27,7 @@ mod write;
 
 pub use find::{Found, Held, Span};
 pub use ids::{HOLDERS_MAX, HolderId, Key, Limits, Refused, SizeClass, Tier, TierSet};
-pub use index::{Counts, Index};
+pub use index::{Changes, Counts, Index};
 pub use plan::{Piece, Plan, source_plan};
 pub use snapshot::BadSnapshot;
 pub use stream::{Stream, Tally, Verdict};
