@@ -12,6 +12,7 @@
 //! Leaves to others: where events come from and in which order they are applied, what a holder is, and
 //! what it costs to fetch from it. Keys are those of a chain: equal keys mean equal tokens before them too.
 
+mod crowd;
 mod directory;
 pub mod events;
 mod find;

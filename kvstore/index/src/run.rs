@@ -19,6 +19,8 @@ const KEY_EXTENTS: usize = (RUN_BLOCKS / EXTENT_KEYS) as usize;
 /// Words of a record: what it is about, and a bit for each block in each tier.
 pub(crate) const RECORD_WORDS: usize = 4;
 pub(crate) const EXTENT_RECORDS: u32 = 4;
+/// What a holder has of a run.
+pub(crate) type Record = [AtomicU64; RECORD_WORDS];
 const _: () = assert!(EXTENT_RECORDS as usize * RECORD_WORDS == Extent::WORDS);
 
 /// One cache line a run.
@@ -113,7 +115,7 @@ impl Tables {
 
     /// Calls `act` with the words of every record, those without a holder included, until it says stop.
     #[inline]
-    pub(crate) fn each_record(&self, run: &Run, mut act: impl FnMut(&[AtomicU64; RECORD_WORDS]) -> Next) {
+    pub(crate) fn each_record(&self, run: &Run, mut act: impl FnMut(&Record) -> Next) {
         let (mut extent, mut left) = chain_of(run.chain.load(Ordering::Acquire));
         while extent != 0 {
             let (records, _) = self.pool.at(extent).as_chunks::<RECORD_WORDS>();
@@ -129,7 +131,7 @@ impl Tables {
 
     /// The record of a holder.
     #[inline]
-    pub(crate) fn record(&self, run: &Run, holder: HolderId) -> Option<&[AtomicU64; RECORD_WORDS]> {
+    pub(crate) fn record(&self, run: &Run, holder: HolderId) -> Option<&Record> {
         let (mut extent, mut left) = chain_of(run.chain.load(Ordering::Acquire));
         while extent != 0 {
             let (records, _) = self.pool.at(extent).as_chunks::<RECORD_WORDS>();

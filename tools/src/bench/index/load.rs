@@ -3,8 +3,8 @@
 
 use terrace_index::{HolderId, Index, Key, SizeClass, TierSet};
 
-/// Events that are applied in one turn of the writer, as they come out of a queue.
-const EVENTS_A_TURN: usize = 64;
+/// Blocks that are told of in one turn of the writer, by as many events as come out of a queue for them.
+const BLOCKS_A_TURN: usize = 2_048;
 
 /// A load.
 #[derive(Clone, Copy, Debug)]
@@ -106,7 +106,7 @@ pub(crate) fn store(
 ) {
     for Part { worker, blocks } in shape.parts(document).filter(|part| take(part.worker)) {
         let mut parent = from.checked_sub(1).map(|last| keys[last]);
-        for events in keys[from..blocks].chunks(shape.per_event * EVENTS_A_TURN) {
+        for events in keys[from..blocks].chunks(BLOCKS_A_TURN / shape.per_event * shape.per_event) {
             let mut turn = index.changes();
             for event in events.chunks(shape.per_event) {
                 let size = SizeClass::UNKNOWN;
@@ -128,7 +128,7 @@ pub(crate) fn remove(
 ) {
     for Part { worker, blocks } in shape.parts(document).filter(|part| take(part.worker)) {
         let part = &reversed[reversed.len() - blocks..reversed.len() - from];
-        for events in part.chunks(shape.per_event * EVENTS_A_TURN) {
+        for events in part.chunks(BLOCKS_A_TURN / shape.per_event * shape.per_event) {
             let mut turn = index.changes();
             for event in events.chunks(shape.per_event) {
                 let removed = turn.remove(HolderId(worker), TierSet::HBM, event);
