@@ -12,10 +12,12 @@ use crate::pool::{FreeExtents, Pool, Slab};
 /// Entries wanted in a bucket, on average. Buckets that wait for their split have up to twice as many.
 const LOAD: u32 = 5;
 const SLOTS: usize = 10;
-/// A tag is 16 bits of a hash from this one on: all bits that ever decide where an entry goes in a split.
-const TAG_SHIFT: u32 = 10;
-/// Most buckets. Beyond, overflow grows.
-pub(crate) const BUCKETS_MAX: u64 = 1 << (TAG_SHIFT + u16::BITS);
+/// While there are few buckets a tag is 16 bits of the hash from this one on, so that it says where an entry
+/// goes when its bucket is split; the smallest table has as many buckets.
+const FIRST_BITS: u32 = 10;
+/// From a bucket's split to this level on it is the high bits, which say as much up to the largest table, and
+/// differ between entries of one bucket where the low ones do no longer.
+const HIGH_LEVEL: u32 = 16;
 
 /// Ten entries: a place (0 if there is none) and the tag of its key's hash; and the first overflow extent.
 #[derive(Debug, Default)]
@@ -72,9 +74,9 @@ pub(crate) struct Directory {
 
 impl Directory {
     pub(crate) fn new(buckets_max: u64) -> Self {
-        let buckets = Slab::new(buckets_max.min(BUCKETS_MAX));
+        let buckets = Slab::new(buckets_max.min(1 << 31));
         let first = buckets.grow().expect("a slab has room for one segment");
-        assert!(first.end >= 1 << TAG_SHIFT, "a segment of buckets has fewer than a tag needs");
+        assert!(first.end >= 1 << FIRST_BITS, "a segment of buckets has fewer than a tag needs");
         Self { buckets, shape: AtomicU64::new(u64::from(first.end)) }
     }
 
@@ -94,10 +96,10 @@ impl Directory {
         hash: u32,
         mut accept: impl FnMut(u32) -> Option<T>,
     ) -> Option<T> {
-        let tag = tag_of(hash);
         loop {
             let shape = self.shape.load(Ordering::Acquire);
-            let bucket = self.buckets.at(bucket_of(hash, low_of(shape)));
+            let (number, tag) = home_of(hash, low_of(shape));
+            let bucket = self.buckets.at(number);
             for (kept, place) in bucket.tags.iter().zip(&bucket.places) {
                 if kept.load(Ordering::Relaxed) == tag {
                     let place = place.load(Ordering::Acquire);
@@ -132,18 +134,19 @@ impl Directory {
     /// A place that a key of this hash may be at. Overflow is not looked at.
     #[inline]
     pub(crate) fn guess(&self, hash: u32) -> Option<u32> {
-        let bucket = self.buckets.at(bucket_of(hash, self.count()));
+        let (number, tag) = home_of(hash, self.count());
+        let bucket = self.buckets.at(number);
         let mut entries = bucket.tags.iter().zip(&bucket.places);
-        entries.find_map(|(tag, place)| {
-            let place = if tag.load(Ordering::Relaxed) == tag_of(hash) { place.load(Ordering::Acquire) } else { 0 };
-            (place != 0).then_some(place)
+        entries.find_map(|(kept, place)| {
+            let is_it = kept.load(Ordering::Relaxed) == tag;
+            Some(place.load(Ordering::Acquire)).filter(|place| is_it && *place != 0)
         })
     }
 
     /// Adds an entry. May take one extent.
     pub(crate) fn insert(&self, pool: &Pool, free: &mut FreeExtents, hash: u32, place: u32) {
-        let bucket = self.buckets.at(bucket_of(hash, self.count()));
-        put(bucket, pool, free, (tag_of(hash), place));
+        let (number, tag) = home_of(hash, self.count());
+        put(self.buckets.at(number), pool, free, (tag, place));
     }
 
     /// Takes an entry out.
@@ -156,11 +159,12 @@ impl Directory {
             own.store(0, Ordering::Release);
             return;
         }
-        let wanted = word_of(tag_of(hash), place);
         let mut extent = bucket.overflow.load(Ordering::Relaxed);
         loop {
             assert!(extent != 0, "every live block is in the directory");
-            if let Some(word) = pool.at(extent).iter().find(|word| word.load(Ordering::Relaxed) == wanted) {
+            if let Some(word) =
+                pool.at(extent).iter().find(|word| entry_of(word.load(Ordering::Relaxed)).1 == place)
+            {
                 word.store(0, Ordering::Release);
                 return;
             }
@@ -168,13 +172,25 @@ impl Directory {
         }
     }
 
-    /// Splits a bucket if there are so many entries that it pays. `grow` says whether memory may be taken.
+    /// Entries of all buckets.
+    #[cfg(test)]
+    pub(crate) fn entries(&self, pool: &Pool) -> u64 {
+        let mut entries = 0;
+        for bucket in 0..self.count() {
+            each(self.buckets.at(bucket), pool, |slot| entries += u64::from(slot.entry().1 != 0));
+        }
+        entries
+    }
+
+    /// Splits a bucket if there are so many entries that it pays. `grow` says whether memory may be taken,
+    /// `hash_at` what the hash of the key at a place is.
     pub(crate) fn keep_up(
         &self,
         pool: &Pool,
         free: &mut FreeExtents,
         entries: u64,
         grow: impl FnOnce(u64) -> bool,
+        hash_at: impl Fn(u32) -> u32,
     ) {
         let count = self.count();
         if entries <= u64::from(count) * u64::from(LOAD) {
@@ -186,31 +202,44 @@ impl Directory {
             return;
         }
         let old = self.buckets.at(bucket_of(count, count));
-        // Half of a chain needs less than the chain has. Only keys that were made to collide have long ones.
-        if chain_extents(old, pool) + 2 <= free.len() {
-            self.split(pool, free, count);
+        // Two halves of a chain need at most an extent more each than the chain has. Only keys that were made to
+        // collide have long ones.
+        if 2 * chain_extents(old, pool) + 2 <= free.len() {
+            self.split(pool, free, count, hash_at);
         }
     }
 
-    /// Copies what belongs into the new bucket, shows it, and then takes it out of the old one.
-    fn split(&self, pool: &Pool, free: &mut FreeExtents, count: u32) {
-        let old = self.buckets.at(bucket_of(count, count));
-        let new = self.buckets.at(count);
-        let moves = |(tag, place): (u16, u32)| place != 0 && tag >> (count.ilog2() - TAG_SHIFT) & 1 == 1;
-        each(old, pool, |slot| {
-            let entry = slot.entry();
-            if moves(entry) {
-                put(new, pool, free, entry);
+    /// Copies what belongs into the new bucket, shows it, and then takes it out of the old one. Where tags change, the
+    /// old bucket's are copied, too.
+    fn split(&self, pool: &Pool, free: &mut FreeExtents, count: u32, hash_at: impl Fn(u32) -> u32) {
+        let (old, new) = (self.buckets.at(bucket_of(count, count)), self.buckets.at(count));
+        let level = count.ilog2();
+        if level + 1 == HIGH_LEVEL {
+            let mut before = Vec::new();
+            each(old, pool, |slot| before.extend(Some(slot).filter(|slot| slot.entry().1 != 0)));
+            for (_, place) in before.iter().map(Slot::entry) {
+                let (number, tag) = home_of(hash_at(place), count + 1);
+                put(if number == count { new } else { old }, pool, free, (tag, place));
             }
-        });
-        self.shape.fetch_add(1, Ordering::Release);
-        fence(Ordering::Release);
-        each(old, pool, |slot| {
-            let entry = slot.entry();
-            if moves(entry) {
-                slot.clear();
-            }
-        });
+            self.shape.fetch_add(1, Ordering::Release);
+            fence(Ordering::Release);
+            before.iter().for_each(Slot::clear);
+        } else {
+            let first = if level < HIGH_LEVEL { FIRST_BITS } else { HIGH_LEVEL };
+            let moves = |(tag, place): (u16, u32)| place != 0 && tag >> (level - first) & 1 == 1;
+            each(old, pool, |slot| {
+                if moves(slot.entry()) {
+                    put(new, pool, free, slot.entry());
+                }
+            });
+            self.shape.fetch_add(1, Ordering::Release);
+            fence(Ordering::Release);
+            each(old, pool, |slot| {
+                if moves(slot.entry()) {
+                    slot.clear();
+                }
+            });
+        }
         self.shorten(old, pool, free);
     }
 
@@ -304,10 +333,14 @@ fn bucket_of(hash: u32, count: u32) -> u32 {
     if bucket < count { bucket } else { bucket & (wide / 2 - 1) }
 }
 
+/// The bucket and the tag of a hash while `count` buckets are in use.
 #[inline]
-#[expect(clippy::cast_possible_truncation, reason = "a part is what is asked for")]
-const fn tag_of(hash: u32) -> u16 {
-    (hash >> TAG_SHIFT) as u16
+#[expect(clippy::cast_possible_truncation, reason = "a tag is a part of the hash")]
+fn home_of(hash: u32, count: u32) -> (u32, u16) {
+    let bucket = bucket_of(hash, count);
+    let half = 1 << (HIGH_LEVEL - 1);
+    let is_high = count >= 2 * half || count > half && (bucket >= half || bucket < count - half);
+    (bucket, (hash >> if is_high { HIGH_LEVEL } else { FIRST_BITS }) as u16)
 }
 
 /// An entry as overflow keeps it: tag in the high half, place in the low.

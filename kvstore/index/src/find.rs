@@ -4,7 +4,10 @@ use std::hint::black_box;
 use std::sync::atomic::Ordering;
 
 use crate::ids::{HolderId, Key, SizeClass, Tier};
-use crate::run::{EXTENT_KEYS, Next, Place, RUN_BLOCKS, Run, Tables, chain_of, holder_of, size_of_record};
+use crate::run::{
+    EXTENT_KEYS, EXTENT_RECORDS, Next, Place, RECORD_WORDS, RUN_BLOCKS, Run, Tables, chain_of, holder_of,
+    size_of_record,
+};
 
 /// Readings before a run that was reused meanwhile counts as gone.
 const READINGS_MAX: usize = 4;
@@ -296,12 +299,15 @@ impl Ahead {
     /// Follows the runs from a known place on.
     fn look(&mut self, tables: &Tables, blocks: usize, (mut start, mut place): (usize, Place)) {
         (self.count, self.at) = (0, 1);
-        let mut words = [(0, 0, 0); AHEAD];
+        let mut words = [(0, 0, 0, 0); AHEAD];
         while self.count < AHEAD && start < blocks {
             let run = tables.runs.at(place.run);
             let last = run.end().saturating_sub(1);
             let keys = run.keys[(last / EXTENT_KEYS) as usize].load(Ordering::Acquire);
-            words[self.count] = (keys, last % EXTENT_KEYS, chain_of(run.chain.load(Ordering::Acquire)).0);
+            let (records, holders) = chain_of(run.chain.load(Ordering::Acquire));
+            // The last of them that the first extent can have.
+            let word = (holders.clamp(1, EXTENT_RECORDS) as usize - 1) * RECORD_WORDS;
+            words[self.count] = (keys, last as usize % EXTENT_KEYS as usize * 2, records, word);
             self.places[self.count] = (start, place);
             self.count += 1;
             let next = run.next.load(Ordering::Acquire);
@@ -311,9 +317,9 @@ impl Ahead {
             start += (RUN_BLOCKS - place.position) as usize;
             place = Place { run: next, position: 0 };
         }
-        let loaded = words[..self.count].iter().fold(0, |sum, (keys, last, records)| {
+        let loaded = words[..self.count].iter().fold(0, |sum, (keys, key, records, record)| {
             let pool = &tables.pool;
-            sum ^ pool.load(*keys, *last as usize * 2) ^ pool.load(*records, 0) ^ pool.load(*records, 8)
+            sum ^ pool.load(*keys, *key) ^ pool.load(*records, 0) ^ pool.load(*records, *record)
         });
         black_box(loaded);
     }

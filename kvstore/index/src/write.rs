@@ -7,8 +7,8 @@ use crate::crowd::{CROWDED, Crowd};
 use crate::ids::{HolderId, Key, SizeClass, TierSet};
 use crate::pool::{FreeExtents, Pool};
 use crate::run::{
-    EXTENT_RECORDS, Next, Place, RECORD_WORDS, RUN_BLOCKS, Record, Run, Tables, about, age_at, chain_of, chain_word,
-    heat_at, holder_of, in_tiers, used,
+    EXTENT_RECORDS, Next, Place, RECORD_WORDS, RUN_BLOCKS, Record, Run, Tables, about, age_at, chain_of,
+    chain_word, heat_at, holder_of, in_tiers, used,
 };
 
 /// Blocks applied between two looks at the free lists.
@@ -156,7 +156,12 @@ impl Writer {
         self.blocks += 1;
         let (own, most) = (self.bytes(), self.bytes_max);
         let has_room = |bytes| tables.bytes() + own + bytes <= most;
-        tables.directory.keep_up(&tables.pool, &mut self.extents, self.blocks, has_room);
+        let hash_at = |bits| {
+            let place = Place::of(bits);
+            let key = tables.key(tables.runs.at(place.run), place.position);
+            key.expect("what the directory points to has a key").hash()
+        };
+        tables.directory.keep_up(&tables.pool, &mut self.extents, self.blocks, has_room, hash_at);
     }
 
     /// The slot after `at`, if the run ends there, or if the slot held this very block before.
