@@ -5,18 +5,22 @@
 //! it touches until the device has let go of it. Leaves to others: which block
 //! goes where (the core), and what the bytes mean.
 
+mod copies;
 mod device;
 mod error;
 mod host_bytes;
 mod host_only;
+mod pinned;
 mod span;
 mod status;
 
+pub use copies::{Copies, CopyCounts, CopyLimits, Ends, Job, JobId, Refused};
 pub use device::{
     Chunk, ChunkMemory, Device, DeviceInfo, DeviceKind, Kept, Lane, Mark, Registered, Registration, Room,
 };
 pub use error::DeviceError;
 pub use host_bytes::HostBytes;
 pub use host_only::{Fault, HostOnly};
+pub use pinned::{Added, Pinned, SLICE_BYTES};
 pub use span::{DeviceBytes, Direction, Piece, Span};
 pub use status::{Gpu, HbmStatus, probe};

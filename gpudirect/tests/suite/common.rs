@@ -1,7 +1,5 @@
 //! What the tests of devices share.
 
-#![allow(clippy::unwrap_used, reason = "a test ends there, and says where")]
-
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 

@@ -1,17 +1,13 @@
 //! The same questions to every implementation of `Device`: the stand-in always,
 //! CUDA where there is a device.
 
-#![allow(clippy::unwrap_used, reason = "a test ends there, and says where")]
-
-mod common;
-
 use std::fs::File;
 use std::sync::Arc;
 
 use terrace_core::{ByteCount, MIB};
 use terrace_gpudirect::{Device, DeviceBytes, DeviceError, Fault, HostOnly, Piece, Span};
 
-use common::{CHUNK, contents, copy, host, on, pattern};
+use crate::common::{CHUNK, contents, copy, host, on, pattern};
 
 fn stand_in() -> HostOnly {
     HostOnly::new(0, ByteCount::new(16 * MIB)).unwrap()

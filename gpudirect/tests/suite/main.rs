@@ -1,0 +1,7 @@
+//! Tests of the crate from outside, in one program.
+
+#![allow(clippy::unwrap_used, reason = "a test ends there, and says where")]
+
+mod common;
+mod copies;
+mod device;
