@@ -59,7 +59,8 @@ pub trait Device: Debug + Send + Sync {
     /// mark keeps the memory of all pieces.
     ///
     /// # Errors
-    /// What the driver says. Then none of the batch is under way any more.
+    /// What the driver says. Then none of the batch is under way any more, unless
+    /// it is [`DeviceError::Lost`]: then [`Device::shut`] must end it.
     fn start(&self, lane: Lane, pieces: Arc<[Piece]>) -> Result<Box<dyn Mark>, DeviceError>;
 
     /// Ends everything, so that the device touches neither chunks nor host memory

@@ -6,6 +6,7 @@
 //! goes where (the core), and what the bytes mean.
 
 mod copies;
+mod cuda;
 mod device;
 mod error;
 mod host_bytes;
@@ -15,6 +16,7 @@ mod span;
 mod status;
 
 pub use copies::{Copies, CopyCounts, CopyLimits, Ends, Job, JobId, Refused};
+pub use cuda::Cuda;
 pub use device::{
     Chunk, ChunkMemory, Device, DeviceInfo, DeviceKind, Kept, Lane, Mark, Registered, Registration, Room,
 };

@@ -4,7 +4,7 @@ use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::Shared;
-use super::state::{Path, Starting};
+use super::state::{Path, Starting, Waiting};
 use crate::device::{Device, Mark, Registered};
 use crate::error::DeviceError;
 
@@ -14,7 +14,8 @@ const LOOK: Duration = Duration::from_micros(10);
 #[derive(Debug)]
 struct Flight {
     key: u64,
-    mark: Box<dyn Mark>,
+    /// Without one, only shutting the device ends it.
+    mark: Option<Box<dyn Mark>>,
     // Registrations outlive the copies over them.
     slices: Vec<Arc<Registered>>,
 }
@@ -69,14 +70,14 @@ fn start(
             shared.lock().finish(key, Err(DeviceError::clone(loss)));
             continue;
         }
-        match device.start(lane, waiting.pieces) {
-            Ok(mark) => flights.push(Flight { key, mark, slices: waiting.slices }),
-            Err(error) => {
-                shared.lock().finish(key, Err(error.clone()));
-                if error.is_lost() {
-                    loss = Some(error);
-                }
+        let Waiting { pieces, slices } = waiting;
+        match device.start(lane, pieces) {
+            Ok(mark) => flights.push(Flight { key, mark: Some(mark), slices }),
+            Err(error) if error.is_lost() => {
+                flights.push(Flight { key, mark: None, slices });
+                loss = Some(error);
             }
+            Err(error) => shared.lock().finish(key, Err(error)),
         }
     }
     loss.map_or(Ok(()), Err)
@@ -86,7 +87,7 @@ fn start(
 fn look(shared: &Shared, flights: &mut Vec<Flight>) -> Result<(), DeviceError> {
     let mut at = 0;
     while at < flights.len() {
-        let result = match flights[at].mark.ended() {
+        let result = match flights[at].mark.as_mut().map_or(Ok(false), |mark| mark.ended()) {
             Ok(false) => {
                 at += 1;
                 continue;

@@ -13,14 +13,14 @@ use terrace_gpudirect::{
 
 use crate::common::{CHUNK, contents, host, on, pattern};
 
-const SOON: Duration = Duration::from_secs(20);
-const BLOCK: u64 = 368_640;
+pub(crate) const SOON: Duration = Duration::from_secs(20);
+pub(crate) const BLOCK: u64 = 368_640;
 
 /// Answers of a job, and how often it was released.
-type Told = BTreeMap<JobId, (Vec<Result<(), DeviceError>>, u32)>;
+pub(crate) type Told = BTreeMap<JobId, (Vec<Result<(), DeviceError>>, u32)>;
 
 #[derive(Default)]
-struct Log {
+pub(crate) struct Log {
     ends: Mutex<Told>,
     order: Mutex<Vec<JobId>>,
     changed: Condvar,
@@ -46,7 +46,7 @@ impl Ends for Log {
 }
 
 impl Log {
-    fn wait(&self, mut there: impl FnMut(&Told) -> bool) {
+    pub(crate) fn wait(&self, mut there: impl FnMut(&Told) -> bool) {
         let began = Instant::now();
         let mut ends = self.ends.lock().unwrap();
         while !there(&ends) {
@@ -55,35 +55,40 @@ impl Log {
         }
     }
 
-    fn answer(&self, id: u64) -> Result<(), DeviceError> {
+    pub(crate) fn answer(&self, id: u64) -> Result<(), DeviceError> {
         self.wait(|ends| ends.get(&JobId(id)).is_some_and(|end| !end.0.is_empty()));
         self.ends.lock().unwrap()[&JobId(id)].0[0].clone()
     }
 
-    fn release(&self, id: u64) {
+    pub(crate) fn release(&self, id: u64) {
         self.wait(|ends| ends.get(&JobId(id)).is_some_and(|end| end.1 == 1));
     }
 
-    fn is_released(&self, id: u64) -> bool {
+    pub(crate) fn is_released(&self, id: u64) -> bool {
         self.ends.lock().unwrap().get(&JobId(id)).is_some_and(|end| end.1 > 0)
     }
 }
 
-struct Bench {
-    device: Arc<HostOnly>,
-    pinned: Arc<Pinned>,
-    copies: Copies,
-    log: Arc<Log>,
-    chunk: Arc<Chunk>,
-    memory: HostBytes,
+/// A device with an engine, a chunk, and host memory of the chunk's length.
+pub(crate) struct Bench<D> {
+    pub(crate) device: Arc<D>,
+    pub(crate) pinned: Arc<Pinned>,
+    pub(crate) copies: Copies,
+    pub(crate) log: Arc<Log>,
+    pub(crate) chunk: Arc<Chunk>,
+    pub(crate) memory: HostBytes,
 }
 
-fn limits() -> CopyLimits {
+pub(crate) fn limits() -> CopyLimits {
     CopyLimits { jobs_max: 64, bytes_max: ByteCount::new(64 * MIB), flights_max: 2, ..CopyLimits::ONE_LINK }
 }
 
-fn bench(limits: CopyLimits) -> Bench {
-    let device = Arc::new(HostOnly::new(0, ByteCount::new(64 * MIB)).unwrap());
+fn bench(limits: CopyLimits) -> Bench<HostOnly> {
+    bench_on(HostOnly::new(0, ByteCount::new(64 * MIB)).unwrap(), limits)
+}
+
+pub(crate) fn bench_on<D: Device + 'static>(device: D, limits: CopyLimits) -> Bench<D> {
+    let device = Arc::new(device);
     let pinned = Arc::new(Pinned::new(Arc::clone(&device) as Arc<dyn Device>, ByteCount::new(MIB)));
     let log = Arc::new(Log::default());
     let copies = Copies::start(
@@ -98,14 +103,26 @@ fn bench(limits: CopyLimits) -> Bench {
     Bench { device, pinned, copies, log, chunk, memory }
 }
 
-impl Bench {
-    fn promote(&self, id: u64, offset: u64, bytes: u64, within: Duration) -> Result<(), DeviceError> {
+impl<D> Bench<D> {
+    pub(crate) fn promote(
+        &self,
+        id: u64,
+        offset: u64,
+        bytes: u64,
+        within: Duration,
+    ) -> Result<(), DeviceError> {
         let source = Span::Host(self.memory.part(offset, ByteCount::new(bytes)).unwrap());
         let piece = Piece::new(source, on(&self.chunk, offset, bytes)).unwrap();
         self.submit(id, vec![piece], within)
     }
 
-    fn demote(&self, id: u64, target: &HostBytes, offset: u64, within: Duration) -> Result<(), DeviceError> {
+    pub(crate) fn demote(
+        &self,
+        id: u64,
+        target: &HostBytes,
+        offset: u64,
+        within: Duration,
+    ) -> Result<(), DeviceError> {
         let source = on(&self.chunk, offset, target.len() as u64);
         self.submit(id, vec![Piece::new(source, Span::Host(target.clone())).unwrap()], within)
     }

@@ -13,7 +13,7 @@ fn stand_in() -> HostOnly {
     HostOnly::new(0, ByteCount::new(16 * MIB)).unwrap()
 }
 
-fn round_trip(device: &dyn Device) {
+pub(crate) fn round_trip(device: &dyn Device) {
     let chunk = device.create(CHUNK).unwrap();
     assert_eq!(chunk.bytes(), CHUNK);
     let piece = 368_640;
@@ -28,28 +28,17 @@ fn round_trip(device: &dyn Device) {
     assert_eq!(contents(&buffer), bytes);
 }
 
-fn fresh_chunks_are_zero(device: &dyn Device) {
+pub(crate) fn fresh_chunks_are_zero(device: &dyn Device) {
     let chunk = device.create(CHUNK).unwrap();
     let buffer = host(CHUNK.get());
     buffer.copy_from(&vec![0xAA; buffer.len()]);
     copy(device, Span::Host(buffer.clone()), on(&chunk, 0, CHUNK.get())).unwrap();
-    let other = device.export_again(&chunk);
+    let other = device.import(chunk.export().unwrap(), chunk.bytes()).unwrap();
     let chunk = device.replace(chunk).unwrap();
     copy(device, on(&chunk, 0, CHUNK.get()), Span::Host(buffer.clone())).unwrap();
     assert!(contents(&buffer).iter().all(|byte| *byte == 0), "the next tenant finds bytes of the last");
     copy(device, on(&other, 0, CHUNK.get()), Span::Host(buffer.clone())).unwrap();
     assert!(contents(&buffer).iter().all(|byte| *byte == 0xAA), "whoever had the old memory keeps it");
-}
-
-trait ExportAgain {
-    fn export_again(&self, chunk: &Arc<terrace_gpudirect::Chunk>) -> Arc<terrace_gpudirect::Chunk>;
-}
-
-impl ExportAgain for dyn Device + '_ {
-    /// The chunk as another process would have it.
-    fn export_again(&self, chunk: &Arc<terrace_gpudirect::Chunk>) -> Arc<terrace_gpudirect::Chunk> {
-        self.import(chunk.export().unwrap(), chunk.bytes()).unwrap()
-    }
 }
 
 /// Bytes could land at the wrong offset or come back stale: write at the very end of a chunk, move it, read it back.

@@ -4,4 +4,7 @@
 
 mod common;
 mod copies;
+mod cuda;
 mod device;
+mod fake;
+mod pass;
