@@ -271,7 +271,7 @@ impl Drop for Copies {
     }
 }
 
-fn spawn(name: String, run: impl FnOnce() + Send + 'static) -> Result<(), DeviceError> {
+pub(crate) fn spawn(name: String, run: impl FnOnce() + Send + 'static) -> Result<(), DeviceError> {
     std::thread::Builder::new()
         .name(name)
         .spawn(run)

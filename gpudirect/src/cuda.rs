@@ -294,6 +294,10 @@ impl Device for Cuda {
             Err(_) | Ok(()) => Ok(()),
         }
     }
+
+    fn bind_thread(&self) -> Result<(), DeviceError> {
+        self.context.bind()
+    }
 }
 
 fn copy(piece: &Piece, stream: CUstream) -> Result<(), DeviceError> {

@@ -71,6 +71,12 @@ pub trait Device: Debug + Send + Sync {
     /// What the driver says. Then memory stays held.
     fn shut(&self) -> Result<(), DeviceError>;
 
+    /// Makes this thread one from which foreign libraries may use the device.
+    ///
+    /// # Errors
+    /// What the driver says.
+    fn bind_thread(&self) -> Result<(), DeviceError>;
+
     /// Frees a chunk and makes another of its length: what must happen before
     /// memory changes its tenant. Other processes may still hold the old memory;
     /// they keep it, and it is missing in [`Room::free`], until they let go.

@@ -242,6 +242,10 @@ impl Device for HostOnly {
         }
         Ok(())
     }
+
+    fn bind_thread(&self) -> Result<(), DeviceError> {
+        self.shared.lock().alive()
+    }
 }
 
 impl Registration for Counted {}

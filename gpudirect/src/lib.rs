@@ -9,6 +9,7 @@ mod copies;
 mod cuda;
 mod device;
 mod error;
+mod files;
 mod host_bytes;
 mod host_only;
 mod pinned;
@@ -21,6 +22,10 @@ pub use device::{
     Chunk, ChunkMemory, Device, DeviceInfo, DeviceKind, Kept, Lane, Mark, Registered, Registration, Room,
 };
 pub use error::DeviceError;
+pub use files::{
+    FileChoice, FileJob, FileLimits, FileOperation, FileRate, FileRefused, Gds, GdsFile, GdsInfo, Prepared,
+    Submission, log_to, measure_files,
+};
 pub use host_bytes::HostBytes;
 pub use host_only::{Fault, HostOnly};
 pub use pinned::{Added, Pinned, SLICE_BYTES};

@@ -7,4 +7,5 @@ mod copies;
 mod cuda;
 mod device;
 mod fake;
+mod files;
 mod pass;

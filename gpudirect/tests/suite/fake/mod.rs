@@ -10,11 +10,11 @@ const PART: &str = "TERRACE_TEST_PART";
 const FAULTS: &str = "FAKE_CUDA";
 
 /// A folder with the libraries, built once; `None` where there is no C compiler.
-fn built(name: &str, options: &[&str]) -> Option<PathBuf> {
+fn built(name: &str, source: &str, library_name: &str, options: &[&str]) -> Option<PathBuf> {
     let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
     std::fs::create_dir_all(&folder).unwrap();
-    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/suite/fake/cuda.c");
-    let library = folder.join(format!("libcuda-{}.so", std::process::id()));
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/suite/fake").join(source);
+    let library = folder.join(format!("{library_name}-{}", std::process::id()));
     let mut compiler = Command::new("cc");
     compiler
         .args(["-O1", "-shared", "-fPIC", "-Wall", "-Werror", "-o"])
@@ -23,13 +23,13 @@ fn built(name: &str, options: &[&str]) -> Option<PathBuf> {
         .args(options);
     match compiler.arg("-lpthread").status() {
         Ok(status) => {
-            assert!(status.success(), "the stand-in for the driver does not compile");
+            assert!(status.success(), "the stand-in for a library does not compile");
             // In one step, because another run of the tests may be loading it.
-            std::fs::rename(library, folder.join("libcuda.so")).unwrap();
+            std::fs::rename(library, folder.join(library_name)).unwrap();
             Some(folder)
         }
         Err(error) => {
-            eprintln!("skipped: no C compiler ({error}), so the CUDA device is not tested over its stand-in");
+            eprintln!("skipped: no C compiler ({error}), so what calls CUDA is not tested over stand-ins");
             None
         }
     }
@@ -38,13 +38,21 @@ fn built(name: &str, options: &[&str]) -> Option<PathBuf> {
 /// The whole driver.
 fn driver() -> Option<&'static Path> {
     static BUILT: OnceLock<Option<PathBuf>> = OnceLock::new();
-    BUILT.get_or_init(|| built("fake-cuda", &[])).as_deref()
+    BUILT.get_or_init(|| built("fake-cuda", "cuda.c", "libcuda.so", &[])).as_deref()
 }
 
 /// One without a function that is needed.
 fn old_driver() -> Option<&'static Path> {
     static BUILT: OnceLock<Option<PathBuf>> = OnceLock::new();
-    BUILT.get_or_init(|| built("fake-cuda-old", &["-DcuMemCreate=cuMemCreate_later"])).as_deref()
+    BUILT
+        .get_or_init(|| built("fake-cuda-old", "cuda.c", "libcuda.so", &["-DcuMemCreate=cuMemCreate_later"]))
+        .as_deref()
+}
+
+/// cuFile, for parts whose names begin with "files".
+fn cufile() -> Option<&'static Path> {
+    static BUILT: OnceLock<Option<PathBuf>> = OnceLock::new();
+    BUILT.get_or_init(|| built("fake-cufile", "cufile.c", "libcufile.so.0", &[])).as_deref()
 }
 
 /// Which driver a part finds.
@@ -64,7 +72,13 @@ pub(crate) fn command(test: &str, part: &str, driver_kind: Driver) -> Option<Com
     let faults = folder.join(format!("faults-{part}-{}", std::process::id()));
     std::fs::write(&faults, "").unwrap();
     command.args(["--exact", test, "--nocapture"]).env(PART, part).env(FAULTS, faults);
-    command.env("LD_LIBRARY_PATH", folder).stdin(Stdio::null());
+    let mut folders = folder.as_os_str().to_owned();
+    if part.starts_with("files") {
+        folders.push(":");
+        folders.push(cufile()?);
+    }
+    command.env("LD_LIBRARY_PATH", folders).env("CUFILE_LOGFILE_PATH", folder.join("cufile.log"));
+    command.stdin(Stdio::null());
     Some(command)
 }
 
