@@ -7,6 +7,7 @@
 
 mod cuda;
 mod host;
+pub mod kernels;
 mod memory;
 mod status;
 
