@@ -12,6 +12,7 @@ mod error;
 mod files;
 mod host_bytes;
 mod host_only;
+pub mod kernels;
 mod pinned;
 mod span;
 mod status;

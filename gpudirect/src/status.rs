@@ -65,3 +65,8 @@ pub fn probe() -> HbmStatus {
         Err(error) => off(error.to_string()),
     }
 }
+
+/// Whether the driver is there, new enough and initialised. Every call into the bindings comes after it.
+pub(crate) fn driver_present() -> bool {
+    load().is_ok()
+}
