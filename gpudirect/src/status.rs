@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use terrace_core::ByteCount;
 
-use crate::cuda::{count, gpu, load, within};
+use crate::cuda::{count, gpu, load, runs_kernels, within};
 use crate::error::DeviceError;
 
 /// Whether the Hbm tier can be on.
@@ -66,7 +66,7 @@ pub fn probe() -> HbmStatus {
     }
 }
 
-/// Whether the driver is there, new enough and initialised. Every call into the bindings comes after it.
+/// Whether kernels can run. Every call into the bindings' own types comes after it.
 pub(crate) fn driver_present() -> bool {
-    load().is_ok()
+    runs_kernels()
 }

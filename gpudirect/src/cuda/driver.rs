@@ -57,6 +57,29 @@ const FUNCTIONS: &[&str] = &[
     "cuMemcpyAsync",
 ];
 
+/// What kernels need besides, by way of the bindings' own types.
+const KERNEL_FUNCTIONS: &[&str] = &[
+    "cuCtxGetCurrent",
+    "cuCtxSynchronize",
+    "cuGetErrorName",
+    "cuGetErrorString",
+    "cuLaunchKernel",
+    "cuMemAllocAsync",
+    "cuMemAlloc_v2",
+    "cuMemFreeAsync",
+    "cuMemFree_v2",
+    "cuModuleGetFunction",
+    "cuModuleLoadData",
+    "cuModuleUnload",
+    "cuStreamCreate",
+    "cuStreamWaitEvent",
+];
+
+/// Whether the driver is there, whole enough for kernels, and initialised.
+pub(crate) fn runs_kernels() -> bool {
+    load().is_ok() && KERNEL_FUNCTIONS.iter().all(|name| has(name))
+}
+
 /// Loads and initialises the driver, once, and answers its version.
 pub(crate) fn load() -> Result<u32, DeviceError> {
     static LOADED: OnceLock<Result<u32, DeviceError>> = OnceLock::new();
@@ -126,7 +149,6 @@ pub(crate) fn check(call: &'static str, result: CUresult) -> Result<(), DeviceEr
     let lost = || Err(DeviceError::Lost { detail: format!("{call} says {}", named(result)) });
     match result {
         CUresult::CUDA_SUCCESS => Ok(()),
-        CUresult::CUDA_ERROR_OUT_OF_MEMORY => Err(DeviceError::NoMemory { bytes: 0 }),
         // After these, every call of the context fails.
         CUresult::CUDA_ERROR_DEINITIALIZED
         | CUresult::CUDA_ERROR_DEVICE_UNAVAILABLE
@@ -147,6 +169,16 @@ pub(crate) fn check(call: &'static str, result: CUresult) -> Result<(), DeviceEr
         | CUresult::CUDA_ERROR_MPS_CLIENT_TERMINATED
         | CUresult::CUDA_ERROR_UNKNOWN => lost(),
         other => Err(DeviceError::Driver { call, detail: named(other) }),
+    }
+}
+
+/// The same error, if it says that memory is short, with how much was wanted.
+pub(super) fn sized(error: DeviceError, bytes: ByteCount) -> DeviceError {
+    match error {
+        DeviceError::Driver { detail, .. } if detail == named(CUresult::CUDA_ERROR_OUT_OF_MEMORY) => {
+            DeviceError::NoMemory { bytes: bytes.get() }
+        }
+        other => other,
     }
 }
 

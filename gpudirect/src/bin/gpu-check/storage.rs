@@ -13,7 +13,7 @@ use crate::rows::Rows;
 pub(crate) const NAMES: &[&str] = &["nvme_to_device_chosen_2097152", "nvme_to_device_chosen_368640"];
 const BLOCKS: [u64; 2] = [2 * MIB, 368_640];
 /// For each way of submitting.
-const WITHIN: Duration = Duration::from_secs(60);
+const WITHIN: Duration = Duration::from_secs(40);
 
 pub(crate) fn measure(
     device: &Arc<dyn Device>,
