@@ -127,7 +127,6 @@ pub(crate) fn check(call: &'static str, result: CUresult) -> Result<(), DeviceEr
     let lost = || Err(DeviceError::Lost { detail: format!("{call} says {}", named(result)) });
     match result {
         CUresult::CUDA_SUCCESS => Ok(()),
-        CUresult::CUDA_ERROR_OUT_OF_MEMORY => Err(DeviceError::NoMemory { bytes: 0 }),
         // After these, every call of the context fails.
         CUresult::CUDA_ERROR_DEINITIALIZED
         | CUresult::CUDA_ERROR_DEVICE_UNAVAILABLE
@@ -148,6 +147,16 @@ pub(crate) fn check(call: &'static str, result: CUresult) -> Result<(), DeviceEr
         | CUresult::CUDA_ERROR_MPS_CLIENT_TERMINATED
         | CUresult::CUDA_ERROR_UNKNOWN => lost(),
         other => Err(DeviceError::Driver { call, detail: named(other) }),
+    }
+}
+
+/// The same error, if it says that memory is short, with how much was wanted.
+pub(super) fn sized(error: DeviceError, bytes: ByteCount) -> DeviceError {
+    match error {
+        DeviceError::Driver { detail, .. } if detail == named(CUresult::CUDA_ERROR_OUT_OF_MEMORY) => {
+            DeviceError::NoMemory { bytes: bytes.get() }
+        }
+        other => other,
     }
 }
 

@@ -14,6 +14,7 @@ use cudarc::driver::sys::{
 };
 use terrace_core::{ByteCount, IoClass};
 
+use super::driver::sized;
 use super::{Context, check};
 use crate::device::{ChunkMemory, Lane, Mark};
 use crate::error::DeviceError;
@@ -77,7 +78,7 @@ impl Vmm {
         peers: &[CUdevice],
     ) -> Result<Self, DeviceError> {
         let full = || DeviceError::NoMemory { bytes: bytes.get() };
-        let sized = |error| if matches!(error, DeviceError::NoMemory { .. }) { full() } else { error };
+        let sized = |error| sized(error, bytes);
         let length = usize::try_from(bytes.get()).map_err(|_| full())?;
         let properties = properties(context.device, rdma);
         let mut handle = 0;

@@ -35,6 +35,8 @@ pub struct FileRate {
     pub direct: Result<f64, DeviceError>,
     /// By pinned memory, in bytes a second; or why not.
     pub bounce: Result<f64, DeviceError>,
+    /// Into pinned memory and no further: what the drive allows.
+    pub read: Result<f64, DeviceError>,
 }
 
 impl FileRate {
@@ -181,8 +183,9 @@ pub fn measure_files(
     for block in blocks.iter().copied().filter(|block| fits(*block, course.chunk.bytes())) {
         let direct =
             gds.as_ref().map_err(DeviceError::clone).and_then(|gds| course.direct(gds, &files, block));
-        let bounce = course.bounce(&copies, &tally, block);
-        choice.rates.push(FileRate { block, direct, bounce });
+        let bounce = course.bounce(Some((&copies, &*tally)), block);
+        let read = course.bounce(None, block);
+        choice.rates.push(FileRate { block, direct, bounce, read });
     }
     Ok(choice)
 }
@@ -250,7 +253,9 @@ impl Course {
         }
     }
 
-    fn bounce(&self, copies: &Copies, tally: &Tally, block: ByteCount) -> Result<f64, DeviceError> {
+    /// Reads, and copies if there is an engine for it.
+    fn bounce(&self, engine: Option<(&Copies, &Tally)>, block: ByteCount) -> Result<f64, DeviceError> {
+        let copies = engine.map(|(copies, _)| copies);
         let blocks = self.blocks(block);
         let next = AtomicUsize::new(0);
         let slots = usize::try_from(self.chunk.bytes().get() / block.get()).unwrap_or(1);
@@ -266,7 +271,9 @@ impl Course {
             });
             results.collect::<Result<Vec<_>, _>>()
         })?;
-        tally.wait(blocks.len(), self.until)?;
+        if let Some((_, tally)) = engine {
+            tally.wait(blocks.len(), self.until)?;
+        }
         Ok(rate(blocks.len(), block, began.elapsed().as_secs_f64()))
     }
 
@@ -274,7 +281,7 @@ impl Course {
     /// arrive are not looked at.
     fn read_and_copy(
         &self,
-        copies: &Copies,
+        copies: Option<&Copies>,
         blocks: &[(u64, u64)],
         next: &AtomicUsize,
         block: ByteCount,
@@ -285,6 +292,7 @@ impl Course {
             }
             let memory = self.memory.part(slot, block)?;
             read_at(&self.scratch.file, &memory, offset).map_err(|error| io_error("pread", &error))?;
+            let Some(copies) = copies else { continue };
             let target = DeviceBytes::new(Arc::clone(&self.chunk), slot, block)?;
             let mut job = Job {
                 id: JobId(offset),

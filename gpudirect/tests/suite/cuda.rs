@@ -45,6 +45,13 @@ fn works() {
     assert!(nothing_but_streams(), "{}", live());
     let full = device.create(ByteCount::new(info.bytes.get() + 1)).unwrap_err();
     assert!(matches!(full, DeviceError::NoMemory { bytes } if bytes > info.bytes.get()), "{full}");
+    let device = engine_round_trip(device);
+    drop(device);
+    assert_eq!(live(), NOTHING);
+}
+
+/// Registered memory, three slices, there and back through the engine; answers the device when nobody else has it.
+fn engine_round_trip(device: Cuda) -> Arc<Cuda> {
     let bench = bench_on(device, limits());
     assert_eq!(bench.pinned.add(&bench.memory).registered, CHUNK);
     let bytes = pattern(bench.memory.len(), 11);
@@ -65,8 +72,7 @@ fn works() {
         assert!(began.elapsed() < SOON, "an engine without work ends");
         std::thread::yield_now();
     }
-    drop(device);
-    assert_eq!(live(), NOTHING);
+    device
 }
 
 /// Each call that may fail fails once; nothing of the attempt is left, and the next one works.
@@ -224,6 +230,7 @@ fn no_driver_is_a_plain_fact() {
             let device = Cuda::open(0).unwrap();
             round_trip(&device);
             fresh_chunks_are_zero(&device);
+            engine_round_trip(Cuda::open(0).unwrap());
             let room = device.room().unwrap();
             assert!(room.free <= room.total);
             assert_eq!((room.chunks, room.imports, room.flights), (0, 0, 0));

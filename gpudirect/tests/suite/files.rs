@@ -47,7 +47,7 @@ fn bench(submission: Submission) -> Bench {
     let gds = Gds::open(&device, submission, LIMITS, Arc::clone(&log) as Arc<dyn Ends>).unwrap();
     assert!(gds.info().is_direct && gds.info().module_version == (2, 25));
     assert_eq!(gds.info().direct_bytes_max, 16 * MIB);
-    let path = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("blocks-{}", std::process::id()));
+    let path = fake::scratch().join(format!("blocks-{}", std::process::id()));
     let mut options = std::fs::File::options();
     options.read(true).write(true).create(true).truncate(true).custom_flags(libc::O_DIRECT);
     let file = options.open(&path).unwrap();
@@ -175,7 +175,7 @@ fn hangs(submission: Submission) {
 
 fn measures() {
     let device: Arc<dyn Device> = Arc::new(Cuda::open(0).unwrap());
-    let folder = Path::new(env!("CARGO_TARGET_TMPDIR"));
+    let folder = &fake::scratch();
     let blocks = [ByteCount::new(BLOCK), ByteCount::new(2 * MIB)];
     for submission in [Submission::Calls, Submission::Batches] {
         let choice = measure_files(&device, folder, &blocks, submission, SOON).unwrap();

@@ -9,7 +9,7 @@ use std::process::{Command, Stdio};
 use std::sync::Arc;
 
 use terrace_core::{ByteCount, MIB};
-use terrace_gpudirect::{Chunk, Cuda, Device, HostOnly, Span};
+use terrace_gpudirect::{Chunk, Cuda, Device, HbmStatus, HostOnly, Span, probe};
 
 use crate::common::{CHUNK, contents, copy, host, on, pattern};
 use crate::fake::{self, Driver, Killed};
@@ -122,6 +122,11 @@ fn in_child() {
             let exporter = fake::command("pass::in_child", "cuda-export", Driver::Fake).unwrap();
             import(&Cuda::open(0).unwrap(), exporter);
         }
+        Some("real-export") => export(&Cuda::open(0).unwrap()),
+        Some("real-import") => {
+            let exporter = fake::command("pass::in_child", "real-export", Driver::Real).unwrap();
+            import(&Cuda::open(0).unwrap(), exporter);
+        }
         Some(_) | None => return,
     }
     fake::ran(&fake::part().unwrap());
@@ -133,4 +138,8 @@ fn in_child() {
 fn chunks_outlive_their_maker() {
     fake::run("pass::in_child", "host-import", Driver::Fake);
     fake::run("pass::in_child", "cuda-import", Driver::Fake);
+    match probe() {
+        HbmStatus::Off { reason } => eprintln!("skipped on a device: {reason}"),
+        HbmStatus::Present { .. } => fake::run("pass::in_child", "real-import", Driver::Real),
+    }
 }

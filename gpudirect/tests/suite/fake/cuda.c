@@ -18,8 +18,11 @@ enum { OK = 0, INVALID_VALUE = 1, NO_MEMORY = 2, NOT_INITIALIZED = 3, NO_DEVICE 
        CONTEXT_IS_DESTROYED = 709, ALREADY_REGISTERED = 712, NOT_REGISTERED = 713, NOT_PERMITTED = 800 };
 
 #define GRANULARITY (2UL << 20)
+#ifndef DEVICE_BYTES
 #define DEVICE_BYTES (256UL << 20)
+#endif
 #define MANY 512
+#define HELD_MANY 8192
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static int initialised, reset;
@@ -31,7 +34,7 @@ static struct { int used, fd; unsigned long bytes; } handles[MANY];
 static struct { unsigned long start, bytes; int mapped, accessible; } ranges[MANY];
 static struct { unsigned long start, bytes; } slices[MANY];
 // Copies that are held back, oldest first.
-static struct { unsigned long target, source, bytes; int set; } held[MANY];
+static struct { unsigned long target, source, bytes; int set; } held[HELD_MANY];
 static int held_count;
 
 static int fault(const char *word) {
@@ -309,7 +312,7 @@ static int move(unsigned long target, unsigned long source, unsigned long bytes,
   if (!stream) return INVALID_HANDLE;
   if (fault("no_copy")) return INVALID_VALUE;
   LOCKED({
-    if (held_count == MANY) result = NO_MEMORY;
+    if (held_count == HELD_MANY) result = NO_MEMORY;
     else {
       held[held_count].target = target;
       held[held_count].source = source;

@@ -9,11 +9,22 @@ use std::sync::OnceLock;
 const PART: &str = "TERRACE_TEST_PART";
 const FAULTS: &str = "FAKE_CUDA";
 
+/// A folder for what tests make. The program may run where it was not built.
+pub(crate) fn scratch() -> PathBuf {
+    let built_here = Path::new(env!("CARGO_TARGET_TMPDIR"));
+    let elsewhere = || std::env::temp_dir().join("terrace-gpudirect-tests");
+    if built_here.is_dir() { built_here.to_owned() } else { elsewhere() }
+}
+
 /// A folder with the libraries, built once; `None` where there is no C compiler.
 fn built(name: &str, source: &str, library_name: &str, options: &[&str]) -> Option<PathBuf> {
-    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
+    let folder = scratch().join(name);
     std::fs::create_dir_all(&folder).unwrap();
-    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/suite/fake").join(source);
+    let text = if source == "cuda.c" { include_str!("cuda.c") } else { include_str!("cufile.c") };
+    let source = folder.join(source);
+    let next = source.with_extension(std::process::id().to_string());
+    std::fs::write(&next, text).unwrap();
+    std::fs::rename(next, &source).unwrap();
     let library = folder.join(format!("{library_name}-{}", std::process::id()));
     let mut compiler = Command::new("cc");
     compiler
@@ -60,6 +71,8 @@ fn cufile() -> Option<&'static Path> {
 pub(crate) enum Driver {
     Fake,
     WithoutMemCreate,
+    /// What the machine has.
+    Real,
 }
 
 /// This program again, to run one part of one test.
@@ -67,6 +80,11 @@ pub(crate) fn command(test: &str, part: &str, driver_kind: Driver) -> Option<Com
     let folder = match driver_kind {
         Driver::Fake => driver()?,
         Driver::WithoutMemCreate => old_driver()?,
+        Driver::Real => {
+            let mut command = Command::new(std::env::current_exe().unwrap());
+            command.args(["--exact", test, "--nocapture"]).env(PART, part).stdin(Stdio::null());
+            return Some(command);
+        }
     };
     let mut command = Command::new(std::env::current_exe().unwrap());
     let faults = folder.join(format!("faults-{part}-{}", std::process::id()));
