@@ -9,6 +9,7 @@
 //! Leaves to others: who owns the memory, and what the bytes mean.
 
 mod cuda;
+mod mover;
 mod nvrtc;
 mod on_host;
 mod pages;
@@ -16,11 +17,14 @@ mod queue;
 mod sum;
 
 pub use cuda::Cuda;
+pub use mover::{BlockTokens, Mover, Prepared};
 pub use nvrtc::{Compiled, Nvrtc, Target};
 pub use on_host::{FailsAfter, OnHost};
-pub use pages::{BlockShape, BlockTokens, EnginePages, Mover, PageLayout};
+pub use pages::{BlockShape, EnginePages, PageLayout};
 pub use queue::{KernelBytes, KernelQueue, Launch, Parameters};
 pub use sum::Summer;
+
+use crate::error::DeviceError;
 
 /// One file of kernels.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -204,6 +208,12 @@ pub enum KernelError {
         /// Why.
         detail: String,
     },
+    /// The device is gone, and what was on it.
+    #[error("the device is lost: {detail}")]
+    Lost {
+        /// The driver's name for it.
+        detail: String,
+    },
     /// The driver says that something failed. What was under way must not be used.
     #[error("{call} failed: {detail}")]
     Driver {
@@ -212,6 +222,27 @@ pub enum KernelError {
         /// The driver's name for the failure.
         detail: String,
     },
+}
+
+impl From<DeviceError> for KernelError {
+    fn from(error: DeviceError) -> Self {
+        match error {
+            DeviceError::Lost { detail } => Self::Lost { detail },
+            DeviceError::Driver { call, detail } => Self::Driver { call, detail },
+            DeviceError::NoMemory { bytes } => Self::NoMemory { bytes: usize::try_from(bytes).unwrap_or(0) },
+            DeviceError::NoDriver { .. }
+            | DeviceError::DriverTooOld { .. }
+            | DeviceError::NoDevice { .. }
+            | DeviceError::Unsupported { .. }
+            | DeviceError::Hung { .. }
+            | DeviceError::OutOfBounds { .. }
+            | DeviceError::BadJob { .. }
+            | DeviceError::BadDescriptor { .. }
+            | DeviceError::InUse { .. }
+            | DeviceError::Throttled { .. }
+            | DeviceError::Late(_) => Self::NoDevice { detail: error.to_string() },
+        }
+    }
 }
 
 impl KernelError {

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use terrace_core::ByteCount;
 
-use crate::cuda::{count, gpu, load, runs_kernels, within};
+use crate::cuda::{count, gpu, load, within};
 use crate::error::DeviceError;
 
 /// Whether the Hbm tier can be on.
@@ -64,9 +64,4 @@ pub fn probe() -> HbmStatus {
         Err(DeviceError::NoDriver { detail }) => off(format!("no CUDA driver ({detail})")),
         Err(error) => off(error.to_string()),
     }
-}
-
-/// Whether kernels can run. Every call into the bindings' own types comes after it.
-pub(crate) fn driver_present() -> bool {
-    runs_kernels()
 }

@@ -57,29 +57,6 @@ const FUNCTIONS: &[&str] = &[
     "cuMemcpyAsync",
 ];
 
-/// What kernels need besides, by way of the bindings' own types.
-const KERNEL_FUNCTIONS: &[&str] = &[
-    "cuCtxGetCurrent",
-    "cuCtxSynchronize",
-    "cuGetErrorName",
-    "cuGetErrorString",
-    "cuLaunchKernel",
-    "cuMemAllocAsync",
-    "cuMemAlloc_v2",
-    "cuMemFreeAsync",
-    "cuMemFree_v2",
-    "cuModuleGetFunction",
-    "cuModuleLoadData",
-    "cuModuleUnload",
-    "cuStreamCreate",
-    "cuStreamWaitEvent",
-];
-
-/// Whether the driver is there, whole enough for kernels, and initialised.
-pub(crate) fn runs_kernels() -> bool {
-    load().is_ok() && KERNEL_FUNCTIONS.iter().all(|name| has(name))
-}
-
 /// Loads and initialises the driver, once, and answers its version.
 pub(crate) fn load() -> Result<u32, DeviceError> {
     static LOADED: OnceLock<Result<u32, DeviceError>> = OnceLock::new();
@@ -120,7 +97,8 @@ fn wanted() -> String {
     format!("CUDA {}.{}", VERSION_MIN / 1000, VERSION_MIN % 1000 / 10)
 }
 
-fn has(name: &str) -> bool {
+/// Whether the driver has a function, once it is known to be there.
+pub(crate) fn has(name: &str) -> bool {
     // SAFETY: the library is there; the symbol is looked up and not called.
     unsafe { sys::culib().get::<unsafe extern "C" fn()>(name.as_bytes()).is_ok() }
 }

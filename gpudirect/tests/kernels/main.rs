@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used, reason = "a test ends there, and says where")]
 
 mod build;
+mod driver;
 mod moves;
 mod sums;
 

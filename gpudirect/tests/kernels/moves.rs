@@ -221,7 +221,7 @@ fn round_trip(queue: &Arc<dyn KernelQueue>, case: Case) {
     let empty = vec![0xCC; usize::try_from(case.shape.block_bytes()).unwrap()];
     let blocks: Vec<_> = tokens.iter().map(|tokens| bench.block(&empty, tokens)).collect();
     // SAFETY: blocks and pages live until the reads below have waited.
-    unsafe { bench.mover.gather(&blocks, 0..layers) }.unwrap();
+    unsafe { bench.mover.prepare(&blocks).unwrap().gather(0..layers) }.unwrap();
     for (block, tokens) in blocks.iter().zip(&tokens) {
         assert!(bench.read(&block.block) == case.block(tokens, 0..size(layers)), "gather: {case:?}");
     }
@@ -232,7 +232,7 @@ fn round_trip(queue: &Arc<dyn KernelQueue>, case: Case) {
     let blocks: Vec<_> =
         tokens.iter().map(|tokens| bench.block(&case.block(tokens, 0..size(layers)), tokens)).collect();
     // SAFETY: as above.
-    unsafe { bench.mover.scatter(&blocks, 0..layers) }.unwrap();
+    unsafe { bench.mover.prepare(&blocks).unwrap().scatter(0..layers) }.unwrap();
     assert!(bench.engine() == filled, "scatter: {case:?}");
     bench.check_margins();
 }
@@ -301,7 +301,7 @@ fn a_range_of_layers_touches_no_other() {
         let empty = vec![0xCC; usize::try_from(case.shape.block_bytes()).unwrap()];
         let block = bench.block(&empty, &tokens);
         // SAFETY: the block and the pages live until the read has waited.
-        unsafe { bench.mover.gather(std::slice::from_ref(&block), 1..3) }.unwrap();
+        unsafe { bench.mover.prepare(std::slice::from_ref(&block)).unwrap().gather(1..3) }.unwrap();
         assert!(bench.read(&block.block) == case.block(&tokens, 1..3));
     }
 }
@@ -318,7 +318,7 @@ fn blocks_at_odd_addresses_are_moved() {
             let memory = queue.allocate(length + skew).unwrap();
             let block = BlockTokens { block: memory.part(skew, length).unwrap(), runs: vec![16] };
             // SAFETY: the block and the pages live until the read has waited.
-            unsafe { bench.mover.gather(std::slice::from_ref(&block), 0..2) }.unwrap();
+            unsafe { bench.mover.prepare(std::slice::from_ref(&block)).unwrap().gather(0..2) }.unwrap();
             assert!(bench.read(&block.block) == case.block(&tokens, 0..2), "skewed by {skew}");
         }
     }
@@ -332,9 +332,10 @@ fn what_leaves_the_memory_is_refused() {
         let mut bench = Bench::new(&queue, case, &case.engine(&[]));
         let length = usize::try_from(case.shape.block_bytes()).unwrap();
         let good = bench.block(&vec![0; length], &(0..16).collect::<Vec<_>>());
-        let refused = |block: BlockTokens, layers| {
+        let refused = |block: BlockTokens, layers: Range<u32>| {
             // SAFETY: as above; nothing is started if it is refused.
-            matches!(unsafe { bench.mover.gather(&[block], layers) }, Err(KernelError::BadJob { .. }))
+            let moved = bench.mover.prepare(&[block]).and_then(|ready| unsafe { ready.gather(layers) });
+            matches!(moved, Err(KernelError::BadJob { .. }))
         };
         assert!(refused(BlockTokens { runs: vec![64], ..good.clone() }, 0..2), "a page too many");
         assert!(refused(BlockTokens { runs: vec![8], ..good.clone() }, 0..2), "across two pages");

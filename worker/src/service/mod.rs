@@ -35,18 +35,19 @@ use sequence::Shared;
 use store::Store;
 
 use crate::kv::{BLOCK_TOKENS, LAYOUT};
-use crate::model::{ARITHMETIC, Model, ModelOptions};
+use crate::model::{ARITHMETIC, Engine, Model, ModelOptions};
 
 /// Runs a worker until SIGTERM or SIGINT, then lets running requests end.
 ///
 /// # Errors
 /// If the model cannot be opened or an address cannot be served.
 pub async fn run(role: WorkerRole, args: WorkerArgs) -> anyhow::Result<()> {
-    let model = open_model(&args).await?;
+    let engine = open_engine(&args).await?;
+    let model = engine.model();
     let load = Arc::new(Load::new()?);
     let requests = usize::try_from(args.requests).context("too many requests for this machine")?;
-    let manifest = manifest(&model)?;
-    let compute = Compute::start(Arc::clone(&model), Arc::clone(&load), requests)?;
+    let manifest = manifest(&engine)?;
+    let compute = Compute::start(engine.clone(), Arc::clone(&load), requests)?;
     let purpose = match role {
         WorkerRole::Decode => Purpose::Decode,
         WorkerRole::Prefill | WorkerRole::Unspecified => Purpose::Prefill,
@@ -83,7 +84,7 @@ pub async fn run(role: WorkerRole, args: WorkerArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
-async fn open_model(args: &WorkerArgs) -> anyhow::Result<Arc<Model>> {
+async fn open_engine(args: &WorkerArgs) -> anyhow::Result<Engine> {
     let path = args.model.clone();
     let mut options = ModelOptions::detect();
     if args.threads > 0 {
@@ -91,13 +92,23 @@ async fn open_model(args: &WorkerArgs) -> anyhow::Result<Arc<Model>> {
     }
     let opened = tokio::task::spawn_blocking(move || Model::open_with(&path, options)).await?;
     let model = opened.with_context(|| format!("cannot use the model {}", args.model.display()))?;
-    tracing::info!(model = model.name(), isa = ?model.isa(), threads = model.threads(), "model opened");
-    Ok(Arc::new(model))
+    let device = args.device;
+    let engine = tokio::task::spawn_blocking(move || Engine::new(Arc::new(model), device)).await?;
+    let engine =
+        engine.with_context(|| format!("cannot compute on {device}; `--device cpu` always works"))?;
+    tracing::info!(model = engine.model().name(), computes = engine.describe(), "model opened");
+    if engine.arithmetic() != ARITHMETIC {
+        tracing::warn!(
+            "this device gives other bits than the processor: its blocks are in a space of their own"
+        );
+    }
+    Ok(engine)
 }
 
-/// What this engine's blocks are. Workers of other instruction sets share them:
-/// all compute the same bits.
-fn manifest(model: &Model) -> anyhow::Result<SpaceManifest> {
+/// What this engine's blocks are. Workers of other instruction sets share them, and
+/// so do those on devices that were tried: all compute the same bits.
+fn manifest(engine: &Engine) -> anyhow::Result<SpaceManifest> {
+    let model = engine.model();
     Ok(SpaceManifest {
         model: model.name().to_owned(),
         model_fingerprint: model.fingerprint().as_bytes().to_vec(),
@@ -110,7 +121,7 @@ fn manifest(model: &Model) -> anyhow::Result<SpaceManifest> {
         group: 0,
         topology: "canonical".to_owned(),
         rank: 0,
-        engine: ARITHMETIC.to_owned(),
+        engine: engine.arithmetic().to_owned(),
     })
 }
 

@@ -64,6 +64,8 @@ fn rates(queue: &Arc<dyn KernelQueue>, shape: BlockShape, until: Instant) -> Res
         Ok(BlockTokens { block: queue.allocate(block_bytes)?, runs })
     };
     let blocks: Vec<BlockTokens> = (0..BLOCKS).map(block).collect::<Result<_, KernelError>>()?;
+    // Once for all launches, as for layers that are streamed.
+    let ready = mover.prepare(&blocks)?;
     let mut rounds = [Vec::new(), Vec::new()];
     // One round more, which is not counted: the first launches load the kernels.
     for round in 0..=ROUNDS {
@@ -76,9 +78,9 @@ fn rates(queue: &Arc<dyn KernelQueue>, shape: BlockShape, until: Instant) -> Res
                 // SAFETY: blocks and pages live until the queue was waited for, and nobody else has them.
                 unsafe {
                     if way == 0 {
-                        mover.gather(&blocks, 0..shape.layers)?;
+                        ready.gather(0..shape.layers)?;
                     } else {
-                        mover.scatter(&blocks, 0..shape.layers)?;
+                        ready.scatter(0..shape.layers)?;
                     }
                 }
             }
