@@ -200,9 +200,11 @@ impl State {
             .queues
             .iter_mut()
             .filter(|((of, lane), queue)| *of == path && lane.direction == direction && !queue.is_empty());
-        self.starts = self.starts.wrapping_add(1);
-        let found = if self.starts.is_multiple_of(FAIRNESS) { waiting.next_back() } else { waiting.next() };
+        // Only real starts count: looks into empty queues would make every second one fair.
+        let next = self.starts.wrapping_add(1);
+        let found = if next.is_multiple_of(FAIRNESS) { waiting.next_back() } else { waiting.next() };
         let ((_, lane), queue) = found?;
+        self.starts = next;
         queue.pop_front().map(|key| (key, *lane))
     }
 

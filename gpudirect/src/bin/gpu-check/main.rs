@@ -26,7 +26,7 @@ const USAGE: &str = "terrace-gpu-check [--dir DIR] [--device N] [--host-only] [-
   --json FILE   write each row as a line of JSON too";
 
 /// Benchmarks stop starting after it, with a reason.
-const TIME: Duration = Duration::from_secs(150);
+const TIME: Duration = Duration::from_secs(100);
 
 #[derive(Debug)]
 struct Options {
