@@ -1,13 +1,14 @@
 //! The engine on a device gives the processor's bits. The kernels run on the host's
 //! processor here, and on a device as well where there is one.
 
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, OnceLock};
 
 use terrace_gpudirect::kernels::{Cuda, FailsAfter, KernelBytes, KernelError, KernelQueue, OnHost};
 
-use super::*;
+use super::{ComputeDevice, DeviceModel, Engine, ForwardError, Model, Outcome, Scratch, Step, WantLogits};
 use crate::kernels::memory::WriteBytes;
-use crate::kv::BLOCK_TOKENS;
+use crate::kv::{BLOCK_TOKENS, KvSequence};
 use crate::tiny::TinyModel;
 
 fn queues() -> Vec<Arc<dyn KernelQueue>> {
