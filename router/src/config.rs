@@ -70,7 +70,7 @@ pub struct Options {
     pub attempts_max: u32,
     /// How long a worker may say nothing in the middle of an answer before another one goes on with it, in
     /// milliseconds. Its first word may take ten times the estimate longer.
-    #[arg(long, default_value_t = 10_000)]
+    #[arg(long, default_value_t = 30_000)]
     pub stall_ms: u64,
     /// Time in which a first token is wanted, in seconds; a request for which it is not expected in time is
     /// answered 429. A request may say its own by the header `x-first-token-ms`. The default is none.

@@ -177,7 +177,7 @@ async fn an_answer_goes_on_with_the_other_worker() {
         kill(load.pid, "-STOP");
     };
     two.survives("frozen", &body, 12, freezes).await;
-    assert!(began.elapsed() < Duration::from_secs(60), "it took {:?}", began.elapsed());
+    assert!(began.elapsed() < Duration::from_secs(120), "it took {:?}", began.elapsed());
     kill(frozen, "-KILL");
 
     // More tokens than ten seconds are enough for, so that it is given back in its middle.

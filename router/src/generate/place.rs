@@ -46,14 +46,14 @@ impl Answer<'_> {
             return self.first_place().await;
         }
         let mut changes = self.router.fleet.changes();
-        let began = Instant::now();
+        let mut seen = Instant::now();
         loop {
             let view = self.known_view().await;
             if let Some(placed) = self.choose(&view)? {
                 return Ok(placed);
             }
             self.refuse_if_late(0.0)?;
-            self.refuse_if_alone(&view, began)?;
+            self.refuse_if_alone(&view, &mut seen)?;
             // An unchanged fleet is looked at again as well: suspensions end by themselves.
             let _ = tokio::time::timeout(LOOK_AGAIN, changes.changed()).await;
         }
@@ -64,6 +64,7 @@ impl Answer<'_> {
         let router = self.router;
         let mut changes = router.fleet.changes();
         let began = Instant::now();
+        let mut seen = began;
         let view = self.known_view().await;
         let (prompt, most) = (self.least_missing(&view), u64::from(self.job.tokens_max));
         let entered = router.admission.enter(&self.job.model.id, &self.job.caller, prompt, most);
@@ -81,7 +82,7 @@ impl Answer<'_> {
                 return Ok(placed);
             }
             self.refuse_if_late(0.0)?;
-            self.refuse_if_alone(&view, began)?;
+            self.refuse_if_alone(&view, &mut seen)?;
             if is_first {
                 let _ = tokio::time::timeout(LOOK_AGAIN, changes.changed()).await;
             } else {
@@ -120,9 +121,12 @@ impl Answer<'_> {
         view.prefill.iter().chain(decode).any(soon)
     }
 
-    fn refuse_if_alone(&self, view: &View, since: Instant) -> Result<(), ApiError> {
-        let is_alone = view.decode.is_empty() && view.busy == 0;
-        if !is_alone || since.elapsed() < self.router.config.worker_wait {
+    /// `since` is when the last worker was seen; it moves on while there is one.
+    fn refuse_if_alone(&self, view: &View, since: &mut Instant) -> Result<(), ApiError> {
+        if !view.decode.is_empty() || view.busy > 0 {
+            *since = Instant::now();
+        }
+        if since.elapsed() < self.router.config.worker_wait {
             return Ok(());
         }
         let message = "no decode worker is left; start one with `terrace-worker decode`, or see \
