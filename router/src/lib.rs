@@ -2,7 +2,8 @@
 //!
 //! A request passes [`http`] (routes, limits, shapes), becomes a [`generate`]
 //! task, and is placed by [`place`], a pure function that minimises the
-//! estimated time to the first token. [`fleet`] knows the workers, [`index`]
+//! estimated time to the first token; before that it waits for its turn in
+//! [`admit`]. [`fleet`] knows the workers, [`index`]
 //! asks the daemon what is cached, [`models`] has the tokenizers. The router
 //! holds no state that a restart would lose.
 
@@ -13,6 +14,8 @@ use std::time::Duration;
 use anyhow::Context;
 use tokio::signal::unix::{SignalKind, signal};
 
+pub mod admit;
+pub mod caller;
 pub mod config;
 pub mod error;
 pub mod explain;

@@ -10,7 +10,7 @@ mod store;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use axum::Router;
@@ -37,7 +37,11 @@ use store::Store;
 use crate::kv::{BLOCK_TOKENS, LAYOUT};
 use crate::model::{ARITHMETIC, Engine, Model, ModelOptions};
 
-/// Runs a worker until SIGTERM or SIGINT, then lets running requests end.
+/// Time that callers have to take back what a leaving worker did not finish.
+const GIVE_BACK: Duration = Duration::from_secs(1);
+
+/// Runs a worker until SIGTERM, SIGINT or a call of `Drain`; then lets running
+/// requests end, and gives back those that take too long.
 ///
 /// # Errors
 /// If the model cannot be opened or an address cannot be served.
@@ -59,7 +63,12 @@ pub async fn run(role: WorkerRole, args: WorkerArgs) -> anyhow::Result<()> {
         load: Arc::clone(&load),
         geometry: model.geometry(),
     });
-    let bounds = Bounds { context: model.shape().context, vocabulary: model.shape().vocabulary, requests };
+    let bounds = Bounds {
+        context: model.shape().context,
+        vocabulary: model.shape().vocabulary,
+        requests,
+        drain: Duration::from_secs(args.drain_seconds),
+    };
 
     let listener = bind(args.listen, "--listen").await?;
     let address = listener.local_addr()?;
@@ -76,7 +85,7 @@ pub async fn run(role: WorkerRole, args: WorkerArgs) -> anyhow::Result<()> {
     let metrics = tokio::spawn(serve_metrics(metrics_listener, Arc::clone(&load)));
     tracing::info!(name = args.name, %address, metrics = %metrics_address, "worker ready");
 
-    serve(listener, Worker::new(shared, bounds), &load, Duration::from_secs(args.drain_seconds)).await?;
+    serve(listener, Worker::new(shared, bounds), &load, bounds.drain).await?;
     reporter.abort();
     metrics.abort();
     store.close().await;
@@ -144,34 +153,33 @@ async fn serve(
         .max_encoding_message_size(MESSAGE_BYTES_MAX);
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
-    let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
     let draining = Arc::clone(load);
     tokio::spawn(async move {
         tokio::select! {
             _ = terminate.recv() => {}
             _ = interrupt.recv() => {}
         }
-        tracing::info!("stopping: running requests end first");
-        draining.drain();
-        // The server may have ended by itself.
-        stop.send(()).ok();
+        draining.drain(Instant::now() + drain);
     });
+    let stopping = Arc::clone(load);
     let mut server = tokio::spawn(
         Server::builder().add_service(health_service).add_service(service).serve_with_incoming_shutdown(
             TcpIncoming::from(listener).with_nodelay(Some(true)),
             async move {
-                drop(stopped.await);
+                stopping.drained().await;
+                tracing::info!("stopping: running requests end first");
             },
         ),
     );
-    let draining = async {
-        load.drained().await;
-        tokio::time::sleep(drain).await;
+    let overdue = async {
+        load.left().await;
+        tracing::info!("the time is over: running requests are given back");
+        tokio::time::sleep(GIVE_BACK).await;
     };
     tokio::select! {
         ended = &mut server => ended??,
-        () = draining => {
-            tracing::warn!("requests were still running after {} s; they are cut off", drain.as_secs());
+        () = overdue => {
+            tracing::warn!("some callers did not take their requests back; they are cut off");
             server.abort();
         }
     }
