@@ -22,7 +22,7 @@ from vllm.v1.kv_cache_interface import (  # noqa: E402
     FullAttentionSpec,
     KVCacheConfig,
     KVCacheGroupSpec,
-    SlidingWindowSpec,
+    MambaSpec,
 )
 
 pytestmark = pytest.mark.filterwarnings("default")
@@ -31,13 +31,13 @@ TOKENS = 32
 BLOCKS = 64
 
 
-def spec(kind: Any = FullAttentionSpec, tokens: int = TOKENS, **more: Any) -> Any:
-    return kind(block_size=tokens, num_kv_heads=2, head_size=16, dtype=torch.bfloat16, **more)
+def spec(tokens: int = TOKENS) -> Any:
+    return FullAttentionSpec(block_size=tokens, num_kv_heads=2, head_size=16, dtype=torch.bfloat16)
 
 
-def cache_config(groups: int = 1, kind: Any = FullAttentionSpec, **more: Any) -> KVCacheConfig:
-    each = [KVCacheGroupSpec(LAYERS, spec(kind, **more)) for _ in range(groups)]
-    return KVCacheConfig(num_blocks=BLOCKS, kv_cache_tensors=[], kv_cache_groups=each)
+def cache_config(tokens: int = TOKENS) -> KVCacheConfig:
+    groups = [KVCacheGroupSpec(LAYERS, spec(tokens))]
+    return KVCacheConfig(num_blocks=BLOCKS, kv_cache_tensors=[], kv_cache_groups=groups)
 
 
 def vllm_config(socket: Path, rank: int = 0, **changes: Any) -> Any:
@@ -340,16 +340,18 @@ def test_engines_that_differ_share_nothing(daemon: Daemon, change: dict[str, Any
         connector.register_kv_caches(tensors())
         layout = connector.get_handshake_metadata()
         assert layout is not None
-        spaces.append(layout.manifest)  # type: ignore[attr-defined]
+        spaces += layout.manifests  # type: ignore[attr-defined]
         connector.shutdown()
     assert None not in spaces
     assert spaces[0] != spaces[1]
 
 
-@pytest.mark.parametrize("caches", [cache_config(2), cache_config(1, SlidingWindowSpec, sliding_window=64)])
-def test_models_that_are_not_supported_run_without(daemon: Daemon, caches: Any) -> None:
-    """A model with several groups, or with a window: the engine starts, and nothing is matched or stored."""
+def test_models_that_are_not_supported_run_without(daemon: Daemon) -> None:
+    """A model with recurrent states: the engine starts, and nothing is matched or stored."""
     config = vllm_config(daemon.socket)
+    state = MambaSpec(block_size=TOKENS, shapes=((2, 2),), dtypes=(torch.float32,))
+    groups = [KVCacheGroupSpec(LAYERS, spec()), KVCacheGroupSpec(["states"], state)]
+    caches = KVCacheConfig(num_blocks=BLOCKS, kv_cache_tensors=[], kv_cache_groups=groups)
     scheduler = TerraceConnector(config, KVConnectorRole.SCHEDULER, caches)
     worker = TerraceConnector(config, KVConnectorRole.WORKER, caches)
     worker.register_kv_caches(tensors())
