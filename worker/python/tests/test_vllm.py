@@ -1,5 +1,8 @@
 """The vLLM connector's halves with vLLM's own classes and tensors, without a model. Skipped where there is no vLLM."""
 
+import os
+import subprocess
+import sys
 import threading
 import warnings
 from pathlib import Path
@@ -395,3 +398,26 @@ def test_reset_drops_what_is_stored(engine: Engine) -> None:
 def test_options_that_cannot_be_meant(extra: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="kv_connector_extra_config"):
         Options.of(extra, "kv_both")
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one processor: there is nothing to be bound to")
+def test_threads_are_not_bound_to_the_computation(daemon: Daemon) -> None:
+    """vLLM binds the thread that starts us to the processors that compute: saves and loads take them away there."""
+    script = f"""
+import os, threading
+from pathlib import Path
+all_of_them = os.sched_getaffinity(os.getppid())
+os.sched_setaffinity(0, {{min(all_of_them)}})
+import test_vllm
+engine = test_vllm.Engine({str(daemon.socket)!r})
+ours = [thread for thread in threading.enumerate() if thread.name.startswith(("terrace-save", "terrace-load"))]
+assert len(ours) == 2, ours
+assert all(os.sched_getaffinity(thread.native_id) == all_of_them for thread in ours)
+named = [task.parent.name for task in Path("/proc/self/task").glob("*/comm") if "terrace" in task.read_text()]
+assert len(named) >= 2, "the client has threads too"
+assert all(os.sched_getaffinity(int(task)) == all_of_them for task in named)
+assert os.sched_getaffinity(0) == {{min(all_of_them)}}, "the computation stays where it was"
+engine.stop()
+"""
+    # Importing vLLM alone takes a minute on a busy machine.
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(__file__).parent, timeout=5 * PATIENCE)

@@ -14,6 +14,7 @@ from .groups import NULL_BLOCK, Group, Plan
 from .layout import Pieces, RankLayout, manifest
 from .options import Options
 from .orders import Load, Orders, Run, Save
+from .threads import unbound
 
 
 @dataclass(frozen=True)
@@ -90,8 +91,11 @@ class WorkerSide:
         except (ValueError, KeyError, OSError, RuntimeError) as error:
             return RankLayout((), f"{type(error).__name__}: {error}")
         self._parts, self._is_whole = parts, plan.is_whole
-        # The daemon is looked for now, so that a log says at once whether it is there.
-        self.store.session()
+        with unbound():
+            for background in (self._savers, self._loaders):
+                background.start()
+            # The daemon is looked for now, so that a log says at once whether it is there.
+            self.store.session()
         return RankLayout(tuple(part.space.manifest if part is not None else None for part in parts))
 
     def _part(self, vllm_config: Any, group: Group, caches: dict[str, torch.Tensor]) -> Part | None:
