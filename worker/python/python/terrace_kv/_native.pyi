@@ -31,12 +31,14 @@ def connect(
     tenant: str = "",
     token: str = "",
     client_name: str | None = None,
+    answer_within: float | None = None,
 ) -> Session:
     """Opens a session.
 
     ``socket`` is the path of the daemon's lane socket, the quick way on its own machine; ``grpc`` its address,
     ``http://host:port``, for when there is no socket or nobody answers on it, and for streams. An empty tenant
-    is "default". ``client_name`` is what operators see.
+    is "default". ``client_name`` is what operators see. ``answer_within`` are the seconds after which a daemon that
+    says nothing, beyond what a call lets it wait, is given up with :class:`NoAnswer`; without it a minute.
 
     Raises :class:`ConnectError` if nobody answers, :class:`Refused` if the daemon refuses the tenant.
     """
@@ -48,6 +50,7 @@ def connect_async(
     tenant: str = "",
     token: str = "",
     client_name: str | None = None,
+    answer_within: float | None = None,
 ) -> Future[AsyncSession]:
     """As :func:`connect`, for asyncio. Call it in a running event loop."""
 
