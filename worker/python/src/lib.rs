@@ -8,6 +8,7 @@
 
 mod arguments;
 mod block;
+mod copies;
 mod errors;
 mod lease;
 mod owned;
@@ -22,6 +23,8 @@ mod stream;
 mod native {
     #[pymodule_export]
     use crate::block::{Block, WriteBlock};
+    #[pymodule_export]
+    use crate::copies::copy_blocks;
     #[pymodule_export]
     use crate::lease::{AsyncReadLease, AsyncWriteLease, ReadLease, WriteLease};
     #[pymodule_export]

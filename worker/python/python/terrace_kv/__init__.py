@@ -48,6 +48,7 @@ from ._native import (
     chain_keys,
     connect,
     connect_async,
+    copy_blocks,
 )
 
 __all__ = [
@@ -86,4 +87,5 @@ __all__ = [
     "chain_keys",
     "connect",
     "connect_async",
+    "copy_blocks",
 ]

@@ -17,7 +17,7 @@ from typing import Any
 
 from ._errors import ForkedError, NoAnswer, SessionEnded, TerraceError
 from ._manifest import SpaceManifest
-from ._native import Block, ReadLease, Session, Space, WriteBlock, WriteLease, connect
+from ._native import Block, ReadLease, Session, Space, WriteBlock, WriteLease, connect, copy_blocks
 
 ANSWER_SECONDS = 2.0
 """A daemon that says nothing for so long, beyond what a call lets it wait, is given up. Engines can compute instead."""
@@ -178,6 +178,16 @@ class Store:
     def silent(self) -> bool:
         """Whether it is not worth asking now."""
         return self._closed or time.monotonic() < self._silent_until
+
+    def copy_out(self, blocks: Sequence[Block], targets: Sequence[Any], threads: int = 1) -> list[bool]:
+        """Copies whole blocks into buffers; answers which copies were compared with their checksum and are good."""
+        try:
+            good = copy_blocks(blocks, targets, threads=threads)
+        except (TerraceError, BufferError) as error:
+            self._logger.warning("terrace: blocks cannot be copied there: %s", error)
+            good = [False] * len(blocks)
+        self.counters.add("errors", good.count(False))
+        return good
 
     def close(self) -> None:
         """Ends the session; nothing is asked any more."""

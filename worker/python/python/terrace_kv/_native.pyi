@@ -58,6 +58,11 @@ def chain_keys(tokens: Sequence[int], tokens_per_block: int) -> list[bytes]:
     """Keys of the whole blocks of a prompt, 16 bytes each. A key names its block's tokens and all before them.
     The unfilled tail has no key."""
 
+def copy_blocks(blocks: Sequence[Block], targets: Sequence[Buffer], *, threads: int = 1) -> list[bool]:
+    """Copies each block into the writable, contiguous buffer at its place, as :meth:`Block.read_into`, in one call with
+    the interpreter released; with ``threads`` above 1 by so many, if there is much to copy. Answers which copies were
+    compared with their checksum and are the block; a target of another holds anything."""
+
 class _Session:
     @property
     def incarnation(self) -> int:

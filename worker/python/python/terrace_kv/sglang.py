@@ -19,7 +19,6 @@ import torch
 from sglang.srt.mem_cache.hicache_storage import HiCacheStorage, HiCacheStorageConfig, HiCacheStorageExtraInfo
 
 from ._engine import Store, StoreSpace, Target
-from ._errors import TerraceError
 from ._manifest import SpaceManifest
 from ._native import Block, WriteBlock
 from ._versions import advice, installed
@@ -166,17 +165,12 @@ class TerraceStore(HiCacheStorage):
             return [None] * len(keys)
         with self._space.read([_key(key) for key in keys], wait=self._wait, verify=False) as reading:
             pairs = zip(reading.blocks, target_locations, strict=True)
-            return [self._copy(block, target) if block is not None else None for block, target in pairs]
-
-    def _copy(self, block: Block, target: Any) -> torch.Tensor | None:
-        """Copies and compares the copy with the block's checksum."""
-        try:
-            block.read_into(_flat(target))
-        except (TerraceError, BufferError) as error:
-            self._store.counters.add("errors")
-            logger.debug("terrace: a block was lost: %s", error)
-            return None
-        return target
+            found = [(index, block, target) for index, (block, target) in enumerate(pairs) if block is not None]
+            good = self._store.copy_out([block for _, block, _ in found], [_flat(target) for *_, target in found])
+        pages: list[torch.Tensor | None] = [None] * len(keys)
+        for (index, _, target), fine in zip(found, good, strict=True):
+            pages[index] = target if fine else None
+        return pages
 
     def set(self, key: str, value: Any = None, target_location: Any = None, target_sizes: Any = None) -> bool:
         return self.batch_set([key], [value])
