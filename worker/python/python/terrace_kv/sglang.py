@@ -21,7 +21,7 @@ from sglang.srt.mem_cache.hicache_storage import HiCacheStorage, HiCacheStorageC
 from ._engine import Store, StoreSpace, Target
 from ._manifest import SpaceManifest
 from ._native import Block, WriteBlock
-from ._versions import advice, installed
+from ._versions import advice, installed, sglang_shard, sglang_writes
 
 logger = logging.getLogger("sglang.terrace_kv")
 
@@ -62,7 +62,8 @@ class TerraceStore(HiCacheStorage):
         described = f"{type(mem_pool_host).__name__};{getattr(mem_pool_host, 'layout', '')};{lengths};{self._zero_copy}"
         digest = hashlib.blake2b(described.encode(), digest_size=16).hexdigest()
         if config.is_mla_model:
-            topology, rank = f"mla,dcp{config.dcp_size},pp{config.pp_size}", config.dcp_rank
+            rank, parts = sglang_shard(config)
+            topology = f"mla,dcp{parts},pp{config.pp_size}"
         else:
             topology = f"tp{config.tp_size},pp{config.pp_size},cp{config.attn_cp_size}"
             rank = config.tp_rank * config.attn_cp_size + config.attn_cp_rank
@@ -102,7 +103,7 @@ class TerraceStore(HiCacheStorage):
     def batch_set_v1(
         self, keys: list[str], host_indices: torch.Tensor, extra_info: HiCacheStorageExtraInfo | None = None
     ) -> list[bool]:
-        if not self._config.is_storage_writer:
+        if not sglang_writes(self._config):
             return [True] * len(keys)
         return self._put(keys, self._giver(host_indices, len(keys)), self._parent(extra_info))
 
@@ -178,7 +179,7 @@ class TerraceStore(HiCacheStorage):
     def batch_set(
         self, keys: list[str], values: Any = None, target_locations: Any = None, target_sizes: Any = None
     ) -> bool:
-        if not self._config.is_storage_writer:
+        if not sglang_writes(self._config):
             return True
         if values is None:
             return False
