@@ -50,7 +50,10 @@ def caches(*specs: Any, hash_tokens: int | None = 32) -> KVCacheConfig:
         KVCacheGroupSpec([f"layers.{2 * index + half}.attn" for half in range(2)], one)
         for index, one in enumerate(specs)
     ]
-    return KVCacheConfig(num_blocks=BLOCKS, kv_cache_tensors=[], kv_cache_groups=groups, hash_block_size=hash_tokens)
+    config = KVCacheConfig(num_blocks=BLOCKS, kv_cache_tensors=[], kv_cache_groups=groups)
+    # Told since vLLM 0.32.
+    config.hash_block_size = hash_tokens
+    return config
 
 
 FULL = spec(FullAttentionSpec)

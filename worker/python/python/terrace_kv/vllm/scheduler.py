@@ -20,6 +20,8 @@ from .questions import Question, Shelf, look_up, needed
 
 # An idle daemon answers within this time, and the request need not come back in another step.
 GRACE_SECONDS = 0.002
+# While no other request runs nobody waits with it, and each empty step costs more than a late answer.
+GRACE_ALONE_SECONDS = 0.05
 # Beyond what slower tiers may take: then the daemon hangs.
 PATIENCE_SECONDS = 1.0
 QUESTIONS_MAX = 64
@@ -137,7 +139,7 @@ class SchedulerSide:
         question = Question(start, end, keys, deadline)
         self._questions[request.request_id] = question
         if self._background.submit(lambda: self._answer(question)):
-            question.done.wait(GRACE_SECONDS)
+            question.done.wait(GRACE_SECONDS if self._tracked else GRACE_ALONE_SECONDS)
         else:
             question.done.set()
         return question
