@@ -4,7 +4,7 @@ import importlib.metadata
 from typing import Any
 
 SUPPORTED: dict[str, tuple[str, ...]] = {
-    "vllm": ("0.32",),
+    "vllm": ("0.31", "0.32"),
     "lmcache": ("0.5",),
     "sglang": ("0.5",),
 }
