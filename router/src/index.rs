@@ -62,6 +62,7 @@ impl Index {
             tenant: config.tenant.clone(),
             token: config.token.clone(),
             client_name: format!("{} pid {}", config.name, std::process::id()),
+            answer_within: None,
         });
         let (publish, current) = watch::channel(None);
         let keeper = tokio::spawn(keep_open(connector, publish)).abort_handle();

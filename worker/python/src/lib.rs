@@ -8,6 +8,7 @@
 
 mod arguments;
 mod block;
+mod copies;
 mod device;
 mod dlpack;
 mod errors;
@@ -25,6 +26,7 @@ mod native {
     #[pymodule_export]
     use crate::block::{Block, WriteBlock};
     #[pymodule_export]
+    use crate::copies::copy_blocks;
     use crate::device::{Device, DeviceBlock, DeviceChunk, open_device};
     #[pymodule_export]
     use crate::lease::{AsyncReadLease, AsyncWriteLease, ReadLease, WriteLease};

@@ -52,6 +52,7 @@ from ._native import (
     chain_keys,
     connect,
     connect_async,
+    copy_blocks,
     open_device,
 )
 
@@ -95,5 +96,6 @@ __all__ = [
     "chain_keys",
     "connect",
     "connect_async",
+    "copy_blocks",
     "open_device",
 ]

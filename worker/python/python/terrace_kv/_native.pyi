@@ -31,12 +31,14 @@ def connect(
     tenant: str = "",
     token: str = "",
     client_name: str | None = None,
+    answer_within: float | None = None,
 ) -> Session:
     """Opens a session.
 
     ``socket`` is the path of the daemon's lane socket, the quick way on its own machine; ``grpc`` its address,
     ``http://host:port``, for when there is no socket or nobody answers on it, and for streams. An empty tenant
-    is "default". ``client_name`` is what operators see.
+    is "default". ``client_name`` is what operators see. ``answer_within`` are the seconds after which a daemon that
+    says nothing, beyond what a call lets it wait, is given up with :class:`NoAnswer`; without it a minute.
 
     Raises :class:`ConnectError` if nobody answers, :class:`Refused` if the daemon refuses the tenant.
     """
@@ -48,12 +50,18 @@ def connect_async(
     tenant: str = "",
     token: str = "",
     client_name: str | None = None,
+    answer_within: float | None = None,
 ) -> Future[AsyncSession]:
     """As :func:`connect`, for asyncio. Call it in a running event loop."""
 
 def chain_keys(tokens: Sequence[int], tokens_per_block: int) -> list[bytes]:
     """Keys of the whole blocks of a prompt, 16 bytes each. A key names its block's tokens and all before them.
     The unfilled tail has no key."""
+
+def copy_blocks(blocks: Sequence[Block], targets: Sequence[Buffer], *, threads: int = 1) -> list[bool]:
+    """Copies each block into the writable, contiguous buffer at its place, as :meth:`Block.read_into`, in one call with
+    the interpreter released; with ``threads`` above 1 by so many, if there is much to copy. Answers which copies were
+    compared with their checksum and are the block; a target of another holds anything."""
 
 def open_device(name: str) -> Device:
     """Opens a device: ``cuda:0``, or ``host-only``, host memory that stands in for one (for tests).
