@@ -163,7 +163,7 @@ impl GrpcLink {
             Op::Prefetch(message) => ask!(Prefetch, prefetch, message),
             Op::Retain(message) => ask!(Retain, retain, message),
             Op::Clear(message) => ask!(Clear, clear, message),
-            Op::Hello(_) | Op::MapChunk(_) | Op::ReturnWindow(_) => {
+            Op::Hello(_) | Op::MapChunk(_) | Op::ReturnWindow(_) | Op::Shrink(_) => {
                 Err(GrpcStatus::unimplemented("this request exists on the lane only"))
             }
         }

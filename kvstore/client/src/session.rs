@@ -408,6 +408,7 @@ impl Session {
             spaces: self.bundle(spaces)?,
             keys: keys_to_wire(keys, self.inner.blocks_max)?,
             mode: mode_to_wire(mode),
+            ..Default::default()
         };
         let answer = call!(self, Match, request);
         let blocks = answer.blocks.into_iter().map(|block| BlockMatch {
@@ -492,7 +493,7 @@ impl Session {
         keys: &[impl AsRef<[u8]>],
     ) -> Result<Prefetched, ClientError> {
         let keys = self.keys(space, keys)?;
-        let request = v1::PrefetchRequest { space: space.handle, keys, want_tier: Tier::Unspecified.into() };
+        let request = v1::PrefetchRequest { space: space.handle, keys, ..Default::default() };
         let answer = call!(self, Prefetch, request);
         Ok(Prefetched { started: answer.started, resident: answer.resident })
     }

@@ -330,6 +330,7 @@ async fn answer(service: &Service, session: &Session, op: Option<Op>) -> Answere
         Some(Op::Retain(request)) => Wire::Retain(service.retain(session, request).await?),
         Some(Op::Clear(request)) => Wire::Clear(service.clear(session, request).await?),
         Some(Op::MapChunk(request)) => return map_chunk(service, session, request).await,
+        Some(Op::Shrink(request)) => Wire::Shrunk(service.shrink(session, request).await?),
         Some(Op::ReturnWindow(request)) => {
             Wire::WindowReturned(service.return_window(session, request).await?)
         }
@@ -353,6 +354,8 @@ async fn map_chunk(service: &Service, session: &Session, request: v1::MapChunk) 
         bytes: memory.bytes().get(),
         fence_bytes: (u64::from(memory.frames()) * 8).next_multiple_of(terrace_media::PAGE_BYTES),
         writable: access == MapAccess::Write,
+        tier: v1::Tier::Pinned.into(),
+        device: 0,
     };
     Ok((lane_response::Result::MappedChunk(mapped), descriptors))
 }
