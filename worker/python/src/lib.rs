@@ -27,6 +27,7 @@ mod native {
     use crate::block::{Block, WriteBlock};
     #[pymodule_export]
     use crate::copies::copy_blocks;
+    #[pymodule_export]
     use crate::device::{Device, DeviceBlock, DeviceChunk, open_device};
     #[pymodule_export]
     use crate::lease::{AsyncReadLease, AsyncWriteLease, ReadLease, WriteLease};
