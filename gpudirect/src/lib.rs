@@ -1,16 +1,34 @@
 //! Device memory for the Hbm tier: what is there, and how bytes get in and out.
 //!
 //! Promises: compiles and runs on any machine; a machine without a driver is a
-//! plain fact ([`HbmStatus::Off`]), never a panic; a transfer owns its host
-//! buffer until the device has let go of it. Leaves to others: which block goes
-//! where (the core), and what the bytes mean.
+//! plain fact ([`HbmStatus::Off`]), never a panic; a copy keeps the memory that
+//! it touches until the device has let go of it. Leaves to others: which block
+//! goes where (the core), and what the bytes mean.
 
+mod copies;
 mod cuda;
-mod host;
-mod memory;
+mod device;
+mod error;
+mod files;
+mod host_bytes;
+mod host_only;
+pub mod kernels;
+mod pinned;
+mod span;
 mod status;
 
-pub use cuda::{CudaBuffer, CudaChunk, CudaMemory, CudaTransfer};
-pub use host::{HostBuffer, HostChunk, HostMemory, HostTransfer};
-pub use memory::{Buffer, Chunk, DeviceError, DeviceMemory, Returned, Transfer};
+pub use copies::{Copies, CopyCounts, CopyLimits, Ends, Job, JobId, Refused};
+pub use cuda::Cuda;
+pub use device::{
+    Chunk, ChunkMemory, Device, DeviceInfo, DeviceKind, Kept, Lane, Mark, Registered, Registration, Room,
+};
+pub use error::DeviceError;
+pub use files::{
+    FileChoice, FileJob, FileLimits, FileOperation, FileRate, FileRefused, Gds, GdsFile, GdsInfo, Prepared,
+    Submission, log_to, measure_files,
+};
+pub use host_bytes::HostBytes;
+pub use host_only::{Fault, HostOnly};
+pub use pinned::{Added, Pinned, SLICE_BYTES};
+pub use span::{DeviceBytes, Direction, Piece, Span};
 pub use status::{Gpu, HbmStatus, probe};

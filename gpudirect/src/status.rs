@@ -1,7 +1,11 @@
 //! What devices this machine has.
 
-use cudarc::driver::CudaContext;
+use std::time::Duration;
+
 use terrace_core::ByteCount;
+
+use crate::cuda::{count, gpu, load, within};
+use crate::error::DeviceError;
 
 /// Whether the Hbm tier can be on.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -22,13 +26,13 @@ pub enum HbmStatus {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Gpu {
     /// Its number for the driver.
-    pub ordinal: usize,
+    pub ordinal: u32,
     /// For example "NVIDIA H100 80GB HBM3".
     pub name: String,
     /// Memory in all.
     pub bytes: ByteCount,
     /// Major and minor number.
-    pub compute_capability: (i32, i32),
+    pub compute_capability: (u32, u32),
 }
 
 impl std::fmt::Display for HbmStatus {
@@ -43,38 +47,21 @@ impl std::fmt::Display for HbmStatus {
     }
 }
 
-/// Whether the driver's library can be loaded. Every call into cudarc comes after it.
-pub(crate) fn driver_present() -> bool {
-    // SAFETY: it only tries to open the library; the driver's initialisers may run.
-    unsafe { cudarc::driver::sys::is_culib_present() }
-}
+/// Drivers that hang do so for good.
+const PROBE_WITHIN: Duration = Duration::from_secs(60);
 
 /// Asks the driver, if there is one. Takes a second on a machine with devices,
 /// microseconds without; call it once and off the runtime's threads.
 pub fn probe() -> HbmStatus {
-    if !driver_present() {
-        return HbmStatus::Off { reason: "no CUDA driver: Hbm tier off".to_owned() };
-    }
-    match devices() {
-        Ok(gpus) if gpus.is_empty() => {
-            HbmStatus::Off { reason: "CUDA driver finds no device: Hbm tier off".to_owned() }
-        }
+    let off = |reason: String| HbmStatus::Off { reason: format!("{reason}: Hbm tier off") };
+    let asked = within("asking for devices", PROBE_WITHIN, || {
+        load()?;
+        (0..count()?).map(gpu).collect::<Result<Vec<_>, _>>()
+    });
+    match asked.and_then(|gpus| gpus) {
+        Ok(gpus) if gpus.is_empty() => off("CUDA driver finds no device".to_owned()),
         Ok(gpus) => HbmStatus::Present { gpus },
-        Err(error) => HbmStatus::Off { reason: format!("CUDA driver: {error}: Hbm tier off") },
+        Err(DeviceError::NoDriver { detail }) => off(format!("no CUDA driver ({detail})")),
+        Err(error) => off(error.to_string()),
     }
-}
-
-fn devices() -> Result<Vec<Gpu>, cudarc::driver::DriverError> {
-    let count = usize::try_from(CudaContext::device_count()?).unwrap_or(0);
-    (0..count)
-        .map(|ordinal| {
-            let context = CudaContext::new(ordinal)?;
-            Ok(Gpu {
-                ordinal,
-                name: context.name()?,
-                bytes: ByteCount::new(context.total_mem()? as u64),
-                compute_capability: context.compute_capability()?,
-            })
-        })
-        .collect()
 }

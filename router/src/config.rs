@@ -6,6 +6,8 @@ use std::time::Duration;
 
 use clap::Parser;
 
+use crate::caller::Callers;
+
 /// Most daemons that one router follows.
 pub const DAEMONS_MAX: usize = 1024;
 
@@ -46,6 +48,17 @@ pub struct Options {
     /// Most requests waiting for a worker; more are answered 429.
     #[arg(long, default_value_t = 256)]
     pub queue_max: usize,
+    /// A worker whose prompts take longer than this to compute is sent no other one, in milliseconds, as long as it
+    /// has two; requests wait in the router, where they can be overtaken.
+    #[arg(long, default_value_t = 1000)]
+    pub worker_queue_ms: u64,
+    /// Header that names the tenant of a request; a proxy in front should set it. Without it, each API key is a
+    /// tenant.
+    #[arg(long, value_name = "NAME", default_value = "x-gateway-inference-fairness-id")]
+    pub tenant_header: String,
+    /// Share of a tenant when requests wait, against 1 for others; may be given several times.
+    #[arg(long, value_name = "TENANT=WEIGHT")]
+    pub tenant_weight: Vec<String>,
     /// Longest life of one request, in seconds.
     #[arg(long, default_value_t = 600)]
     pub request_seconds_max: u64,
@@ -61,6 +74,10 @@ pub struct Options {
     /// Most workers that one request is tried on.
     #[arg(long, default_value_t = 4)]
     pub attempts_max: u32,
+    /// How long a worker may say nothing in the middle of an answer before another one goes on with it, in
+    /// milliseconds. Its first word may take ten times the estimate longer.
+    #[arg(long, default_value_t = 30_000)]
+    pub stall_ms: u64,
     /// Time in which a first token is wanted, in seconds; a request for which it is not expected in time is
     /// answered 429. A request may say its own by the header `x-first-token-ms`. The default is none.
     #[arg(long, value_name = "SECONDS")]
@@ -96,6 +113,10 @@ pub struct Config {
     pub requests_max: usize,
     /// Most requests waiting for a worker.
     pub queue_max: usize,
+    /// Time of computing that a worker is given in advance.
+    pub worker_queue: Duration,
+    /// How tenants are told apart.
+    pub callers: Callers,
     /// Longest life of one request.
     pub request_time_max: Duration,
     /// Longest wait for a worker to appear.
@@ -106,6 +127,8 @@ pub struct Config {
     pub index_bytes_max: u64,
     /// Most workers that one request is tried on.
     pub attempts_max: u32,
+    /// Longest silence of a worker in the middle of an answer.
+    pub stall: Duration,
     /// Time in which a first token is wanted, if the request does not say its own.
     pub first_token_by: Option<Duration>,
     /// How freely a request goes to a worker that is nearly as good as the best one.
@@ -145,6 +168,18 @@ pub enum BadConfig {
         /// The address.
         found: String,
     },
+    /// A header name that HTTP does not allow.
+    #[error("--tenant-header {found} is no name of a header")]
+    TenantHeader {
+        /// What was given.
+        found: String,
+    },
+    /// A weight that is none.
+    #[error("--tenant-weight {found}: write it like NAME=2, with a weight from 0.01 to 100")]
+    TenantWeight {
+        /// What was given.
+        found: String,
+    },
     /// The daemon's address is no URL.
     #[error("--grpc {found} is no address; write it like http://127.0.0.1:7100")]
     Address {
@@ -164,6 +199,7 @@ impl Options {
             ("requests-max", self.requests_max as u64),
             ("queue-max", self.queue_max as u64),
             ("request-seconds-max", self.request_seconds_max),
+            ("stall-ms", self.stall_ms),
             ("attempts-max", u64::from(self.attempts_max)),
         ];
         if let Some((name, _)) = limits.into_iter().find(|(_, limit)| *limit == 0) {
@@ -201,11 +237,14 @@ impl Options {
             body_bytes_max: self.body_bytes_max,
             requests_max: self.requests_max,
             queue_max: self.queue_max,
+            worker_queue: Duration::from_millis(self.worker_queue_ms),
+            callers: Callers::new(&self.tenant_header, &self.tenant_weight)?,
             request_time_max: Duration::from_secs(self.request_seconds_max),
             worker_wait: Duration::from_millis(self.worker_wait_ms),
             index_wait: Duration::from_millis(self.index_wait_ms),
             index_bytes_max: self.index_bytes_max,
             attempts_max: self.attempts_max,
+            stall: Duration::from_millis(self.stall_ms),
             first_token_by,
             temperature: self.temperature,
         })
@@ -233,6 +272,11 @@ mod tests {
         assert_eq!(twice, BadConfig::Twice { found: "http://a:1".to_owned() });
         let both = options(&["--grpc", "http://a:1", "--grpc", "http://b:1"]).check().unwrap();
         assert_eq!(both.grpc, ["http://a:1", "http://b:1"]);
+        for weight in ["a", "a=0", "a=x", "a=inf"] {
+            let error = options(&["--tenant-weight", weight]).check().unwrap_err();
+            assert_eq!(error, BadConfig::TenantWeight { found: weight.to_owned() });
+        }
+        assert!(options(&["--tenant-header", "a b"]).check().is_err());
         assert!(options(&["--temperature", "NaN"]).check().is_err());
         assert!(options(&["--first-token-seconds-max", "0"]).check().is_err());
         let wanted = options(&["--first-token-seconds-max", "1.5"]).check().unwrap().first_token_by;

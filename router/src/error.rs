@@ -61,18 +61,24 @@ impl ApiError {
         let message = format!(
             "the first token is expected after {expected:.1} s and was wanted within {wanted:.1} s; retry later"
         );
-        #[expect(
-            clippy::cast_possible_truncation,
-            clippy::cast_sign_loss,
-            reason = "clamped to a range of whole numbers"
-        )]
-        let seconds = (expected - wanted).ceil().clamp(1.0, f64::from(RETRY_SECONDS_MAX)) as u32;
-        Self { retry_after: Some(seconds), ..Self::busy(message) }.code("deadline_exceeded")
+        Self::busy(message).retry_in(expected - wanted).code("deadline_exceeded")
     }
 
     /// Nobody is there to serve the request.
     pub fn no_worker(message: impl Into<String>) -> Self {
         Self { retry_after: Some(2), ..Self::new(StatusCode::SERVICE_UNAVAILABLE, message) }.code("no_worker")
+    }
+
+    /// The same error with a time after which a retry makes sense.
+    #[must_use]
+    #[expect(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        reason = "clamped to a range of whole numbers"
+    )]
+    pub fn retry_in(self, seconds: f64) -> Self {
+        let seconds = seconds.ceil().clamp(1.0, f64::from(RETRY_SECONDS_MAX)) as u32;
+        Self { retry_after: Some(seconds), ..self }
     }
 
     /// The same error with a word for programs.

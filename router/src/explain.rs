@@ -18,7 +18,7 @@ use crate::fleet::Worker;
 use crate::http::{read_body, tokenize};
 use crate::models::Model;
 use crate::place::source::View;
-use crate::place::{self, Candidate, Considered};
+use crate::place::{self, Considered};
 use crate::request::{Ask, Endpoint};
 use crate::serve::Router;
 

@@ -103,6 +103,8 @@ pub struct Worker {
     pub channel: Channel,
     /// Whether this router alone fills all its places.
     pub is_filled: bool,
+    /// Prompts that this router has sent to it and that are not computed.
+    pub prompts: usize,
     own: Arc<Own>,
 }
 
@@ -125,6 +127,25 @@ pub struct InFlight {
     own: Arc<Own>,
     job: u64,
     changed: watch::Sender<()>,
+}
+
+impl Worker {
+    /// Blocks from the first of a prompt that it will have when it begins with it; see [`Active::coming`].
+    pub fn coming(&self, blocks: &[u64]) -> usize {
+        let now = self.own.seconds();
+        self.own.lock().active.coming(blocks, now, self.reported())
+    }
+
+    fn reported(&self) -> Reported {
+        reported(&self.load)
+    }
+}
+
+fn reported(load: &WorkerLoad) -> Reported {
+    Reported {
+        requests: load.active_requests.saturating_add(load.queued_requests),
+        pending_tokens: load.pending_tokens,
+    }
 }
 
 impl InFlight {
@@ -225,10 +246,13 @@ impl Fleet {
     }
 
     /// Counts one request with this many prompt tokens to compute, in about so
-    /// many seconds, from now on.
-    pub fn begin(&self, worker: &Worker, tokens: u64, seconds: f64) -> InFlight {
+    /// many seconds, from now on. Its prompt consists of `blocks`.
+    pub fn begin(&self, worker: &Worker, tokens: u64, seconds: f64, blocks: Arc<[u64]>) -> InFlight {
         let now = worker.own.seconds();
-        let job = worker.own.lock().active.send(tokens, seconds, now);
+        let mut known = worker.own.lock();
+        let job = known.active.send(tokens, seconds, now);
+        known.active.brings(job, blocks);
+        drop(known);
         InFlight { own: Arc::clone(&worker.own), job, changed: self.changed.clone() }
     }
 
@@ -267,6 +291,15 @@ impl Fleet {
     pub fn busy(&self, worker: &Worker, now: Instant) {
         if let Some(entry) = self.lock().entry(worker) {
             entry.is_busy = true;
+            entry.suspended_until = Some(now + SUSPEND_BUSY);
+        }
+    }
+
+    /// The worker is on its way out: it is offered nothing until it reports otherwise.
+    pub fn leaving(&self, worker: &Worker, now: Instant) {
+        if let Some(entry) = self.lock().entry(worker) {
+            entry.load.draining = true;
+            // A report from before it began to leave may still be on its way.
             entry.suspended_until = Some(now + SUSPEND_BUSY);
         }
     }
@@ -330,10 +363,7 @@ impl Entry {
 
     fn worker(&self, space: usize) -> Worker {
         let load = &self.load;
-        let reported = Reported {
-            requests: load.active_requests.saturating_add(load.queued_requests),
-            pending_tokens: load.pending_tokens,
-        };
+        let reported = reported(load);
         let now = self.own.seconds();
         let known = self.own.lock();
         let guess = || Prefill::of_rate(load.prefill_tokens_per_second);
@@ -355,6 +385,7 @@ impl Entry {
             load: load.clone(),
             candidate,
             channel: self.channel.clone(),
+            prompts: known.active.prompts(now, reported),
             is_filled: load.requests_max > 0 && known.active.count() >= load.requests_max,
             own: Arc::clone(&self.own),
         }

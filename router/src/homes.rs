@@ -12,6 +12,9 @@ use terrace_proto::v1::ObserveResponse;
 use crate::fleet::Worker;
 use crate::place::Candidate;
 
+/// Names that are remembered after their last report.
+const KEPT_MAX: usize = 1024;
+
 /// Daemons by worker.
 #[derive(Debug, Default)]
 pub struct Homes {
@@ -52,13 +55,14 @@ impl Homes {
         workers: impl IntoIterator<Item = &'a Worker>,
         daemons: usize,
     ) -> Vec<Candidate> {
-        let known = self.lock();
-        let place = |worker: &Worker| {
-            let daemon = known.get(&worker.load.name).copied().unwrap_or(0).min(daemons.saturating_sub(1));
-            let space = worker.candidate.space * daemons + daemon;
-            Candidate { view: space, space, ..worker.candidate.clone() }
-        };
-        workers.into_iter().map(place).collect()
+        workers.into_iter().map(|worker| self.candidate(worker, daemons)).collect()
+    }
+
+    /// One of [`Homes::candidates`].
+    pub fn candidate(&self, worker: &Worker, daemons: usize) -> Candidate {
+        let daemon = self.lock().get(&worker.load.name).copied().unwrap_or(0).min(daemons.saturating_sub(1));
+        let space = worker.candidate.space * daemons + daemon;
+        Candidate { view: space, space, ..worker.candidate.clone() }
     }
 
     fn lock(&self) -> MutexGuard<'_, BTreeMap<String, usize>> {
@@ -66,9 +70,6 @@ impl Homes {
         self.by_worker.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
-
-/// Names that are remembered after their last report.
-const KEPT_MAX: usize = 1024;
 
 #[cfg(test)]
 mod tests {

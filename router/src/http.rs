@@ -15,6 +15,7 @@ use serde_json::{Value, json};
 use terrace_proto::v1::{WorkerLoad, WorkerRole};
 use tokio::sync::mpsc;
 
+use crate::admit::Caller;
 use crate::error::ApiError;
 use crate::explain;
 use crate::generate::{self, Event, Job};
@@ -138,10 +139,12 @@ async fn serve(router: Arc<Router>, endpoint: Endpoint, request: Request) -> Res
     let id = request.extensions().get::<RequestId>().map_or_else(new_id, |id| id.0.clone());
     let (parts, body) = request.into_parts();
     let first_token_by = first_token_by(&parts.headers)?.or(router.config.first_token_by);
-    let place = router.admit()?;
+    let mut caller = router.config.callers.caller(&parts.headers);
+    let place = router.admit(&caller)?;
     let body = read_body(&parts.headers, body, router.config.body_bytes_max).await?;
     let ask = Ask::parse(endpoint, &body)?;
     drop(body);
+    (caller.class, caller.priority) = (ask.class, ask.priority);
     let model = router.models.named(ask.model.as_deref())?;
     let frame = Frame {
         endpoint,
@@ -151,7 +154,7 @@ async fn serve(router: Arc<Router>, endpoint: Endpoint, request: Request) -> Res
         with_usage: ask.delivery == Delivery::StreamWithUsage,
     };
     let delivery = ask.delivery;
-    let job = Job { first_token_by, ..prepare(&router, model, ask, id, arrived).await? };
+    let job = Job { first_token_by, ..prepare(&router, model, caller, ask, id, arrived).await? };
     let events = generate::start(router, job, place);
     match delivery {
         Delivery::Whole => whole(&frame, events).await,
@@ -172,6 +175,7 @@ fn first_token_by(headers: &HeaderMap) -> Result<Option<Duration>, ApiError> {
 async fn prepare(
     router: &Arc<Router>,
     model: Arc<Model>,
+    caller: Caller,
     ask: Ask,
     id: String,
     arrived: Instant,
@@ -186,6 +190,7 @@ async fn prepare(
     }
     let room = u32::try_from(context - tokens.len()).unwrap_or(u32::MAX);
     Ok(Job {
+        caller,
         id,
         model,
         tokens,

@@ -160,6 +160,7 @@ impl Daemon {
             tenant: config.tenant.clone(),
             token: config.token.clone(),
             client_name: format!("{} pid {}", config.name, std::process::id()),
+            answer_within: None,
         });
         let shown = Arc::new(Shown::default());
         let mirror = Mirror::new(Arc::clone(blocks), number, Arc::clone(&shown));

@@ -2,10 +2,11 @@
 //!
 //! A request passes [`http`] (routes, limits, shapes), becomes a [`generate`]
 //! task, and is placed by [`place`], a pure function that minimises the
-//! estimated time to the first token. [`fleet`] knows the workers, [`homes`]
-//! which daemon each works with, [`index`] follows the daemons and knows what is
-//! cached, [`models`] has the tokenizers. The router holds no state that it does
-//! not learn again within seconds of a restart.
+//! estimated time to the first token; before that it waits for its turn in
+//! [`admit`]. [`fleet`] knows the workers, [`homes`] which daemon each works with,
+//! [`index`] follows the daemons and knows what is cached, [`models`] has the
+//! tokenizers. The router holds no state that it does not learn again within
+//! seconds of a restart.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -14,6 +15,8 @@ use std::time::Duration;
 use anyhow::Context;
 use tokio::signal::unix::{SignalKind, signal};
 
+pub mod admit;
+pub mod caller;
 pub mod config;
 pub mod error;
 pub mod explain;

@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use prometheus::{
-    Encoder, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
-    TextEncoder,
+    Encoder, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts,
+    Registry, TextEncoder,
 };
 
 use crate::response::Usage;
@@ -26,6 +26,8 @@ pub struct Metrics {
     cancelled: IntCounter,
     index_misses: IntCounter,
     late: IntCounter,
+    refused: IntCounterVec,
+    queue: HistogramVec,
     ttft: Histogram,
     estimate_ratio: Histogram,
     /// Requests in progress.
@@ -69,9 +71,6 @@ impl Metrics {
             registry.register(Box::new(histogram.clone()))?;
             Ok::<_, prometheus::Error>(histogram)
         };
-        let workers =
-            IntGaugeVec::new(Opts::new("terrace_router_workers", "Workers known, by role."), &["role"])?;
-        registry.register(Box::new(workers.clone()))?;
         let requests = "Requests answered, by route and HTTP status.";
         let failures = "Calls to workers that failed, by role.";
         let placements = "Requests placed, by path: direct to decode, or through a separate prefill.";
@@ -102,6 +101,12 @@ impl Metrics {
                 "terrace_router_index_failures_total",
                 "Requests placed without the block index, as it did not answer in time.",
             )?,
+            refused: counters(
+                "terrace_router_refused_total",
+                "Requests turned away at once, by what was full.",
+                &["full"],
+            )?,
+            queue: queue_times(&registry)?,
             ttft: histogram(
                 "terrace_router_ttft_seconds",
                 "Time from the arrival of a request to its first token.",
@@ -110,7 +115,7 @@ impl Metrics {
             estimate_ratio: histogram("terrace_router_ttft_estimate_ratio", ratio, &RATIOS)?,
             in_progress: gauge("terrace_router_requests_in_progress", "Requests in progress.")?,
             waiting: gauge("terrace_router_requests_waiting", "Requests waiting for a worker.")?,
-            workers,
+            workers: worker_counts(&registry)?,
             registry,
         })
     }
@@ -164,6 +169,16 @@ impl Metrics {
         self.late.inc();
     }
 
+    /// Counts a request that was turned away.
+    pub fn refused(&self, full: &str) {
+        self.refused.with_label_values(&[full]).inc();
+    }
+
+    /// Records how long a request waited for its turn.
+    pub fn waited(&self, class: &str, waited: Duration) {
+        self.queue.with_label_values(&[class]).observe(waited.as_secs_f64());
+    }
+
     /// Counts a look-up that failed or took too long.
     pub fn index_failed(&self) {
         self.index_misses.inc();
@@ -181,6 +196,23 @@ impl Metrics {
         TextEncoder::new().encode(&self.registry.gather(), &mut bytes)?;
         Ok(String::from_utf8_lossy(&bytes).into_owned())
     }
+}
+
+/// Times in the queue, by class.
+fn queue_times(registry: &Registry) -> Result<HistogramVec, prometheus::Error> {
+    let options = HistogramOpts::new(
+        "terrace_router_queue_seconds",
+        "Time that requests waited for their turn, by service class.",
+    );
+    let times = HistogramVec::new(options.buckets(SECONDS.to_vec()), &["class"])?;
+    registry.register(Box::new(times.clone()))?;
+    Ok(times)
+}
+
+fn worker_counts(registry: &Registry) -> Result<IntGaugeVec, prometheus::Error> {
+    let counts = IntGaugeVec::new(Opts::new("terrace_router_workers", "Workers known, by role."), &["role"])?;
+    registry.register(Box::new(counts.clone()))?;
+    Ok(counts)
 }
 
 #[cfg(test)]

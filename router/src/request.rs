@@ -10,6 +10,7 @@ use axum::http::StatusCode;
 use serde_json::{Map, Value};
 use terrace_worker::chat::Message;
 
+use crate::admit::queue::Class;
 use crate::error::ApiError;
 
 /// Most stop texts, as OpenAI has it.
@@ -80,6 +81,10 @@ pub struct Ask {
     pub top_p: f32,
     /// Seed of the sampler; `None` lets the router choose.
     pub seed: Option<u64>,
+    /// Service class.
+    pub class: Class,
+    /// Lower goes first among the caller's own requests.
+    pub priority: i32,
 }
 
 impl Ask {
@@ -111,6 +116,8 @@ impl Ask {
             temperature: fields.number("temperature", 0.0..=2.0)?.unwrap_or(0.0),
             top_p: fields.top_p()?,
             seed: fields.seed()?,
+            class: fields.class()?,
+            priority: fields.priority()?,
         })
     }
 }
@@ -170,6 +177,26 @@ impl Fields {
         let Some(value) = self.field("seed") else { return Ok(None) };
         let seed = value.as_u64().or_else(|| value.as_i64().map(i64::cast_unsigned));
         seed.map(Some).ok_or_else(|| ApiError::bad("seed", "`seed` must be an integer of 64 bits"))
+    }
+
+    fn class(&self) -> Result<Class, ApiError> {
+        match self.text("service_tier")? {
+            None | Some("auto" | "default") => Ok(Class::Default),
+            Some("priority") => Ok(Class::Priority),
+            Some("flex") => Ok(Class::Flex),
+            Some(_) => {
+                let message = "`service_tier` must be auto, default, priority or flex";
+                Err(ApiError::bad("service_tier", message))
+            }
+        }
+    }
+
+    fn priority(&self) -> Result<i32, ApiError> {
+        let Some(value) = self.field("priority") else { return Ok(0) };
+        let priority = value.as_i64().and_then(|priority| i32::try_from(priority).ok());
+        priority.ok_or_else(|| {
+            ApiError::bad("priority", "`priority` must be an integer of 32 bits; lower goes first")
+        })
     }
 
     fn tokens_max(&self, endpoint: Endpoint) -> Result<Option<u32>, ApiError> {

@@ -1,9 +1,6 @@
 //! The parts of a running router, and who may come in.
 
-use std::sync::Arc;
-
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
-
+use crate::admit::{Admission, Caller, Limits, Place, Refused};
 use crate::config::Config;
 use crate::error::ApiError;
 use crate::fleet::Fleet;
@@ -31,21 +28,8 @@ pub struct Router {
     pub pressure: Pressure,
     /// Sums for operators.
     pub metrics: Metrics,
-    places: Arc<Semaphore>,
-    queue: Arc<Semaphore>,
-}
-
-/// A place among the requests in progress; given back when dropped.
-#[derive(Debug)]
-pub struct Place {
-    _permit: OwnedSemaphorePermit,
-    gauge: prometheus::IntGauge,
-}
-
-impl Drop for Place {
-    fn drop(&mut self) {
-        self.gauge.dec();
-    }
+    /// Who may come in, and whose turn it is.
+    pub admission: Admission,
 }
 
 impl Router {
@@ -56,15 +40,17 @@ impl Router {
     /// If the model file that was given cannot be used.
     pub fn new(config: Config) -> anyhow::Result<Self> {
         let models = Models::open(config.model.as_deref(), config.model_name.clone())?;
+        let metrics = Metrics::new()?;
+        let limits = Limits { requests_max: config.requests_max, queue_max: config.queue_max };
+        let admission = Admission::new(limits, metrics.in_progress.clone(), metrics.waiting.clone());
         Ok(Self {
             models,
             fleet: Fleet::default(),
             homes: Homes::default(),
             index: Index::start(&config)?,
             pressure: Pressure::default(),
-            metrics: Metrics::new()?,
-            places: Arc::new(Semaphore::new(config.requests_max.min(Semaphore::MAX_PERMITS))),
-            queue: Arc::new(Semaphore::new(config.queue_max.min(Semaphore::MAX_PERMITS))),
+            metrics,
+            admission,
             config,
         })
     }
@@ -79,29 +65,34 @@ impl Router {
     ///
     /// # Errors
     /// 429 when as many as allowed are in progress.
-    pub fn admit(&self) -> Result<Place, ApiError> {
-        let busy =
-            || format!("{} requests are in progress, which is the limit; retry", self.config.requests_max);
-        take(&self.places, &self.metrics.in_progress).ok_or_else(|| ApiError::busy(busy()))
+    pub fn admit(&self, caller: &Caller) -> Result<Place, ApiError> {
+        self.admission.come_in(&caller.tenant).map_err(|refused| self.refuse(&refused))
     }
 
-    /// Lets a request wait for a worker.
-    ///
-    /// # Errors
-    /// 429 when the queue is full.
-    pub fn queue(&self) -> Result<Place, ApiError> {
-        let full = || {
-            format!(
-                "every worker is busy and {} requests wait, which is the limit; retry",
-                self.config.queue_max
-            )
-        };
-        take(&self.queue, &self.metrics.waiting).ok_or_else(|| ApiError::busy(full()))
+    /// A refusal as the caller sees it.
+    pub fn refuse(&self, refused: &Refused) -> ApiError {
+        match refused {
+            Refused::Places => {
+                self.metrics.refused("places");
+                let most = self.config.requests_max;
+                ApiError::busy(format!("{most} requests are in progress, which is the limit; retry"))
+            }
+            Refused::TenantPlaces(most) => {
+                self.metrics.refused("tenant_places");
+                let message = format!(
+                    "{most} of your requests are in progress; the remaining places are kept for others; retry"
+                );
+                ApiError::busy(message)
+            }
+            Refused::Queue(seconds) => {
+                self.metrics.refused("queue");
+                let most = self.config.queue_max;
+                let message = format!(
+                    "every worker is busy, {most} requests wait, which is the limit, and others have fewer \
+                     of them than you; retry"
+                );
+                ApiError::busy(message).retry_in(*seconds)
+            }
+        }
     }
-}
-
-fn take(semaphore: &Arc<Semaphore>, gauge: &prometheus::IntGauge) -> Option<Place> {
-    let permit = Arc::clone(semaphore).try_acquire_owned().ok()?;
-    gauge.inc();
-    Some(Place { _permit: permit, gauge: gauge.clone() })
 }

@@ -87,6 +87,61 @@ async fn an_answer_goes_on_when_its_worker_dies() {
     }
 }
 
+/// The cut may fall anywhere: inside a character of several tokens, inside a stop text, before the last token
+/// that is allowed. Every position is cut, and what is shown must be what an undisturbed worker gives.
+#[tokio::test]
+async fn every_cut_gives_the_same_answer() {
+    let mut fleet = Fleet::start(&[(Decode, &[]), (Decode, &[])], &["--temperature", "0"]).await;
+    let tokens = fleet.tokenizer.encode(ANSWER).unwrap().len();
+    let cases = [json!({}), json!({"stop": [" jumps END"]}), json!({"max_tokens": tokens - 6})];
+    for extra in &cases {
+        let (_, whole) = fleet.ask(extra).await;
+        for at in 0..=tokens {
+            for act in [Act::Leave(at), Act::Break(at), Act::EndEarly(at)] {
+                fleet.renew();
+                fleet.workers[0].plays(act);
+                let (status, cut) = fleet.ask(extra).await;
+                let found = (status, &cut["choices"], &cut["usage"]);
+                assert_eq!(found, (200, &whole["choices"], &whole["usage"]), "{act:?}");
+                assert!(!fleet.workers[0].has_acts(), "nothing was cut");
+            }
+        }
+    }
+}
+
+/// A worker can hang with its connection alive. After the allowed silence another one goes on, in the middle
+/// of an answer as before its first word, and no token is lost; a hanging prefill costs only time.
+#[tokio::test]
+async fn silence_of_a_worker_ends() {
+    for count in [0, 5] {
+        let acts = [Act::Hang(count)];
+        let fleet = Fleet::start(&[(Decode, &acts), (Decode, &acts)], &["--stall-ms", "200"]).await;
+        let (status, body) = fleet.ask(&json!({})).await;
+        assert_eq!((status, &body["choices"][0]["text"]), (200, &json!(ANSWER)), "{count}");
+        let calls: usize = fleet.workers.iter().map(|worker| worker.calls.load(Ordering::SeqCst)).sum();
+        assert!(calls >= 2, "{count}: {calls} calls");
+    }
+    let extra = json!({"prompt": "word ".repeat(60)});
+    let fleet = Fleet::start(&[(Prefill, &[Act::Hang(0); 9]), (Decode, &[])], &["--stall-ms", "200"]).await;
+    let (status, body) = fleet.ask(&extra).await;
+    assert_eq!((status, &body["choices"][0]["text"]), (200, &json!(ANSWER)));
+}
+
+/// A worker that drains gives its requests back; that is no failure, so that it must not count as an attempt,
+/// and nothing new may go to it.
+#[tokio::test]
+async fn draining_workers_are_left() {
+    let acts = [Act::Leave(4); 50];
+    let scripts = [(Decode, acts.as_slice()), (Decode, acts.as_slice()), (Decode, &[])];
+    let fleet = Fleet::start(&scripts, &["--attempts-max", "1"]).await;
+    for _ in 0..6 {
+        let (status, body) = fleet.ask(&json!({})).await;
+        assert_eq!((status, &body["choices"][0]["text"]), (200, &json!(ANSWER)), "{body}");
+    }
+    let calls: Vec<usize> = fleet.workers.iter().map(|worker| worker.calls.load(Ordering::SeqCst)).collect();
+    assert!(calls[0] <= 1 && calls[1] <= 1 && calls[2] == 6, "{calls:?}");
+}
+
 /// A request that kills each worker it meets must not go round for ever, and must not be a 500.
 #[tokio::test]
 async fn attempts_are_bounded() {

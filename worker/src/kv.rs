@@ -5,8 +5,10 @@
 //! range is one contiguous piece, so layers can be streamed. Read-only blocks
 //! (a prefix from the store) and writable ones (our own window frames, private
 //! memory) are different types, and a store into a read-only block is dropped:
-//! a sealed position that is computed again gives the same bits.
+//! a sealed position that is computed again gives the same bits. A block lies in
+//! host memory or on a device; one in host memory may have a copy on a device.
 
+use terrace_gpudirect::kernels::KernelBytes;
 use thiserror::Error;
 
 use crate::kernels::memory::{BlockBases, ReadBytes, WriteBytes};
@@ -79,19 +81,26 @@ pub enum KvError {
 enum KvBlock {
     Read(ReadBytes),
     Write(WriteBytes),
+    /// Sealed, on a device.
+    DeviceRead(KernelBytes),
+    /// To be filled, on a device.
+    DeviceWrite(KernelBytes),
 }
 
 /// The blocks of one sequence, and how many tokens are in them.
 pub struct KvSequence {
     geometry: Geometry,
     blocks: Vec<KvBlock>,
+    /// Copies on a device of blocks in host memory, by block. A sealed block has the same bytes in both; of
+    /// one that is filled there, the host has them when it is full.
+    copies: Vec<Option<KernelBytes>>,
     len: usize,
 }
 
 impl KvSequence {
     /// A sequence without tokens.
     pub fn new(geometry: Geometry) -> Self {
-        Self { geometry, blocks: Vec::new(), len: 0 }
+        Self { geometry, blocks: Vec::new(), copies: Vec::new(), len: 0 }
     }
 
     /// Shape of the blocks.
@@ -143,6 +152,30 @@ impl KvSequence {
         Ok(())
     }
 
+    /// Appends a sealed block that lies on a device.
+    ///
+    /// # Errors
+    /// As [`KvSequence::push_read`].
+    pub fn push_device_read(&mut self, block: KernelBytes) -> Result<(), KvError> {
+        self.check_bytes(block.len())?;
+        if self.len != self.capacity() {
+            return Err(KvError::Gap { start: self.capacity(), len: self.len });
+        }
+        self.blocks.push(KvBlock::DeviceRead(block));
+        self.len += BLOCK_TOKENS;
+        Ok(())
+    }
+
+    /// Appends room for 16 tokens on a device.
+    ///
+    /// # Errors
+    /// If its size is wrong.
+    pub fn push_device_write(&mut self, block: KernelBytes) -> Result<(), KvError> {
+        self.check_bytes(block.len())?;
+        self.blocks.push(KvBlock::DeviceWrite(block));
+        Ok(())
+    }
+
     /// Appends private memory until `tokens` tokens fit.
     pub fn reserve_private(&mut self, tokens: usize) {
         while self.capacity() < tokens {
@@ -164,11 +197,59 @@ impl KvSequence {
     /// Whether block `index` is full but still writable, which is when it is to
     /// be sealed.
     pub fn is_sealable(&self, index: usize) -> bool {
-        (index + 1) * BLOCK_TOKENS <= self.len
-            && self.blocks.get(index).is_some_and(|block| matches!(block, KvBlock::Write(_)))
+        (index + 1) * BLOCK_TOKENS <= self.len && self.is_writable(index)
     }
 
-    /// Makes a full block read-only and returns it; nothing if it is not full.
+    /// Whether tokens of block `index` are stored when they are computed.
+    pub(crate) fn is_writable(&self, index: usize) -> bool {
+        match self.blocks.get(index) {
+            Some(KvBlock::Write(_) | KvBlock::DeviceWrite(_)) => true,
+            Some(KvBlock::Read(_) | KvBlock::DeviceRead(_)) | None => false,
+        }
+    }
+
+    /// Whether a block lies in device memory, where the kernels of the processor cannot reach it.
+    pub(crate) fn needs_device(&self) -> bool {
+        self.blocks.iter().any(|block| matches!(block, KvBlock::DeviceRead(_) | KvBlock::DeviceWrite(_)))
+    }
+
+    /// Block `index` on a device, if it is there.
+    pub(crate) fn device_bytes(&self, index: usize) -> Option<&KernelBytes> {
+        match self.blocks.get(index)? {
+            KvBlock::DeviceRead(bytes) | KvBlock::DeviceWrite(bytes) => Some(bytes),
+            KvBlock::Read(_) | KvBlock::Write(_) => self.copies.get(index)?.as_ref(),
+        }
+    }
+
+    /// Remembers the copy on a device of a block in host memory.
+    pub(crate) fn keep_on_device(&mut self, index: usize, copy: KernelBytes) {
+        if self.copies.len() <= index {
+            self.copies.resize(index + 1, None);
+        }
+        self.copies[index] = Some(copy);
+    }
+
+    /// Takes the bytes of a block that was filled on a device. One that lies there or is sealed stays.
+    pub(crate) fn fill(&mut self, index: usize, bytes: &[u8]) {
+        match &mut self.blocks[index] {
+            KvBlock::Write(target) => target.copy_from(bytes),
+            KvBlock::Read(_) | KvBlock::DeviceRead(_) | KvBlock::DeviceWrite(_) => {}
+        }
+    }
+
+    /// Makes a full block on a device read-only and returns it; nothing if it is not full or not there.
+    pub fn freeze_on_device(&mut self, index: usize) -> Option<KernelBytes> {
+        if (index + 1) * BLOCK_TOKENS > self.len {
+            return None;
+        }
+        let block = self.blocks.get_mut(index)?;
+        let (KvBlock::DeviceRead(bytes) | KvBlock::DeviceWrite(bytes)) = block else { return None };
+        let bytes = bytes.clone();
+        *block = KvBlock::DeviceRead(bytes.clone());
+        Some(bytes)
+    }
+
+    /// Makes a full block in host memory read-only and returns it; nothing if it is not full or not there.
     pub fn freeze(&mut self, index: usize) -> Option<ReadBytes> {
         if (index + 1) * BLOCK_TOKENS > self.len {
             return None;
@@ -178,16 +259,21 @@ impl KvSequence {
         let bytes = match std::mem::replace(block, placeholder) {
             KvBlock::Read(bytes) => bytes,
             KvBlock::Write(bytes) => bytes.freeze(),
+            there @ (KvBlock::DeviceRead(_) | KvBlock::DeviceWrite(_)) => {
+                *block = there;
+                return None;
+            }
         };
         *block = KvBlock::Read(bytes.clone());
         Some(bytes)
     }
 
-    /// A copy of the bytes of block `index`.
+    /// A copy of the bytes of block `index`; nothing if it lies on a device.
     pub fn block_to_vec(&self, index: usize) -> Option<Vec<u8>> {
         Some(match self.blocks.get(index)? {
             KvBlock::Read(bytes) => bytes.to_vec(),
             KvBlock::Write(bytes) => bytes.to_vec(),
+            KvBlock::DeviceRead(_) | KvBlock::DeviceWrite(_) => return None,
         })
     }
 
@@ -198,6 +284,9 @@ impl KvSequence {
         let slot = position % BLOCK_TOKENS * geometry.slot_bytes();
         match &mut self.blocks[position / BLOCK_TOKENS] {
             KvBlock::Read(_) => {}
+            KvBlock::DeviceRead(_) | KvBlock::DeviceWrite(_) => {
+                unreachable!("a pass of the processor is refused where blocks lie on a device")
+            }
             KvBlock::Write(bytes) => {
                 bytes.write(geometry.keys_at(layer) + slot, keys);
                 bytes.write(geometry.values_at(layer) + slot, values);
@@ -216,6 +305,9 @@ impl KvSequence {
         let blocks = self.blocks.iter().map(|block| match block {
             KvBlock::Read(bytes) => bytes.base(),
             KvBlock::Write(bytes) => bytes.base(),
+            KvBlock::DeviceRead(_) | KvBlock::DeviceWrite(_) => {
+                unreachable!("a pass of the processor is refused where blocks lie on a device")
+            }
         });
         BlockBases::new(self.geometry.block_bytes(), blocks)
     }

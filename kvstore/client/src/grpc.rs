@@ -35,8 +35,6 @@ use crate::stream::{EventStream, SnapshotStream};
 
 /// Attempts at a call that the transport lost.
 pub(crate) const ATTEMPTS_MAX: u32 = 3;
-const ANSWER_DEADLINE: Duration = Duration::from_secs(60);
-const HELLO_DEADLINE: Duration = Duration::from_secs(10);
 const RETRY_DELAY: Duration = Duration::from_millis(50);
 
 /// One session over gRPC.
@@ -46,6 +44,7 @@ pub(crate) struct GrpcLink {
     session: MetadataValue<Ascii>,
     status: Arc<Status>,
     next_request: AtomicU64,
+    answer_within: Duration,
     task: AbortHandle,
 }
 
@@ -62,9 +61,10 @@ impl GrpcLink {
         target: &Target,
     ) -> Result<(Arc<Self>, SessionOpened), ClientError> {
         let opening = Self::open_now(address, target);
-        timeout(HELLO_DEADLINE, opening).await.map_err(|_| ClientError::Unreachable {
+        let within = target.hello_within();
+        timeout(within, opening).await.map_err(|_| ClientError::Unreachable {
             address: address.to_owned(),
-            detail: "connected, but no session in ten seconds".to_owned(),
+            detail: format!("no session in {within:?}"),
         })?
     }
 
@@ -89,7 +89,8 @@ impl GrpcLink {
         let status = Arc::new(Status::new());
         let task = tokio::spawn(hold(opening, notices, Arc::clone(&status))).abort_handle();
         let next_request = AtomicU64::new(1);
-        let link = Self { client, session, status, next_request, task };
+        let answer_within = target.answer_within();
+        let link = Self { client, session, status, next_request, answer_within, task };
         Ok((Arc::new(link), facts))
     }
 
@@ -120,8 +121,8 @@ impl GrpcLink {
             if self.status.is_closed() {
                 return Err(ClientError::Disconnected);
             }
-            let answered = timeout(ANSWER_DEADLINE, self.call_once(op.clone())).await;
-            match answered.map_err(|_| ClientError::NoAnswer { waited: ANSWER_DEADLINE })? {
+            let wait_ms = if let Op::Lease(lease) = &op { lease.wait_ms } else { 0 };
+            match self.within(Duration::from_millis(wait_ms), self.call_once(op.clone())).await? {
                 Err(status) if attempt < ATTEMPTS_MAX && status.code() == Code::Unavailable => {
                     tokio::time::sleep(RETRY_DELAY * attempt).await;
                     attempt += 1;
@@ -130,6 +131,16 @@ impl GrpcLink {
                 Ok(answer) => return Ok(answer),
             }
         }
+    }
+
+    /// The future's output, if it comes in `beyond` and the time in which a daemon must say something.
+    pub(crate) async fn within<T>(
+        &self,
+        beyond: Duration,
+        future: impl Future<Output = T>,
+    ) -> Result<T, ClientError> {
+        let waited = self.answer_within.saturating_add(beyond);
+        timeout(waited, future).await.map_err(|_| ClientError::NoAnswer { waited })
     }
 
     async fn call_once(&self, op: Op) -> Result<Answer, GrpcStatus> {
@@ -152,7 +163,7 @@ impl GrpcLink {
             Op::Prefetch(message) => ask!(Prefetch, prefetch, message),
             Op::Retain(message) => ask!(Retain, retain, message),
             Op::Clear(message) => ask!(Clear, clear, message),
-            Op::Hello(_) | Op::MapChunk(_) | Op::ReturnWindow(_) => {
+            Op::Hello(_) | Op::MapChunk(_) | Op::ReturnWindow(_) | Op::Shrink(_) => {
                 Err(GrpcStatus::unimplemented("this request exists on the lane only"))
             }
         }

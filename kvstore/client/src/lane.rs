@@ -33,9 +33,6 @@ use crate::status::Status;
 // Requests of one session that wait for their answers. Less than the 256 that
 // the daemon reads ahead by default, so that chores get through.
 const REQUESTS_IN_FLIGHT_MAX: usize = 192;
-// A daemon that answers nothing for this long, beyond what it was allowed to wait, is given up.
-const ANSWER_DEADLINE: Duration = Duration::from_secs(60);
-const HELLO_DEADLINE: Duration = Duration::from_secs(10);
 
 /// An answer with all that came with it. What a lease granted is owned here, so
 /// that an answer nobody waits for any more gives everything back.
@@ -58,6 +55,8 @@ pub(crate) struct LaneLink {
     in_flight: Arc<Semaphore>,
     next_id: AtomicU64,
     status: Arc<Status>,
+    /// What a daemon that answers nothing is given, beyond what it was allowed to wait.
+    answer_within: Duration,
 }
 
 #[derive(Debug)]
@@ -91,9 +90,10 @@ impl LaneLink {
         status: Arc<Status>,
     ) -> Result<Opened, ClientError> {
         let opening = Self::open_now(path, target, client, status);
-        timeout(HELLO_DEADLINE, opening).await.map_err(|_| ClientError::Unreachable {
+        let within = target.hello_within();
+        timeout(within, opening).await.map_err(|_| ClientError::Unreachable {
             address: path.display().to_string(),
-            detail: "connected, but no answer in ten seconds".to_owned(),
+            detail: format!("connected, but no answer in {within:?}"),
         })?
     }
 
@@ -129,6 +129,7 @@ impl LaneLink {
             in_flight: Arc::new(Semaphore::new(REQUESTS_IN_FLIGHT_MAX)),
             next_id: AtomicU64::new(2),
             status,
+            answer_within: target.answer_within(),
         };
         Ok(Opened { link: Arc::new(link), reader, facts })
     }
@@ -136,9 +137,11 @@ impl LaneLink {
     /// Asks and waits for the answer. When cancelled, a lease that is granted
     /// afterwards is released.
     pub(crate) async fn call(&self, op: Op) -> Result<Delivered, ClientError> {
-        let permit = Arc::clone(&self.in_flight).acquire_owned().await;
-        let permit = permit.map_err(|_| ClientError::Disconnected)?;
-        self.ask(op, Some(permit)).await
+        // Questions that were given up keep their permits until they are answered.
+        let within = self.answer_within;
+        let permit = timeout(within, Arc::clone(&self.in_flight).acquire_owned()).await;
+        let permit = permit.map_err(|_| ClientError::NoAnswer { waited: within })?;
+        self.ask(op, Some(permit.map_err(|_| ClientError::Disconnected)?)).await
     }
 
     /// As [`LaneLink::call`], for the session's own chores: never behind callers that wait.
@@ -164,10 +167,10 @@ impl LaneLink {
             self.waiting.lock().unwrap_or_else(PoisonError::into_inner).callers.remove(&id);
             return Err(error);
         }
-        let deadline = ANSWER_DEADLINE + Duration::from_millis(wait_ms);
-        match timeout(deadline, answered).await {
+        let within = self.answer_within.saturating_add(Duration::from_millis(wait_ms));
+        match timeout(within, answered).await {
             Ok(answered) => answered.map_err(|_| ClientError::Disconnected)?,
-            Err(_) => Err(ClientError::NoAnswer { waited: deadline }),
+            Err(_) => Err(ClientError::NoAnswer { waited: within }),
         }
     }
 

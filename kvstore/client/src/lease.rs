@@ -151,6 +151,7 @@ pub(crate) async fn lease(
         want_tier: Tier::Unspecified.into(),
         wait_ms: millis(wanted.wait),
         purpose: wanted.purpose.into(),
+        want_device: 0,
     };
     let delivered = session.link.call(Op::Lease(request)).await?;
     let Answer::Lease(granted) = delivered.answer else {

@@ -41,6 +41,23 @@ pub struct Target {
     pub token: String,
     /// What operators see, for example "prefill-0 pid 4711"; at most 128 bytes.
     pub client_name: String,
+    /// How long a daemon that says nothing is waited for, beyond what a call allows it to wait; then a call fails
+    /// with [`ClientError::NoAnswer`]. `None` means a minute. Whoever can do without the daemon sets it low.
+    pub answer_within: Option<Duration>,
+}
+
+impl Target {
+    const ANSWER_WITHIN: Duration = Duration::from_secs(60);
+    const HELLO_WITHIN: Duration = Duration::from_secs(10);
+
+    pub(crate) fn answer_within(&self) -> Duration {
+        self.answer_within.unwrap_or(Self::ANSWER_WITHIN)
+    }
+
+    /// For all of a session's beginning.
+    pub(crate) fn hello_within(&self) -> Duration {
+        self.answer_within().min(Self::HELLO_WITHIN)
+    }
 }
 
 impl std::fmt::Debug for Target {
@@ -50,6 +67,7 @@ impl std::fmt::Debug for Target {
             .field("grpc", &self.grpc)
             .field("tenant", &self.tenant)
             .field("client_name", &self.client_name)
+            .field("answer_within", &self.answer_within)
             .finish_non_exhaustive()
     }
 }
@@ -390,6 +408,7 @@ impl Session {
             spaces: self.bundle(spaces)?,
             keys: keys_to_wire(keys, self.inner.blocks_max)?,
             mode: mode_to_wire(mode),
+            ..Default::default()
         };
         let answer = call!(self, Match, request);
         let blocks = answer.blocks.into_iter().map(|block| BlockMatch {
@@ -474,7 +493,7 @@ impl Session {
         keys: &[impl AsRef<[u8]>],
     ) -> Result<Prefetched, ClientError> {
         let keys = self.keys(space, keys)?;
-        let request = v1::PrefetchRequest { space: space.handle, keys, want_tier: Tier::Unspecified.into() };
+        let request = v1::PrefetchRequest { space: space.handle, keys, ..Default::default() };
         let answer = call!(self, Prefetch, request);
         Ok(Prefetched { started: answer.started, resident: answer.resident })
     }

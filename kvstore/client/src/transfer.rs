@@ -1,6 +1,7 @@
 //! Whole blocks by value, over either transport. Every byte that comes out was
 //! compared with its checksum in this process.
 
+use std::pin::pin;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -237,17 +238,30 @@ async fn read_stream(
     loop {
         let request = ReadRequest { space: space.handle(), keys: keys.to_vec(), wait_ms: millis(wait) };
         let mut assembly = Assembly::new(space, keys)?;
-        let done = async {
-            let mut pieces = link.read(request).await?;
-            while let Some(piece) = pieces.message().await? {
-                assembly.take(piece);
-            }
-            Ok::<(), tonic::Status>(())
-        };
-        match done.await {
+        match read_pieces(link, request, wait, &mut assembly).await? {
             Ok(()) => return assembly.finish(),
             Err(status) if status.code() == Code::Unavailable && attempt < ATTEMPTS_MAX => attempt += 1,
             Err(status) => return Err(link.failed(status)),
+        }
+    }
+}
+
+/// Takes pieces to the stream's end. A stream may last, but not stand still.
+async fn read_pieces(
+    link: &GrpcLink,
+    request: ReadRequest,
+    wait: Duration,
+    assembly: &mut Assembly<'_>,
+) -> Result<Result<(), tonic::Status>, ClientError> {
+    let mut pieces = match link.within(wait, link.read(request)).await? {
+        Ok(pieces) => pieces,
+        Err(status) => return Ok(Err(status)),
+    };
+    loop {
+        match link.within(wait, pieces.message()).await? {
+            Ok(Some(piece)) => assembly.take(piece),
+            Ok(None) => return Ok(Ok(())),
+            Err(status) => return Ok(Err(status)),
         }
     }
 }
@@ -345,8 +359,19 @@ async fn write_stream(
     let mut attempt = 1;
     loop {
         let (parts, queue) = mpsc::channel(PIECES_WAITING_MAX);
-        let feeding = feed(parts, header.clone(), space, payloads);
-        let (fed, answer) = tokio::join!(feeding, link.write(queue));
+        let mut writing = pin!(link.write(queue));
+        let (mut fed, mut answer) = (Ok(()), None);
+        tokio::select! {
+            early = &mut writing => answer = Some(early),
+            done = feed(link, parts, header.clone(), space, payloads) => fed = done,
+        }
+        if let Err(error @ ClientError::NoAnswer { .. }) = fed {
+            return Err(error);
+        }
+        let answer = match answer {
+            Some(answer) => answer,
+            None => link.within(WRITE_WAIT, writing).await?,
+        };
         match answer {
             Ok(answer) => {
                 let outcomes = seals_from_wire(answer.outcomes())?;
@@ -366,6 +391,7 @@ async fn write_stream(
 }
 
 async fn feed(
+    link: &GrpcLink,
     parts: mpsc::Sender<WriteRequest>,
     header: WriteHeader,
     space: &Space,
@@ -373,7 +399,8 @@ async fn feed(
 ) -> Result<(), ClientError> {
     let keys = header.keys.clone();
     let send = async |part| {
-        parts.send(WriteRequest { part: Some(part) }).await.map_err(|_| ClientError::Disconnected)
+        let sent = link.within(WRITE_WAIT, parts.send(WriteRequest { part: Some(part) })).await?;
+        sent.map_err(|_| ClientError::Disconnected)
     };
     send(Part::Header(header)).await?;
     for (at, payload) in payloads.iter().enumerate() {

@@ -11,9 +11,10 @@ use std::sync::Arc;
 
 use crate::checksum::Checksum;
 use crate::cost::ComputeCost;
+use crate::gpu_config::GpuConfig;
 use crate::ids::{
-    BlockId, ChunkId, ClientId, DeviceId, DiskFrame, Fence, FrameRef, LeaseId, OpId, RequestId, SessionId,
-    SpaceId, TenantId,
+    BlockId, ChunkId, ClientId, DeviceId, DiskFrame, Fence, FrameRef, GpuId, GpuSet, LeaseId, Memory, OpId,
+    RequestId, SessionId, SpaceId, TenantId,
 };
 use crate::units::{ByteCount, Micros, Now, TokenCount};
 
@@ -28,6 +29,8 @@ pub struct Config {
     pub chunk_bytes: ByteCount,
     /// Chunk slots of each device of the Nvme tier, by `DeviceId`.
     pub device_slots: Vec<u32>,
+    /// The devices of the Hbm tier, by `GpuId`; at most [`crate::GPUS_MAX`].
+    pub hbm: Vec<GpuConfig>,
     /// Longest a sealed block waits until it is written to Nvme.
     pub persist_delay: Micros,
     /// A window without a write lease or a seal for this long is recalled.
@@ -172,6 +175,8 @@ pub enum Input {
     MemoryLimit { bytes: ByteCount },
     /// A device is gone or back. Blocks that only it holds become misses.
     DeviceState { device: DeviceId, usable: bool },
+    /// The same of a device of Hbm. What is in flight on it still ends exactly once.
+    GpuState { gpu: GpuId, usable: bool },
     /// Nothing may be persisted (the catalog failed), or all is well again.
     Degraded { degraded: bool },
     /// How copies on devices are to be read again, and when.
@@ -238,6 +243,8 @@ pub enum Request {
         /// Answer at this time at the latest, even if promotions are under way.
         answer_by: Now,
         purpose: Purpose,
+        /// Where to bring them. What is not there in time is granted where it is.
+        want: Memory,
     },
     /// Reserves frames. Each block is the child of the one before it.
     LeaseWrite {
@@ -246,6 +253,8 @@ pub enum Request {
         blocks: Vec<BlockId>,
         parent: Option<BlockId>,
         ttl: Option<Micros>,
+        /// Where to write them. Sessions that do not map memory of others write in Pinned.
+        want: Memory,
     },
     /// Publishes written blocks: (position in the lease, length, checksum).
     Seal { repeat: u64, lease: LeaseId, blocks: Vec<(u32, ByteCount, Checksum)>, durability: Durability },
@@ -258,7 +267,7 @@ pub enum Request {
     /// Marks blocks as used.
     Touch { blocks: Vec<BlockId> },
     /// Starts promotions.
-    Prefetch { blocks: Vec<BlockId> },
+    Prefetch { blocks: Vec<BlockId>, want: Memory },
     /// Keeps blocks longer.
     Retain { blocks: Vec<BlockId>, ttl: Micros, priority: u8 },
     /// Drops every block of a space, durably.
@@ -269,6 +278,9 @@ pub enum Request {
     MapChunk { chunk: ChunkId },
     /// Persists everything sealed before this request.
     Flush,
+    /// The engine beside a device needs so much of its memory until it says otherwise or its session ends. In place
+    /// of what it said before. Answered when the memory is free, or by then with what is.
+    Shrink { gpu: GpuId, bytes: ByteCount, answer_by: Now },
 }
 
 /// Who waits for a read lease; says how urgent its device reads are.
@@ -328,6 +340,9 @@ pub enum Reply {
     MayMap { chunk: ChunkId, access: MapAccess },
     /// Blocks written, blocks that could not be.
     Flushed { blocks: u64, failed: u64 },
+    /// Of the device's configured memory the daemon leaves so much free: to all engines that asked, and less than
+    /// they did where a lower bound, leases or windows are in the way.
+    Shrunk { free: ByteCount },
     /// Over a limit: back off and ask again.
     Throttled(Limit),
     /// The request was wrong; nothing changed.
@@ -341,6 +356,23 @@ pub struct Residence {
     pub pinned: bool,
     /// Sealed in Nvme.
     pub nvme: bool,
+    /// Devices of Hbm on which it is sealed.
+    pub hbm: GpuSet,
+}
+
+impl Residence {
+    /// Whether a memory holds it.
+    pub fn is_in(self, memory: Memory) -> bool {
+        match memory {
+            Memory::Pinned => self.pinned,
+            Memory::Hbm(gpu) => self.hbm.contains(gpu),
+        }
+    }
+
+    /// Whether it is readable in place anywhere.
+    pub fn is_in_memory(self) -> bool {
+        self.pinned || !self.hbm.is_empty()
+    }
 }
 
 /// What became of one block of a lease.
@@ -354,6 +386,8 @@ pub enum Grant {
         offset: u64,
         length: ByteCount,
         checksum: Option<Checksum>,
+        /// Where the frame is.
+        memory: Memory,
     },
     /// Being brought in, not in time.
     Promoting,
@@ -521,6 +555,12 @@ pub enum Refusal {
         /// The smallest chunk length that would do.
         needed: u64,
     },
+    /// A device that is not of this node's Hbm tier.
+    #[error("device {gpu} of the Hbm tier is not configured; see `terrace info`")]
+    UnknownGpu {
+        /// The device.
+        gpu: GpuId,
+    },
     /// Nothing can be persisted now.
     #[error("the catalog takes no writes now; see `terrace info`")]
     Degraded,
@@ -535,7 +575,7 @@ pub enum Effect {
     EndSession { session: SessionId },
     /// Tell a session something it did not ask for.
     Notify { session: SessionId, notice: Notice },
-    /// Make a chunk: memfd, populate, map, seal. `owner` is the session that may write (a window).
+    /// Make a chunk: memfd, populate, map, seal; of a device: allocate, and export when a session maps it. `owner` is the session that may write (a window).
     /// Done: [`Done::ChunkCreated`].
     CreateChunk {
         op: OpId,
@@ -544,6 +584,7 @@ pub enum Effect {
         owner: Option<SessionId>,
         frame_bytes: ByteCount,
         frames: u32,
+        memory: Memory,
     },
     /// The owner handed the window back: forbid new writable mappings, and find out who has old ones.
     /// Done ([`Done::Plain`]) when nobody but the daemon can write into it: it is an ordinary chunk of the
@@ -556,7 +597,7 @@ pub enum Effect {
     DropChunk { op: OpId, chunk: ChunkId },
     /// Store fences in the fence page, release order, at once. Before all other effects of an input.
     SetFences { fences: Vec<(FrameRef, Fence)> },
-    /// Read header page and payload from a device into a Pinned frame; compare
+    /// Read header page and payload from a device into a frame; compare
     /// the header with `expect` and the payload with its checksum.
     /// Done: [`Done::Plain`].
     Read {
@@ -592,9 +633,11 @@ pub enum Effect {
     /// Raise a space's lowest valid generation in the superblock, then delete its
     /// blocks from the catalog. Done: [`Done::Plain`].
     ClearSpace { op: OpId, space: SpaceId, tenant: TenantId, generation: u64 },
-    /// Compare a Pinned frame's payload with its checksum. Done: [`Done::Plain`].
+    /// Compare a frame's payload with its checksum. Done: [`Done::Plain`].
     Verify { op: OpId, frame: FrameRef, expect: BlockHeader },
-    /// Copy a payload between Pinned frames and compare the copy with its checksum. Done: [`Done::Plain`].
+    /// Copy a payload between frames, of whatever memory each is, and compare the bytes with their checksum. When
+    /// it ends, no device touches either frame any more, whatever the outcome. Done: [`Done::Plain`].
+    /// [`Fault::Checksum`]: the source is damaged.
     Copy { op: OpId, source: FrameRef, target: FrameRef, expect: BlockHeader },
     /// Read header page and payload of a copy into a buffer of the shell, and compare them as for
     /// [`Effect::Read`], with [`IoClass::Scrub`]. Done: [`Done::Plain`].

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use crate::core::{Core, Deadline, Op};
 use crate::evict::Tier;
-use crate::ids::{DeviceId, DiskFrame, FrameRef, TenantId};
+use crate::ids::{DeviceId, DiskFrame, FrameRef, GpuId, Memory, TenantId};
 use crate::state::block::{Arriving, BlockIndex, Nvme};
 use crate::state::chunk::{Chunk, ChunkKind, Filler, FrameCounts, FrameState};
 use crate::state::count;
@@ -13,7 +13,7 @@ use crate::state::space::SpaceIndex;
 
 /// What operations and queues hold, counted from their side.
 #[derive(Debug, Default)]
-struct Held {
+pub(crate) struct Held {
     frames: BTreeMap<FrameRef, u32>,
     cells: BTreeMap<DiskFrame, u32>,
     reads: u32,
@@ -27,6 +27,8 @@ struct Held {
     drops: u32,
     closings: u32,
     intakes: u32,
+    /// Copies to and from devices of Hbm, and verifications on them.
+    pub(crate) gpus: BTreeMap<GpuId, u32>,
 }
 
 impl Core {
@@ -39,6 +41,7 @@ impl Core {
         let pins = self.pins_of_leases();
         let filling = self.check_chunks(&held, &pins);
         self.check_blocks(&filling);
+        self.check_gpus(&held);
         self.check_lists();
         self.check_disks(&held);
         self.check_quotas();
@@ -78,11 +81,20 @@ impl Core {
                     cells.iter().for_each(|cell| *held.cells.entry(*cell).or_default() += 1);
                 }
                 Op::Verify { frame, .. } => {
-                    held.verifies += 1;
+                    match self.chunks.at(frame.chunk).memory {
+                        Memory::Pinned => held.verifies += 1,
+                        Memory::Hbm(gpu) => *held.gpus.entry(gpu).or_default() += 1,
+                    }
                     *held.frames.entry(*frame).or_default() += 1;
                 }
-                Op::Copy { source, .. } => {
-                    held.copies += 1;
+                Op::Copy { source, target, .. } => {
+                    let memory = |frame: FrameRef| self.chunks.at(frame.chunk).memory;
+                    match (memory(*source), memory(*target)) {
+                        (Memory::Pinned, Memory::Pinned) => held.copies += 1,
+                        (_, Memory::Hbm(gpu)) | (Memory::Hbm(gpu), Memory::Pinned) => {
+                            *held.gpus.entry(gpu).or_default() += 1;
+                        }
+                    }
                     *held.frames.entry(*source).or_default() += 1;
                 }
                 Op::Intake { intake, .. } => {
@@ -118,10 +130,10 @@ impl Core {
     /// I3 for every chunk. Returns the filling frames of each block.
     fn check_chunks(&self, held: &Held, pins: &BTreeMap<FrameRef, u32>) -> BTreeMap<BlockIndex, u32> {
         let mut filling = BTreeMap::new();
-        let mut chunks = BTreeMap::<SpaceIndex, u32>::new();
+        let mut chunks = BTreeMap::<(SpaceIndex, Memory), u32>::new();
         let (mut creating, mut dropping, mut closing) = (0, 0, 0);
         for (id, chunk) in self.chunks.iter() {
-            *chunks.entry(chunk.space).or_default() += 1;
+            *chunks.entry((chunk.space, chunk.memory)).or_default() += 1;
             let mut counts = FrameCounts::default();
             let mut busy = 0;
             for (index, cell) in chunk.frames.iter().enumerate() {
@@ -138,7 +150,7 @@ impl Core {
             assert_eq!(busy, chunk.busy, "busy frames of {id}");
             let free = chunk.free.iter().collect::<BTreeSet<_>>().len() as u64;
             assert_eq!((chunk.free.len() as u64, free), (counts.free, counts.free), "free list of {id}");
-            let open = self.spaces.at(chunk.space).pool_open.contains(&id);
+            let open = self.spaces.at(chunk.space).pool(chunk.memory).open.contains(&id);
             let should = chunk.kind == ChunkKind::Pool && !chunk.free.is_empty();
             assert_eq!(open, should, "{id} is open to its space");
             let leaving = matches!(chunk.kind, ChunkKind::Replacing | ChunkKind::Retiring);
@@ -150,11 +162,12 @@ impl Core {
         assert_eq!((creating, dropping), (held.creations, held.drops), "chunks come and go by operations");
         assert_eq!(closing, held.closings, "windows are closed by operations");
         for (index, space) in self.spaces.iter() {
-            assert_eq!(space.chunks, chunks.get(&index).copied().unwrap_or(0), "chunks of a space");
-            assert!(
-                space.pool_open.iter().all(|&id| self.chunks.find(id).is_some()),
-                "open chunks are alive"
-            );
+            for memory in self.memories() {
+                let pool = space.pool(memory);
+                let found = chunks.get(&(index, memory)).copied().unwrap_or(0);
+                assert_eq!(pool.chunks, found, "chunks of a space");
+                assert!(pool.open.iter().all(|&id| self.chunks.find(id).is_some()), "open chunks are alive");
+            }
         }
         filling
     }
@@ -189,7 +202,11 @@ impl Core {
                 counts.sealed += 1;
                 counts.pinned += u64::from(pins > 0);
                 assert_eq!(pins, leases, "{frame:?}: pins are those of leases");
-                assert_eq!(self.blocks.at(block).pinned, Some(frame), "{frame:?}: index and frame agree");
+                let own = match chunk.memory {
+                    Memory::Pinned => self.blocks.at(block).pinned,
+                    Memory::Hbm(gpu) => self.gpus.at(gpu).entries.of(block).and_then(|entry| entry.frame),
+                };
+                assert_eq!(own, Some(frame), "{frame:?}: index and frame agree");
             }
             FrameState::Evicting => {
                 counts.evicting += 1;
@@ -217,12 +234,12 @@ impl Core {
                 block.id
             );
             let tiers = block.residence();
-            let copied = tiers.pinned || tiers.nvme || block.nvme.is_coming();
+            let copied = tiers.is_in_memory() || tiers.nvme || block.nvme.is_coming();
             assert_eq!(block.seal().is_some(), copied, "{:?}: seal facts", block.id);
             let held = resident.entry(block.space).or_default();
             held.0 += u64::from(tiers.pinned);
             held.1 += u64::from(tiers.nvme);
-            if tiers.pinned && !tiers.nvme {
+            if tiers.is_in_memory() && !tiers.nvme {
                 unpersisted += self.spaces.at(block.space).block_bytes.get();
             }
             if let Some(parent) = block.parent {
@@ -239,7 +256,7 @@ impl Core {
             assert_eq!(found, children.get(&index).copied().unwrap_or_default(), "{:?}: children", block.id);
         }
         for (index, space) in self.spaces.iter() {
-            let found = (space.blocks_pinned, space.blocks_nvme);
+            let found = (space.pinned.blocks, space.blocks_nvme);
             assert_eq!(found, resident.get(&index).copied().unwrap_or_default(), "blocks of a space");
         }
         assert_eq!(unpersisted, self.unpersisted, "bytes that a crash would lose");
@@ -448,7 +465,7 @@ impl Core {
         assert!(self.reads_running + self.verifies_running <= limits.reads_in_flight, "reads are limited");
         assert!(self.writes_running <= limits.writes_in_flight, "writes are limited");
         assert!(
-            self.chunks.len()
+            self.chunks.pinned_len()
                 <= u32::try_from(self.config.pinned_bytes.get() / self.config.chunk_bytes.get()).unwrap_or(0),
             "memory is limited"
         );

@@ -28,7 +28,7 @@ impl Core {
         let generation = held.generation;
         let (blocks, cells) = self.drop_space(space);
         for lease in self.leases.values_mut() {
-            if lease.kind == (LeaseKind::Write { space }) {
+            if matches!(lease.kind, LeaseKind::Write { space: written, .. } if written == space) {
                 lease.cleared = true;
             }
         }
@@ -66,7 +66,7 @@ impl Core {
                 continue;
             };
             let residence = block.residence();
-            dropped += u64::from(residence.pinned || residence.nvme);
+            dropped += u64::from(residence.is_in_memory() || residence.nvme);
             match block.nvme {
                 Nvme::Writing { frame, .. } | Nvme::Committing { frame, .. } | Nvme::Sealed { frame, .. } => {
                     self.disks.slot_mut(frame.device, frame.slot).set(frame.index, DiskState::Evicting);
@@ -80,6 +80,12 @@ impl Core {
                 self.transition(index, |block| block.nvme = Nvme::None);
             }
             self.drop_pinned(index);
+            if !residence.hbm.is_empty() || self.blocks.at(index).hbm_coming > 0 {
+                self.drop_everywhere_in_hbm(index);
+            }
+            if self.blocks.try_at(index).is_none() {
+                continue;
+            }
             if self.blocks.at(index).arriving() == Arriving::No {
                 self.blocks.remove_if_gone(index);
             } else {

@@ -20,6 +20,7 @@ use crate::state::block::{BlockIndex, BlockTable, Retained};
 use crate::state::chunk::ChunkTable;
 use crate::state::departed::Departed;
 use crate::state::disk::Disks;
+use crate::state::gpu::Gpus;
 use crate::state::session::{Lease, Session, WaitId};
 use crate::state::space::{SpaceIndex, SpaceTable};
 use crate::units::{Micros, Now};
@@ -94,11 +95,13 @@ pub(crate) enum Op {
         frame: FrameRef,
         fence: Fence,
     },
+    /// Within Pinned, or with one or both ends in Hbm.
     Copy {
         block: BlockIndex,
         source: FrameRef,
         fence: Fence,
         target: FrameRef,
+        sent: Now,
     },
     /// A copy into the daemon's own memory of what an isolated session seals.
     Intake {
@@ -175,6 +178,7 @@ pub struct Core {
     pub(crate) spaces: SpaceTable,
     pub(crate) chunks: ChunkTable,
     pub(crate) disks: Disks,
+    pub(crate) gpus: Gpus,
     pub(crate) sessions: BTreeMap<SessionId, Session>,
     /// Answers of clients whose connection has ended.
     pub(crate) departed: Departed,
@@ -245,19 +249,16 @@ impl Core {
     /// An empty node.
     pub fn new(config: Config) -> Self {
         let disks = Disks::new(&config.device_slots, config.chunk_bytes);
+        let gpus = Gpus::new(&config.hbm);
         let memory_limit = config.pinned_bytes.get();
         let slots: u64 = config.device_slots.iter().map(|&slots| u64::from(slots)).sum();
         let curves = CurveBooks::new(memory_limit, slots * config.chunk_bytes.get());
-        let start = Now::default();
-        let admit = match config.admission {
-            Admission::All => None,
-            Admission::Learned { bytes_per_day } => Some(Admit::new(WriteBudget::new(bytes_per_day, start))),
-        };
+        let admit = admit_of(config.admission);
         Self {
             config,
             now: Now::default(),
             tick: Tick::default(),
-            duels: Duels::new(),
+            duels: Duels::new(gpus.len()),
             curves,
             admit,
             effects: VecDeque::new(),
@@ -268,6 +269,7 @@ impl Core {
             spaces: SpaceTable::default(),
             chunks: ChunkTable::default(),
             disks,
+            gpus,
             sessions: BTreeMap::new(),
             departed: Departed::default(),
             tenants: BTreeMap::new(),
@@ -358,6 +360,7 @@ impl Core {
                 self.memory_changed = true;
             }
             Input::DeviceState { device, usable } => self.device_state(device, usable),
+            Input::GpuState { gpu, usable } => self.gpu_state(gpu, usable),
             Input::Degraded { degraded } => self.set_degraded(degraded),
             Input::Scrub(what) => self.scrub_told(what),
             Input::Tick => {}
@@ -434,6 +437,9 @@ impl Core {
                 self.ready.extend(std::mem::take(&mut self.writes_stalled));
             }
             self.pump_arrivals();
+            if !self.gpus.is_empty() {
+                self.pump_gpus(memory);
+            }
             self.pump_intakes();
             self.pump_emptying();
             self.pump_writes();
@@ -471,8 +477,8 @@ impl Core {
                 self.clear_done(space, generation, cells, wait, outcome);
             }
             Op::Verify { block, frame, fence } => self.verify_done(id, block, frame, fence, outcome),
-            Op::Copy { block, source, fence, target } => {
-                self.copy_done(block, source, fence, target, outcome)
+            Op::Copy { block, source, fence, target, sent } => {
+                self.copy_done(id, block, (source, fence), (target, sent), outcome);
             }
             Op::Intake { intake, target } => self.intake_done(intake, target, outcome),
             Op::Scrub { block, source } => self.scrub_done(block, source, outcome),
@@ -511,6 +517,16 @@ impl Core {
             checksum,
             generation: space.generation,
             write_sequence,
+        }
+    }
+}
+
+/// Which sealed blocks are worth a write; `None` is every one.
+fn admit_of(admission: Admission) -> Option<Admit> {
+    match admission {
+        Admission::All => None,
+        Admission::Learned { bytes_per_day } => {
+            Some(Admit::new(WriteBudget::new(bytes_per_day, Now::default())))
         }
     }
 }

@@ -6,7 +6,7 @@
 use crate::api::{Policy, Residence};
 use crate::core::Core;
 use crate::cost::ComputeCost;
-use crate::ids::{BlockId, SessionId};
+use crate::ids::{BlockId, Memory, SessionId};
 use crate::policy::class::Class;
 use crate::policy::duel::{Duel, Leader};
 use crate::policy::ghost::Step;
@@ -33,9 +33,9 @@ const RESIZE_EVERY: u32 = 1024;
 /// A tier is small, and more than one past for each of its blocks is remembered, until those would be so many.
 const PASTS_SMALL: u32 = 1 << 16;
 /// A block's worth never falls to nothing: of blocks that cost nothing the older goes first.
-const WORTH_MIN: f64 = 1e-15;
+pub(crate) const WORTH_MIN: f64 = 1e-15;
 
-/// A tier that evicts.
+/// A tier whose lists go through the residency table itself; those of Hbm go through its devices' tables.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Tier {
     Pinned,
@@ -54,8 +54,8 @@ pub(crate) enum Relist {
 /// The blocks of a space that may leave a tier.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Evictable {
-    queues: Queues,
-    s3: S3Fifo,
+    pub(crate) queues: Queues,
+    pub(crate) s3: S3Fifo,
 }
 
 /// One duel a tier.
@@ -63,13 +63,16 @@ pub(crate) struct Evictable {
 pub(crate) struct Duels {
     pub(crate) pinned: Duel,
     pub(crate) nvme: Duel,
+    /// One a device.
+    pub(crate) hbm: Vec<Duel>,
     sized: (u32, u32),
 }
 
 impl Duels {
-    pub(crate) fn new() -> Self {
+    pub(crate) fn new(gpus: usize) -> Self {
         let none = BlockCount::new(1);
-        Self { pinned: Duel::new(none), nvme: Duel::new(none), sized: (1, 1) }
+        let hbm = vec![Duel::new(none); gpus];
+        Self { pinned: Duel::new(none), nvme: Duel::new(none), hbm, sized: (1, 1) }
     }
 
     fn of(&self, tier: Tier) -> &Duel {
@@ -152,6 +155,10 @@ impl Core {
         if nvme {
             self.relist_in(index, Tier::Nvme, how);
         }
+        let hbm = self.blocks.at(index).hbm;
+        if !hbm.is_empty() {
+            hbm.iter().for_each(|gpu| self.relist_in_hbm(index, gpu, how));
+        }
     }
 
     fn relist_in(&mut self, index: BlockIndex, tier: Tier, how: Relist) {
@@ -210,7 +217,7 @@ impl Core {
     pub(crate) fn relist_used(&mut self, index: BlockIndex) {
         let block = self.blocks.at(index);
         if self.config.policy != Policy::S3Fifo {
-            if block.is_listed() {
+            if block.is_listed() || !block.hbm.is_empty() {
                 self.relist(index, Relist::Touch);
             }
             return;
@@ -222,6 +229,7 @@ impl Core {
                 evictable.s3.used(&mut slab, index.get());
             }
         }
+        there.hbm.iter().for_each(|gpu| self.s3_used_in_hbm(index, gpu));
     }
 
     /// A copy came into a tier or left it: S3-FIFO counts what it holds.
@@ -243,14 +251,20 @@ impl Core {
     /// A session asks for a prefix, of which the first block that is known has
     /// this depth and space. What is missing is mostly computed and sealed next:
     /// the shadows see the request whole.
-    pub(crate) fn asked(&mut self, session: SessionId, blocks: &[BlockId], known: Option<(u32, SpaceIndex)>) {
+    pub(crate) fn asked(
+        &mut self,
+        session: SessionId,
+        blocks: &[BlockId],
+        known: Option<(u32, SpaceIndex)>,
+        memory: Memory,
+    ) {
         let at = self.tick;
         let Some(open) = self.sessions.get_mut(&session) else { return };
         let space = known.map(|(_, space)| space).or(open.asked.map(|asked| asked.space));
         // Without a space it is not known what a block is worth: its seal will tell.
         let Some(space) = space else { return };
         open.asked = Some(Asked { first: blocks.first().copied(), at, space, added: 0 });
-        self.learn(blocks, known.map_or(0, |(depth, _)| depth), space);
+        self.learn(blocks, known.map_or(0, |(depth, _)| depth), space, memory);
     }
 
     /// A session is about to compute and seal these blocks. That is part of its
@@ -261,6 +275,7 @@ impl Core {
         blocks: &[BlockId],
         parent: Option<BlockId>,
         space: SpaceIndex,
+        memory: Memory,
     ) {
         let above = parent.and_then(|parent| self.blocks.find(parent)).map(|index| self.blocks.at(index));
         let depth = above.map_or(0, |above| above.depth.saturating_add(1));
@@ -279,11 +294,11 @@ impl Core {
         let at = tick.next();
         open.asked = Some(Asked { first: blocks.first().copied(), at, space, added });
         self.tick = at;
-        self.learn(blocks, depth, space);
+        self.learn(blocks, depth, space, memory);
     }
 
     /// Tells the curves and the shadows what was asked for. Each of them looks at a sample of the blocks only.
-    fn learn(&mut self, blocks: &[BlockId], first_depth: u32, space: SpaceIndex) {
+    fn learn(&mut self, blocks: &[BlockId], first_depth: u32, space: SpaceIndex, memory: Memory) {
         let held = self.spaces.at(space);
         let (tenant, size, tokens) = (held.tenant, held.frame_bytes.get(), held.block_tokens.get());
         let cost = held.compute.cost();
@@ -295,6 +310,9 @@ impl Core {
             shift = if nvme { shift.min(self.duels.nvme.shift()) } else { shift };
         }
         let keys = blocks.iter().map(|&block| Step::key_of(block)).zip(first_depth..);
+        if let (true, Memory::Hbm(gpu)) = (duels, memory) {
+            shift = shift.min(self.duels.hbm[usize::from(gpu.get())].shift());
+        }
         let watched: Vec<(u64, u32)> = keys.filter(|(key, _)| key.leading_zeros() >= shift).collect();
         let lookup =
             |&(key, depth): &(u64, u32)| Lookup { key, size, tokens, seconds: narrow(cost.seconds(depth)) };
@@ -326,6 +344,12 @@ impl Core {
         if nvme {
             self.duels.nvme.request(count, steps(Tier::Nvme));
         }
+        if let Memory::Hbm(gpu) = memory {
+            let seconds = narrow(self.gpus.at(gpu).load.seconds_idle(size));
+            let per_byte = narrow((f64::from(seconds) / worth.bytes).max(WORTH_MIN));
+            let steps = watched.iter().map(|&(key, _)| Step { key, seconds, worth: per_byte });
+            self.duels.hbm[usize::from(gpu.get())].request(count, steps);
+        }
         if self.duels.sized == (1, 1) || self.tick.is_multiple_of(RESIZE_EVERY) {
             self.resize_duels();
         }
@@ -335,7 +359,7 @@ impl Core {
     pub(crate) fn resize_duels(&mut self) {
         let (mut chunks, mut frames, mut slots, mut cells) = (0u64, 0u64, 0u64, 0u64);
         for (_, space) in self.spaces.iter() {
-            let known = u64::from(space.chunks).max(u64::from(chunks == 0));
+            let known = u64::from(space.pinned.chunks).max(u64::from(chunks == 0));
             chunks += known;
             frames += known * u64::from(space.frames_per_chunk);
             let held = space.blocks_nvme.max(1);
@@ -347,6 +371,7 @@ impl Core {
         let nvme = all_slots * cells / slots.max(1);
         let held = |blocks: u64| u32::try_from(blocks.max(1)).unwrap_or(u32::MAX);
         let (pinned, nvme) = (held(pinned), held(nvme));
+        let known_chunks = chunks.max(1);
         let changed = |old: u32, new: u32| old.abs_diff(new) > old / 8;
         if changed(self.duels.sized.0, pinned) {
             self.duels.sized.0 = pinned;
@@ -357,6 +382,11 @@ impl Core {
             self.duels.sized.1 = nvme;
             self.duels.nvme.resize(BlockCount::new(nvme));
             self.blocks.remember(pasts(pinned.max(nvme)));
+        }
+        for gpu in self.gpus.ids() {
+            let chunks = self.gpus.at(gpu).limit() / self.config.chunk_bytes.get().max(1);
+            let blocks = chunks * frames / known_chunks;
+            self.duels.hbm[usize::from(gpu.get())].resize(BlockCount::new(held(blocks)));
         }
     }
 
@@ -476,7 +506,7 @@ impl Core {
     fn sweep(&mut self, space: SpaceIndex, keep: bool) -> Choice {
         let mut demote = Choice::Nothing;
         let mut looked = 0;
-        for (_, chunk) in self.chunks.iter() {
+        for (_, chunk) in self.chunks.iter_in(Memory::Pinned) {
             if chunk.space != space || chunk.kind != ChunkKind::Pool {
                 continue;
             }
@@ -516,7 +546,7 @@ impl Core {
     }
 
     /// Seconds to bring a block of the space in from a device that does nothing else.
-    fn load_seconds_idle(&self, space: SpaceIndex) -> f64 {
+    pub(crate) fn load_seconds_idle(&self, space: SpaceIndex) -> f64 {
         let bytes = self.spaces.at(space).frame_bytes.get();
         let usable = self.disks.devices.iter().find(|device| device.usable);
         usable.map_or(0.0, |device| device.load.seconds_idle(bytes))
@@ -596,6 +626,6 @@ fn worth_of(space: &Space, load_seconds: f64) -> Worth {
 }
 
 #[expect(clippy::cast_possible_truncation, reason = "an estimate needs no more digits")]
-fn narrow(value: f64) -> f32 {
+pub(crate) fn narrow(value: f64) -> f32 {
     value as f32
 }

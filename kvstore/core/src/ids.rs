@@ -167,6 +167,10 @@ counter_id! {
     DeviceId, u16
 }
 counter_id! {
+    /// A device of the Hbm tier, in the order of the configuration; below [`GPUS_MAX`].
+    GpuId, u16
+}
+counter_id! {
     /// One I/O or memory operation that the shell performs for the core.
     OpId, u64
 }
@@ -198,12 +202,71 @@ impl Fence {
     }
 }
 
-/// A frame of a chunk in Pinned.
+/// Most devices of the Hbm tier.
+pub const GPUS_MAX: u16 = 16;
+
+/// Memory in which a block can be read in place: a tier and, of Hbm, the device.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Memory {
+    /// Of the host.
+    #[default]
+    Pinned,
+    /// Of a device.
+    Hbm(GpuId),
+}
+
+/// Some devices of the Hbm tier.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct GpuSet(u16);
+
+impl GpuSet {
+    /// None of them.
+    pub const NONE: Self = Self(0);
+
+    const fn bit(gpu: GpuId) -> u16 {
+        1 << (gpu.0 % GPUS_MAX)
+    }
+
+    /// Whether a device is one of them.
+    pub const fn contains(self, gpu: GpuId) -> bool {
+        self.0 & Self::bit(gpu) != 0
+    }
+
+    /// These and one more.
+    #[must_use]
+    pub const fn with(self, gpu: GpuId) -> Self {
+        Self(self.0 | Self::bit(gpu))
+    }
+
+    /// These but one.
+    #[must_use]
+    pub const fn without(self, gpu: GpuId) -> Self {
+        Self(self.0 & !Self::bit(gpu))
+    }
+
+    /// Those that are in both.
+    #[must_use]
+    pub const fn both(self, other: Self) -> Self {
+        Self(self.0 & other.0)
+    }
+
+    /// Whether there is none.
+    pub const fn is_empty(self) -> bool {
+        self.0 == 0
+    }
+
+    /// Each of them, lowest number first.
+    pub fn iter(self) -> impl Iterator<Item = GpuId> {
+        (0..GPUS_MAX).map(GpuId::new).filter(move |&gpu| self.contains(gpu))
+    }
+}
+
+/// A frame of a chunk in Pinned or Hbm: the chunk says in which.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct FrameRef {
     /// The chunk.
     pub chunk: ChunkId,
-    /// Index of the frame in the chunk, and of its fence in the fence page.
+    /// Index of the frame in the chunk, and of its fence in the chunk's fence page.
     pub index: u32,
 }
 

@@ -76,7 +76,7 @@ impl Core {
             }
         }
         if let Some(lease) = self.leases.get_mut(&id)
-            && let LeaseKind::Write { space } = lease.kind
+            && let LeaseKind::Write { space, .. } = lease.kind
         {
             let took = seconds(self.now.since(std::mem::replace(&mut lease.mark, self.now)));
             self.observe_compute(space, took, fresh, depths);

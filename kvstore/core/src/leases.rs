@@ -98,6 +98,7 @@ impl Core {
         for window in windows {
             self.replace_window(window);
         }
+        self.unclaim(id);
         self.memory_changed = true;
     }
 
@@ -326,7 +327,7 @@ impl Core {
                     if by_use {
                         entry.touch(tick, now);
                     }
-                    if entry.children_pinned == 0 || entry.is_listed() {
+                    if entry.children_pinned == 0 || entry.is_listed() || !entry.hbm.is_empty() {
                         self.relist(block, Relist::Touch);
                     }
                     self.memory_changed = true;

@@ -5,13 +5,18 @@
 //! same effects, so one seed replays a whole run.
 
 mod api;
+mod arrivals;
 mod check;
+mod check_gpus;
 mod checksum;
 mod clear;
 mod core;
 mod cost;
 mod curves;
+mod demote;
 mod evict;
+mod gpu_config;
+mod hbm;
 mod identity;
 mod ids;
 mod intake;
@@ -42,17 +47,20 @@ pub use api::{
 pub use checksum::{Checksum, Checksummer, checksum};
 pub use cost::ComputeCost;
 pub use curves::{CurvePoint, CurveTier, CurveView};
+pub use gpu_config::{GpuConfig, HbmReads};
 pub use identity::{
     BLOCK_BYTES_MAX, BadManifest, KEY_BYTES_MAX, MANIFEST_TEXT_BYTES_MAX, SpaceKind, SpaceManifest,
     TenantKey, chain_key, chain_keys, tenant_id,
 };
 pub use ids::{
-    BadId, BlockId, ChunkId, ClientId, DeviceId, DiskFrame, Fence, FrameRef, LeaseId, OpId, RequestId,
-    SessionId, SpaceId, TenantId,
+    BadId, BlockId, ChunkId, ClientId, DeviceId, DiskFrame, Fence, FrameRef, GPUS_MAX, GpuId, GpuSet,
+    LeaseId, Memory, OpId, RequestId, SessionId, SpaceId, TenantId,
 };
 pub use scrub::ScrubView;
 pub use state::chunk::FrameCounts;
 pub use state::disk::DATA_START;
 pub use state::space::{HEADER_PAGE_BYTES, frame_bytes};
 pub use units::{BlockCount, ByteCount, GIB, KIB, MIB, Micros, Now, TokenCount};
-pub use view::{BlockView, Counters, DeviceView, LeaseView, PinnedView, SnapshotEntry, SpaceView, TierViews};
+pub use view::{
+    BlockView, Counters, DeviceView, GpuView, LeaseView, PinnedView, SnapshotEntry, SpaceView, TierViews,
+};

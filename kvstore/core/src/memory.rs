@@ -1,17 +1,17 @@
-//! Memory of the Pinned tier: chunks come, serve a space as pool or window, are
+//! Memory of Pinned and Hbm: chunks come, serve a space as pool or window, are
 //! emptied, and go. One chunk belongs to one tenant and one space for life.
 
 use crate::api::{Effect, Fault};
 use crate::core::{Core, Deadline, Op, RETRY_AFTER};
 use crate::evict::Relist;
-use crate::ids::{ChunkId, Fence, FrameRef, SessionId};
+use crate::ids::{ChunkId, Fence, FrameRef, GpuId, Memory, OpId, SessionId};
 use crate::policy::{Choice, ChunkFacts, cheapest_chunk};
 use crate::residence::Vacate;
 use crate::state::block::{Arriving, BlockIndex, Nvme, WRITE_FAULTS_MAX};
 use crate::state::chunk::{Chunk, ChunkKind, Filler, FrameState};
 use crate::state::count;
 use crate::state::space::SpaceIndex;
-use crate::units::Micros;
+use crate::units::{Micros, Now};
 
 /// Copies between chunks at one time.
 const COPIES_MAX: u32 = 16;
@@ -53,18 +53,37 @@ impl Core {
         };
         self.chunks.may_insert()
             && self.now >= self.create_paused_until
-            && self.chunks.len() < self.chunks_max().saturating_sub(kept)
+            && self.chunks.pinned_len() < self.chunks_max().saturating_sub(kept)
     }
 
-    fn create_chunk(&mut self, space: SpaceIndex, owner: Option<SessionId>) -> ChunkId {
+    /// Whether a memory may have one more chunk.
+    fn may_create_in(&self, memory: Memory, reserve: Reserve) -> bool {
+        match memory {
+            Memory::Pinned => self.may_create(reserve),
+            Memory::Hbm(gpu) => {
+                let held = self.gpus.at(gpu);
+                let most = held.limit() / self.config.chunk_bytes.get().max(1);
+                held.usable
+                    && self.chunks.may_insert()
+                    && self.now >= held.create_paused_until
+                    && u64::from(held.chunks) < most
+            }
+        }
+    }
+
+    fn create_chunk(&mut self, space: SpaceIndex, owner: Option<SessionId>, memory: Memory) -> ChunkId {
         let private = owner.is_some_and(|session| self.is_isolated(session));
         let held = self.spaces.at_mut(space);
         let (tenant, frames, frame_bytes) = (held.tenant, held.frames_per_chunk, held.frame_bytes);
-        held.chunks += 1;
+        held.pool_mut(memory).chunks += 1;
+        if let Memory::Hbm(gpu) = memory {
+            self.gpus.at_mut(gpu).chunks += 1;
+        }
         let mut chunk = Chunk::new(ChunkKind::Creating { owner }, tenant, space, frames, self.now);
         chunk.charged = owner.is_some();
         chunk.sealer = owner;
         chunk.private = private;
+        chunk.memory = memory;
         let id = self.chunks.insert(chunk);
         match owner {
             Some(session) => {
@@ -73,28 +92,51 @@ impl Core {
                     open.windows.insert(id);
                 }
             }
-            None => self.spaces.at_mut(space).pool_creating += 1,
+            None => self.spaces.at_mut(space).pool_mut(memory).creating += 1,
         }
         let op = self.start(Op::CreateChunk { chunk: id });
-        self.effects.push_back(Effect::CreateChunk { op, chunk: id, tenant, owner, frame_bytes, frames });
+        let chunk = id;
+        self.effects.push_back(Effect::CreateChunk { op, chunk, tenant, owner, frame_bytes, frames, memory });
         id
     }
 
     pub(crate) fn chunk_created(&mut self, id: ChunkId, outcome: Result<(), Fault>) {
         let chunk = self.chunks.at(id);
-        let (space, tenant) = (chunk.space, chunk.tenant);
+        let (space, tenant, memory) = (chunk.space, chunk.tenant, chunk.memory);
         let ChunkKind::Creating { owner } = chunk.kind else { return };
         if owner.is_none() {
-            self.spaces.at_mut(space).pool_creating -= 1;
+            self.spaces.at_mut(space).pool_mut(memory).creating -= 1;
         }
         self.memory_changed = true;
         if outcome.is_err() {
             self.counters.memory_faults += 1;
-            self.create_paused_until = self.now.after(RETRY_AFTER);
-            self.at(self.create_paused_until, Deadline::Retry);
+            let paused_until = self.now.after(RETRY_AFTER);
+            match memory {
+                Memory::Pinned => self.create_paused_until = paused_until,
+                Memory::Hbm(gpu) => self.gpus.at_mut(gpu).create_paused_until = paused_until,
+            }
+            self.at(paused_until, Deadline::Retry);
             self.forget_chunk(id);
             return;
         }
+        let usable = match memory {
+            Memory::Pinned => true,
+            Memory::Hbm(gpu) => self.gpus.at(gpu).usable,
+        };
+        let owner = match owner {
+            None if !usable => {
+                self.chunks.at_mut(id).kind = ChunkKind::Retiring;
+                self.emptying.insert(id);
+                return;
+            }
+            Some(owner) if !usable => {
+                self.window_left(owner, id);
+                self.chunks.at_mut(id).kind = ChunkKind::Replacing;
+                self.emptying.insert(id);
+                return;
+            }
+            owner => owner,
+        };
         match owner {
             Some(owner) if self.sessions.contains_key(&owner) => {
                 let chunk = self.chunks.at_mut(id);
@@ -111,7 +153,7 @@ impl Core {
                 let chunk = self.chunks.at_mut(id);
                 chunk.kind = ChunkKind::Pool;
                 chunk.reserved_until = reserved_until;
-                self.spaces.at_mut(space).pool_open.insert(id);
+                self.spaces.at_mut(space).pool_mut(memory).open.insert(id);
             }
         }
         debug_assert!(self.chunks.at(id).tenant == tenant, "a chunk has one tenant for life");
@@ -125,7 +167,10 @@ impl Core {
     fn forget_chunk(&mut self, id: ChunkId) {
         let chunk = self.chunks.remove(id);
         assert!(chunk.is_empty(), "a chunk goes when nothing is left in it");
-        self.spaces.at_mut(chunk.space).chunks -= 1;
+        self.spaces.at_mut(chunk.space).pool_mut(chunk.memory).chunks -= 1;
+        if let Memory::Hbm(gpu) = chunk.memory {
+            self.gpus.at_mut(gpu).chunks -= 1;
+        }
         if chunk.charged {
             self.uncharge_tenant(chunk.tenant, self.config.chunk_bytes.get());
         }
@@ -155,11 +200,11 @@ impl Core {
         if self.spaces.at(space).frames_per_chunk == 0 {
             return Allocated::Never;
         }
-        if self.spaces.at(space).pool_creating > 0 {
+        if self.spaces.at(space).pinned.creating > 0 {
             return Allocated::Wait;
         }
         if self.may_create(Reserve::Kept) {
-            self.create_chunk(space, None);
+            self.create_chunk(space, None, Memory::Pinned);
             return Allocated::Wait;
         }
         match self.pinned_victim_now(space) {
@@ -183,33 +228,79 @@ impl Core {
             Choice::Nothing => {}
         }
         if self.may_create(Reserve::Used) {
-            self.create_chunk(space, None);
+            self.create_chunk(space, None, Memory::Pinned);
             return Allocated::Wait;
         }
-        self.wait_for_memory()
+        self.wait_for_memory(Memory::Pinned)
     }
 
     pub(crate) fn take_free_pool_frame(&mut self, space: SpaceIndex) -> Option<FrameRef> {
-        let &chunk = self.spaces.at(space).pool_open.first()?;
+        self.take_free_frame_in(space, Memory::Pinned)
+    }
+
+    #[inline(always)]
+    fn take_free_frame_in(&mut self, space: SpaceIndex, memory: Memory) -> Option<FrameRef> {
+        let &chunk = self.spaces.at(space).pool(memory).open.first()?;
         let now = self.now;
         let held = self.chunks.at_mut(chunk);
         held.reserved_until = now;
         let index = held.take_free().expect("an open chunk has a free frame");
         if held.free.is_empty() {
-            self.spaces.at_mut(space).pool_open.remove(&chunk);
+            self.spaces.at_mut(space).pool_mut(memory).open.remove(&chunk);
         }
         Some(FrameRef { chunk, index })
     }
 
+    /// A frame of a device's pool: a free one, a new chunk's, or an evicted block's.
+    pub(crate) fn take_hbm_frame(&mut self, space: SpaceIndex, gpu: GpuId) -> Allocated {
+        let memory = Memory::Hbm(gpu);
+        if let Some(frame) = self.take_free_frame_in(space, memory) {
+            return Allocated::Frame(frame);
+        }
+        if self.spaces.at(space).frames_per_chunk == 0 || !self.gpus.at(gpu).usable {
+            return Allocated::Never;
+        }
+        if self.spaces.at(space).pool(memory).creating > 0 {
+            return Allocated::Wait;
+        }
+        if self.may_create_in(memory, Reserve::Used) {
+            self.create_chunk(space, None, memory);
+            return Allocated::Wait;
+        }
+        match self.hbm_victim(space, gpu) {
+            Choice::Evict(index) => {
+                let idle = self.blocks.at(index).idle(self.now);
+                self.rebalance_in(space, memory, idle);
+                if let Some(frame) = self.evict_from_hbm(index, gpu) {
+                    return Allocated::Frame(frame);
+                }
+                Allocated::Wait
+            }
+            Choice::Demote(index) => match self.demote(index, gpu) {
+                Allocated::Never => match self.evict_from_hbm(index, gpu) {
+                    Some(frame) => Allocated::Frame(frame),
+                    None => Allocated::Wait,
+                },
+                Allocated::Wait | Allocated::Frame(_) => Allocated::Wait,
+            },
+            Choice::Nothing => self.wait_for_memory(memory),
+        }
+    }
+
     /// A frame of one of the session's own windows.
-    pub(crate) fn take_window_frame(&mut self, session: SessionId, space: SpaceIndex) -> Allocated {
+    pub(crate) fn take_window_frame(
+        &mut self,
+        session: SessionId,
+        space: SpaceIndex,
+        memory: Memory,
+    ) -> Allocated {
         let Some(open) = self.sessions.get(&session) else { return Allocated::Never };
         let tenant = open.tenant;
         let mut creating = false;
         let mut found = None;
         for &id in &open.windows {
             let chunk = self.chunks.at(id);
-            if chunk.space != space {
+            if chunk.space != space || chunk.memory != memory {
                 continue;
             }
             match chunk.kind {
@@ -235,11 +326,11 @@ impl Core {
         if self.lease_allowance(tenant, session) < self.config.chunk_bytes.get() {
             return Allocated::Never;
         }
-        if self.may_create(Reserve::Used) {
-            self.create_chunk(space, Some(session));
+        if self.may_create_in(memory, Reserve::Used) {
+            self.create_chunk(space, Some(session), memory);
             return Allocated::Wait;
         }
-        self.wait_for_memory()
+        self.wait_for_memory(memory)
     }
 
     /// A free frame of a window that is being filled.
@@ -252,9 +343,13 @@ impl Core {
     }
 
     /// Is memory on its way, or can some be freed?
-    fn wait_for_memory(&mut self) -> Allocated {
-        let paused = self.now < self.create_paused_until;
-        let coming = self.chunks.iter().any(|(_, chunk)| match chunk.kind {
+    fn wait_for_memory(&mut self, memory: Memory) -> Allocated {
+        let paused = match memory {
+            Memory::Pinned => self.now < self.create_paused_until,
+            Memory::Hbm(gpu) if !self.gpus.at(gpu).usable => return Allocated::Never,
+            Memory::Hbm(gpu) => self.now < self.gpus.at(gpu).create_paused_until,
+        };
+        let coming = self.chunks.iter_in(memory).any(|(_, chunk)| match chunk.kind {
             ChunkKind::Creating { .. }
             | ChunkKind::Closing { .. }
             | ChunkKind::Replacing
@@ -263,12 +358,12 @@ impl Core {
             ChunkKind::Window { recalled, .. } => recalled,
             ChunkKind::Pool => false,
         });
-        if coming || paused || self.retire_chunk() { Allocated::Wait } else { Allocated::Never }
+        if coming || paused || self.retire_chunk(memory) { Allocated::Wait } else { Allocated::Never }
     }
 
     /// Starts to empty the cheapest chunk of the pool.
-    fn retire_chunk(&mut self) -> bool {
-        let facts = self.chunks.iter().filter_map(|(chunk, held)| {
+    pub(crate) fn retire_chunk(&mut self, memory: Memory) -> bool {
+        let facts = self.chunks.iter_in(memory).filter_map(|(chunk, held)| {
             let counts = held.counts;
             let eligible = held.kind == ChunkKind::Pool
                 && counts.pinned == 0
@@ -287,20 +382,30 @@ impl Core {
     /// `idle` is how long the block that goes now was not used.
     #[inline(always)]
     pub(crate) fn rebalance(&mut self, space: SpaceIndex, idle: Micros) {
+        self.rebalance_in(space, Memory::Pinned, idle);
+    }
+
+    #[inline(always)]
+    fn rebalance_in(&mut self, space: SpaceIndex, memory: Memory, idle: Micros) {
         let held = self.spaces.at_mut(space);
-        held.evicted += 1;
-        if held.evicted >= held.frames_per_chunk && self.emptying.is_empty() {
-            held.evicted = 0;
-            let others = self.chunks.len() - held.chunks;
-            if others > 0 {
-                self.take_chunk_for(space, idle);
+        let frames = held.frames_per_chunk;
+        let pool = held.pool_mut(memory);
+        pool.evicted += 1;
+        if pool.evicted >= frames && self.emptying.is_empty() {
+            pool.evicted = 0;
+            let all = match memory {
+                Memory::Pinned => self.chunks.pinned_len(),
+                Memory::Hbm(gpu) => self.gpus.at(gpu).chunks,
+            };
+            if all > pool.chunks {
+                self.take_chunk_for(space, memory, idle);
             }
         }
     }
 
     #[cold]
-    fn take_chunk_for(&mut self, space: SpaceIndex, idle: Micros) {
-        let colder = self.chunks.iter().filter(|(_, chunk)| {
+    fn take_chunk_for(&mut self, space: SpaceIndex, memory: Memory, idle: Micros) {
+        let colder = self.chunks.iter_in(memory).filter(|(_, chunk)| {
             chunk.space != space
                 && chunk.kind == ChunkKind::Pool
                 && chunk.counts.pinned == 0
@@ -313,11 +418,11 @@ impl Core {
         }
     }
 
-    fn retire(&mut self, id: ChunkId) {
+    pub(crate) fn retire(&mut self, id: ChunkId) {
         let chunk = self.chunks.at_mut(id);
         chunk.kind = ChunkKind::Retiring;
-        let space = chunk.space;
-        self.spaces.at_mut(space).pool_open.remove(&id);
+        let (space, memory) = (chunk.space, chunk.memory);
+        self.spaces.at_mut(space).pool_mut(memory).open.remove(&id);
         self.emptying.insert(id);
         self.emptying_due = true;
         self.counters.chunks_retired += 1;
@@ -326,13 +431,13 @@ impl Core {
     /// Keeps memory ready for windows while the pool is full.
     pub(crate) fn pump_reserve(&mut self) {
         let wanted = self.config.chunks_ready_min.min(self.chunks_max() / 2);
-        let ready = self.chunks_max().saturating_sub(self.chunks.len());
+        let ready = self.chunks_max().saturating_sub(self.chunks.pinned_len());
         if ready >= wanted {
             return;
         }
         let leaving = |kind| matches!(kind, ChunkKind::Retiring | ChunkKind::Replacing | ChunkKind::Dropping);
-        let coming = self.chunks.iter().filter(|(_, chunk)| leaving(chunk.kind)).count();
-        if ready.saturating_add(count(coming)) < wanted && self.retire_chunk() {
+        let coming = self.chunks.iter_in(Memory::Pinned).filter(|(_, chunk)| leaving(chunk.kind)).count();
+        if ready.saturating_add(count(coming)) < wanted && self.retire_chunk(Memory::Pinned) {
             self.pump_emptying();
         }
     }
@@ -344,7 +449,7 @@ impl Core {
         let Some(space) = self.pool_space.filter(|_| wanted > 0 && !self.may_create(Reserve::Kept)) else {
             return;
         };
-        let open = self.spaces.at(space).pool_open.iter();
+        let open = self.spaces.at(space).pinned.open.iter();
         let mut free: usize = open.map(|&chunk| self.chunks.at(chunk).free.len()).sum();
         while free < wanted {
             match self.pinned_victim(space) {
@@ -379,7 +484,7 @@ impl Core {
 
     fn empty_chunk(&mut self, id: ChunkId) {
         let chunk = self.chunks.at(id);
-        if chunk.kind == ChunkKind::Retiring && chunk.counts.pinned > 0 {
+        if chunk.kind == ChunkKind::Retiring && chunk.counts.pinned > 0 && !chunk.forced {
             return self.keep_chunk(id);
         }
         let frames = count(chunk.frames.len());
@@ -423,15 +528,18 @@ impl Core {
         let chunk = self.chunks.at_mut(id);
         chunk.kind = ChunkKind::Pool;
         chunk.touched = self.now;
-        let (space, free) = (chunk.space, !chunk.free.is_empty());
+        let (space, memory, free) = (chunk.space, chunk.memory, !chunk.free.is_empty());
         if free {
-            self.spaces.at_mut(space).pool_open.insert(id);
+            self.spaces.at_mut(space).pool_mut(memory).open.insert(id);
         }
         self.memory_changed = true;
     }
 
     /// Moves a block out of a chunk: into a free frame, else it is evicted, else written first.
     fn move_out(&mut self, index: BlockIndex, source: FrameRef) {
+        if let Memory::Hbm(gpu) = self.chunks.at(source.chunk).memory {
+            return self.move_out_of_hbm(index, gpu);
+        }
         let block = self.blocks.at(index);
         let (space, nvme) = (block.space, block.nvme);
         let writable = self.is_persisting() && block.write_faults() < WRITE_FAULTS_MAX;
@@ -444,12 +552,12 @@ impl Core {
         if matches!(nvme, Nvme::Sealed { .. }) {
             return self.evict_from_pinned(index);
         }
-        if self.spaces.at(space).pool_creating > 0 {
+        if self.spaces.at(space).pinned.creating > 0 {
             return;
         }
         let replacing = self.chunks.at(source.chunk).kind == ChunkKind::Replacing;
         if replacing && self.may_create(Reserve::Kept) {
-            self.create_chunk(space, None);
+            self.create_chunk(space, None, Memory::Pinned);
         } else if writable {
             self.persist_now(index);
         } else {
@@ -457,24 +565,34 @@ impl Core {
         }
     }
 
-    fn start_copy(&mut self, index: BlockIndex, source: FrameRef, target: FrameRef) {
+    /// Copies a block between frames. The caller counts the copy.
+    pub(crate) fn start_moving(&mut self, index: BlockIndex, source: FrameRef, target: FrameRef) -> OpId {
         let expect = self.header_of(index, 0);
         let fence = self.hold_frame(source);
-        let op = self.start(Op::Copy { block: index, source, fence, target });
+        let op = self.start(Op::Copy { block: index, source, fence, target, sent: self.now });
         self.chunks.at_mut(target.chunk).fill(target.index, index, Filler::Op(op.into()));
         self.blocks.at_mut(index).filling += 1;
-        self.copies_running += 1;
         self.effects.push_back(Effect::Copy { op, source, target, expect });
+        op
+    }
+
+    fn start_copy(&mut self, index: BlockIndex, source: FrameRef, target: FrameRef) {
+        self.start_moving(index, source, target);
+        self.copies_running += 1;
     }
 
     pub(crate) fn copy_done(
         &mut self,
+        op: OpId,
         index: BlockIndex,
-        source: FrameRef,
-        fence: Fence,
-        target: FrameRef,
+        (source, fence): (FrameRef, Fence),
+        (target, sent): (FrameRef, Now),
         outcome: Result<(), Fault>,
     ) {
+        let ends = (self.chunks.at(source.chunk).memory, self.chunks.at(target.chunk).memory);
+        if ends != (Memory::Pinned, Memory::Pinned) {
+            return self.crossing_done(op, index, (source, fence), (target, sent), outcome);
+        }
         self.copies_running -= 1;
         let current = self.let_frame_go(source, fence);
         if current {

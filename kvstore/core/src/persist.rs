@@ -56,7 +56,7 @@ impl Core {
     /// Queues a sealed block for Nvme. It does not wait while memory is full, for
     /// it must be written before it can make room.
     pub(crate) fn write_behind(&mut self, index: BlockIndex, id: BlockId) {
-        if self.chunks.len() >= self.chunks_max() {
+        if self.chunks.pinned_len() >= self.chunks_max() {
             self.ready.push_back((index, id));
         } else {
             self.due.push_back((self.now.after(self.config.persist_delay), index, id));
@@ -75,7 +75,7 @@ impl Core {
     }
 
     /// Queues a block that could not be written for another try.
-    fn persist_later(&mut self, index: BlockIndex, after: Micros) {
+    pub(crate) fn persist_later(&mut self, index: BlockIndex, after: Micros) {
         let at = self.now.after(after);
         let id = self.blocks.at(index).id;
         // The queue is in order of time; a retry goes behind what is due before it.
@@ -105,6 +105,9 @@ impl Core {
         let (space, pinned, nvme) = (block.space, block.pinned, block.nvme);
         if class == IoClass::Demotion {
             self.blocks.at_mut(index).set_urgent(false);
+        }
+        if pinned.is_none() && nvme == Nvme::None && self.demote_to_write(index) {
+            return;
         }
         let Some(source) = pinned.filter(|_| nvme == Nvme::None) else { return };
         if self.spaces.at(space).clearing > 0 {
@@ -199,7 +202,7 @@ impl Core {
         self.disks.slot_mut(target.device, target.slot).set(target.index, DiskState::Evicting);
         self.settle_cell(target);
         self.transition(index, |block| block.nvme = Nvme::None);
-        if self.blocks.at(index).pinned.is_some() {
+        if self.blocks.at(index).residence().is_in_memory() {
             self.persist_later(index, RETRY_AFTER);
         }
         self.blocks.remove_if_gone(index);
@@ -219,7 +222,7 @@ impl Core {
         self.memory_changed = true;
         self.emptying_due = true;
         self.durable(index, false);
-        if again && self.blocks.at(index).pinned.is_some() {
+        if again && self.blocks.at(index).residence().is_in_memory() {
             self.persist_later(index, RETRY_AFTER);
         }
         self.blocks.remove_if_gone(index);
@@ -319,7 +322,7 @@ impl Core {
         self.settle_cell(delete.frame);
         let block = self.blocks.try_at(delete.block).filter(|block| block.id == delete.id);
         let Some(block) = block.filter(|block| block.nvme == Nvme::Deleting) else { return };
-        let pinned = block.pinned.is_some();
+        let pinned = block.residence().is_in_memory();
         let damaged = self.disks.cell(delete.frame).is_some_and(|cell| cell.state == DiskState::Quarantined);
         self.transition(delete.block, |block| block.nvme = Nvme::None);
         // What was evicted as the coldest is not written again at once: it would push out the next.

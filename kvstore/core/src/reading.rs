@@ -3,7 +3,7 @@
 use crate::api::{Effect, Grant, IoClass, MissReason, Reply, Residence};
 use crate::core::{Core, Op};
 use crate::evict::Relist;
-use crate::ids::{BlockId, DiskFrame, Fence, FrameRef, LeaseId, OpId, SessionId, TenantId};
+use crate::ids::{BlockId, DiskFrame, Fence, FrameRef, GpuId, LeaseId, Memory, OpId, SessionId, TenantId};
 use crate::memory::Allocated;
 use crate::residence::Vacate;
 use crate::state::block::{Arriving, BlockIndex, Nvme};
@@ -15,7 +15,7 @@ use crate::units::{Micros, Now};
 use crate::waiting::{Asker, WaitKind};
 
 /// Requests' worth of blocks that may queue for promotion.
-const WANTED_REQUESTS_MAX: usize = 16;
+pub(crate) const WANTED_REQUESTS_MAX: usize = 16;
 
 /// What those who wait for a block are told if it cannot be granted.
 #[derive(Clone, Copy, Debug)]
@@ -32,6 +32,16 @@ struct Holder {
     tenant: TenantId,
     /// Bytes that its tenant may yet lease.
     allowance: u64,
+    /// Where it reads.
+    memory: Memory,
+}
+
+/// How a read lease is to be served.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Reading {
+    pub(crate) answer_by: Now,
+    pub(crate) class: IoClass,
+    pub(crate) memory: Memory,
 }
 
 /// What a read lease found.
@@ -51,9 +61,9 @@ impl Core {
         tenant: TenantId,
         blocks: &[BlockId],
         ttl: Option<Micros>,
-        answer_by: Now,
-        class: IoClass,
+        how: Reading,
     ) -> Option<Reply> {
+        let Reading { answer_by, class, memory } = how;
         let lease = match self.add_lease(asker.session, tenant, LeaseKind::Read, ttl, 0) {
             Ok(lease) => lease,
             Err(limit) => return Some(Reply::Throttled(limit)),
@@ -61,28 +71,55 @@ impl Core {
         self.tick = self.tick.next();
         let waits = answer_by > self.now && self.may_wait(asker.session).is_ok();
         let allowance = self.lease_allowance(tenant, asker.session);
-        let holder = Holder { session: asker.session, tenant, allowance };
+        let holder = Holder { session: asker.session, tenant, allowance, memory };
         let Looked { mut grants, items, slower, first } = self.pin_all(holder, blocks);
         self.charge(tenant, asker.session, items.iter().flatten().map(|held| held.bytes).sum());
         if let Some(lease) = self.leases.get_mut(&lease) {
             lease.items = items;
         }
-        self.asked(asker.session, blocks, first);
-        let open = self.promote_all(slower, &mut grants, class);
+        self.asked(asker.session, blocks, first, memory);
+        let open = self.promote_all(slower, &mut grants, class, memory);
         self.count_grants(&grants);
         if open.is_empty() || !waits {
+            self.grant_where_it_is(lease, memory, blocks, &mut grants);
             return Some(self.leased(lease, grants));
         }
         let waited_for = open.iter().map(|&(_, index)| index).collect();
-        let wait =
-            self.wait(asker, Some(answer_by), WaitKind::Read { lease, grants, class, open: waited_for });
+        let blocks = if memory == Memory::Pinned { Vec::new() } else { blocks.to_vec() };
+        let kind = WaitKind::Read { lease, blocks, grants, class, open: waited_for, memory };
+        let wait = self.wait(asker, Some(answer_by), kind);
         if let Some(wait) = self.waits.get_mut(&wait) {
             wait.pending = count(open.len());
         }
         for (position, index) in open {
-            self.arrivals.entry(index).or_default().push((wait, position));
+            let arrivals = match memory {
+                Memory::Pinned => &mut self.arrivals,
+                Memory::Hbm(gpu) => &mut self.gpus.at_mut(gpu).arrivals,
+            };
+            arrivals.entry(index).or_default().push((wait, position));
         }
         None
+    }
+
+    /// What did not come to a device in time is granted in Pinned, if it is there.
+    pub(crate) fn grant_where_it_is(
+        &mut self,
+        lease: LeaseId,
+        memory: Memory,
+        blocks: &[BlockId],
+        grants: &mut [Grant],
+    ) {
+        if memory == Memory::Pinned {
+            return;
+        }
+        for (position, &block) in blocks.iter().enumerate() {
+            if matches!(grants.get(position), Some(Grant::Promoting | Grant::Throttled))
+                && let Some(index) = self.blocks.find(block)
+                && let Some(grant) = self.grant_resident(lease, position, index, Memory::Pinned)
+            {
+                grants[position] = grant;
+            }
+        }
     }
 
     /// Pins what is readable now, and marks all that is known as used.
@@ -135,14 +172,15 @@ impl Core {
         slower: Vec<(u32, BlockIndex)>,
         grants: &mut [Grant],
         class: IoClass,
+        memory: Memory,
     ) -> Vec<(u32, BlockIndex)> {
         let cheaper = self.is_cheaper_to_recompute(&slower);
         let mut open = Vec::with_capacity(slower.len());
         for (position, index) in slower {
-            if cheaper && self.blocks.at(index).pinned.is_none() {
+            if cheaper && !self.blocks.at(index).residence().is_in_memory() {
                 grants[position as usize] = Grant::Missing(MissReason::CheaperToRecompute);
                 self.counters.cheaper_to_recompute += 1;
-            } else if self.want(index, class) {
+            } else if self.want_in(index, memory, class) {
                 open.push((position, index));
             } else {
                 grants[position as usize] = Grant::Throttled;
@@ -164,7 +202,7 @@ impl Core {
             if !space.compute.is_declared() {
                 return false;
             }
-            if block.pinned.is_none() && block.arriving() == Arriving::No {
+            if !block.residence().is_in_memory() && block.arriving() == Arriving::No {
                 any = true;
                 compute += space.compute.cost().seconds(block.depth);
                 bytes[usize::from(frame.device.get())] += space.frame_bytes.get();
@@ -202,10 +240,12 @@ impl Core {
         id: LeaseId,
         position: usize,
         index: BlockIndex,
+        memory: Memory,
     ) -> Option<Grant> {
         let lease = self.leases.get(&id)?;
         let (session, tenant) = (lease.session, lease.tenant);
-        let mut holder = Holder { session, tenant, allowance: self.lease_allowance(tenant, session) };
+        let allowance = self.lease_allowance(tenant, session);
+        let mut holder = Holder { session, tenant, allowance, memory };
         let (grant, item) = self.pin_resident(&mut holder, index)?;
         if let Some(held) = item {
             self.charge(tenant, session, held.bytes);
@@ -220,8 +260,15 @@ impl Core {
     /// have to be verified first. The caller charges the tenant for the item and keeps it.
     fn pin_resident(&mut self, holder: &mut Holder, index: BlockIndex) -> Option<(Grant, Option<Held>)> {
         let block = self.blocks.at(index);
-        let frame = block.pinned?;
-        let (name, checksum, listed) = (block.id, block.seal()?, block.listed_pinned.is_listed());
+        let (frame, listed) = match holder.memory {
+            Memory::Pinned => (block.pinned?, block.listed_pinned.is_listed()),
+            Memory::Hbm(gpu) if !block.hbm.contains(gpu) => return None,
+            Memory::Hbm(gpu) => {
+                let entry = self.gpus.at(gpu).entries.of(index)?;
+                (entry.frame?, entry.links.is_listed())
+            }
+        };
+        let (name, checksum, memory) = (block.id, block.seal()?, holder.memory);
         let space = self.spaces.at(block.space);
         debug_assert!(space.tenant == holder.tenant, "a lease covers blocks of its own tenant");
         let (bytes, length) = (space.frame_bytes.get(), space.block_bytes);
@@ -244,8 +291,16 @@ impl Core {
         }
         let offset = u64::from(frame.index) * bytes + HEADER_PAGE_BYTES;
         let checksum = Some(checksum);
-        let grant = Grant::Granted { block: name, frame, fence, offset, length, checksum };
+        let grant = Grant::Granted { block: name, frame, fence, offset, length, checksum, memory };
         Some((grant, Some(Held { frame, fence, bytes })))
+    }
+
+    /// The same, for whichever memory.
+    pub(crate) fn want_in(&mut self, index: BlockIndex, memory: Memory, class: IoClass) -> bool {
+        match memory {
+            Memory::Pinned => self.want(index, class),
+            Memory::Hbm(gpu) => self.want_in_hbm(index, gpu, class),
+        }
     }
 
     /// Puts a block into the queue of wanted ones. False: the queue is full.
@@ -285,6 +340,12 @@ impl Core {
             }
             return;
         }
+        if !block.hbm.is_empty()
+            && let Some(gpu) = self.device_of(index)
+        {
+            return self.start_demotion(index, gpu);
+        }
+        let block = self.blocks.at(index);
         let Nvme::Sealed { frame: source, sequence } = block.nvme else {
             self.arrived(index, Arrival { otherwise: Grant::Missing(MissReason::Unknown), again: false });
             return;
@@ -302,7 +363,23 @@ impl Core {
         }
         match self.take_pool_frame(space) {
             Allocated::Frame(target) => self.start_read(index, source, sequence, target, class),
-            Allocated::Wait if self.arrivals.contains_key(&index) => self.wanted_stalled.push(index),
+            Allocated::Wait if self.is_awaited(index) => self.wanted_stalled.push(index),
+            Allocated::Wait | Allocated::Never => {
+                self.arrived(index, Arrival { otherwise: Grant::Throttled, again: false });
+            }
+        }
+    }
+
+    /// Whether somebody waits for the block in Pinned, himself or for a device of Hbm.
+    pub(crate) fn is_awaited(&self, index: BlockIndex) -> bool {
+        self.arrivals.contains_key(&index) || self.is_wanted_above(index)
+    }
+
+    /// A wanted block comes from a device of Hbm.
+    fn start_demotion(&mut self, index: BlockIndex, gpu: GpuId) {
+        match self.demote(index, gpu) {
+            Allocated::Frame(_) => {}
+            Allocated::Wait if self.is_awaited(index) => self.wanted_stalled.push(index),
             Allocated::Wait | Allocated::Never => {
                 self.arrived(index, Arrival { otherwise: Grant::Throttled, again: false });
             }
@@ -317,6 +394,19 @@ impl Core {
         target: FrameRef,
         class: IoClass,
     ) {
+        let op = self.start_read_of(block, source, sequence, target, class);
+        self.blocks.at_mut(block).set_arriving(Arriving::Reading(op.into()));
+    }
+
+    /// Reads a copy on a device into a frame of Pinned or Hbm.
+    pub(crate) fn start_read_of(
+        &mut self,
+        block: BlockIndex,
+        source: DiskFrame,
+        sequence: u64,
+        target: FrameRef,
+        class: IoClass,
+    ) -> OpId {
         let expect = self.header_of(block, sequence);
         let frame_bytes = self.spaces.at(self.blocks.at(block).space).frame_bytes;
         let source_offset = self.disks.offset(source, frame_bytes);
@@ -324,13 +414,12 @@ impl Core {
         self.disks.device_mut(source.device).load.sent(frame_bytes.get());
         let chunk = self.chunks.at_mut(target.chunk);
         chunk.fill(target.index, block, Filler::Op(op.into()));
-        let entry = self.blocks.at_mut(block);
-        entry.filling += 1;
-        entry.set_arriving(Arriving::Reading(op.into()));
+        self.blocks.at_mut(block).filling += 1;
         self.disks.cell_mut(source).busy += 1;
         self.reads_running += 1;
         self.disks.device_mut(source.device).reads += 1;
         self.effects.push_back(Effect::Read { op, source, source_offset, target, expect, class });
+        op
     }
 
     /// A device read ended. The frame it filled was its own until now, whatever
@@ -351,7 +440,8 @@ impl Core {
         let block = self.blocks.at(index);
         let wanted = block.arriving() == Arriving::Reading(op.into());
         let current = matches!(block.nvme, Nvme::Sealed { frame, .. } if frame == source);
-        let fits = wanted && current && block.pinned.is_none();
+        let memory = self.chunks.at(target.chunk).memory;
+        let fits = wanted && current && block.pinned.is_none() && memory == Memory::Pinned;
         let mut otherwise = MissReason::Unknown;
         let mut again = false;
         match outcome {
@@ -370,13 +460,17 @@ impl Core {
             // Taken back for want of anybody who waits; somebody may do so again by now.
             Err(crate::api::Fault::NotStarted) => {
                 otherwise = MissReason::Device;
-                again = self.arrivals.contains_key(&index);
+                again = self.is_awaited(index);
             }
             Err(_) => {
                 otherwise = MissReason::Device;
                 self.counters.device_faults += 1;
                 self.disks.device_mut(source.device).faults += 1;
             }
+        }
+        if let Memory::Hbm(gpu) = memory {
+            let outcome = outcome.map_err(|_| otherwise);
+            return self.read_into_hbm(op, index, (gpu, target), current, outcome);
         }
         if wanted {
             self.arrived(index, Arrival { otherwise: Grant::Missing(otherwise), again });
@@ -402,7 +496,12 @@ impl Core {
         fence: Fence,
         outcome: Result<(), crate::api::Fault>,
     ) {
+        if let Memory::Hbm(gpu) = self.chunks.at(frame.chunk).memory {
+            let held = self.let_frame_go(frame, fence).then_some(frame);
+            return self.verified_in_hbm(op, index, gpu, held, outcome);
+        }
         self.verifies_running -= 1;
+        self.memory_changed |= !self.gpus.is_empty();
         let wanted =
             self.blocks.try_at(index).is_some_and(|block| block.arriving() == Arriving::Verifying(op.into()));
         if self.let_frame_go(frame, fence) {
@@ -433,7 +532,7 @@ impl Core {
         for (id, position) in waiters {
             let Some(wait) = self.waits.get(&id) else { continue };
             let WaitKind::Read { lease, class, .. } = wait.kind else { continue };
-            let grant = self.grant_resident(lease, position as usize, index);
+            let grant = self.grant_resident(lease, position as usize, index, Memory::Pinned);
             let there = self.residence(index);
             let retry = there.pinned || (there.nvme && arrival.again);
             let grant = match grant {
@@ -451,6 +550,10 @@ impl Core {
         }
         if !left.is_empty() {
             self.arrivals.entry(index).or_default().extend(left);
+        }
+        let block = self.blocks.at(index);
+        if block.hbm_coming > 0 && block.arriving() == Arriving::No {
+            self.arrived_below(index, arrival.otherwise);
         }
         self.blocks.remove_if_gone(index);
     }

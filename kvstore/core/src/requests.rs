@@ -7,7 +7,8 @@ use std::sync::Arc;
 use crate::api::{Effect, IoClass, Limit, MapAccess, MatchMode, Refusal, Reply, Request, Residence};
 use crate::core::{Core, Deadline};
 use crate::evict::Relist;
-use crate::ids::{BlockId, ChunkId, RequestId, SessionId, TenantId};
+use crate::ids::{BlockId, ChunkId, Memory, RequestId, SessionId, TenantId};
+use crate::reading::Reading;
 use crate::state::block::{BlockIndex, Nvme, Retained};
 use crate::state::chunk::ChunkKind;
 use crate::state::count;
@@ -79,12 +80,20 @@ impl Core {
     fn serve(&mut self, asker: Asker, tenant: TenantId, op: Request) -> Option<Reply> {
         match op {
             Request::Match { blocks, mode } => Some(self.matched(tenant, &blocks, mode)),
-            Request::LeaseRead { blocks, ttl, answer_by, purpose, repeat: _ } => {
-                let class = purpose.class();
-                self.lease_read(asker, tenant, &blocks, ttl, answer_by, class)
+            Request::LeaseRead { blocks, ttl, answer_by, purpose, want, repeat: _ } => {
+                let memory = match self.reachable(asker.session, want) {
+                    Ok(memory) => memory,
+                    Err(refusal) => return Some(Reply::Refused(refusal)),
+                };
+                let how = Reading { answer_by, class: purpose.class(), memory };
+                self.lease_read(asker, tenant, &blocks, ttl, how)
             }
-            Request::LeaseWrite { space, blocks, parent, ttl, repeat: _ } => {
-                self.lease_write(asker, tenant, space, blocks, parent, ttl)
+            Request::LeaseWrite { space, blocks, parent, ttl, want, repeat: _ } => {
+                let memory = match self.reachable(asker.session, want) {
+                    Ok(memory) => memory,
+                    Err(refusal) => return Some(Reply::Refused(refusal)),
+                };
+                self.lease_write(asker, tenant, (space, memory), blocks, parent, ttl)
             }
             Request::Seal { lease, blocks, durability, repeat: _ } => {
                 self.seal(asker, lease, &blocks, durability)
@@ -93,7 +102,8 @@ impl Core {
             Request::Release { leases } => Some(self.release(asker.session, &leases)),
             Request::Abort { lease, indexes } => Some(self.abort(asker.session, lease, &indexes)),
             Request::Touch { blocks } => Some(self.touched(tenant, &blocks)),
-            Request::Prefetch { blocks } => Some(self.prefetch(tenant, &blocks)),
+            Request::Prefetch { blocks, want } => Some(self.prefetch(tenant, &blocks, want)),
+            Request::Shrink { gpu, bytes, answer_by } => self.shrink(asker, gpu, bytes, answer_by),
             Request::Retain { blocks, ttl, priority } => Some(self.retain(tenant, &blocks, ttl, priority)),
             Request::Clear { space, repeat: _ } => self.clear(asker, tenant, space),
             Request::ReturnWindow { chunk } => Some(self.return_window(asker.session, chunk)),
@@ -115,7 +125,18 @@ impl Core {
             Nvme::Sealed { frame, .. } => self.disks.usable(frame.device),
             Nvme::None | Nvme::Writing { .. } | Nvme::Committing { .. } | Nvme::Deleting => false,
         };
-        Residence { pinned: block.pinned.is_some(), nvme }
+        Residence { pinned: block.pinned.is_some(), nvme, hbm: block.hbm }
+    }
+
+    /// Where a session's blocks go that it wants there. In a device's memory nothing keeps a process that maps a
+    /// chunk from writing into it: so only sessions that may read each other's windows map any.
+    fn reachable(&self, session: SessionId, want: Memory) -> Result<Memory, Refusal> {
+        match want {
+            Memory::Pinned => Ok(Memory::Pinned),
+            Memory::Hbm(gpu) if self.gpus.find(gpu).is_none() => Err(Refusal::UnknownGpu { gpu }),
+            Memory::Hbm(_) if self.is_isolated(session) || !self.is_local(session) => Ok(Memory::Pinned),
+            Memory::Hbm(_) => Ok(want),
+        }
     }
 
     fn matched(&mut self, tenant: TenantId, blocks: &[BlockId], mode: MatchMode) -> Reply {
@@ -148,14 +169,19 @@ impl Core {
         Reply::Touched { count: touched }
     }
 
-    fn prefetch(&mut self, tenant: TenantId, blocks: &[BlockId]) -> Reply {
+    fn prefetch(&mut self, tenant: TenantId, blocks: &[BlockId], want: Memory) -> Reply {
+        if let Memory::Hbm(gpu) = want
+            && self.gpus.find(gpu).is_none()
+        {
+            return Reply::Refused(Refusal::UnknownGpu { gpu });
+        }
         let (mut started, mut resident) = (0, 0);
         for &block in blocks {
             let Some(index) = self.find(tenant, block) else { continue };
             let there = self.residence(index);
-            if there.pinned {
+            if there.is_in(want) {
                 resident += 1;
-            } else if there.nvme && self.want(index, IoClass::Prefetch) {
+            } else if (there.is_in_memory() || there.nvme) && self.want_in(index, want, IoClass::Prefetch) {
                 started += 1;
             }
         }
@@ -196,6 +222,7 @@ impl Core {
         let refused = Reply::Refused(Refusal::NotYourChunk { chunk: id });
         let Some(chunk) = self.chunks.find(id) else { return refused };
         let foreign = chunk.tenant != tenant || chunk.private && chunk.sealer != Some(session);
+        let foreign = foreign || chunk.memory != Memory::Pinned && self.is_isolated(session);
         if foreign || !self.is_local(session) {
             return refused;
         }
@@ -216,8 +243,9 @@ impl Core {
     fn flush(&mut self, asker: Asker) -> Option<Reply> {
         let mut open = Vec::new();
         for index in (0..self.blocks.end()).map(BlockIndex::new) {
-            let unsaved =
-                |block: &crate::state::block::Block| block.pinned.is_some() && !block.residence().nvme;
+            let unsaved = |block: &crate::state::block::Block| {
+                block.residence().is_in_memory() && !block.residence().nvme
+            };
             if self.blocks.try_at(index).is_some_and(unsaved) {
                 open.push(index);
             }
@@ -250,7 +278,7 @@ fn blocks_in(op: &Request) -> usize {
         | Request::LeaseRead { blocks, .. }
         | Request::LeaseWrite { blocks, .. }
         | Request::Touch { blocks }
-        | Request::Prefetch { blocks }
+        | Request::Prefetch { blocks, .. }
         | Request::Retain { blocks, .. } => blocks.len(),
         Request::Seal { blocks, .. } => blocks.len(),
         Request::Release { leases } => leases.len(),
@@ -259,6 +287,7 @@ fn blocks_in(op: &Request) -> usize {
         | Request::Clear { .. }
         | Request::ReturnWindow { .. }
         | Request::MapChunk { .. }
+        | Request::Shrink { .. }
         | Request::Flush => 0,
     }
 }
@@ -278,6 +307,7 @@ fn repeat_of(op: &Request) -> Option<u64> {
         | Request::Retain { .. }
         | Request::ReturnWindow { .. }
         | Request::MapChunk { .. }
+        | Request::Shrink { .. }
         | Request::Flush => None,
     }
 }
@@ -332,11 +362,11 @@ fn content_of(op: &Request) -> u64 {
     std::mem::discriminant(op).hash(&mut hasher);
     match op {
         // Nor how urgent it is.
-        Request::LeaseRead { blocks, ttl, repeat: _, answer_by: _, purpose: _ } => {
-            (blocks, ttl).hash(&mut hasher);
+        Request::LeaseRead { blocks, ttl, want, repeat: _, answer_by: _, purpose: _ } => {
+            (blocks, ttl, want).hash(&mut hasher);
         }
-        Request::LeaseWrite { space, blocks, parent, ttl, repeat: _ } => {
-            (space, blocks, parent, ttl).hash(&mut hasher);
+        Request::LeaseWrite { space, blocks, parent, ttl, want, repeat: _ } => {
+            (space, blocks, parent, ttl, want).hash(&mut hasher);
         }
         Request::Seal { lease, blocks, durability, repeat: _ } => {
             (lease, blocks, durability).hash(&mut hasher);
@@ -351,6 +381,7 @@ fn content_of(op: &Request) -> u64 {
         | Request::Retain { .. }
         | Request::ReturnWindow { .. }
         | Request::MapChunk { .. }
+        | Request::Shrink { .. }
         | Request::Flush => {}
     }
     hasher.finish()

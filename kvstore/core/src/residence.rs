@@ -83,7 +83,7 @@ impl Core {
                 self.events.push((tenant, Event::Moved { space, block: id, tiers: after }));
             }
         }
-        adjust(&mut held.blocks_pinned, before.pinned, after.pinned);
+        adjust(&mut held.pinned.blocks, before.pinned, after.pinned);
         adjust(&mut held.blocks_nvme, before.nvme, after.nvme);
         match (is_unpersisted(before), is_unpersisted(after)) {
             (false, true) => self.unpersisted += length,
@@ -121,7 +121,8 @@ impl Core {
         if again {
             block.uses = block.uses.saturating_add(1);
         }
-        let refused = again && block.is_refused() && block.pinned.is_some() && block.nvme == Nvme::None;
+        let refused =
+            again && block.is_refused() && block.residence().is_in_memory() && block.nvme == Nvme::None;
         let id = block.id;
         if by_use {
             block.touch(tick, now);
@@ -144,15 +145,16 @@ impl Core {
         assert!(block.filling > 0, "a filling frame is counted by its block");
         block.filling -= 1;
         block.touch(tick, now);
-        let Residence { nvme, .. } = block.residence();
+        let before = block.residence();
         block.pinned = Some(frame);
         let who = Who { index, id: block.id, space: block.space, parent: block.parent };
-        let (before, after) = (Residence { pinned: false, nvme }, Residence { pinned: true, nvme });
+        let Residence { nvme, hbm, .. } = before;
+        let after = Residence { pinned: true, nvme, hbm };
         if let Some(parent) = self.changed(who, before, after) {
             self.relist(parent, Relist::Keep);
         }
         // A lease that pins it keeps it off the list of Pinned.
-        if pins == 0 || nvme {
+        if pins == 0 || nvme || !hbm.is_empty() {
             self.relist(index, Relist::Keep);
         }
     }
@@ -183,19 +185,20 @@ impl Core {
     pub(crate) fn evict(&mut self, index: BlockIndex, heir: Option<BlockIndex>) -> Option<FrameRef> {
         let block = self.blocks.at_mut(index);
         let frame = block.pinned.take()?;
-        let Residence { nvme, .. } = block.residence();
+        let after = block.residence();
+        let Residence { nvme, hbm, .. } = after;
         let listed = block.is_listed();
         let who = Who { index, id: block.id, space: block.space, parent: block.parent };
         self.counters.evictions_pinned += 1;
         self.emptying_due = true;
         let (fence, free) = self.chunks.at_mut(frame.chunk).evict(frame.index);
         self.fences.push((frame, fence));
-        let (before, after) = (Residence { pinned: true, nvme }, Residence { pinned: false, nvme });
+        let before = Residence { pinned: true, nvme, hbm };
         let parent = self.changed(who, before, after);
         if let Some(parent) = parent.filter(|&parent| heir != Some(parent)) {
             self.relist(parent, Relist::Keep);
         }
-        if !nvme {
+        if after == Residence::default() {
             self.left(index);
         }
         if listed || nvme {
@@ -237,8 +240,8 @@ impl Core {
         assert!(chunk.frames[frame.index as usize].busy == 0, "a frame is freed after its last operation");
         chunk.set(frame.index, FrameState::Free);
         if chunk.kind == ChunkKind::Pool {
-            let space = chunk.space;
-            self.spaces.at_mut(space).pool_open.insert(frame.chunk);
+            let (space, memory) = (chunk.space, chunk.memory);
+            self.spaces.at_mut(space).pool_mut(memory).open.insert(frame.chunk);
         }
         self.memory_changed = true;
         self.emptying_due = true;
@@ -294,18 +297,24 @@ impl Core {
         }
     }
 
-    /// A Pinned copy turned out to be damaged. What was made from it is not trusted either.
-    pub(crate) fn reject_pinned(&mut self, index: BlockIndex) {
-        self.counters.checksum_failures += 1;
+    /// Whoever sealed a damaged copy is told, as far as is known who it was.
+    pub(crate) fn tell_sealer(&mut self, index: BlockIndex, frame: FrameRef) {
         let block = self.blocks.at(index);
         let (id, space) = (block.id, self.spaces.at(block.space).id);
-        let sealed_in = block.pinned.and_then(|frame| self.chunks.find(frame.chunk).zip(Some(frame.index)));
-        if let Some((chunk, index)) = sealed_in
-            && chunk.is_sealers(index)
+        if let Some(chunk) = self.chunks.find(frame.chunk)
+            && chunk.is_sealers(frame.index)
             && let Some(session) = chunk.sealer.filter(|session| self.sessions.contains_key(session))
         {
             let notice = crate::api::Notice::SealRejected { space, block: id };
             self.effects.push_back(Effect::Notify { session, notice });
+        }
+    }
+
+    /// A Pinned copy turned out to be damaged. What was made from it is not trusted either.
+    pub(crate) fn reject_pinned(&mut self, index: BlockIndex) {
+        self.counters.checksum_failures += 1;
+        if let Some(frame) = self.blocks.at(index).pinned {
+            self.tell_sealer(index, frame);
         }
         match self.blocks.at(index).nvme {
             Nvme::Writing { frame, .. } | Nvme::Committing { frame, .. } => self.forget_written(index, frame),
@@ -317,7 +326,7 @@ impl Core {
 }
 
 fn is_unpersisted(residence: Residence) -> bool {
-    residence.pinned && !residence.nvme
+    residence.is_in_memory() && !residence.nvme
 }
 
 fn adjust<N: std::ops::AddAssign + std::ops::SubAssign + From<u8>>(count: &mut N, before: bool, after: bool) {

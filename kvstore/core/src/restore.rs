@@ -7,7 +7,7 @@ use crate::evict::Evictable;
 use crate::ids::{DeviceId, SpaceId, TenantId};
 use crate::state::block::{BlockIndex, Nvme};
 use crate::state::disk::{DiskState, SlotState};
-use crate::state::space::{HEADER_PAGE_BYTES, Space, SpaceIndex, frame_bytes, frames_in};
+use crate::state::space::{HEADER_PAGE_BYTES, Pool, Space, SpaceIndex, frame_bytes, frames_in};
 use crate::units::{ByteCount, TokenCount};
 
 impl Core {
@@ -42,18 +42,14 @@ impl Core {
             frames_per_slot: frames_in(chunk.saturating_sub(HEADER_PAGE_BYTES), frame),
             generation,
             clearing: 0,
-            pool_open: std::collections::BTreeSet::new(),
-            pool_creating: 0,
-            evicted: 0,
-            chunks: 0,
+            pinned: Pool::default(),
+            hbm: (0..self.gpus.len()).map(|_| Pool::default()).collect(),
             slots_open: vec![std::collections::BTreeSet::new(); devices],
             slots_carving: vec![0; devices],
             device_next: 0,
-            evictable_pinned: Evictable::default(),
             evictable_nvme: Evictable::default(),
             compute: Compute::new(block_bytes),
             block_tokens,
-            blocks_pinned: 0,
             blocks_nvme: 0,
         });
     }

@@ -10,10 +10,11 @@ use std::collections::VecDeque;
 
 use crate::api::{Effect, Grant, IoClass, MissReason};
 use crate::core::{Core, Op};
-use crate::ids::{DeviceId, OpId};
+use crate::ids::{DeviceId, Memory, OpId};
 use crate::reading::Arrival;
 use crate::state::block::{Arriving, BlockIndex, Nvme};
 use crate::state::count;
+use crate::state::gpu::Coming;
 
 /// Classes that reads of wanted blocks have, most urgent first.
 const CLASSES: [IoClass; 3] = [IoClass::DecodeFetch, IoClass::PrefillFetch, IoClass::Prefetch];
@@ -76,16 +77,18 @@ impl Core {
                 self.blocks.at_mut(index).set_arriving(Arriving::Queued(class));
                 self.wanted.push(index, class);
             }
-            Arriving::Reading(op) => {
-                let op = op.of(self.op_last);
-                let Some(Op::Read { source, class: current, .. }) = self.ops.get_mut(&op) else { return };
-                if class < *current {
-                    *current = class;
-                    let device = source.device;
-                    self.effects.push_back(Effect::Promote { op, device, class });
-                }
-            }
+            Arriving::Reading(op) => self.raise_read(op.of(self.op_last), class),
             Arriving::No | Arriving::Queued(_) | Arriving::Verifying(_) => {}
+        }
+    }
+
+    /// If an operation is a read, it is wanted by somebody more urgent.
+    pub(crate) fn raise_read(&mut self, op: OpId, class: IoClass) {
+        let Some(Op::Read { source, class: current, .. }) = self.ops.get_mut(&op) else { return };
+        if class < *current {
+            *current = class;
+            let device = source.device;
+            self.effects.push_back(Effect::Promote { op, device, class });
         }
     }
 
@@ -99,6 +102,9 @@ impl Core {
             return;
         }
         self.arrivals.remove(&index);
+        if self.is_wanted_above(index) {
+            return;
+        }
         match self.blocks.at(index).arriving() {
             Arriving::Queued(_) => {
                 self.blocks.at_mut(index).set_arriving(Arriving::No);
@@ -134,6 +140,8 @@ impl Core {
             return;
         }
         self.reads_running -= 1;
+        // A read into Hbm may have waited for its turn.
+        self.memory_changed |= !self.gpus.is_empty();
         let held = self.disks.device_mut(device);
         held.reads -= 1;
         if let Some(next) = held.reads_waiting.pop_front() {
@@ -163,12 +171,29 @@ impl Core {
         }
         let (reads, writes, committing) = self.operations_on(device);
         self.reads_running -= count(reads.len());
+        let gpu_of = |id: &OpId| match self.ops.get(id) {
+            Some(Op::Read { target, .. }) => self.chunks.at(target.chunk).memory,
+            Some(_) | None => Memory::Pinned,
+        };
+        let into_hbm: Vec<_> = reads
+            .iter()
+            .filter_map(|(id, index)| match gpu_of(id) {
+                Memory::Hbm(gpu) => Some((*id, *index, gpu)),
+                Memory::Pinned => None,
+            })
+            .collect();
         self.writes_running -= count(writes.len());
         for (op, index) in reads {
             if self.blocks.try_at(index).is_some_and(|block| block.arriving() == Arriving::Reading(op.into()))
             {
                 let otherwise = Grant::Missing(MissReason::Device);
                 self.arrived(index, Arrival { otherwise, again: false });
+            }
+        }
+        for (op, index, gpu) in into_hbm {
+            let coming = self.gpus.at(gpu).entries.of(index).map(|entry| entry.coming);
+            if coming == Some(Coming::Moving(op)) {
+                self.came(index, gpu, Grant::Missing(MissReason::Device));
             }
         }
         for (write, index) in writes {

@@ -3,7 +3,8 @@
 use crate::api::{BlockHeader, Residence};
 use crate::core::Core;
 use crate::ids::{
-    BlockId, ChunkId, DeviceId, DiskFrame, Fence, FrameRef, LeaseId, SessionId, SpaceId, TenantId,
+    BlockId, ChunkId, DeviceId, DiskFrame, Fence, FrameRef, GpuId, LeaseId, Memory, SessionId, SpaceId,
+    TenantId,
 };
 use crate::state::block::{Block, BlockIndex, Nvme};
 use crate::state::chunk::{ChunkKind, FrameCounts, FrameState};
@@ -34,6 +35,12 @@ pub struct Counters {
     pub evictions_pinned: u64,
     /// Blocks evicted from Nvme.
     pub evictions_nvme: u64,
+    /// Blocks evicted from devices of Hbm.
+    pub evictions_hbm: u64,
+    /// Blocks brought to a device of Hbm.
+    pub promotions_hbm: u64,
+    /// Blocks copied from a device of Hbm to Pinned.
+    pub demotions_hbm: u64,
     /// Blocks brought from Nvme to Pinned.
     pub promotions: u64,
     /// Blocks written early because memory was needed.
@@ -113,7 +120,9 @@ pub struct BlockView {
     pub busy: u32,
     /// The Nvme copy, and its byte offset on the device.
     pub disk: Option<(DiskFrame, u64)>,
-    /// Pinned frames being filled for it.
+    /// Its copies in Hbm.
+    pub hbm: Vec<(GpuId, FrameRef)>,
+    /// Frames being filled for it.
     pub filling: u32,
     /// Children known; of them in Pinned; of them in Nvme.
     pub children: u32,
@@ -131,7 +140,7 @@ pub struct BlockView {
     pub explanation: &'static str,
 }
 
-/// Pinned.
+/// Pinned, or one device of Hbm.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct PinnedView {
     /// Frames by state.
@@ -175,9 +184,28 @@ pub struct DeviceView {
     pub faults: u64,
 }
 
+/// One device of Hbm.
+#[derive(Clone, Copy, Debug)]
+pub struct GpuView {
+    /// The device.
+    pub gpu: GpuId,
+    /// It can be used.
+    pub usable: bool,
+    /// Its chunks and frames.
+    pub memory: PinnedView,
+    /// What the engines beside it leave of its configured memory, windows and lower bound apart.
+    pub free: ByteCount,
+    /// Copies to and from it in flight.
+    pub running: u32,
+    /// Faults since start.
+    pub faults: u64,
+}
+
 /// All tiers.
 #[derive(Clone, Debug)]
 pub struct TierViews {
+    /// Hbm, by device.
+    pub hbm: Vec<GpuView>,
     /// Pinned.
     pub pinned: PinnedView,
     /// Nvme, by device.
@@ -262,6 +290,7 @@ impl Core {
             pins,
             busy: cell.map_or(0, |cell| cell.busy),
             disk: disk.map(|frame| (frame, self.disks.offset(frame, space.frame_bytes))),
+            hbm: self.hbm_copies(index),
             filling: entry.filling.into(),
             children: entry.children,
             children_pinned: entry.children_pinned,
@@ -284,10 +313,60 @@ impl Core {
 
     /// Frames, bytes and chunks of every tier.
     pub fn tier_views(&self) -> TierViews {
+        let bytes_max = u64::from(self.chunks_max()) * self.config.chunk_bytes.get();
+        let pinned = self.memory_view(Memory::Pinned, bytes_max);
+        let devices = (0..self.disks.devices.len()).map(|place| self.device_view(place)).collect();
+        let hbm = self.gpus.ids().map(|gpu| self.gpu_view(gpu)).collect();
+        TierViews { hbm, pinned, devices }
+    }
+
+    fn gpu_view(&self, gpu: GpuId) -> GpuView {
+        let held = self.gpus.at(gpu);
+        GpuView {
+            gpu,
+            usable: held.usable,
+            memory: self.memory_view(Memory::Hbm(gpu), held.limit()),
+            free: self.given_back(gpu),
+            running: held.running,
+            faults: held.faults,
+        }
+    }
+
+    fn hbm_copies(&self, index: BlockIndex) -> Vec<(GpuId, FrameRef)> {
+        let copy = |gpu| self.gpus.at(gpu).entries.of(index)?.frame.map(|frame| (gpu, frame));
+        self.blocks.at(index).hbm.iter().filter_map(copy).collect()
+    }
+
+    /// Time until a block of the space would be readable in a memory, by what else waits there.
+    pub fn fetch_time(&self, space: SpaceId, there: Residence, memory: Memory) -> Micros {
+        let seconds = self.fetch_seconds(space, there, memory).clamp(0.0, 1e9);
+        #[expect(
+            clippy::cast_possible_truncation,
+            clippy::cast_sign_loss,
+            reason = "an estimate in whole microseconds, of a number between 0 and 1e15"
+        )]
+        Micros::new((seconds * 1e6) as u64)
+    }
+
+    fn fetch_seconds(&self, space: SpaceId, there: Residence, memory: Memory) -> f64 {
+        let Some(index) = self.spaces.find(space) else { return 0.0 };
+        let bytes = self.spaces.at(index).frame_bytes.get();
+        let below = || if there.is_in_memory() { 0.0 } else { self.load_seconds_idle(index) };
+        match memory {
+            memory if there.is_in(memory) => 0.0,
+            Memory::Hbm(gpu) => below() + self.gpus.find(gpu).map_or(0.0, |held| held.load.seconds(bytes)),
+            Memory::Pinned => match there.hbm.iter().next() {
+                Some(gpu) => self.gpus.at(gpu).load.seconds_idle(bytes),
+                None => below(),
+            },
+        }
+    }
+
+    fn memory_view(&self, memory: Memory, bytes_max: u64) -> PinnedView {
         let chunk_bytes = self.config.chunk_bytes.get();
         let mut pinned = PinnedView::default();
         let (mut bytes, mut sealed, mut stranded) = (0, 0, 0);
-        for (_, chunk) in self.chunks.iter() {
+        for (_, chunk) in self.chunks.iter_in(memory) {
             let space = self.spaces.at(chunk.space);
             pinned.frames.sum(chunk.counts);
             pinned.chunks += 1;
@@ -303,11 +382,10 @@ impl Core {
             }
         }
         pinned.bytes = ByteCount::new(bytes);
-        pinned.bytes_max = ByteCount::new(u64::from(self.chunks_max()) * chunk_bytes);
+        pinned.bytes_max = ByteCount::new(bytes_max);
         pinned.sealed_bytes = ByteCount::new(sealed);
         pinned.stranded_bytes = ByteCount::new(stranded);
-        let devices = (0..self.disks.devices.len()).map(|place| self.device_view(place)).collect();
-        TierViews { pinned, devices }
+        pinned
     }
 
     fn device_view(&self, place: usize) -> DeviceView {
@@ -394,9 +472,9 @@ impl Core {
             block_bytes: space.block_bytes,
             frame_bytes: space.frame_bytes,
             generation: space.generation,
-            blocks_pinned: space.blocks_pinned,
+            blocks_pinned: space.pinned.blocks,
             blocks_nvme: space.blocks_nvme,
-            chunks: space.chunks,
+            chunks: space.pinned.chunks,
         };
         self.spaces.iter().map(|(_, space)| view(space)).collect()
     }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use crate::api::{Effect, Grant, IoClass, MissReason, Reply, SealOutcome};
 use crate::core::{Core, Deadline};
-use crate::ids::{BlockId, LeaseId, RequestId, SessionId, TenantId};
+use crate::ids::{BlockId, GpuId, LeaseId, Memory, RequestId, SessionId, TenantId};
 use crate::leases::LeaseEnd;
 use crate::state::block::BlockIndex;
 use crate::state::session::WaitId;
@@ -34,12 +34,14 @@ pub(crate) struct Wait {
 /// What it will be answered with.
 #[derive(Debug)]
 pub(crate) enum WaitKind {
-    /// `open`: the blocks that were not there when it began to wait.
+    /// `open`: the blocks that were not there when it began to wait. `blocks`: all of it, if it wants them on a device.
     Read {
         lease: LeaseId,
+        blocks: Vec<BlockId>,
         grants: Vec<Grant>,
         class: IoClass,
         open: Vec<BlockIndex>,
+        memory: Memory,
     },
     Write {
         lease: LeaseId,
@@ -58,6 +60,9 @@ pub(crate) enum WaitKind {
         space: SpaceIndex,
         generation: u64,
         blocks: u64,
+    },
+    Shrink {
+        gpu: GpuId,
     },
 }
 
@@ -109,6 +114,9 @@ impl Core {
             held.waits -= 1;
         }
         self.writers.remove(&id);
+        if let WaitKind::Shrink { gpu } = wait.kind {
+            self.gpus.at_mut(gpu).shrinks.remove(&id);
+        }
         Some(wait)
     }
 
@@ -116,14 +124,21 @@ impl Core {
     pub(crate) fn finish(&mut self, id: WaitId) {
         let Some(wait) = self.take_wait(id) else { return };
         let reply = match wait.kind {
-            WaitKind::Read { lease, grants, .. } => {
+            WaitKind::Read { lease, mut grants, memory, blocks, .. } => {
+                self.grant_where_it_is(lease, memory, &blocks, &mut grants);
                 let grants = self.refresh(lease, grants);
                 self.leased(lease, grants)
             }
-            WaitKind::Write { lease, grants, .. } => self.leased(lease, grants),
+            WaitKind::Write { lease, mut grants, .. } => {
+                if !self.gpus.is_empty() {
+                    self.withdraw(lease, &mut grants);
+                }
+                self.leased(lease, grants)
+            }
             WaitKind::Seal { outcomes } => Reply::Sealed { outcomes },
             WaitKind::Flush { blocks, failed } => Reply::Flushed { blocks, failed },
             WaitKind::Clear { space: _, generation, blocks } => Reply::Cleared { generation, blocks },
+            WaitKind::Shrink { gpu } => Reply::Shrunk { free: self.given_back(gpu) },
         };
         self.answer(wait.asker, reply);
     }
@@ -151,15 +166,28 @@ impl Core {
     /// What was granted early may have moved while the rest was waited for.
     fn refresh(&mut self, lease: LeaseId, mut grants: Vec<Grant>) -> Vec<Grant> {
         for (position, grant) in grants.iter_mut().enumerate() {
-            let Grant::Granted { block, frame, fence, .. } = *grant else { continue };
+            let Grant::Granted { block, frame, fence, memory, .. } = *grant else { continue };
             if self.chunks.frame(frame).is_some_and(|cell| cell.fence == fence) {
                 continue;
             }
             self.drop_item(lease, position, LeaseEnd::Released);
-            let again = self.blocks.find(block).and_then(|index| self.grant_resident(lease, position, index));
+            let index = self.blocks.find(block);
+            let mut granted = |memory| self.grant_resident(lease, position, index?, memory);
+            let again = granted(memory).or_else(|| granted(Memory::Pinned));
             *grant = again.unwrap_or(Grant::Missing(MissReason::Unknown));
         }
         grants
+    }
+
+    /// Frames of a device that was lost while the rest was waited for are not there to be written any more.
+    fn withdraw(&mut self, lease: LeaseId, grants: &mut [Grant]) {
+        for (position, grant) in grants.iter_mut().enumerate() {
+            let Grant::Granted { frame, fence, .. } = *grant else { continue };
+            if self.chunks.frame(frame).is_none_or(|cell| cell.fence != fence) {
+                self.drop_item(lease, position, LeaseEnd::Released);
+                *grant = Grant::Throttled;
+            }
+        }
     }
 
     /// Starts the life of a lease, or ends it if it covers nothing.
@@ -199,6 +227,7 @@ impl Core {
                 WaitKind::Seal { .. }
                 | WaitKind::Read { .. }
                 | WaitKind::Write { .. }
+                | WaitKind::Shrink { .. }
                 | WaitKind::Clear { .. } => {}
             }
             self.part_done(id);

@@ -5,7 +5,7 @@
 use crate::api::{Effect, Fault, Notice, Refusal, Reply};
 use crate::core::{Core, Deadline, Op};
 use crate::evict::Relist;
-use crate::ids::{ChunkId, SessionId};
+use crate::ids::{ChunkId, Memory, SessionId};
 use crate::state::block::BlockIndex;
 use crate::state::chunk::{ChunkKind, FrameState};
 use crate::state::count;
@@ -79,7 +79,12 @@ impl Core {
 
     /// The shell has looked who can still write into a window that was handed back.
     pub(crate) fn window_closed(&mut self, id: ChunkId, outcome: Result<(), Fault>) {
+        let lost = match self.chunks.at(id).memory {
+            Memory::Pinned => false,
+            Memory::Hbm(gpu) => !self.gpus.at(gpu).usable,
+        };
         match outcome {
+            Ok(()) if lost => self.replace_window(id),
             Ok(()) => self.adopt_window(id),
             Err(_) => self.replace_window(id),
         }
@@ -91,17 +96,19 @@ impl Core {
         assert!(matches!(chunk.kind, ChunkKind::Closing { .. }), "only a closed window is adopted");
         chunk.kind = ChunkKind::Pool;
         chunk.touched = self.now;
-        let (space, tenant, charged) = (chunk.space, chunk.tenant, std::mem::take(&mut chunk.charged));
+        let (space, tenant, memory) = (chunk.space, chunk.tenant, chunk.memory);
+        let charged = std::mem::take(&mut chunk.charged);
         for index in 0..count(chunk.frames.len()) {
             if chunk.frames[index as usize].state == FrameState::Quarantined {
                 chunk.set(index, FrameState::Free);
             }
         }
         let sealed = chunk.frames.iter().filter_map(|frame| sealed_block(frame.state));
-        // The others are in no list of Pinned, before and after.
-        let leaves: Vec<BlockIndex> = sealed.filter(|&index| self.blocks.at(index).leaf_of().0).collect();
+        // The others are in no list of the memory, before and after.
+        let may_be_leaf = |index: &BlockIndex| memory != Memory::Pinned || self.blocks.at(*index).leaf_of().0;
+        let leaves: Vec<BlockIndex> = sealed.filter(may_be_leaf).collect();
         if !chunk.free.is_empty() {
-            self.spaces.at_mut(space).pool_open.insert(id);
+            self.spaces.at_mut(space).pool_mut(memory).open.insert(id);
         }
         if charged {
             self.uncharge_tenant(tenant, self.config.chunk_bytes.get());

@@ -5,7 +5,7 @@ use crate::checksum::Checksum;
 use crate::core::Core;
 use crate::cost::seconds;
 use crate::evict::Relist;
-use crate::ids::{BlockId, ChunkId, FrameRef, LeaseId, SessionId, SpaceId, TenantId};
+use crate::ids::{BlockId, ChunkId, FrameRef, LeaseId, Memory, SessionId, SpaceId, TenantId};
 use crate::memory::Allocated;
 use crate::residence::Vacate;
 use crate::state::block::{BlockIndex, Nvme};
@@ -33,6 +33,7 @@ struct Writing {
     lease: LeaseId,
     session: SessionId,
     space: SpaceIndex,
+    memory: Memory,
     frame_bytes: u64,
     /// Of a block's payload.
     length: ByteCount,
@@ -62,6 +63,8 @@ pub(crate) struct Sealing {
     pub(crate) added: u32,
     /// They are copied to Nvme.
     pub(crate) persist: bool,
+    /// Where its frames are.
+    pub(crate) memory: Memory,
 }
 
 /// Position in the lease, length, checksum.
@@ -72,7 +75,7 @@ impl Core {
         &mut self,
         asker: Asker,
         tenant: TenantId,
-        space: SpaceId,
+        (space, memory): (SpaceId, Memory),
         blocks: Vec<BlockId>,
         parent: Option<BlockId>,
         ttl: Option<Micros>,
@@ -81,13 +84,13 @@ impl Core {
             Ok(space) => space,
             Err(refusal) => return Some(Reply::Refused(refusal)),
         };
-        let kind = LeaseKind::Write { space };
+        let kind = LeaseKind::Write { space, memory };
         let lease = match self.add_lease(asker.session, tenant, kind, ttl, blocks.len()) {
             Ok(lease) => lease,
             Err(limit) => return Some(Reply::Throttled(limit)),
         };
         self.blocks.warm(blocks.iter().copied());
-        self.writes(asker.session, &blocks, parent, space);
+        self.writes(asker.session, &blocks, parent, space, memory);
         let can_wait = self.may_wait(asker.session).is_ok();
         let patience = self.now.after(self.config.limits.lease_ttl_default);
         let grants = Vec::with_capacity(blocks.len());
@@ -185,13 +188,14 @@ impl Core {
     fn begin_writing(&mut self, id: LeaseId) -> Option<Writing> {
         let lease = self.leases.get_mut(&id)?;
         let (session, tenant) = (lease.session, lease.tenant);
-        let LeaseKind::Write { space } = lease.kind else { return None };
+        let LeaseKind::Write { space, memory } = lease.kind else { return None };
         let items = std::mem::take(&mut lease.items);
         let held = self.spaces.at(space);
         Some(Writing {
             lease: id,
             session,
             space,
+            memory,
             frame_bytes: held.frame_bytes.get(),
             length: held.block_bytes,
             local: self.is_local(session),
@@ -221,7 +225,7 @@ impl Core {
                 return (Step::Settled(Grant::Missing(MissReason::Unknown)), None);
             }
             let there = self.residence(index);
-            if there.pinned || there.nvme {
+            if there.is_in_memory() || there.nvme {
                 return (Step::Settled(Grant::Exists), Some(index));
             }
             if self.blocks.at(index).filling >= FILLING_MAX {
@@ -260,7 +264,7 @@ impl Core {
             return Allocated::Frame(frame);
         }
         self.charge(writing.tenant, writing.session, std::mem::take(&mut writing.owed));
-        let taken = self.take_window_frame(writing.session, writing.space);
+        let taken = self.take_window_frame(writing.session, writing.space, writing.memory);
         writing.allowance = self.lease_allowance(writing.tenant, writing.session);
         writing.window = match taken {
             Allocated::Frame(frame) => Some(frame.chunk),
@@ -302,6 +306,9 @@ impl Core {
         } else {
             self.blocks.attach(index, above)
         };
+        if attached && !self.blocks.at(index).hbm.is_empty() {
+            self.attached_in_hbm(index);
+        }
         if !attached {
             // It may have been entered for this block.
             self.blocks.remove_if_gone(above);
@@ -328,7 +335,8 @@ impl Core {
         writing.owed += bytes;
         writing.allowance -= bytes;
         let offset = u64::from(frame.index) * bytes + HEADER_PAGE_BYTES;
-        Grant::Granted { block: entry.id, frame, fence, offset, length: writing.length, checksum: None }
+        let (block, length, memory) = (entry.id, writing.length, writing.memory);
+        Grant::Granted { block, frame, fence, offset, length, checksum: None, memory }
     }
 
     pub(crate) fn seal(
@@ -371,7 +379,7 @@ impl Core {
     /// Everything is checked before anything changes.
     fn check_seal(&self, asker: Asker, id: LeaseId, parts: &[SealedPart]) -> Result<(), Refusal> {
         let lease = self.own_lease(asker.session, id)?;
-        let LeaseKind::Write { space } = lease.kind else { return Err(Refusal::WrongKind { lease: id }) };
+        let LeaseKind::Write { space, .. } = lease.kind else { return Err(Refusal::WrongKind { lease: id }) };
         if lease.cleared {
             return Err(Refusal::Cleared);
         }
@@ -415,10 +423,10 @@ impl Core {
         mut tell: impl FnMut(SealOutcome, Option<BlockIndex>),
     ) {
         let Some(lease) = self.leases.get_mut(&id) else { return };
-        let LeaseKind::Write { space } = lease.kind else { return };
+        let LeaseKind::Write { space, memory } = lease.kind else { return };
         let (session, items) = (lease.session, std::mem::take(&mut lease.items));
         let took = seconds(self.now.since(std::mem::replace(&mut lease.mark, self.now)));
-        let sealing = self.sealing(id, session);
+        let sealing = Sealing { memory, ..self.sealing(id, session) };
         let (mut fresh, mut depths) = (0u32, 0u64);
         // The lengths were compared with the space's.
         for &(position, _, checksum) in parts {
@@ -445,6 +453,7 @@ impl Core {
             verified: locality != Locality::Local,
             added: open.and_then(|open| open.asked).map_or(1, |asked| asked.added),
             persist: self.is_written_behind(),
+            memory: Memory::Pinned,
         }
     }
 
@@ -506,7 +515,11 @@ impl Core {
         let block = self.blocks.at_mut(index);
         let before = block.seal();
         let same = before.is_none_or(|seal| seal == checksum);
-        if !same || block.pinned.is_some() {
+        let there = match sealing.memory {
+            Memory::Pinned => block.pinned.is_some(),
+            Memory::Hbm(gpu) => block.hbm.contains(gpu),
+        };
+        if !same || there {
             self.abandon_filling(frame, Vacate::Free);
             if same {
                 self.counters.seals_repeated += 1;
@@ -516,7 +529,11 @@ impl Core {
             return SealOutcome::Conflict;
         }
         block.set_seal(Some(checksum));
-        self.seal_frame(index, frame, sealing.verified, u32::from(sealing.in_place));
+        let pins = u32::from(sealing.in_place);
+        match sealing.memory {
+            Memory::Pinned => self.seal_frame(index, frame, sealing.verified, pins),
+            Memory::Hbm(gpu) => self.seal_in_hbm(index, gpu, frame, sealing.verified, pins),
+        }
         if !sealing.verified {
             self.window_settled(frame.chunk);
         }

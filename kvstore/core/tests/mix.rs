@@ -39,6 +39,7 @@ impl Node {
             pinned_bytes: ByteCount::new(CHUNKS * CHUNK_BYTES),
             chunk_bytes: ByteCount::new(CHUNK_BYTES),
             device_slots: vec![SLOTS / 2; 2],
+            hbm: Vec::new(),
             persist_delay: Micros::from_millis(100),
             window_idle: Micros::from_millis(1000),
             window_recall_max: Micros::from_millis(1000),
@@ -131,7 +132,14 @@ impl Node {
         self.chains += 1;
         let blocks: Vec<BlockId> = (0..PROMPT).map(|place| block(self.chains, place)).collect();
         let repeat = self.chains * 2;
-        let write = Request::LeaseWrite { repeat, space: space(which), blocks, parent: None, ttl: None };
+        let write = Request::LeaseWrite {
+            repeat,
+            space: space(which),
+            blocks,
+            parent: None,
+            ttl: None,
+            want: Memory::Pinned,
+        };
         let Reply::Leased { lease: Some(lease), blocks, .. } = self.ask(write) else {
             panic!("a write is turned away while the mix changes")
         };
@@ -157,6 +165,7 @@ impl Node {
             ttl: None,
             answer_by: Now::from_micros(self.now + 1_000_000),
             purpose: Purpose::Prefill,
+            want: Memory::Pinned,
         };
         let Reply::Leased { lease, .. } = self.ask(read) else { panic!("a read is turned away") };
         self.ask(Request::Release { leases: lease.into_iter().collect() });

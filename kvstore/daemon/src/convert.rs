@@ -8,8 +8,8 @@ use bytes::Bytes;
 
 use terrace_core::{
     BadManifest, BlockId, ByteCount, Checksum, ComputeCost, CurvePoint, CurveTier, CurveView, Durability,
-    Event, Grant, LeaseId, Limit, MatchMode, Micros, MissReason, Notice, Purpose, Refusal, Residence,
-    SealOutcome, SpaceId, SpaceKind, SpaceManifest, TenantKey, TokenCount,
+    Event, GPUS_MAX, GpuId, Grant, LeaseId, Limit, MatchMode, Memory, Micros, MissReason, Notice, Purpose,
+    Refusal, Residence, SealOutcome, SpaceId, SpaceKind, SpaceManifest, TenantKey, TokenCount,
 };
 use terrace_media::SelfTestLine;
 use terrace_proto::{KEY_BYTES_MAX, v1};
@@ -63,7 +63,7 @@ impl From<Refusal> for CallError {
     fn from(refusal: Refusal) -> Self {
         let code = match refusal {
             Refusal::UnknownSession => Code::Unauthenticated,
-            Refusal::UnknownSpace => Code::NotFound,
+            Refusal::UnknownSpace | Refusal::UnknownGpu { .. } => Code::NotFound,
             Refusal::TooManyBlocks { .. }
             | Refusal::WrongKind { .. }
             | Refusal::BadIndex { .. }
@@ -266,18 +266,46 @@ pub(crate) fn device_rate(line: &SelfTestLine) -> v1::DeviceRate {
     }
 }
 
-/// Tiers that a lease may ask for.
-pub(crate) fn want_tier(tier: v1::Tier) -> Result<(), CallError> {
+/// Where blocks may be asked for. Whether there is such a device is the core's to say.
+pub(crate) fn want(tier: v1::Tier, device: u32) -> Result<Memory, CallError> {
     match tier {
-        v1::Tier::Unspecified | v1::Tier::Pinned => Ok(()),
-        v1::Tier::Hbm | v1::Tier::Nvme | v1::Tier::Remote => Err(CallError::new(
+        v1::Tier::Unspecified | v1::Tier::Pinned => Ok(Memory::Pinned),
+        v1::Tier::Hbm => gpu(device).map(Memory::Hbm),
+        v1::Tier::Nvme | v1::Tier::Remote => Err(CallError::new(
             Code::Unimplemented,
-            format!(
-                "blocks are leased in TIER_PINNED; {} cannot be leased by this daemon",
-                tier.as_str_name()
-            ),
+            format!("blocks are leased in TIER_PINNED or TIER_HBM; {} cannot be leased", tier.as_str_name()),
         )),
     }
+}
+
+/// A device of Hbm by its number.
+pub(crate) fn gpu(device: u32) -> Result<GpuId, CallError> {
+    u16::try_from(device)
+        .ok()
+        .filter(|number| *number < GPUS_MAX)
+        .map(GpuId::new)
+        .ok_or_else(|| CallError::invalid(format!("device {device}: a node has fewer than {GPUS_MAX}")))
+}
+
+/// A memory as tier and device.
+pub(crate) fn memory(memory: Memory) -> (v1::Tier, u32) {
+    match memory {
+        Memory::Pinned => (v1::Tier::Pinned, 0),
+        Memory::Hbm(gpu) => (v1::Tier::Hbm, gpu.get().into()),
+    }
+}
+
+/// The fastest tier of a residence, and the devices of Hbm.
+pub(crate) fn fastest(there: Residence) -> (v1::Tier, Vec<u32>) {
+    let devices: Vec<u32> = there.hbm.iter().map(|gpu| gpu.get().into()).collect();
+    let tier = if !devices.is_empty() {
+        v1::Tier::Hbm
+    } else if there.pinned {
+        v1::Tier::Pinned
+    } else {
+        v1::Tier::Nvme
+    };
+    (tier, devices)
 }
 
 pub(crate) fn seal_blocks(blocks: &[v1::SealBlock]) -> Vec<(u32, ByteCount, Checksum)> {
@@ -336,16 +364,20 @@ fn grant(grant: &Grant, ids: &mut Bytes) -> v1::BlockGrant {
     let (outcome, reason) = outcome(grant);
     let bare = v1::BlockGrant { outcome: outcome.into(), reason: reason.into(), ..Default::default() };
     match grant {
-        Grant::Granted { block: _, frame, fence, offset, length, checksum } => v1::BlockGrant {
-            chunk: frame.chunk.get(),
-            frame: frame.index,
-            offset: *offset,
-            fence: fence.get(),
-            length: length.get(),
-            checksum: checksum.map_or(0, Checksum::get),
-            block_id: ids.split_to(BLOCK_ID_BYTES),
-            ..bare
-        },
+        Grant::Granted { block: _, frame, fence, offset, length, checksum, memory: place } => {
+            v1::BlockGrant {
+                chunk: frame.chunk.get(),
+                frame: frame.index,
+                offset: *offset,
+                fence: fence.get(),
+                length: length.get(),
+                checksum: checksum.map_or(0, Checksum::get),
+                block_id: ids.split_to(BLOCK_ID_BYTES),
+                tier: memory(*place).0.into(),
+                device: memory(*place).1,
+                ..bare
+            }
+        }
         Grant::Promoting | Grant::Missing(_) | Grant::Throttled | Grant::Exists => bare,
     }
 }
@@ -395,7 +427,10 @@ pub(crate) fn curve_to_wire(curve: &CurveView, tenant: &str) -> v1::TierCurve {
 
 /// Tiers of a residence, fastest first.
 pub(crate) fn tiers(residence: Residence) -> Vec<i32> {
-    let mut tiers = Vec::with_capacity(2);
+    let mut tiers = Vec::with_capacity(3);
+    if !residence.hbm.is_empty() {
+        tiers.push(v1::Tier::Hbm.into());
+    }
     if residence.pinned {
         tiers.push(v1::Tier::Pinned.into());
     }

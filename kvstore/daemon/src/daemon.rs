@@ -327,6 +327,7 @@ fn core_config(config: &Config, incarnation: u32) -> CoreConfig {
         pinned_bytes: config.pinned_bytes,
         chunk_bytes: config.chunk_bytes,
         device_slots: config.devices.iter().map(|device| device.slots).collect(),
+        hbm: Vec::new(),
         persist_delay: config.persist_delay,
         window_idle: config.window_idle,
         window_recall_max: config.window_recall_max,

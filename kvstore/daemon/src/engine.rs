@@ -364,7 +364,7 @@ impl Engine {
             }
             Effect::Promote { op, device, class } => self.media.promote(op, device, class),
             Effect::Cancel { op, device } => self.media.cancel(op, device),
-            Effect::CreateChunk { op, chunk, tenant: _, owner, frame_bytes, frames } => {
+            Effect::CreateChunk { op, chunk, tenant: _, owner, frame_bytes, frames, memory: _ } => {
                 let access = if owner.is_some() { Access::Window } else { Access::Pool };
                 let bytes = frame_bytes.get() * u64::from(frames);
                 let op = MediaOp::CreateChunk { op, chunk, access, frame_bytes, frames };

@@ -5,6 +5,7 @@
 //! is first; whatever arrives, the daemon stays up.
 
 use std::future::Future;
+use std::num::NonZero;
 use std::os::fd::OwnedFd;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -12,6 +13,7 @@ use std::time::Duration;
 
 use futures_util::FutureExt;
 use futures_util::stream::{FuturesUnordered, StreamExt};
+use tokio::runtime::Handle;
 use tokio::sync::{Semaphore, mpsc, watch};
 use tonic::Code;
 
@@ -31,6 +33,8 @@ const HELLO_WITHIN: Duration = Duration::from_secs(10);
 const UNSENT_BYTES_MAX: usize = 2 * MESSAGE_BYTES_MAX;
 /// Requests that are begun, and answers that are sent, before other connections have their turn.
 const AT_ONCE: usize = 16;
+/// Threads that serve connections, at most: the core, which all share, is busy before more of them are.
+const LOOPS_MAX: usize = 4;
 /// Pause after the kernel refused to accept, for example without descriptors.
 const ACCEPT_AGAIN: Duration = Duration::from_millis(100);
 
@@ -45,32 +49,77 @@ pub(crate) async fn stopped(stop: &mut Stop) {
 
 type Answer = Pin<Box<dyn Future<Output = (LaneResponse, Vec<OwnedFd>)> + Send>>;
 
-/// Accepts connections until `stop`. Connections end with it.
+/// Threads of the lane's own, each with an event loop of its own. What arrives on a connection is read, asked and
+/// answered by one of them: in a pool whose threads share their work, every socket that becomes readable wakes a second
+/// thread to look for more, which costs more than most answers do.
+struct Loops {
+    loops: Vec<Handle>,
+    next: usize,
+    /// The loops end when this goes.
+    _running: watch::Sender<()>,
+}
+
+impl Loops {
+    fn start() -> std::io::Result<Self> {
+        let (running, _) = watch::channel(());
+        let threads = std::thread::available_parallelism().map_or(1, NonZero::get).min(LOOPS_MAX);
+        let loops = (0..threads).map(|number| {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+            let (handle, mut running) = (runtime.handle().clone(), running.subscribe());
+            std::thread::Builder::new().name(format!("lane-{number}")).spawn(move || {
+                // An error means that nobody holds the other end any more.
+                let _ = runtime.block_on(running.changed());
+                // What a request left to a thread for files must not delay the end.
+                runtime.shutdown_background();
+            })?;
+            Ok(handle)
+        });
+        Ok(Self { loops: loops.collect::<std::io::Result<_>>()?, next: 0, _running: running })
+    }
+
+    /// The loop of the next connection.
+    fn next(&mut self) -> &Handle {
+        self.next = (self.next + 1) % self.loops.len();
+        &self.loops[self.next]
+    }
+}
+
+/// Accepts connections until `stop`, and returns when they have ended.
 pub(crate) async fn serve(server: LaneServer, service: Arc<Service>, mut stop: Stop) {
-    let room = Arc::new(Semaphore::new(service.facts().edges.lane_connections));
+    let most = service.facts().edges.lane_connections;
+    let room = Arc::new(Semaphore::new(most));
+    let mut loops = match Loops::start() {
+        Ok(loops) => loops,
+        Err(error) => return tracing::error!(%error, "no threads for the lane socket; it is not served"),
+    };
     loop {
         let accepted = tokio::select! {
-            () = stopped(&mut stop) => return,
-            accepted = server.accept() => accepted,
+            () = stopped(&mut stop) => break,
+            accepted = server.accept_stream() => accepted,
         };
         match accepted {
             Err(error) => {
                 tracing::warn!(%error, "cannot accept on the lane socket");
                 tokio::time::sleep(ACCEPT_AGAIN).await;
             }
-            Ok(connection) => {
+            Ok(stream) => {
                 let Ok(permit) = room.clone().try_acquire_owned() else {
                     tracing::warn!("lane connection refused: `limits.lane_connections` are open");
                     continue;
                 };
                 let (service, stop) = (service.clone(), stop.clone());
-                tokio::spawn(async move {
-                    converse(connection, service, stop).await;
+                loops.next().spawn(async move {
+                    match LaneConnection::from_stream(stream) {
+                        Ok(connection) => converse(connection, service, stop).await,
+                        Err(error) => tracing::info!(%error, "lane connection ended before hello"),
+                    }
                     drop(permit);
                 });
             }
         }
     }
+    // Each connection gives its permit back when it has ended. Nobody closes the semaphore.
+    let _ = room.acquire_many(u32::try_from(most).unwrap_or(u32::MAX)).await;
 }
 
 /// One connection from hello to end.
@@ -281,6 +330,7 @@ async fn answer(service: &Service, session: &Session, op: Option<Op>) -> Answere
         Some(Op::Retain(request)) => Wire::Retain(service.retain(session, request).await?),
         Some(Op::Clear(request)) => Wire::Clear(service.clear(session, request).await?),
         Some(Op::MapChunk(request)) => return map_chunk(service, session, request).await,
+        Some(Op::Shrink(request)) => Wire::Shrunk(service.shrink(session, request).await?),
         Some(Op::ReturnWindow(request)) => {
             Wire::WindowReturned(service.return_window(session, request).await?)
         }
@@ -304,6 +354,8 @@ async fn map_chunk(service: &Service, session: &Session, request: v1::MapChunk) 
         bytes: memory.bytes().get(),
         fence_bytes: (u64::from(memory.frames()) * 8).next_multiple_of(terrace_media::PAGE_BYTES),
         writable: access == MapAccess::Write,
+        tier: v1::Tier::Pinned.into(),
+        device: 0,
     };
     Ok((lane_response::Result::MappedChunk(mapped), descriptors))
 }

@@ -236,7 +236,7 @@ fn count(registry: &Registry, name: &str, help: &str, value: u64) -> Result<(), 
 }
 
 /// The core's counters with their metric names, for the page and for `info`.
-pub(crate) fn counted(counters: &Counters) -> [(&'static str, &'static str, u64); 36] {
+pub(crate) fn counted(counters: &Counters) -> [(&'static str, &'static str, u64); 39] {
     let c = counters;
     [
         ("terrace_hits_total", "Blocks of read leases granted at once.", c.hits),
@@ -249,6 +249,9 @@ pub(crate) fn counted(counters: &Counters) -> [(&'static str, &'static str, u64)
         ("terrace_seal_conflicts_total", "Seals with other bytes than were there.", c.seal_conflicts),
         ("terrace_evictions_pinned_total", "Blocks evicted from Pinned.", c.evictions_pinned),
         ("terrace_evictions_nvme_total", "Blocks evicted from Nvme.", c.evictions_nvme),
+        ("terrace_evictions_hbm_total", "Blocks evicted from Hbm.", c.evictions_hbm),
+        ("terrace_promotions_hbm_total", "Blocks brought to a device of Hbm.", c.promotions_hbm),
+        ("terrace_demotions_hbm_total", "Blocks copied from Hbm to Pinned.", c.demotions_hbm),
         ("terrace_promotions_total", "Blocks brought from Nvme to Pinned.", c.promotions),
         ("terrace_demotions_total", "Blocks written early to free memory.", c.demotions),
         ("terrace_persisted_total", "Blocks made durable.", c.persisted),

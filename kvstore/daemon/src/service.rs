@@ -10,8 +10,8 @@ use tokio::sync::mpsc;
 use tonic::Code;
 
 use terrace_core::{
-    BlockId, ByteCount, ChunkId, ClientId, Grant, Input, LeaseId, Limit, MapAccess, Micros, Notice, Purpose,
-    Reply, Request, Residence, SpaceId, SpaceManifest,
+    BlockId, ByteCount, ChunkId, ClientId, Grant, Input, LeaseId, Limit, MapAccess, Memory, Micros, Notice,
+    Purpose, Reply, Request, Residence, SpaceId, SpaceManifest,
 };
 use terrace_media::ChunkMemory;
 use terrace_proto::v1;
@@ -267,20 +267,44 @@ impl Service {
             bytes += session.space(*space)?.block_bytes.get();
         }
         let fetch = self.engine.rates().read_estimate(ByteCount::new(bytes)).get();
+        let memory = convert::want(request.want_tier(), request.want_device)?;
         // Blocks are fetched one after the other, so each waits for those before it.
         let mut queued = 0u64;
-        let blocks = found.into_iter().map(|place| {
-            let (tier, fetch_us) = match place {
-                None => (v1::Tier::Unspecified, 0),
-                Some(Residence { pinned: true, .. }) => (v1::Tier::Pinned, 0),
-                Some(Residence { .. }) => {
-                    queued = queued.saturating_add(fetch);
-                    (v1::Tier::Nvme, queued)
-                }
+        let mut blocks = Vec::with_capacity(found.len());
+        for place in found {
+            let Some(there) = place else {
+                blocks.push(v1::BlockMatch::default());
+                continue;
             };
-            v1::BlockMatch { present: place.is_some(), tier: tier.into(), holder: String::new(), fetch_us }
-        });
-        Ok(v1::MatchResponse { prefix_blocks, blocks: blocks.collect() })
+            if !there.is_in_memory() {
+                queued = queued.saturating_add(fetch);
+            }
+            if !there.is_in(memory) && (memory != Memory::Pinned || there.is_in_memory()) {
+                queued = queued.saturating_add(self.crossing(session, &request.spaces, there, memory)?);
+            }
+            let (tier, devices) = convert::fastest(there);
+            let fetch_us = if there.is_in(memory) { 0 } else { queued };
+            let holder = String::new();
+            blocks.push(v1::BlockMatch { present: true, tier: tier.into(), holder, fetch_us, devices });
+        }
+        Ok(v1::MatchResponse { prefix_blocks, blocks })
+    }
+
+    /// Microseconds from memory to memory of one position of a bundle, devices of Nvme apart.
+    fn crossing(
+        &self,
+        session: &Session,
+        spaces: &[u32],
+        there: Residence,
+        memory: Memory,
+    ) -> Result<u64, CallError> {
+        let there = Residence { pinned: there.pinned || !there.is_in_memory(), ..there };
+        let mut us = 0;
+        for space in spaces {
+            let space = session.space(*space)?.space;
+            us += self.engine.view(|core| core.fetch_time(space, there, memory)).get();
+        }
+        Ok(us)
     }
 
     /// For each position, the slowest residence over all spaces of the bundle.
@@ -327,19 +351,19 @@ impl Service {
     ) -> Result<v1::LeaseResponse, CallError> {
         let began = Instant::now();
         check_request_id(request.request_id)?;
-        convert::want_tier(request.want_tier())?;
+        let want = convert::want(request.want_tier(), request.want_device)?;
         let (open, blocks) = self.blocks(session, request.space, &request.keys)?;
         let ttl = convert::ttl(request.ttl_ms);
         let (op, kind) = match request.kind() {
             v1::LeaseKind::Read => {
                 let purpose = convert::purpose(request.purpose());
                 let op = self.lease_read_op(request.request_id, blocks, ttl, request.wait_ms, purpose);
-                (op, "read")
+                (wanting(op, want), "read")
             }
             v1::LeaseKind::Write => {
                 let parent = convert::parent(&session.tenant.key, open.space, &request.parent_key)?;
                 let repeat = request.request_id;
-                (Request::LeaseWrite { repeat, space: open.space, blocks, parent, ttl }, "write")
+                (Request::LeaseWrite { repeat, space: open.space, blocks, parent, ttl, want }, "write")
             }
             v1::LeaseKind::Unspecified => {
                 return Err(CallError::invalid("lease kind is not set; say READ or WRITE"));
@@ -373,7 +397,8 @@ impl Service {
         purpose: Purpose,
     ) -> Request {
         let wait = Micros::from_millis(wait_ms).min(self.facts.edges.wait_max);
-        Request::LeaseRead { repeat, blocks, ttl, answer_by: self.engine.now().after(wait), purpose }
+        let answer_by = self.engine.now().after(wait);
+        Request::LeaseRead { repeat, blocks, ttl, answer_by, purpose, want: Memory::Pinned }
     }
 
     pub(crate) async fn leased(&self, session: &Session, op: Request) -> Result<Leased, CallError> {
@@ -458,10 +483,23 @@ impl Service {
         session: &Session,
         request: v1::PrefetchRequest,
     ) -> Result<v1::PrefetchResponse, CallError> {
-        convert::want_tier(request.want_tier())?;
+        let want = convert::want(request.want_tier(), request.want_device)?;
         let (_, blocks) = self.blocks(session, request.space, &request.keys)?;
-        let reply = self.ask(session, Request::Prefetch { blocks }).await?;
+        let reply = self.ask(session, Request::Prefetch { blocks, want }).await?;
         expect!(reply, Reply::Prefetched { started, resident } => v1::PrefetchResponse { started, resident })
+    }
+
+    pub(crate) async fn shrink(
+        &self,
+        session: &Session,
+        request: v1::Shrink,
+    ) -> Result<v1::Shrunk, CallError> {
+        let gpu = convert::gpu(request.device)?;
+        let wait = Micros::from_millis(request.wait_ms).min(self.facts.edges.wait_max);
+        let answer_by = self.engine.now().after(wait);
+        let op = Request::Shrink { gpu, bytes: ByteCount::new(request.bytes), answer_by };
+        let reply = self.ask(session, op).await?;
+        expect!(reply, Reply::Shrunk { free } => v1::Shrunk { free_bytes: free.get() })
     }
 
     pub(crate) async fn retain(
@@ -525,10 +563,21 @@ fn check_request_id(id: u64) -> Result<(), CallError> {
     Err(CallError::invalid(format!("request_id {id} is 2^63 or more; those are the daemon's own")))
 }
 
+/// A read lease, wanted in a certain memory.
+fn wanting(op: Request, memory: Memory) -> Request {
+    match op {
+        Request::LeaseRead { repeat, blocks, ttl, answer_by, purpose, want: _ } => {
+            Request::LeaseRead { repeat, blocks, ttl, answer_by, purpose, want: memory }
+        }
+        other => other,
+    }
+}
+
 /// Present in both, and in the slower of the two places.
 fn both(one: Option<Residence>, other: Option<Residence>) -> Option<Residence> {
     let (one, other) = (one?, other?);
-    Some(Residence { pinned: one.pinned && other.pinned, nvme: one.nvme || other.nvme })
+    let hbm = one.hbm.both(other.hbm);
+    Some(Residence { pinned: one.pinned && other.pinned, nvme: one.nvme || other.nvme, hbm })
 }
 
 fn prefix(found: &[Option<Residence>]) -> u32 {
@@ -543,8 +592,8 @@ mod tests {
     /// A bundle whose one half is on disk and whose other half is missing must not count as a hit in memory.
     #[test]
     fn a_bundle_is_as_slow_as_its_slowest_space() {
-        let memory = Some(Residence { pinned: true, nvme: false });
-        let disk = Some(Residence { pinned: false, nvme: true });
+        let memory = Some(Residence { pinned: true, ..Residence::default() });
+        let disk = Some(Residence { nvme: true, ..Residence::default() });
         assert_eq!(both(memory, memory), memory);
         assert_eq!(both(memory, disk), disk);
         assert_eq!(both(memory, None), None);

@@ -89,7 +89,9 @@ async fn wrong_names_and_numbers() {
     let kindless = wire::LeaseRequest { kind: 0, ..write_lease(5, &[b"k"]) };
     assert_refused(raw.lease(kindless).await, Code::InvalidArgument, "READ or WRITE");
     let hbm = wire::LeaseRequest { want_tier: wire::Tier::Hbm.into(), ..write_lease(6, &[b"k"]) };
-    assert_refused(raw.lease(hbm).await, Code::Unimplemented, "TIER_PINNED");
+    assert_refused(raw.lease(hbm).await, Code::NotFound, "not configured");
+    let nvme = wire::LeaseRequest { want_tier: wire::Tier::Nvme.into(), ..write_lease(6, &[b"k"]) };
+    assert_refused(raw.lease(nvme).await, Code::Unimplemented, "TIER_PINNED");
     for (block_bytes, says) in [(0, "block_bytes"), (1 << 40, "block_bytes")] {
         let manifest = wire::SpaceManifest { block_bytes, ..to_wire(&manifest(0)) };
         let request = raw.with(wire::OpenSpaceRequest { manifest: Some(manifest), compute_cost: None });

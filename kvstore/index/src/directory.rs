@@ -1,26 +1,68 @@
 //! From a key's hash to where the key is: run and position in one 32-bit place.
 //!
 //! Linear hashing: one bucket at a time is split while the table grows, so that no store pays for a
-//! rebuild. A bucket is one cache line of seven entries and a link to overflow. Entries never move but when
-//! their bucket is split; a reader that missed looks again if a split came between.
+//! rebuild. A bucket is one cache line of ten entries and a link to overflow. An entry keeps a
+//! part of its hash; the key itself lies where the entry points. Entries never move but when their bucket is split; a
+//! reader that missed looks again if a split came between.
 
-use std::sync::atomic::{AtomicU64, Ordering, fence};
+use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering, fence};
 
 use crate::pool::{FreeExtents, Pool, Slab};
 
 /// Entries wanted in a bucket, on average. Buckets that wait for their split have up to twice as many.
-const LOAD: u32 = 3;
-const SLOTS: usize = 7;
+const LOAD: u32 = 5;
+const SLOTS: usize = 10;
+/// While there are few buckets a tag is 16 bits of the hash from this one on, so that it says where an entry
+/// goes when its bucket is split; the smallest table has as many buckets.
+const FIRST_BITS: u32 = 10;
+/// From a bucket's split to this level on it is the high bits, which say as much up to the largest table, and
+/// differ between entries of one bucket where the low ones do no longer.
+const HIGH_LEVEL: u32 = 16;
 
-/// Seven entries (hash in the high half, place in the low; 0 if empty) and the first overflow extent.
+/// Ten entries: a place (0 if there is none) and the tag of its key's hash; and the first overflow extent.
 #[derive(Debug, Default)]
 #[repr(align(64))]
 pub(crate) struct Bucket {
-    entries: [AtomicU64; SLOTS],
-    overflow: AtomicU64,
+    places: [AtomicU32; SLOTS],
+    tags: [AtomicU16; SLOTS],
+    overflow: AtomicU32,
 }
 
 const _: () = assert!(size_of::<Bucket>() == 64);
+
+/// An entry's place in memory, in a bucket's line or in its overflow.
+enum Slot<'a> {
+    Own(&'a AtomicU32, &'a AtomicU16),
+    Over(&'a AtomicU64),
+}
+
+impl Slot<'_> {
+    /// Tag and place; place 0 if there is none.
+    fn entry(&self) -> (u16, u32) {
+        match self {
+            Self::Own(place, tag) => (tag.load(Ordering::Relaxed), place.load(Ordering::Relaxed)),
+            Self::Over(word) => entry_of(word.load(Ordering::Relaxed)),
+        }
+    }
+
+    /// The place last: who sees it sees the tag, and the key that it points to.
+    fn set(&self, (tag, place): (u16, u32)) {
+        match self {
+            Self::Own(places, tags) => {
+                tags.store(tag, Ordering::Relaxed);
+                places.store(place, Ordering::Release);
+            }
+            Self::Over(word) => word.store(word_of(tag, place), Ordering::Release),
+        }
+    }
+
+    fn clear(&self) {
+        match self {
+            Self::Own(place, _) => place.store(0, Ordering::Release),
+            Self::Over(word) => word.store(0, Ordering::Release),
+        }
+    }
+}
 
 #[derive(Debug)]
 pub(crate) struct Directory {
@@ -32,13 +74,14 @@ pub(crate) struct Directory {
 
 impl Directory {
     pub(crate) fn new(buckets_max: u64) -> Self {
-        let buckets = Slab::new(buckets_max);
+        let buckets = Slab::new(buckets_max.min(1 << 31));
         let first = buckets.grow().expect("a slab has room for one segment");
+        assert!(first.end >= 1 << FIRST_BITS, "a segment of buckets has fewer than a tag needs");
         Self { buckets, shape: AtomicU64::new(u64::from(first.end)) }
     }
 
     fn count(&self) -> u32 {
-        place_of(self.shape.load(Ordering::Relaxed))
+        low_of(self.shape.load(Ordering::Relaxed))
     }
 
     pub(crate) fn bytes(&self) -> u64 {
@@ -55,13 +98,21 @@ impl Directory {
     ) -> Option<T> {
         loop {
             let shape = self.shape.load(Ordering::Acquire);
-            let bucket = self.buckets.at(bucket_of(hash, place_of(shape)));
-            if let Some(found) = search(&bucket.entries, hash, &mut accept) {
-                return Some(found);
+            let (number, tag) = home_of(hash, low_of(shape));
+            let bucket = self.buckets.at(number);
+            for (kept, place) in bucket.tags.iter().zip(&bucket.places) {
+                if kept.load(Ordering::Relaxed) == tag {
+                    let place = place.load(Ordering::Acquire);
+                    if place != 0
+                        && let Some(found) = accept(place)
+                    {
+                        return Some(found);
+                    }
+                }
             }
-            let mut extent = extent_of(&bucket.overflow);
+            let mut extent = bucket.overflow.load(Ordering::Acquire);
             while extent != 0 {
-                if let Some(found) = search(pool.at(extent), hash, &mut accept) {
+                if let Some(found) = search(pool.at(extent), tag, &mut accept) {
                     return Some(found);
                 }
                 extent = pool.next(extent);
@@ -76,14 +127,26 @@ impl Directory {
 
     /// Loads the line that a look-up, a change or both will need.
     #[inline]
-    pub(crate) fn warm(&self, hash: u32) -> u64 {
+    pub(crate) fn warm(&self, hash: u32) -> u32 {
         self.buckets.at(bucket_of(hash, self.count())).overflow.load(Ordering::Relaxed)
+    }
+
+    /// A place that a key of this hash may be at. Overflow is not looked at.
+    #[inline]
+    pub(crate) fn guess(&self, hash: u32) -> Option<u32> {
+        let (number, tag) = home_of(hash, self.count());
+        let bucket = self.buckets.at(number);
+        let mut entries = bucket.tags.iter().zip(&bucket.places);
+        entries.find_map(|(kept, place)| {
+            let is_it = kept.load(Ordering::Relaxed) == tag;
+            Some(place.load(Ordering::Acquire)).filter(|place| is_it && *place != 0)
+        })
     }
 
     /// Adds an entry. May take one extent.
     pub(crate) fn insert(&self, pool: &Pool, free: &mut FreeExtents, hash: u32, place: u32) {
-        let bucket = self.buckets.at(bucket_of(hash, self.count()));
-        put(bucket, pool, free, entry(hash, place));
+        let (number, tag) = home_of(hash, self.count());
+        put(self.buckets.at(number), pool, free, (tag, place));
     }
 
     /// Takes an entry out.
@@ -92,27 +155,42 @@ impl Directory {
     /// If it is not there: two structures of ours disagree.
     pub(crate) fn remove(&self, pool: &Pool, hash: u32, place: u32) {
         let bucket = self.buckets.at(bucket_of(hash, self.count()));
-        let wanted = entry(hash, place);
-        let mut slots: &[AtomicU64] = &bucket.entries;
-        let mut extent = extent_of(&bucket.overflow);
+        if let Some(own) = bucket.places.iter().find(|own| own.load(Ordering::Relaxed) == place) {
+            own.store(0, Ordering::Release);
+            return;
+        }
+        let mut extent = bucket.overflow.load(Ordering::Relaxed);
         loop {
-            if let Some(slot) = slots.iter().find(|slot| slot.load(Ordering::Relaxed) == wanted) {
-                slot.store(0, Ordering::Release);
+            assert!(extent != 0, "every live block is in the directory");
+            if let Some(word) =
+                pool.at(extent).iter().find(|word| entry_of(word.load(Ordering::Relaxed)).1 == place)
+            {
+                word.store(0, Ordering::Release);
                 return;
             }
-            assert!(extent != 0, "every live block is in the directory");
-            slots = pool.at(extent);
             extent = pool.next(extent);
         }
     }
 
-    /// Splits a bucket if there are so many entries that it pays. `grow` says whether memory may be taken.
+    /// Entries of all buckets.
+    #[cfg(test)]
+    pub(crate) fn entries(&self, pool: &Pool) -> u64 {
+        let mut entries = 0;
+        for bucket in 0..self.count() {
+            each(self.buckets.at(bucket), pool, |slot| entries += u64::from(slot.entry().1 != 0));
+        }
+        entries
+    }
+
+    /// Splits a bucket if there are so many entries that it pays. `grow` says whether memory may be taken,
+    /// `hash_at` what the hash of the key at a place is.
     pub(crate) fn keep_up(
         &self,
         pool: &Pool,
         free: &mut FreeExtents,
         entries: u64,
         grow: impl FnOnce(u64) -> bool,
+        hash_at: impl Fn(u32) -> u32,
     ) {
         let count = self.count();
         if entries <= u64::from(count) * u64::from(LOAD) {
@@ -124,48 +202,62 @@ impl Directory {
             return;
         }
         let old = self.buckets.at(bucket_of(count, count));
-        // Half of a chain needs less than the chain has. Only keys that were made to collide have long ones.
-        if chain_extents(old, pool) + 2 <= free.len() {
-            self.split(pool, free, count);
+        // Two halves of a chain need at most an extent more each than the chain has. Only keys that were made to
+        // collide have long ones.
+        if 2 * chain_extents(old, pool) + 2 <= free.len() {
+            self.split(pool, free, count, hash_at);
         }
     }
 
-    /// Copies what belongs into the new bucket, shows it, and then takes it out of the old one.
-    fn split(&self, pool: &Pool, free: &mut FreeExtents, count: u32) {
-        let old = self.buckets.at(bucket_of(count, count));
-        let new = self.buckets.at(count);
-        let moves = |word: u64| word != 0 && bucket_of(hash_of(word), count + 1) == count;
-        each(old, pool, |slot| {
-            let word = slot.load(Ordering::Relaxed);
-            if moves(word) {
-                put(new, pool, free, word);
+    /// Copies what belongs into the new bucket, shows it, and then takes it out of the old one. Where tags change, the
+    /// old bucket's are copied, too.
+    fn split(&self, pool: &Pool, free: &mut FreeExtents, count: u32, hash_at: impl Fn(u32) -> u32) {
+        let (old, new) = (self.buckets.at(bucket_of(count, count)), self.buckets.at(count));
+        let level = count.ilog2();
+        if level + 1 == HIGH_LEVEL {
+            let mut before = Vec::new();
+            each(old, pool, |slot| before.extend(Some(slot).filter(|slot| slot.entry().1 != 0)));
+            for (_, place) in before.iter().map(Slot::entry) {
+                let (number, tag) = home_of(hash_at(place), count + 1);
+                put(if number == count { new } else { old }, pool, free, (tag, place));
             }
-        });
-        self.shape.fetch_add(1, Ordering::Release);
-        fence(Ordering::Release);
-        each(old, pool, |slot| {
-            if moves(slot.load(Ordering::Relaxed)) {
-                slot.store(0, Ordering::Relaxed);
-            }
-        });
+            self.shape.fetch_add(1, Ordering::Release);
+            fence(Ordering::Release);
+            before.iter().for_each(Slot::clear);
+        } else {
+            let first = if level < HIGH_LEVEL { FIRST_BITS } else { HIGH_LEVEL };
+            let moves = |(tag, place): (u16, u32)| place != 0 && tag >> (level - first) & 1 == 1;
+            each(old, pool, |slot| {
+                if moves(slot.entry()) {
+                    put(new, pool, free, slot.entry());
+                }
+            });
+            self.shape.fetch_add(1, Ordering::Release);
+            fence(Ordering::Release);
+            each(old, pool, |slot| {
+                if moves(slot.entry()) {
+                    slot.clear();
+                }
+            });
+        }
         self.shorten(old, pool, free);
     }
 
     /// Frees the overflow of a bucket whose own slots can take all of it: copies, says so, then unlinks.
     fn shorten(&self, bucket: &Bucket, pool: &Pool, free: &mut FreeExtents) {
-        let first = extent_of(&bucket.overflow);
+        let first = bucket.overflow.load(Ordering::Relaxed);
         let mut entries = 0;
-        each(bucket, pool, |slot| entries += usize::from(slot.load(Ordering::Relaxed) != 0));
+        each(bucket, pool, |slot| entries += usize::from(slot.entry().1 != 0));
         if first == 0 || entries > SLOTS {
             return;
         }
         let mut extent = first;
         while extent != 0 {
-            for slot in pool.at(extent) {
-                let word = slot.load(Ordering::Relaxed);
-                if word != 0 {
-                    let empty = bucket.entries.iter().find(|own| own.load(Ordering::Relaxed) == 0);
-                    empty.expect("as many are free as are needed").store(word, Ordering::Relaxed);
+            for word in pool.at(extent) {
+                let entry = entry_of(word.load(Ordering::Relaxed));
+                if entry.1 != 0 {
+                    let empty = own(bucket).find(|slot| slot.entry().1 == 0);
+                    empty.expect("as many are free as are needed").set(entry);
                 }
             }
             extent = pool.next(extent);
@@ -182,18 +274,22 @@ impl Directory {
     }
 }
 
-fn each(bucket: &Bucket, pool: &Pool, mut act: impl FnMut(&AtomicU64)) {
-    bucket.entries.iter().for_each(&mut act);
-    let mut extent = extent_of(&bucket.overflow);
+fn own(bucket: &Bucket) -> impl Iterator<Item = Slot<'_>> {
+    bucket.places.iter().zip(&bucket.tags).map(|(place, tag)| Slot::Own(place, tag))
+}
+
+fn each<'a>(bucket: &'a Bucket, pool: &'a Pool, mut act: impl FnMut(Slot<'a>)) {
+    own(bucket).for_each(&mut act);
+    let mut extent = bucket.overflow.load(Ordering::Acquire);
     while extent != 0 {
-        pool.at(extent).iter().for_each(&mut act);
+        pool.at(extent).iter().map(Slot::Over).for_each(&mut act);
         extent = pool.next(extent);
     }
 }
 
 /// Extents of a bucket's overflow.
 fn chain_extents(bucket: &Bucket, pool: &Pool) -> usize {
-    let (mut extents, mut extent) = (0, extent_of(&bucket.overflow));
+    let (mut extents, mut extent) = (0, bucket.overflow.load(Ordering::Acquire));
     while extent != 0 {
         extents += 1;
         extent = pool.next(extent);
@@ -201,38 +297,32 @@ fn chain_extents(bucket: &Bucket, pool: &Pool) -> usize {
     extents
 }
 
-fn put(bucket: &Bucket, pool: &Pool, free: &mut FreeExtents, word: u64) {
-    let mut slots: &[AtomicU64] = &bucket.entries;
-    let mut extent = extent_of(&bucket.overflow);
-    loop {
-        if let Some(slot) = slots.iter().find(|slot| slot.load(Ordering::Relaxed) == 0) {
-            slot.store(word, Ordering::Release);
+fn put(bucket: &Bucket, pool: &Pool, free: &mut FreeExtents, (tag, place): (u16, u32)) {
+    if let Some(slot) = bucket.places.iter().position(|place| place.load(Ordering::Relaxed) == 0) {
+        Slot::Own(&bucket.places[slot], &bucket.tags[slot]).set((tag, place));
+        return;
+    }
+    let first = bucket.overflow.load(Ordering::Relaxed);
+    let mut extent = first;
+    while extent != 0 {
+        if let Some(word) = pool.at(extent).iter().find(|word| word.load(Ordering::Relaxed) == 0) {
+            word.store(word_of(tag, place), Ordering::Release);
             return;
         }
-        if extent == 0 {
-            break;
-        }
-        slots = pool.at(extent);
         extent = pool.next(extent);
     }
     let taken = pool.take(free);
-    pool.at(taken)[0].store(word, Ordering::Relaxed);
-    pool.link(taken, extent_of(&bucket.overflow));
-    bucket.overflow.store(u64::from(taken), Ordering::Release);
+    pool.at(taken)[0].store(word_of(tag, place), Ordering::Relaxed);
+    pool.link(taken, first);
+    bucket.overflow.store(taken, Ordering::Release);
 }
 
 #[inline]
-fn search<T>(slots: &[AtomicU64], hash: u32, accept: &mut impl FnMut(u32) -> Option<T>) -> Option<T> {
-    for slot in slots {
-        let word = slot.load(Ordering::Acquire);
-        if hash_of(word) == hash
-            && word != 0
-            && let Some(found) = accept(place_of(word))
-        {
-            return Some(found);
-        }
-    }
-    None
+fn search<T>(words: &[AtomicU64], tag: u16, accept: &mut impl FnMut(u32) -> Option<T>) -> Option<T> {
+    words.iter().find_map(|word| {
+        let (kept, place) = entry_of(word.load(Ordering::Acquire));
+        if kept == tag && place != 0 { accept(place) } else { None }
+    })
 }
 
 /// The bucket of a hash while `count` buckets are in use.
@@ -243,22 +333,29 @@ fn bucket_of(hash: u32, count: u32) -> u32 {
     if bucket < count { bucket } else { bucket & (wide / 2 - 1) }
 }
 
-fn entry(hash: u32, place: u32) -> u64 {
-    u64::from(hash) << 32 | u64::from(place)
+/// The bucket and the tag of a hash while `count` buckets are in use.
+#[inline]
+#[expect(clippy::cast_possible_truncation, reason = "a tag is a part of the hash")]
+fn home_of(hash: u32, count: u32) -> (u32, u16) {
+    let bucket = bucket_of(hash, count);
+    let half = 1 << (HIGH_LEVEL - 1);
+    let is_high = count >= 2 * half || count > half && (bucket >= half || bucket < count - half);
+    (bucket, (hash >> if is_high { HIGH_LEVEL } else { FIRST_BITS }) as u16)
+}
+
+/// An entry as overflow keeps it: tag in the high half, place in the low.
+fn word_of(tag: u16, place: u32) -> u64 {
+    u64::from(tag) << 32 | u64::from(place)
 }
 
 #[inline]
-const fn hash_of(word: u64) -> u32 {
-    (word >> 32) as u32
+#[expect(clippy::cast_possible_truncation, reason = "both halves are what is asked for")]
+const fn entry_of(word: u64) -> (u16, u32) {
+    ((word >> 32) as u16, word as u32)
 }
 
 #[inline]
 #[expect(clippy::cast_possible_truncation, reason = "the low half is what is asked for")]
-const fn place_of(word: u64) -> u32 {
-    word as u32
-}
-
-#[inline]
-fn extent_of(word: &AtomicU64) -> u32 {
-    place_of(word.load(Ordering::Acquire))
+const fn low_of(shape: u64) -> u32 {
+    shape as u32
 }

@@ -4,7 +4,10 @@ use std::hint::black_box;
 use std::sync::atomic::Ordering;
 
 use crate::ids::{HolderId, Key, SizeClass, Tier};
-use crate::run::{Next, Place, RUN_BLOCKS, Run, Tables, chain_of, holder_of, size_of_record};
+use crate::run::{
+    EXTENT_KEYS, EXTENT_RECORDS, Next, Place, RECORD_WORDS, RUN_BLOCKS, Run, Tables, chain_of, holder_of,
+    size_of_record,
+};
 
 /// Readings before a run that was reused meanwhile counts as gone.
 const READINGS_MAX: usize = 4;
@@ -217,7 +220,12 @@ fn read(tables: &Tables, prompt: &[Key], found: &mut Found) -> Result<(), usize>
     let mut ahead = Ahead { count: 0, at: 0, places: [(0, Place::of(0)); AHEAD] };
     let mut start = 0;
     while start < prompt.len() {
-        let hint = ahead.next(start).map(|place| {
+        let place = ahead.next(start).or_else(|| {
+            let place = tables.guess(prompt[start])?;
+            ahead.look(tables, prompt.len(), (start, place));
+            Some(place)
+        });
+        let hint = place.map(|place| {
             let seen = tables.runs.at(place.run).fence.load(Ordering::Acquire);
             (place, seen, matched(tables, place, &prompt[start..]))
         });
@@ -291,11 +299,15 @@ impl Ahead {
     /// Follows the runs from a known place on.
     fn look(&mut self, tables: &Tables, blocks: usize, (mut start, mut place): (usize, Place)) {
         (self.count, self.at) = (0, 1);
-        let mut extents = [(0, 0); AHEAD];
+        let mut words = [(0, 0, 0, 0); AHEAD];
         while self.count < AHEAD && start < blocks {
             let run = tables.runs.at(place.run);
-            let last = run.keys[run.keys.len() - 1].load(Ordering::Acquire);
-            extents[self.count] = (last, chain_of(run.chain.load(Ordering::Acquire)).0);
+            let last = run.end().saturating_sub(1);
+            let keys = run.keys[(last / EXTENT_KEYS) as usize].load(Ordering::Acquire);
+            let (records, holders) = chain_of(run.chain.load(Ordering::Acquire));
+            // The last of them that the first extent can have.
+            let word = (holders.clamp(1, EXTENT_RECORDS) as usize - 1) * RECORD_WORDS;
+            words[self.count] = (keys, last as usize % EXTENT_KEYS as usize * 2, records, word);
             self.places[self.count] = (start, place);
             self.count += 1;
             let next = run.next.load(Ordering::Acquire);
@@ -305,8 +317,9 @@ impl Ahead {
             start += (RUN_BLOCKS - place.position) as usize;
             place = Place { run: next, position: 0 };
         }
-        let loaded = extents[..self.count].iter().fold(0, |sum, (keys, records)| {
-            sum ^ tables.pool.load(*keys, 15) ^ tables.pool.load(*records, 0) ^ tables.pool.load(*records, 8)
+        let loaded = words[..self.count].iter().fold(0, |sum, (keys, key, records, record)| {
+            let pool = &tables.pool;
+            sum ^ pool.load(*keys, *key) ^ pool.load(*records, 0) ^ pool.load(*records, *record)
         });
         black_box(loaded);
     }

@@ -40,9 +40,18 @@ impl Index {
         let tables = Tables {
             pool: Pool::new(most(size_of::<Extent>()).min(u64::from(u32::MAX))),
             runs: Slab::new(most(size_of::<Run>()).min(RUNS_MAX)),
-            directory: Directory::new(most(64).min(1 << 31)),
+            directory: Directory::new(most(64)),
         };
         Self { limits, tables, writer: Mutex::new(Writer::new(limits.bytes)) }
+    }
+
+    /// A turn to change it, for as long as the answer lives. Whoever has several changes at hand should make
+    /// them in one turn: threads that take turns for each change mostly wake each other.
+    ///
+    /// # Panics
+    /// If a writer panicked before.
+    pub fn changes(&self) -> Changes<'_> {
+        Changes { index: self, writer: self.guard() }
     }
 
     /// The limits it works within.
@@ -84,17 +93,7 @@ impl Index {
         parent: Option<Key>,
         blocks: &[Key],
     ) -> Result<u64, Refused> {
-        self.check(holder)?;
-        if tiers.is_empty() {
-            return Ok(0);
-        }
-        let (mut before, mut added) = (parent, 0);
-        let mut writer = self.turn();
-        for batch in blocks.chunks(BATCH) {
-            added += writer.store(&self.tables, (holder, tiers, size), before, batch);
-            before = batch.last().copied();
-        }
-        Ok(added)
+        self.changes().store_sized(holder, tiers, size, parent, blocks)
     }
 
     /// `holder` no longer has `blocks` in `tiers`; blocks that are not known are passed over. Entries that
@@ -106,8 +105,7 @@ impl Index {
     /// # Panics
     /// If a writer panicked before.
     pub fn remove(&self, holder: HolderId, tiers: TierSet, blocks: &[Key]) -> Result<u64, Refused> {
-        self.check(holder)?;
-        Ok(self.turn().remove(&self.tables, holder, tiers, blocks))
+        self.changes().remove(holder, tiers, blocks)
     }
 
     /// `holder` has `blocks`, a piece of a chain, in `target` and no longer in `source`. A reader sees
@@ -199,6 +197,50 @@ impl Index {
         self.writer
             .lock()
             .expect("a writer panicked in the middle of a change; the index is not to be trusted")
+    }
+}
+
+/// A turn to change an index. Look-ups go on meanwhile and see each change as it is made.
+#[derive(Debug)]
+pub struct Changes<'a> {
+    index: &'a Index,
+    writer: MutexGuard<'a, Writer>,
+}
+
+impl Changes<'_> {
+    /// [`Index::store_sized`].
+    ///
+    /// # Errors
+    /// [`Refused::Holder`] if the holder's number is too large.
+    pub fn store_sized(
+        &mut self,
+        holder: HolderId,
+        tiers: TierSet,
+        size: SizeClass,
+        parent: Option<Key>,
+        blocks: &[Key],
+    ) -> Result<u64, Refused> {
+        self.index.check(holder)?;
+        if tiers.is_empty() {
+            return Ok(0);
+        }
+        self.writer.clock = self.writer.clock.wrapping_add(1);
+        let (mut before, mut added) = (parent, 0);
+        for batch in blocks.chunks(BATCH) {
+            added += self.writer.store(&self.index.tables, (holder, tiers, size), before, batch);
+            before = batch.last().copied();
+        }
+        Ok(added)
+    }
+
+    /// [`Index::remove`].
+    ///
+    /// # Errors
+    /// [`Refused::Holder`] if the holder's number is too large.
+    pub fn remove(&mut self, holder: HolderId, tiers: TierSet, blocks: &[Key]) -> Result<u64, Refused> {
+        self.index.check(holder)?;
+        self.writer.clock = self.writer.clock.wrapping_add(1);
+        Ok(self.writer.remove(&self.index.tables, holder, tiers, blocks))
     }
 }
 

@@ -12,6 +12,7 @@
 //! Leaves to others: where events come from and in which order they are applied, what a holder is, and
 //! what it costs to fetch from it. Keys are those of a chain: equal keys mean equal tokens before them too.
 
+mod crowd;
 mod directory;
 pub mod events;
 mod find;
@@ -27,7 +28,7 @@ mod write;
 
 pub use find::{Found, Held, Span};
 pub use ids::{HOLDERS_MAX, HolderId, Key, Limits, Refused, SizeClass, Tier, TierSet};
-pub use index::{Counts, Index};
+pub use index::{Changes, Counts, Index};
 pub use plan::{Piece, Plan, source_plan};
 pub use snapshot::BadSnapshot;
 pub use stream::{Stream, Tally, Verdict};

@@ -14,11 +14,13 @@ use crate::pool::{Extent, Pool, Slab};
 pub(crate) const RUN_BLOCKS: u32 = 64;
 /// Runs of one index: what is left of 32 bits beside the position.
 pub(crate) const RUNS_MAX: u64 = 1 << 26;
-const EXTENT_KEYS: u32 = 8;
+pub(crate) const EXTENT_KEYS: u32 = 8;
 const KEY_EXTENTS: usize = (RUN_BLOCKS / EXTENT_KEYS) as usize;
 /// Words of a record: what it is about, and a bit for each block in each tier.
 pub(crate) const RECORD_WORDS: usize = 4;
 pub(crate) const EXTENT_RECORDS: u32 = 4;
+/// What a holder has of a run.
+pub(crate) type Record = [AtomicU64; RECORD_WORDS];
 const _: () = assert!(EXTENT_RECORDS as usize * RECORD_WORDS == Extent::WORDS);
 
 /// One cache line a run.
@@ -105,11 +107,17 @@ impl Tables {
         })
     }
 
+    /// Where a block probably is; to be compared with its key.
+    #[inline]
+    pub(crate) fn guess(&self, key: Key) -> Option<Place> {
+        self.directory.guess(key.hash()).map(Place::of)
+    }
+
     /// Calls `act` with the words of every record, those without a holder included, until it says stop.
     #[inline]
-    pub(crate) fn each_record(&self, run: &Run, mut act: impl FnMut(&[AtomicU64; RECORD_WORDS]) -> Next) {
+    pub(crate) fn each_record(&self, run: &Run, mut act: impl FnMut(&Record) -> Next) {
         let (mut extent, mut left) = chain_of(run.chain.load(Ordering::Acquire));
-        while left > 0 && extent != 0 {
+        while extent != 0 {
             let (records, _) = self.pool.at(extent).as_chunks::<RECORD_WORDS>();
             for record in records.iter().take(left as usize) {
                 if matches!(act(record), Next::Stop) {
@@ -117,15 +125,15 @@ impl Tables {
                 }
             }
             left = left.saturating_sub(EXTENT_RECORDS);
-            extent = self.pool.next(extent);
+            extent = if left == 0 { 0 } else { self.pool.next(extent) };
         }
     }
 
     /// The record of a holder.
     #[inline]
-    pub(crate) fn record(&self, run: &Run, holder: HolderId) -> Option<&[AtomicU64; RECORD_WORDS]> {
+    pub(crate) fn record(&self, run: &Run, holder: HolderId) -> Option<&Record> {
         let (mut extent, mut left) = chain_of(run.chain.load(Ordering::Acquire));
-        while left > 0 && extent != 0 {
+        while extent != 0 {
             let (records, _) = self.pool.at(extent).as_chunks::<RECORD_WORDS>();
             let mut those = records.iter().take(left as usize);
             if let Some(found) =
@@ -134,7 +142,7 @@ impl Tables {
                 return Some(found);
             }
             left = left.saturating_sub(EXTENT_RECORDS);
-            extent = self.pool.next(extent);
+            extent = if left == 0 { 0 } else { self.pool.next(extent) };
         }
         None
     }
@@ -171,6 +179,7 @@ impl Run {
     }
 
     /// The position after the last live block.
+    #[inline]
     pub(crate) fn end(&self) -> u32 {
         u64::BITS - self.live.load(Ordering::Relaxed).leading_zeros()
     }

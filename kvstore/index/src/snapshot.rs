@@ -222,9 +222,8 @@ impl Writer {
             self.put(tables, crate::run::Place { run: number, position: left.trailing_zeros() }, *key);
             left &= left - 1;
         }
-        let run = tables.runs.at(number);
         for words in &image.records {
-            let record = self.admit(tables, run, words[0]);
+            let record = self.admit(tables, number, words[0]);
             for (word, bits) in record[1..].iter().zip(&words[1..]) {
                 word.store(*bits, Ordering::Release);
             }

@@ -1,13 +1,14 @@
 //! The writer's side: what changes runs, and what it forgets to stay within the limit.
 
 use std::hint::black_box;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 
+use crate::crowd::{CROWDED, Crowd};
 use crate::ids::{HolderId, Key, SizeClass, TierSet};
 use crate::pool::{FreeExtents, Pool};
 use crate::run::{
-    EXTENT_RECORDS, Next, Place, RECORD_WORDS, RUN_BLOCKS, Run, Tables, about, age_at, chain_of, chain_word,
-    heat_at, holder_of, in_tiers, used,
+    EXTENT_RECORDS, Next, Place, RECORD_WORDS, RUN_BLOCKS, Record, Run, Tables, about, age_at, chain_of,
+    chain_word, heat_at, holder_of, in_tiers, used,
 };
 
 /// Blocks applied between two looks at the free lists.
@@ -49,6 +50,7 @@ pub(crate) struct Writer {
     pub(crate) records: u64,
     pub(crate) evicted: u64,
     bytes_max: u64,
+    crowd: Crowd,
 }
 
 /// Blocks of one run that a call is about.
@@ -65,8 +67,9 @@ impl Writer {
 
     /// Bytes of the writer's own lists.
     pub(crate) fn bytes(&self) -> u64 {
-        (self.notes.capacity() * size_of::<Note>() + (self.runs.capacity() + self.extents.capacity()) * 4)
-            as u64
+        let lists = self.notes.capacity() * size_of::<Note>()
+            + (self.runs.capacity() + self.extents.capacity()) * size_of::<u32>();
+        lists as u64 + self.crowd.bytes()
     }
 
     /// Adds `tiers` to what `holder` has of at most [`BATCH`] blocks that follow `before`. New entries.
@@ -153,7 +156,12 @@ impl Writer {
         self.blocks += 1;
         let (own, most) = (self.bytes(), self.bytes_max);
         let has_room = |bytes| tables.bytes() + own + bytes <= most;
-        tables.directory.keep_up(&tables.pool, &mut self.extents, self.blocks, has_room);
+        let hash_at = |bits| {
+            let place = Place::of(bits);
+            let key = tables.key(tables.runs.at(place.run), place.position);
+            key.expect("what the directory points to has a key").hash()
+        };
+        tables.directory.keep_up(&tables.pool, &mut self.extents, self.blocks, has_room, hash_at);
     }
 
     /// The slot after `at`, if the run ends there, or if the slot held this very block before.
@@ -190,14 +198,13 @@ impl Writer {
         if part.mask == 0 {
             return 0;
         }
-        let run = tables.runs.at(part.run);
-        let record = match tables.record(run, holder) {
+        let record = match self.record(tables, part.run, holder) {
             Some(record) => {
                 let word = used(record[0].load(Ordering::Relaxed), size, self.clock);
                 record[0].store(word, Ordering::Relaxed);
                 record
             }
-            None => self.admit(tables, run, about(holder, size, self.clock)),
+            None => self.admit(tables, part.run, about(holder, size, self.clock)),
         };
         let before = all_of(record);
         for (word, bits) in record[1..].iter().zip(in_tiers(tiers, part.mask)) {
@@ -210,21 +217,33 @@ impl Writer {
         added
     }
 
+    /// The record of a holder in a run.
+    #[inline]
+    fn record<'a>(&self, tables: &'a Tables, number: u32, holder: HolderId) -> Option<&'a Record> {
+        let run = tables.runs.at(number);
+        let (_, count) = chain_of(run.chain.load(Ordering::Relaxed));
+        if count <= CROWDED {
+            return tables.record(run, holder);
+        }
+        let (extent, slot) = self.crowd.find(number, holder)?;
+        let (records, _) = tables.pool.at(extent).as_chunks::<RECORD_WORDS>();
+        Some(&records[slot as usize])
+    }
+
     /// A record for a holder that has none in this run.
-    pub(crate) fn admit<'a>(
-        &mut self,
-        tables: &'a Tables,
-        run: &Run,
-        word: u64,
-    ) -> &'a [AtomicU64; RECORD_WORDS] {
+    pub(crate) fn admit<'a>(&mut self, tables: &'a Tables, number: u32, word: u64) -> &'a Record {
+        let run = tables.runs.at(number);
         let (first, count) = chain_of(run.chain.load(Ordering::Relaxed));
         let holders = run.holders.load(Ordering::Relaxed);
         run.holders.store(holders + 1, Ordering::Relaxed);
         self.records += 1;
         if holders < count
-            && let Some(record) = vacant(tables, first, count)
+            && let Some((record, place)) = vacant(tables, first, count)
         {
             record[0].store(word, Ordering::Release);
+            if let Some(holder) = holder_of(word).filter(|_| count > CROWDED) {
+                self.crowd.insert(number, holder, place);
+            }
             return record;
         }
         let slot = (count % EXTENT_RECORDS) as usize;
@@ -243,7 +262,27 @@ impl Writer {
         let (records, _) = tables.pool.at(tail).as_chunks::<RECORD_WORDS>();
         records[slot][0].store(word, Ordering::Relaxed);
         run.chain.store(chain_word(head, count + 1), Ordering::Release);
+        if count == CROWDED {
+            self.list(tables, number);
+        } else if let Some(holder) = holder_of(word).filter(|_| count > CROWDED) {
+            self.crowd.insert(number, holder, (tail, count % EXTENT_RECORDS));
+        }
         &records[slot]
+    }
+
+    /// Notes where the records of a run are that has become crowded.
+    fn list(&mut self, tables: &Tables, number: u32) {
+        let (mut extent, mut left) = chain_of(tables.runs.at(number).chain.load(Ordering::Relaxed));
+        while left > 0 {
+            let (records, _) = tables.pool.at(extent).as_chunks::<RECORD_WORDS>();
+            for (slot, record) in (0..).zip(records.iter().take(left as usize)) {
+                if let Some(holder) = holder_of(record[0].load(Ordering::Relaxed)) {
+                    self.crowd.insert(number, holder, (extent, slot));
+                }
+            }
+            left = left.saturating_sub(EXTENT_RECORDS);
+            extent = tables.pool.next(extent);
+        }
     }
 
     /// Takes `tiers` away from what `holder` has of these blocks. Entries that are gone.
@@ -284,7 +323,7 @@ impl Writer {
             return 0;
         }
         let run = tables.runs.at(part.run);
-        let Some(record) = tables.record(run, holder) else { return 0 };
+        let Some(record) = self.record(tables, part.run, holder) else { return 0 };
         let before = all_of(record);
         for (word, bits) in record[1..].iter().zip(in_tiers(tiers, part.mask)) {
             if bits != 0 {
@@ -294,6 +333,9 @@ impl Writer {
         let after = all_of(record);
         if after == 0 {
             record[0].store(0, Ordering::Release);
+            if chain_of(run.chain.load(Ordering::Relaxed)).1 > CROWDED {
+                self.crowd.remove(part.run, holder);
+            }
             run.holders.store(run.holders.load(Ordering::Relaxed) - 1, Ordering::Relaxed);
             self.records -= 1;
         }
@@ -308,7 +350,7 @@ impl Writer {
             self.bury(tables, part.run, dead);
         }
         if run.live.load(Ordering::Relaxed) != 0 {
-            self.pack(tables, run);
+            self.pack(tables, part.run);
         }
         removed
     }
@@ -344,7 +386,10 @@ impl Writer {
     fn close(&mut self, tables: &Tables, number: u32) {
         let run = tables.runs.at(number);
         run.move_fence();
-        let (first, _) = chain_of(run.chain.load(Ordering::Relaxed));
+        let (first, count) = chain_of(run.chain.load(Ordering::Relaxed));
+        if count > CROWDED {
+            self.crowd.clear(number);
+        }
         run.chain.store(0, Ordering::Relaxed);
         run.tail.store(0, Ordering::Relaxed);
         run.holders.store(0, Ordering::Relaxed);
@@ -369,7 +414,8 @@ impl Writer {
     }
 
     /// Packs records when most of the chain has no holder. Readers have the old chain until the new one is whole.
-    fn pack(&mut self, tables: &Tables, run: &Run) {
+    fn pack(&mut self, tables: &Tables, number: u32) {
+        let run = tables.runs.at(number);
         let (first, count) = chain_of(run.chain.load(Ordering::Relaxed));
         let holders = run.holders.load(Ordering::Relaxed);
         let extents = holders.div_ceil(EXTENT_RECORDS);
@@ -404,6 +450,12 @@ impl Writer {
         run.tail.store(tail, Ordering::Relaxed);
         run.move_fence();
         self.give_chain(&tables.pool, first);
+        if count > CROWDED {
+            self.crowd.clear(number);
+        }
+        if holders > CROWDED {
+            self.list(tables, number);
+        }
     }
 
     /// Notes that `holder` was used for these blocks.
@@ -412,7 +464,7 @@ impl Writer {
         for key in blocks {
             let Some(place) = self.known(tables, at, *key) else { return };
             if place.run != touched
-                && let Some(record) = tables.record(tables.runs.at(place.run), holder)
+                && let Some(record) = self.record(tables, place.run, holder)
             {
                 let word = used(record[0].load(Ordering::Relaxed), SizeClass::UNKNOWN, self.clock);
                 record[0].store(word, Ordering::Relaxed);
@@ -543,13 +595,13 @@ fn near(tables: &Tables, at: Option<Place>, key: Key) -> Option<Place> {
 }
 
 /// A record that has no holder.
-fn vacant(tables: &Tables, first: u32, count: u32) -> Option<&[AtomicU64; RECORD_WORDS]> {
+fn vacant(tables: &Tables, first: u32, count: u32) -> Option<(&Record, (u32, u32))> {
     let (mut extent, mut left) = (first, count);
     while left > 0 {
         let (records, _) = tables.pool.at(extent).as_chunks::<RECORD_WORDS>();
-        let mut those = records.iter().take(left as usize);
-        if let Some(record) = those.find(|record| record[0].load(Ordering::Relaxed) == 0) {
-            return Some(record);
+        let mut those = (0..).zip(records.iter().take(left as usize));
+        if let Some((slot, record)) = those.find(|(_, record)| record[0].load(Ordering::Relaxed) == 0) {
+            return Some((record, (extent, slot)));
         }
         left = left.saturating_sub(EXTENT_RECORDS);
         extent = tables.pool.next(extent);
@@ -559,6 +611,6 @@ fn vacant(tables: &Tables, first: u32, count: u32) -> Option<&[AtomicU64; RECORD
 
 /// Blocks that a record has in any tier.
 #[inline]
-pub(crate) fn all_of(record: &[AtomicU64; RECORD_WORDS]) -> u64 {
+pub(crate) fn all_of(record: &Record) -> u64 {
     record[1..].iter().fold(0, |bits, word| bits | word.load(Ordering::Relaxed))
 }

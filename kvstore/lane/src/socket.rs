@@ -127,6 +127,16 @@ impl LaneServer {
         let (stream, _) = self.listener.accept().await?;
         LaneConnection::new(stream)
     }
+
+    /// The next client's socket, for [`LaneConnection::from_stream`] in another runtime: a connection is told of what
+    /// arrives by the runtime that it was made in. Cancel-safe.
+    ///
+    /// # Errors
+    /// As of [`LaneServer::accept`].
+    pub async fn accept_stream(&self) -> Result<StdStream, LaneError> {
+        let (stream, _) = self.listener.accept().await?;
+        Ok(stream.into_std()?)
+    }
 }
 
 impl Drop for LaneServer {

@@ -50,7 +50,7 @@ async fn failures_suspend_one_process_only() {
     let (fleet, now) = (Fleet::default(), Instant::now());
     fleet.observe(&reports(1, &[load("a", 1)]), now);
     let worker = fleet.view(now, |_| true).decode.remove(0);
-    let _in_flight = fleet.begin(&worker, 100, 1.0);
+    let _in_flight = fleet.begin(&worker, 100, 1.0, Arc::new([]));
     fleet.failed(&worker, now);
     fleet.failed(&worker, now);
     assert!(names(&fleet, now + SUSPEND).is_empty());
@@ -68,8 +68,8 @@ async fn work_in_flight_counts_before_it_is_reported() {
     let reported = WorkerLoad { active_requests: 1, pending_tokens: 30, ..load("a", 1) };
     fleet.observe(&reports(1, &[reported]), now);
     let view = || fleet.view(now, |_| true).decode.remove(0);
-    let mut first = fleet.begin(&view(), 100, 2.0);
-    let second = fleet.begin(&view(), 50, 1.0);
+    let mut first = fleet.begin(&view(), 100, 2.0, Arc::new([]));
+    let second = fleet.begin(&view(), 50, 1.0, Arc::new([]));
     assert_eq!((view().candidate.requests, view().candidate.pending_tokens), (2, 150));
     assert!(view().is_filled && view().candidate.is_full());
     first.computed();

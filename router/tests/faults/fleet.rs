@@ -42,6 +42,8 @@ pub(crate) enum Act {
     Full,
     /// Sends this many tokens, then nothing more.
     Hang(usize),
+    /// Gives the request back after this many tokens, as it drains.
+    Leave(usize),
 }
 
 /// A worker that plays a list of acts, then answers for ever.
@@ -68,6 +70,16 @@ impl Drop for TellsDrop {
 }
 
 impl TestWorker {
+    /// Plays this next.
+    pub(crate) fn plays(&self, act: Act) {
+        self.acts.lock().unwrap().push_front(act);
+    }
+
+    /// Whether it would still do anything but answer.
+    pub(crate) fn has_acts(&self) -> bool {
+        !self.acts.lock().unwrap().is_empty()
+    }
+
     fn next_act(&self) -> Act {
         self.calls.fetch_add(1, Ordering::SeqCst);
         self.acts.lock().unwrap().pop_front().unwrap_or(Act::Answer)
@@ -99,7 +111,12 @@ impl WorkerService for TestWorker {
             Act::Refuse => Err(Status::invalid_argument("this prompt is refused")),
             Act::Hang(_) => std::future::pending().await,
             Act::Break(_) | Act::EndEarly(_) => Err(Status::unavailable("broken")),
+            Act::Leave(_) => Err(Status::aborted("draining")),
         }
+    }
+
+    async fn drain(&self, _: Request<v1::DrainRequest>) -> Result<Response<v1::DrainResponse>, Status> {
+        Ok(Response::new(v1::DrainResponse::default()))
     }
 
     async fn generate(
@@ -113,7 +130,7 @@ impl WorkerService for TestWorker {
             Act::Full => return Err(Status::resource_exhausted("full")),
             Act::Refuse => return Err(Status::invalid_argument("this prompt is refused")),
             Act::Answer => None,
-            Act::Break(count) | Act::EndEarly(count) | Act::Hang(count) => Some(count),
+            Act::Break(count) | Act::EndEarly(count) | Act::Hang(count) | Act::Leave(count) => Some(count),
         };
         let done = said(&self.tokens, &request.tokens);
         let room = usize::try_from(request.tokens_max).unwrap();
@@ -124,6 +141,7 @@ impl WorkerService for TestWorker {
         parts.extend(rest.map(|token| Ok(Part::Token(token))));
         match act {
             Act::Break(_) => parts.push(Err(Status::unavailable("broken"))),
+            Act::Leave(_) => parts.push(Err(Status::aborted("draining"))),
             Act::Answer => {
                 let reason = if is_cut { v1::FinishReason::Length } else { v1::FinishReason::Stop };
                 parts.push(Ok(Part::Finished(v1::GenerateFinished { reason: reason.into(), tokens: 0 })));
@@ -157,6 +175,7 @@ pub(crate) struct Fleet {
     pub(crate) workers: Vec<TestWorker>,
     /// The model's tokenizer.
     pub(crate) tokenizer: Arc<Tokenizer>,
+    reports: v1::ObserveResponse,
     _home: tempfile::TempDir,
 }
 
@@ -214,11 +233,17 @@ impl Fleet {
         let url = format!("http://{}", listener.local_addr().unwrap());
         let app = routes(Arc::clone(&router)).into_make_service_with_connect_info::<SocketAddr>();
         tokio::spawn(async move { axum::serve(listener, app).await });
-        Self { url, router, workers, tokenizer, _home: home }
+        Self { url, router, workers, tokenizer, reports, _home: home }
     }
 }
 
 impl Fleet {
+    /// Reports all workers as new processes, of which the router knows nothing bad.
+    pub(crate) fn renew(&mut self) {
+        self.reports.workers.iter_mut().for_each(|load| load.pid += 100);
+        self.router.fleet.observe(&self.reports, Instant::now());
+    }
+
     /// Sends a body; returns status, headers and text.
     pub(crate) async fn post(&self, route: &str, body: String) -> (u16, reqwest::header::HeaderMap, String) {
         let response = self.send(route, body).await;

@@ -41,6 +41,30 @@ impl Daemon {
         self.child.wait().unwrap();
     }
 
+    /// Lets it stand still, until [`Daemon::go_on`].
+    pub(crate) fn stand_still(&self) {
+        self.signal("STOP");
+        let tasks = format!("/proc/{}/task", self.child.id());
+        let deadline = Instant::now() + Duration::from_secs(20);
+        // A signal is sent long before the last thread has stopped.
+        while !std::fs::read_dir(&tasks).unwrap().all(|task| {
+            let stat = std::fs::read_to_string(task.unwrap().path().join("stat")).unwrap();
+            stat.rsplit_once(") ").unwrap().1.starts_with('T')
+        }) {
+            assert!(Instant::now() < deadline, "it does not stop");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    pub(crate) fn go_on(&self) {
+        self.signal("CONT");
+    }
+
+    fn signal(&self, name: &str) {
+        let done = Command::new("kill").args(["-s", name, &self.child.id().to_string()]).status().unwrap();
+        assert!(done.success());
+    }
+
     /// Starts it again in the same directory.
     pub(crate) fn restart(&mut self) {
         let (child, grpc) = spawn(&self.dir, &self.settings);

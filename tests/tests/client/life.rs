@@ -1,6 +1,6 @@
 //! What outlives a daemon, and what comes back after it.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use terrace_client::{ClientError, Connector, Durability, ReadOptions, Session, Stale, Target};
 
@@ -91,4 +91,42 @@ async fn nobody_there_is_said_clearly() {
     let target = Target { grpc: Some("127.0.0.1:1".to_owned()), ..Target::default() };
     let error = Session::connect(&target).await.unwrap_err();
     assert!(error.to_string().contains("127.0.0.1:1"), "{error}");
+}
+
+// A daemon that hangs could hold its clients up for good: more questions at once than may be under way, over both
+// transports. Whoever said how long it waits goes on then, and finds the daemon again.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_daemon_that_hangs_is_given_up() {
+    let daemon = Daemon::start("");
+    let short = Some(Duration::from_secs(2));
+    let lane = Target { answer_within: short, ..daemon.target() };
+    let remote = Target { answer_within: short, ..daemon.remote() };
+    let all: Vec<_> = payloads(0, 4).into_iter().map(Some).collect();
+    // HTTP/2 ends a connection on which too many questions were given up before the daemon saw them.
+    for (target, questions) in [(lane, 400), (remote, 8)] {
+        let session = Session::connect(&target).await.unwrap();
+        let space = session.open_space(&manifest("client", BLOCK_BYTES)).await.unwrap();
+        session.write(&space, &keys(0, 4), None, &payloads(0, 4), Durability::Readable).await.unwrap();
+        daemon.stand_still();
+        let began = Instant::now();
+        let no_wait = Duration::ZERO;
+        let mut asked = tokio::task::JoinSet::new();
+        for _ in 0..questions {
+            let (session, space) = (session.clone(), space.clone());
+            asked.spawn(async move { session.read_within(&space, &keys(0, 4), no_wait).await.map(drop) });
+        }
+        while let Some(done) = asked.join_next().await {
+            let error = done.unwrap().unwrap_err();
+            assert!(matches!(error, ClientError::NoAnswer { .. }), "{error}");
+        }
+        let unreachable = Session::connect(&target).await.unwrap_err();
+        assert!(unreachable.to_string().contains("in 2s"), "{unreachable}");
+        assert!(began.elapsed() < Duration::from_secs(30), "{:?}", began.elapsed());
+        daemon.go_on();
+        until("the same session serves again", async || {
+            session.read(&space, &keys(0, 4)).await.is_ok_and(|found| found == all)
+        })
+        .await;
+    }
+    daemon.wait_quiet().await;
 }

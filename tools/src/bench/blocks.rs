@@ -34,6 +34,7 @@ pub(super) async fn session_of(socket: &Path, tenant: &str) -> anyhow::Result<Se
         tenant: tenant.to_owned(),
         token: String::new(),
         client_name: "terrace bench".to_owned(),
+        answer_within: None,
     };
     Ok(Session::connect(&target).await?)
 }

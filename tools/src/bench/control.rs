@@ -48,7 +48,17 @@ const CASES: [Case; 3] = [
     Case { name: "exists_128", ask: Ask::Exists, blocks: BLOCKS, more: 40.0 },
 ];
 
+/// On a thread with an event loop of its own, as the echo's client is one thread.
 pub(super) async fn run(options: &Options) -> anyhow::Result<Vec<Line>> {
+    let options = options.clone();
+    tokio::task::spawn_blocking(move || {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        runtime.block_on(measure(&options))
+    })
+    .await?
+}
+
+async fn measure(options: &Options) -> anyhow::Result<Vec<Line>> {
     let dir = stand::temp_dir(options)?;
     let daemon = stand::Daemon::start(dir.path(), "512MiB", "512MiB").await?;
     let session = blocks::session(&daemon.socket).await?;

@@ -32,8 +32,8 @@ const UTILISATION: f64 = 0.6;
 const DELAYS: [f64; 2] = [0.0, 1.0];
 /// As the router draws between equals by default.
 const TEMPERATURE: f64 = 0.001;
-const POLICIES: [Policy; 5] =
-    [Policy::LeastLoad, Policy::Blocks1, Policy::Blocks2, Policy::Dynamo, Policy::Estimate];
+const POLICIES: [Policy; 6] =
+    [Policy::LeastLoad, Policy::Blocks1, Policy::Blocks2, Policy::Dynamo, Policy::Estimate, Policy::Ideal];
 
 /// How the traffic of a trace comes.
 #[derive(Clone, Copy, Debug)]

@@ -400,6 +400,7 @@ fn config(hardware: &Hardware) -> Config {
         pinned_bytes: ByteCount::new(hardware.pinned_chunks * hardware.chunk_bytes),
         chunk_bytes: ByteCount::new(hardware.chunk_bytes),
         device_slots: hardware.device_slots.clone(),
+        hbm: Vec::new(),
         persist_delay: Micros::from_millis(1000),
         window_idle: Micros::from_millis(30_000),
         window_recall_max: Micros::from_millis(10_000),

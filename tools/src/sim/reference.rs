@@ -9,8 +9,8 @@
 
 use indicatif::ProgressBar;
 use terrace_core::{
-    Admission, BlockId, ByteCount, Checksum, Durability, Grant, HEADER_PAGE_BYTES, LeaseId, MatchMode, Now,
-    Policy, Purpose, Reply, Request,
+    Admission, BlockId, ByteCount, Checksum, Durability, Grant, HEADER_PAGE_BYTES, LeaseId, MatchMode,
+    Memory, Now, Policy, Purpose, Reply, Request,
 };
 
 use super::node::{DeviceModel, Hardware, LEASE_TTL, Node, micros};
@@ -96,6 +96,7 @@ impl Replay<'_> {
             ttl: LEASE_TTL,
             answer_by: Now::from_micros(0),
             purpose: Purpose::Prefill,
+            want: Memory::Pinned,
         };
         match self.node.ask_now(0, op) {
             Reply::Leased { lease, blocks, .. } => (lease, granted(&blocks)),
@@ -134,6 +135,7 @@ impl Replay<'_> {
             blocks: vec![blocks[place]],
             parent: place.checked_sub(1).map(|before| blocks[before]),
             ttl: LEASE_TTL,
+            want: Memory::Pinned,
         };
         match self.node.ask_and_wait(0, op) {
             Reply::Leased { lease, blocks, .. } => match (lease, blocks.first()) {

@@ -11,7 +11,7 @@ use std::collections::{BTreeMap, BinaryHeap, VecDeque};
 
 use indicatif::ProgressBar;
 use terrace_core::{
-    Durability, Grant, LeaseId, MatchMode, Now, Purpose, Reply, Request, RequestId, Residence,
+    Durability, Grant, LeaseId, MatchMode, Memory, Now, Purpose, Reply, Request, RequestId, Residence,
 };
 
 use super::node::{Hardware, LEASE_TTL, Node, micros, transfer_micros};
@@ -201,7 +201,10 @@ impl Serve<'_> {
         let found = self.matched(place);
         if found.iter().any(|there| !there.pinned) {
             let blocks = self.trace.blocks(&self.trace.asks[place as usize]);
-            self.node.ask_now(ROUTER, Request::Prefetch { blocks: blocks[..found.len()].to_vec() });
+            self.node.ask_now(
+                ROUTER,
+                Request::Prefetch { blocks: blocks[..found.len()].to_vec(), want: Memory::Pinned },
+            );
         }
     }
 
@@ -241,6 +244,7 @@ impl Serve<'_> {
             ttl: LEASE_TTL,
             answer_by: Now::from_micros(self.now + micros(patience)),
             purpose: Purpose::Prefill,
+            want: Memory::Pinned,
         };
         let request = self.node.ask(worker, op);
         self.asked.insert(request, (place, Step::Read));
@@ -284,6 +288,7 @@ impl Serve<'_> {
             blocks: blocks[hits..].to_vec(),
             parent: hits.checked_sub(1).map(|last| blocks[last]),
             ttl: LEASE_TTL,
+            want: Memory::Pinned,
         };
         let active = self.of(place);
         active.writing = true;

@@ -1,4 +1,5 @@
-"""The processes of a scenario: ``terraced`` and vLLM's server, each killed and started again as the story wants."""
+"""The processes of a scenario: ``terraced``, vLLM's server and all of Terrace, each killed and started again as the
+story wants."""
 
 import contextlib
 import http.client
@@ -59,6 +60,63 @@ class Terraced:
             self.process.wait()
             self.process = None
 
+    def spaces(self) -> list[dict[str, Any]]:
+        """Each space with what it holds."""
+        return spaces(self._program, self.grpc)
+
+
+def spaces(terraced: Path, grpc: str) -> list[dict[str, Any]]:
+    """What ``terrace``, which lies beside ``terraced``, says of a daemon's spaces."""
+    command = [terraced.with_name("terrace"), "space", "ls", "--output", "json", "--endpoint", grpc]
+    found: list[dict[str, Any]] = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
+    return found
+
+
+class Up:
+    """All of Terrace, with its own workers and its own front door: ``terrace up``."""
+
+    def __init__(self, terraced: Path, home: Path, log: Path) -> None:
+        self._terraced = terraced
+        self._log = log
+        self.socket = home / "lane.sock"
+        self._port = free_port()
+        command = [terraced.with_name("terrace"), "up", "--home", home, "--port", str(self._port)]
+        command += ["--prefill", "1", "--decode", "1", "--pinned-bytes", "512MiB", "--nvme-bytes", "1GiB"]
+        with log.open("wb") as out:
+            self.process = subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True)
+
+    def wait(self) -> None:
+        deadline = time.monotonic() + START_SECONDS
+        while "ready: http" not in self._log.read_text(errors="replace"):
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"terrace up does not start; see {self._log}")
+            time.sleep(0.1)
+
+    def ask(self, prompt: str) -> int:
+        """Has a prompt computed; answers how many of its tokens came from the cache."""
+        connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=120)
+        try:
+            connection.request("GET", "/v1/models")
+            model = json.loads(connection.getresponse().read())["data"][0]["id"]
+            body = json.dumps({"model": model, "prompt": prompt, "max_tokens": 4, "temperature": 0})
+            connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
+            answer = connection.getresponse()
+            text = answer.read()
+            if answer.status != 200:
+                raise RuntimeError(f"terrace answered {answer.status}: {text!r}")
+            return int(json.loads(text)["usage"]["prompt_tokens_details"]["cached_tokens"])
+        finally:
+            connection.close()
+
+    def stop(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGTERM)
+        try:
+            self.process.wait(30)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+
 
 def free_port() -> int:
     with socket.socket() as probe:
@@ -85,6 +143,9 @@ class Vllm:
             "DO_NOT_TRACK": "1",
             "VLLM_HOST_IP": "127.0.0.1",
             "VLLM_SERVER_DEV_MODE": "1",
+            # With a connector vLLM keeps one processor more free for it, and none at all where there are two: servers
+            # that are compared must compute with the same.
+            "VLLM_CPU_NUM_OF_RESERVED_CPU": "1",
         }
         with log.open("wb") as out:
             self.process = subprocess.Popen(

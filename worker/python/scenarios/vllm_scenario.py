@@ -1,79 +1,59 @@
 """vLLM with Terrace from the first prompt to the last daemon's end: what must hold is checked, what it costs printed.
 
-``vllm_scenario.py --model FOLDER --terraced PROGRAM --state FOLDER``. Figures are JSON lines; what does not hold
-ends the run.
+``vllm_scenario.py --model FOLDER --terraced PROGRAM --state FOLDER``. Steps and figures are JSON lines; what does not
+hold ends the run.
 """
 
 import argparse
-import json
 import os
-import random
 import statistics
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any
 
-from processes import Terraced, Vllm
+from figures import check, figure, say
+from load import fixed_rate, never_repeats
+from processes import Terraced, Up, Vllm
+from prompts import prompt
 
+PARTS = "ttft,overhead,rate,shared,daemon,restart,worker,hybrid"
 PROMPT_TOKENS = 880
 ROUNDS = 5
 RATIO_MIN = 8.0
 # Blocks that are on their way into the store; every wait ends long before.
-PATIENCE = 30.0
-
-
-SENTENCES = [
-    "The river rises in the hills and runs through three old towns before it reaches the sea.",
-    "A baker who wants good bread must wait for the dough, and there is no way to hurry it.",
-    "Most of the letters in the archive were written in winter, when the roads were closed.",
-    "Sailors learned to read the colour of the water long before they had charts of the coast.",
-    "The train to the capital leaves at seven in the morning and arrives a little after noon.",
-    "Glass is made of sand, ash and lime, and it takes a great deal of heat to melt them.",
-    "In the garden behind the school the children grow beans, onions and a few sunflowers.",
-    "The clock in the market square has been ten minutes late for as long as anybody remembers.",
-]
-
-
-def prompt(seed: int, tokens: int = PROMPT_TOKENS) -> str:
-    """About so many tokens of plain text that no other seed has, with an end that any model can go on from."""
-    chosen = random.Random(seed)
-    lines = [f"Note {chosen.randrange(10**6)}: {chosen.choice(SENTENCES)}" for _ in range(max(1, tokens // 26))]
-    return "\n".join([*lines, "Question: What is the capital of France? Answer: The capital of France is"])
-
-
-def say(step: str, **figures: Any) -> None:
-    print(json.dumps({"step": step, **figures}), flush=True)
-
-
-def check(holds: bool, what: str) -> None:
-    if not holds:
-        raise SystemExit(f"FAILED: {what}")
+PATIENCE = 60.0
+EXTERNAL_HITS = "vllm:external_prefix_cache_hits_total"
+STORED = "vllm:terrace_blocks_stored_total"
 
 
 def hits(server: Vllm) -> float:
-    return server.counters().get("vllm:external_prefix_cache_hits_total", 0.0)
+    """Tokens that came from the store."""
+    return server.counters().get(EXTERNAL_HITS, 0.0)
 
 
 class Story:
     """The processes, and what they answered."""
 
-    def __init__(self, model: Path, terraced: Terraced, state: Path) -> None:
+    def __init__(self, model: Path, terraced: Path, state: Path) -> None:
         self.model = model
-        self.terraced = terraced
+        self.terraced = Terraced(terraced, state / "store")
+        self.program = terraced
         self.state = state
         self.servers: list[Vllm] = []
+        self.up: Up | None = None
         self.texts: dict[tuple[int, str], str] = {}
-        self.connector = {
+
+    def server(self, name: str, *, plain: bool = False, socket: Path | None = None, model: Path | None = None) -> Vllm:
+        connector = {
             "kv_connector": "TerraceConnector",
             "kv_connector_module_path": "terrace_kv.vllm",
             "kv_role": "kv_both",
             "kv_load_failure_policy": "recompute",
-            "kv_connector_extra_config": {"socket": str(terraced.socket)},
+            "kv_connector_extra_config": {"socket": str(socket or self.terraced.socket)},
         }
-
-    def server(self, name: str, *, plain: bool = False) -> Vllm:
-        server = Vllm(self.model, self.state / f"{name}.log", None if plain else self.connector)
+        server = Vllm(model or self.model, self.state / f"{name}.log", None if plain else connector)
         self.servers.append(server)
         say("vllm started", name=name, seconds=round(server.wait(), 1))
         return server
@@ -85,7 +65,7 @@ class Story:
         in plain vLLM too. So texts must be equal when they came the same way ("computed" or "cached"), whoever
         cached it; texts of both ways are compared and counted.
         """
-        seconds, text = server.ask(prompt(seed))
+        seconds, text = server.ask(prompt(seed, PROMPT_TOKENS))
         known = self.texts.setdefault((seed, way), text)
         check(known == text, f"another text for prompt {seed}, {way}: {text!r}, before {known!r}")
         return seconds
@@ -97,21 +77,26 @@ class Story:
         say("texts", prompts=len(both), computed_equals_cached=same, example=self.texts[both[0], "cached"])
 
     def stored(self, server: Vllm, before: float) -> None:
-        """Until the blocks of a prompt are in the store."""
-        deadline = time.monotonic() + PATIENCE
-        while server.counters().get("vllm:terrace_blocks_stored_total", 0) <= before:
+        """Until the blocks of a prompt are in the store, and nothing more comes."""
+        deadline, seen = time.monotonic() + PATIENCE, before
+        while True:
             check(time.monotonic() < deadline, "the blocks of a prompt never reached the store")
             # Counters travel with a step of the engine.
             server.ask("A", tokens=1)
+            now = server.counters().get(STORED, 0)
+            if now > before and now == seen:
+                return
+            seen = now
+            time.sleep(0.2)
 
     def cold_warm_hit(self, server: Vllm) -> None:
         server.ask(prompt(10_000, 200))
-        rows: dict[str, list[float]] = {"cold": [], "warm": [], "hit": []}
+        rows: dict[str, list[float]] = {"cold": [], "own_cache": [], "hit": []}
         tokens: list[float] = []
         for seed in range(ROUNDS):
-            stored = server.counters().get("vllm:terrace_blocks_stored_total", 0)
+            stored = server.counters().get(STORED, 0)
             rows["cold"].append(self.ask(server, seed, "computed"))
-            rows["warm"].append(self.ask(server, seed, "cached"))
+            rows["own_cache"].append(self.ask(server, seed, "cached"))
             self.stored(server, stored)
             server.reset()
             before = hits(server)
@@ -119,22 +104,43 @@ class Story:
             found = hits(server) - before
             tokens.append(found)
             check(found > PROMPT_TOKENS // 2, f"{found} tokens came from the store")
-        medians = {name: statistics.median(values) for name, values in rows.items()}
-        ratio = medians["cold"] / medians["hit"]
-        say("cold, warm, hit", ratio=round(ratio, 1), **{name: round(value, 4) for name, value in medians.items()})
         self.compare_ways()
-        say(
-            "of these",
-            tokens_from_store=tokens,
-            **{name: [round(value, 4) for value in values] for name, values in rows.items()},
-        )
-        check(ratio >= RATIO_MIN, f"a hit is only {ratio:.1f} times as fast")
+        rounded = {name: [round(value, 4) for value in values] for name, values in rows.items()}
+        say("cold, own cache, hit", tokens_from_store=tokens, **rounded)
+        cold, own, hit = (statistics.median(rows[name]) for name in ("cold", "own_cache", "hit"))
+        figure("vllm_ttft_cold", cold, "s")
+        figure("vllm_ttft_own_cache", own, "s")
+        reached = figure("vllm_ttft_hit", hit, "s", limit=cold, bar=RATIO_MIN, higher_is_better=False)
+        check(reached, "a hit is not fast enough")
 
     def first_request_hits(self, server: Vllm, name: str, seed: int = 0) -> None:
         before = hits(server)
         seconds = self.ask(server, seed, "cached")
         say(name, seconds=round(seconds, 4), tokens_from_store=hits(server) - before)
         check(hits(server) > before, f"{name}: nothing came from the store")
+
+    def shared(self, first: Vllm) -> None:
+        """Another process loads what the first computed, and the store keeps it once for both."""
+
+        def held() -> tuple[int, int]:
+            found = self.terraced.spaces()
+            return sum(space["pinned_blocks"] for space in found), len(found)
+
+        other = self.server("other")
+        stored = first.counters().get(STORED, 0)
+        self.ask(first, 6, "computed")
+        self.ask(first, 6, "cached")
+        self.stored(first, stored)
+        before = held()
+        self.first_request_hits(other, "another vllm", 6)
+        other.reset()
+        self.first_request_hits(other, "another vllm, again", 6)
+        # What it computed itself has come to the store by then, if it comes at all.
+        time.sleep(2)
+        after = held()
+        figure("vllm_shared_prefix_blocks", after[0], "blocks", limit=before[0], bar=1.0, higher_is_better=False)
+        check(after == before, f"blocks and spaces of one prefix: {before} for one process, {after} for two")
+        other.kill()
 
     def daemon_dies(self, server: Vllm) -> None:
         """kill -9 of terraced under load: everything is answered, and after its restart there are hits again."""
@@ -170,52 +176,115 @@ class Story:
         while True:
             server.reset()
             before = hits(server)
-            seconds = server.ask(prompt(2))[0]
+            seconds = server.ask(prompt(2, PROMPT_TOKENS))[0]
             if hits(server) > before:
                 break
             check(time.monotonic() < deadline, "no hits after terraced was started again")
         say("terraced restarted", hit_seconds=round(seconds, 4))
 
-    def overhead(self, server: Vllm, plain: Vllm, count: int) -> None:
-        """Prompts that never repeat, in turns to both: what does the connector cost?"""
-        rows: dict[str, list[float]] = {"terrace": [], "plain": []}
-        for index in range(count):
-            asked = [("terrace", server, 20_000), ("plain", plain, 30_000)]
-            for name, target, first in asked if index % 2 else asked[::-1]:
-                rows[name].append(target.ask(prompt(first + index, 160), tokens=8)[0])
-        medians = {name: statistics.median(values) for name, values in rows.items()}
-        means = {f"{name}_mean": round(statistics.fmean(values), 4) for name, values in rows.items()}
-        slower = medians["terrace"] / medians["plain"] - 1
-        say("never repeats", prompts=count, slower_percent=round(100 * slower, 1), **medians, **means)
+    def restarts(self) -> None:
+        second = self.server("second")
+        self.first_request_hits(second, "vllm killed and started again")
+        self.terraced.kill()
+        second.reset()
+        slow = [round(self.ask(second, seed, "computed"), 4) for seed in range(3)]
+        say("terraced stopped for good", answered=len(slow), seconds=slow)
+        second.kill()
+        late = self.server("late")
+        say("vllm started without terraced", seconds=round(self.ask(late, 0, "computed"), 4))
+        check("no terraced at" in late.log_text(), "the log does not say that there is no daemon")
+        late.kill()
+
+    def built_in_worker(self) -> None:
+        """vLLM and the built-in worker at one daemon, with the same model and prompts: each finds its own blocks."""
+        self.up = Up(self.program, self.state / "up", self.state / "up.log")
+        self.up.wait()
+        server = self.server("beside", socket=self.up.socket)
+        ours, theirs = prompt(7, PROMPT_TOKENS), prompt(8, PROMPT_TOKENS)
+        server.ask(ours)
+        self.stored(server, 0)
+        first, again = self.up.ask(ours), self.up.ask(ours)
+        say("a prompt of vllm, asked of the built-in worker", cached_tokens=first, cached_tokens_again=again)
+        check(first == 0, "the built-in worker found blocks of vllm")
+        check(again > 0, "the built-in worker does not find its own blocks")
+        self.up.ask(theirs)
+        before, stored = hits(server), server.counters().get(STORED, 0)
+        server.ask(theirs)
+        found = hits(server) - before
+        self.stored(server, stored)
+        server.reset()
+        server.ask(theirs)
+        found_again = hits(server) - before - found
+        say("a prompt of the built-in worker, asked of vllm", tokens=found, tokens_again=found_again)
+        check(found == 0, "vllm found blocks of the built-in worker")
+        check(found_again > 0, "vllm does not find its own blocks")
+        server.kill()
+        self.up.stop()
+
+    def hybrid(self) -> None:
+        """A model whose layers see a window or all tokens, in turns: vLLM keeps two tables of blocks for it."""
+        model = self.state / "hybrid"
+        script = Path(__file__).with_name("hybrid_model.py")
+        subprocess.run([sys.executable, script, self.model, model], check=True)
+        server = self.server("hybrid", model=model)
+        tokens = []
+        for seed in range(50, 53):
+            stored = server.counters().get(STORED, 0)
+            self.ask(server, seed, "computed")
+            self.ask(server, seed, "cached")
+            self.stored(server, stored)
+            server.reset()
+            before = hits(server)
+            self.ask(server, seed, "cached")
+            tokens.append(hits(server) - before)
+        server.kill()
+        other = self.server("hybrid-again", model=model)
+        self.first_request_hits(other, "hybrid, another process", 50)
+        layouts = other.log_text().count("terrace: blocks of 32 tokens")
+        say("hybrid", groups=layouts, tokens_from_store=tokens)
+        check(layouts == 2, f"{layouts} groups of layers")
+        check(min(tokens) > PROMPT_TOKENS // 2, f"{tokens} tokens came from the store")
+        other.kill()
 
     def run(self, parts: set[str]) -> None:
         self.terraced.start()
+        if parts & {"ttft", "overhead", "rate", "shared", "daemon", "restart"}:
+            self.with_smol(parts)
+        if "worker" in parts:
+            self.built_in_worker()
+        if "hybrid" in parts:
+            if self.terraced.process is None:
+                self.terraced.start()
+            self.hybrid()
+
+    def with_smol(self, parts: set[str]) -> None:
         first = self.server("first")
         if "ttft" in parts:
             self.cold_warm_hit(first)
-        for seed in range(3):
-            first.ask(prompt(seed))
-        if "overhead" in parts:
-            self.overhead(first, plain := self.server("plain", plain=True), 100)
+        if parts & {"overhead", "rate"}:
+            plain = self.server("plain", plain=True)
+            if "overhead" in parts:
+                never_repeats(first, plain, 100)
+            if "rate" in parts:
+                fixed_rate({"plain": plain, "terrace": first}, 200)
             plain.kill()
         if "shared" in parts:
-            other = self.server("other")
-            self.first_request_hits(other, "another vllm")
-            other.kill()
+            self.shared(first)
+        if parts & {"daemon", "restart"}:
+            for seed in range(3):
+                first.ask(prompt(seed, PROMPT_TOKENS))
         if "daemon" in parts:
             self.daemon_dies(first)
         first.kill()
         if "restart" in parts:
-            second = self.server("second")
-            self.first_request_hits(second, "vllm killed and started again")
-            self.terraced.kill()
-            second.reset()
-            slow = [round(self.ask(second, seed, "computed"), 4) for seed in range(3)]
-            say("terraced stopped for good", answered=len(slow), seconds=slow)
-            second.kill()
-            late = self.server("late")
-            say("vllm started without terraced", seconds=round(self.ask(late, 0, "computed"), 4))
-            check("no terraced at" in late.log_text(), "the log does not say that there is no daemon")
+            self.restarts()
+
+    def end(self) -> None:
+        for server in self.servers:
+            server.kill()
+        if self.up is not None:
+            self.up.stop()
+        self.terraced.kill()
 
 
 def main() -> None:
@@ -223,17 +292,18 @@ def main() -> None:
     options.add_argument("--model", type=Path, required=True)
     options.add_argument("--terraced", type=Path, required=True)
     options.add_argument("--state", type=Path, required=True)
-    options.add_argument("--parts", default="ttft,overhead,shared,daemon,restart")
+    options.add_argument("--parts", default=PARTS)
     chosen = options.parse_args()
+    parts = set(chosen.parts.split(","))
+    if unknown := parts - set(PARTS.split(",")):
+        raise SystemExit(f"unknown parts: {', '.join(sorted(unknown))}; there are {PARTS}")
     os.environ.pop("TERRACE_SOCKET", None)
-    story = Story(chosen.model, Terraced(chosen.terraced, chosen.state / "store"), chosen.state)
+    story = Story(chosen.model, chosen.terraced, chosen.state)
     try:
-        story.run(set(chosen.parts.split(",")))
+        story.run(parts)
         say("done")
     finally:
-        for server in story.servers:
-            server.kill()
-        story.terraced.kill()
+        story.end()
 
 
 if __name__ == "__main__":

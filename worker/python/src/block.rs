@@ -7,6 +7,8 @@
 //! released: torch releases at once, and keeps the owner while it uses the memory.
 
 use std::ffi::c_int;
+use std::marker::PhantomData;
+use std::ops::Range;
 use std::ptr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -169,6 +171,9 @@ struct Address(*mut u8);
 // SAFETY: an address is a number; whoever follows it says why it may.
 unsafe impl Send for Address {}
 
+// SAFETY: as above.
+unsafe impl Sync for Address {}
+
 impl Address {
     // A method, so that closures take the whole and not the pointer alone.
     fn get(&self) -> *mut u8 {
@@ -177,12 +182,12 @@ impl Address {
 }
 
 /// Contiguous bytes of a Python object, held in place.
-struct Span {
+pub(crate) struct Span {
     buffer: PyUntypedBuffer,
 }
 
 impl Span {
-    fn of(object: &Bound<'_, PyAny>) -> PyResult<Self> {
+    pub(crate) fn of(object: &Bound<'_, PyAny>) -> PyResult<Self> {
         let buffer = PyUntypedBuffer::get(object)?;
         if !buffer.is_c_contiguous() {
             return Err(PyBufferError::new_err("a C-contiguous buffer is needed; copy it first"));
@@ -192,6 +197,10 @@ impl Span {
 
     fn length(&self) -> usize {
         self.buffer.len_bytes()
+    }
+
+    fn is_readonly(&self) -> bool {
+        self.buffer.readonly()
     }
 
     fn address(&self) -> Address {
@@ -204,6 +213,40 @@ impl Span {
             return Ok(());
         }
         Err(invalid(format!("the buffer has {found} bytes; this space's blocks have {expected}")))
+    }
+}
+
+/// One block, if it is still there, and a place in memory for it, held by a span.
+pub(crate) struct Copy<'span> {
+    source: Option<Source>,
+    target: Address,
+    length: usize,
+    _span: PhantomData<&'span ()>,
+}
+
+impl<'span> Copy<'span> {
+    /// # Errors
+    /// A target that cannot be written or is not as long as the block; a block of the parent process.
+    pub(crate) fn new(block: &Block, target: &'span Span) -> PyResult<Self> {
+        if target.is_readonly() {
+            return Err(PyBufferError::new_err("the target is read-only"));
+        }
+        target.expect_length(block.length)?;
+        let source = block.held.here()?.source().ok();
+        Ok(Self { source, target: target.address(), length: block.length, _span: PhantomData })
+    }
+
+    /// The addresses that it writes to.
+    pub(crate) fn place(&self) -> Range<usize> {
+        let start = self.target.get().addr();
+        start..start + self.length
+    }
+
+    /// Copies, and answers whether the copy is the block.
+    pub(crate) fn run(&self) -> bool {
+        // SAFETY: the span holds a writable buffer of the block's length in place. Other threads
+        // may store there meanwhile, in Python as here: the copy is then any mix, in u8.
+        self.source.as_ref().is_some_and(|source| unsafe { source.copy_out(self.target.get()) }.is_ok())
     }
 }
 
@@ -359,7 +402,7 @@ impl Block {
     /// Copies the block into a writable buffer of `nbytes` bytes and compares the copy with the checksum.
     fn read_into(&self, target: &Bound<'_, PyAny>) -> PyResult<()> {
         let span = Span::of(target)?;
-        if span.buffer.readonly() {
+        if span.is_readonly() {
             return Err(PyBufferError::new_err("the target is read-only"));
         }
         span.expect_length(self.length)?;

@@ -3,11 +3,13 @@
 use pyo3::{PyErr, import_exception};
 
 use terrace_client::{BadBlock, ClientError, Stale};
+use terrace_gpudirect::DeviceError;
 
 import_exception!(terrace_kv._errors, BufferInUse);
 import_exception!(terrace_kv._errors, ClosedError);
 import_exception!(terrace_kv._errors, ConnectError);
 import_exception!(terrace_kv._errors, CorruptBlock);
+import_exception!(terrace_kv._errors, DeviceFailed);
 import_exception!(terrace_kv._errors, ForkedError);
 import_exception!(terrace_kv._errors, InvalidArgument);
 import_exception!(terrace_kv._errors, NoAnswer);
@@ -90,6 +92,25 @@ pub(crate) fn bad_block(error: BadBlock) -> PyErr {
     match error {
         BadBlock::Stale(_) => stale(),
         BadBlock::Checksum { .. } => CorruptBlock::new_err(error.to_string()),
+    }
+}
+
+/// A device is not there, is full, or failed.
+pub(crate) fn device(error: DeviceError) -> PyErr {
+    match error {
+        DeviceError::OutOfBounds { .. } | DeviceError::BadDescriptor { .. } => invalid(error.to_string()),
+        DeviceError::NoDriver { .. }
+        | DeviceError::DriverTooOld { .. }
+        | DeviceError::NoDevice { .. }
+        | DeviceError::Unsupported { .. }
+        | DeviceError::NoMemory { .. }
+        | DeviceError::BadJob { .. }
+        | DeviceError::InUse { .. }
+        | DeviceError::Throttled { .. }
+        | DeviceError::Late(_)
+        | DeviceError::Hung { .. }
+        | DeviceError::Lost { .. }
+        | DeviceError::Driver { .. } => DeviceFailed::new_err(error.to_string()),
     }
 }
 

@@ -8,6 +8,9 @@
 
 mod arguments;
 mod block;
+mod copies;
+mod device;
+mod dlpack;
 mod errors;
 mod lease;
 mod owned;
@@ -22,6 +25,10 @@ mod stream;
 mod native {
     #[pymodule_export]
     use crate::block::{Block, WriteBlock};
+    #[pymodule_export]
+    use crate::copies::copy_blocks;
+    #[pymodule_export]
+    use crate::device::{Device, DeviceBlock, DeviceChunk, open_device};
     #[pymodule_export]
     use crate::lease::{AsyncReadLease, AsyncWriteLease, ReadLease, WriteLease};
     #[pymodule_export]

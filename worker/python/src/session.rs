@@ -46,9 +46,11 @@ fn target(
     tenant: String,
     token: String,
     client_name: Option<String>,
-) -> Target {
+    answer_within: Option<f64>,
+) -> PyResult<Target> {
     let client_name = client_name.unwrap_or_else(|| format!("python pid {}", std::process::id()));
-    Target { socket, grpc, tenant, token, client_name }
+    let answer_within = answer_within.map(|seconds| span("answer_within", seconds)).transpose()?;
+    Ok(Target { socket, grpc, tenant, token, client_name, answer_within })
 }
 
 fn open<'py>(py: Python<'py>, mode: Mode, target: Target) -> PyResult<Bound<'py, PyAny>> {
@@ -66,7 +68,9 @@ fn open<'py>(py: Python<'py>, mode: Mode, target: Target) -> PyResult<Bound<'py,
 
 /// Opens a session, over the socket if one is named and somebody answers there, else over gRPC.
 #[pyfunction]
-#[pyo3(signature = (socket=None, grpc=None, *, tenant=String::new(), token=String::new(), client_name=None))]
+#[pyo3(signature = (
+    socket=None, grpc=None, *, tenant=String::new(), token=String::new(), client_name=None, answer_within=None
+))]
 pub(crate) fn connect<'py>(
     py: Python<'py>,
     socket: Option<PathBuf>,
@@ -74,13 +78,16 @@ pub(crate) fn connect<'py>(
     tenant: String,
     token: String,
     client_name: Option<String>,
+    answer_within: Option<f64>,
 ) -> PyResult<Bound<'py, PyAny>> {
-    open(py, Mode::Blocking, target(socket, grpc, tenant, token, client_name))
+    open(py, Mode::Blocking, target(socket, grpc, tenant, token, client_name, answer_within)?)
 }
 
 /// As `connect`, for asyncio.
 #[pyfunction]
-#[pyo3(signature = (socket=None, grpc=None, *, tenant=String::new(), token=String::new(), client_name=None))]
+#[pyo3(signature = (
+    socket=None, grpc=None, *, tenant=String::new(), token=String::new(), client_name=None, answer_within=None
+))]
 pub(crate) fn connect_async<'py>(
     py: Python<'py>,
     socket: Option<PathBuf>,
@@ -88,8 +95,9 @@ pub(crate) fn connect_async<'py>(
     tenant: String,
     token: String,
     client_name: Option<String>,
+    answer_within: Option<f64>,
 ) -> PyResult<Bound<'py, PyAny>> {
-    open(py, Mode::Asyncio, target(socket, grpc, tenant, token, client_name))
+    open(py, Mode::Asyncio, target(socket, grpc, tenant, token, client_name, answer_within)?)
 }
 
 /// One space, or the spaces of a bundle.

@@ -351,3 +351,42 @@ def test_many_leases_from_many_threads(lane: terrace_kv.Session, daemon: Daemon)
         thread.join()
     assert not errors
     daemon.expect_leases(0)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_many_blocks_are_copied_in_one_call(lane: terrace_kv.Session, threads: int) -> None:
+    """Copies by several threads land in each other's places, or one that is lost passes for a good one."""
+    big = 1 << 20
+    space = lane.open_space(manifest(block_bytes=big))
+    names = keys(9)
+    lane.write(space, names, [payload(name, big) for name in names])
+    with lane.lease_read(space, names, wait=5.0) as lease:
+        blocks = [block for block in lease.blocks if block is not None]
+        assert len(blocks) == 9
+        targets = [bytearray(big) for _ in names]
+        assert terrace_kv.copy_blocks(blocks, targets, threads=threads) == [True] * 9
+        assert [bytes(target) for target in targets] == [payload(name, big) for name in names]
+        # The same place twice: whatever is left there, it is one of the two.
+        assert terrace_kv.copy_blocks(blocks, [targets[0]] * 9, threads=threads) == [True] * 9
+        assert bytes(targets[0]) == payload(names[-1], big)
+        blocks[3].close()
+        assert terrace_kv.copy_blocks(blocks, targets, threads=threads) == [True] * 3 + [False] + [True] * 5
+    assert terrace_kv.copy_blocks(blocks, targets, threads=threads) == [False] * 9
+    assert terrace_kv.copy_blocks([], [], threads=threads) == []
+
+
+def test_copies_to_places_that_cannot_be_meant(lane: terrace_kv.Session) -> None:
+    """Too short, read-only, or too few targets: refused before anything is written."""
+    space = lane.open_space(manifest())
+    lane.write(space, keys(2), [payload(name) for name in keys(2)])
+    with lane.lease_read(space, keys(2), wait=5.0) as lease:
+        one, two = lease.blocks
+        assert one is not None
+        assert two is not None
+        first = bytearray(BLOCK_BYTES)
+        for second in (bytearray(BLOCK_BYTES - 1), bytes(BLOCK_BYTES)):
+            with pytest.raises((terrace_kv.InvalidArgument, BufferError)):
+                terrace_kv.copy_blocks([one, two], [first, second])
+        with pytest.raises(terrace_kv.InvalidArgument):
+            terrace_kv.copy_blocks([one, two], [first])
+        assert not any(first)

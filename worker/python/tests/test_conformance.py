@@ -23,6 +23,8 @@ N = 8
 ALL = range(N)
 # Well below what a step of an engine takes when it must wait for a daemon that hangs.
 MOMENT = 0.5
+# What a put, a look-up and a load take at most while a daemon hangs: a few times ANSWER_SECONDS, and what they wait.
+HANG = 20.0
 
 
 def installed(kind: type[Connector]) -> bool:
@@ -271,6 +273,26 @@ def test_slow_store(make: Make, daemon: Daemon) -> None:
         return never_wrong(connector, more) == 8
 
     wait_for(stored, "stores after the pause")
+
+
+def test_a_daemon_that_hangs(make: Make, daemon: Daemon) -> None:
+    """It stands still and does not come back for long: every call ends soon, as a miss, and it is found afterwards."""
+    connector, more = make(), range(100, 108)
+    connector.put(ALL)
+    os.kill(daemon.process.pid, signal.SIGSTOP)
+    assert os.WIFSTOPPED(os.waitpid(daemon.process.pid, os.WUNTRACED)[1]), "all of its threads have stopped"
+    try:
+        began = time.monotonic()
+        connector.put(more)
+        assert connector.look_up(ALL) == 0
+        assert connector.get(ALL) == [None] * N
+        assert time.monotonic() - began < HANG
+        other = make()
+        assert other.look_up(ALL) == 0
+        assert time.monotonic() - began < 2 * HANG
+    finally:
+        os.kill(daemon.process.pid, signal.SIGCONT)
+    wait_for(lambda: never_wrong(connector, ALL) == N, "hits after it")
 
 
 def test_a_lease_ends_before_the_load(kind: type[Connector], folder: Path, wire: SimpleNamespace) -> None:

@@ -216,3 +216,29 @@ def test_environment_names_the_daemon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERRACE_SOCKET", "/from/environment")
     assert Target.of({}, "test").socket == "/from/environment"
     assert Target.of({"socket": "/named"}, "test").socket == "/named"
+
+
+@pytest.mark.parametrize("seconds", ["soon", 0, -1, 1e9, None])
+def test_a_wait_that_cannot_be_meant(seconds: object) -> None:
+    """A wrong option would let an engine wait for good, or not at all: it is said at its start."""
+    with pytest.raises(ValueError, match="answer_seconds"):
+        Target.of({"answer_seconds": seconds}, "test")
+
+
+def test_how_long_a_daemon_is_waited_for(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The option or the environment does not reach the session: a daemon that hangs holds its callers for a minute."""
+    monkeypatch.setenv("TERRACE_ANSWER_SECONDS", "0.3")
+    assert Target.of({}, "test").answer_seconds == 0.3
+    assert Target.of({"answer_seconds": 7}, "test").answer_seconds == 7
+    held = Store(Target.of({"socket": str(daemon.socket)}, "test"))
+    space = StoreSpace(held, manifest())
+    assert space.put(keys(1), fill(keys(1))) == [True]
+    os.kill(daemon.process.pid, signal.SIGSTOP)
+    assert os.WIFSTOPPED(os.waitpid(daemon.process.pid, os.WUNTRACED)[1]), "all of its threads have stopped"
+    try:
+        began = time.monotonic()
+        assert held.prefix([space], keys(1)) == 0
+        assert time.monotonic() - began < 20
+        assert held.silent
+    finally:
+        os.kill(daemon.process.pid, signal.SIGCONT)

@@ -149,6 +149,8 @@ def test_one_writer_of_equal_ranks(daemon: Daemon) -> None:
 
 def test_under_injected_faults(daemon: Daemon) -> None:
     """SGLang's own injector fails and delays calls: what is answered as loaded must be right."""
+    if not hasattr(envs, "SGLANG_TEST_HICACHE_BACKEND_RANDOM_DELAY"):
+        pytest.skip("this SGLang has no injector of faults (there is one from 0.5.23 on)")
     pool = Pool()
     there = pool.fill(1)
     with (

@@ -1,5 +1,8 @@
 """The vLLM connector's halves with vLLM's own classes and tensors, without a model. Skipped where there is no vLLM."""
 
+import os
+import subprocess
+import sys
 import threading
 import warnings
 from pathlib import Path
@@ -22,7 +25,7 @@ from vllm.v1.kv_cache_interface import (  # noqa: E402
     FullAttentionSpec,
     KVCacheConfig,
     KVCacheGroupSpec,
-    SlidingWindowSpec,
+    MambaSpec,
 )
 
 pytestmark = pytest.mark.filterwarnings("default")
@@ -31,13 +34,13 @@ TOKENS = 32
 BLOCKS = 64
 
 
-def spec(kind: Any = FullAttentionSpec, tokens: int = TOKENS, **more: Any) -> Any:
-    return kind(block_size=tokens, num_kv_heads=2, head_size=16, dtype=torch.bfloat16, **more)
+def spec(tokens: int = TOKENS) -> Any:
+    return FullAttentionSpec(block_size=tokens, num_kv_heads=2, head_size=16, dtype=torch.bfloat16)
 
 
-def cache_config(groups: int = 1, kind: Any = FullAttentionSpec, **more: Any) -> KVCacheConfig:
-    each = [KVCacheGroupSpec(LAYERS, spec(kind, **more)) for _ in range(groups)]
-    return KVCacheConfig(num_blocks=BLOCKS, kv_cache_tensors=[], kv_cache_groups=each)
+def cache_config(tokens: int = TOKENS) -> KVCacheConfig:
+    groups = [KVCacheGroupSpec(LAYERS, spec(tokens))]
+    return KVCacheConfig(num_blocks=BLOCKS, kv_cache_tensors=[], kv_cache_groups=groups)
 
 
 def vllm_config(socket: Path, rank: int = 0, **changes: Any) -> Any:
@@ -340,16 +343,18 @@ def test_engines_that_differ_share_nothing(daemon: Daemon, change: dict[str, Any
         connector.register_kv_caches(tensors())
         layout = connector.get_handshake_metadata()
         assert layout is not None
-        spaces.append(layout.manifest)  # type: ignore[attr-defined]
+        spaces += layout.manifests  # type: ignore[attr-defined]
         connector.shutdown()
     assert None not in spaces
     assert spaces[0] != spaces[1]
 
 
-@pytest.mark.parametrize("caches", [cache_config(2), cache_config(1, SlidingWindowSpec, sliding_window=64)])
-def test_models_that_are_not_supported_run_without(daemon: Daemon, caches: Any) -> None:
-    """A model with several groups, or with a window: the engine starts, and nothing is matched or stored."""
+def test_models_that_are_not_supported_run_without(daemon: Daemon) -> None:
+    """A model with recurrent states: the engine starts, and nothing is matched or stored."""
     config = vllm_config(daemon.socket)
+    state = MambaSpec(block_size=TOKENS, shapes=((2, 2),), dtypes=(torch.float32,))
+    groups = [KVCacheGroupSpec(LAYERS, spec()), KVCacheGroupSpec(["states"], state)]
+    caches = KVCacheConfig(num_blocks=BLOCKS, kv_cache_tensors=[], kv_cache_groups=groups)
     scheduler = TerraceConnector(config, KVConnectorRole.SCHEDULER, caches)
     worker = TerraceConnector(config, KVConnectorRole.WORKER, caches)
     worker.register_kv_caches(tensors())
@@ -393,3 +398,26 @@ def test_reset_drops_what_is_stored(engine: Engine) -> None:
 def test_options_that_cannot_be_meant(extra: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="kv_connector_extra_config"):
         Options.of(extra, "kv_both")
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one processor: there is nothing to be bound to")
+def test_threads_are_not_bound_to_the_computation(daemon: Daemon) -> None:
+    """vLLM binds the thread that starts us to the processors that compute: saves and loads take them away there."""
+    script = f"""
+import os, threading
+from pathlib import Path
+all_of_them = os.sched_getaffinity(os.getppid())
+os.sched_setaffinity(0, {{min(all_of_them)}})
+import test_vllm
+engine = test_vllm.Engine({str(daemon.socket)!r})
+ours = [thread for thread in threading.enumerate() if thread.name.startswith(("terrace-save", "terrace-load"))]
+assert len(ours) == 2, ours
+assert all(os.sched_getaffinity(thread.native_id) == all_of_them for thread in ours)
+named = [task.parent.name for task in Path("/proc/self/task").glob("*/comm") if "terrace" in task.read_text()]
+assert len(named) >= 2, "the client has threads too"
+assert all(os.sched_getaffinity(int(task)) == all_of_them for task in named)
+assert os.sched_getaffinity(0) == {{min(all_of_them)}}, "the computation stays where it was"
+engine.stop()
+"""
+    # Importing vLLM alone takes a minute on a busy machine.
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(__file__).parent, timeout=5 * PATIENCE)

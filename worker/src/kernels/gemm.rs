@@ -66,6 +66,18 @@ impl PackedMatrix {
         self.lines.len() * size_of::<Line>()
     }
 
+    /// Rows and columns.
+    pub(crate) fn shape(&self) -> (usize, usize) {
+        (self.rows, self.columns)
+    }
+
+    /// The packed weights, `[panel][column][32]`, as little-endian f16.
+    pub(crate) fn as_bytes(&self) -> &[u8] {
+        // SAFETY: a line is 32 u16 and nothing else (its size is its alignment), so all bytes are set, and
+        // bytes have no alignment.
+        unsafe { std::slice::from_raw_parts(self.lines.as_ptr().cast(), size_of_val(&*self.lines)) }
+    }
+
     /// Floats that the output of `tokens` tokens takes.
     pub(crate) fn output_len(&self, tokens: usize) -> usize {
         self.rows.div_ceil(PANEL_ROWS) * PANEL_ROWS * tokens

@@ -9,6 +9,7 @@
 //! model splits work into tasks that own their output), and the order of layers.
 
 pub(crate) mod attention;
+pub(crate) mod device;
 pub(crate) mod elementwise;
 pub(crate) mod gemm;
 pub(crate) mod lanes;

@@ -37,10 +37,10 @@ pub struct Scratch {
     values: Vec<u16>,
     attended: Vec<f32>,
     /// Cosine and sine of every pair, `[token][pair]`.
-    turns: Vec<(f32, f32)>,
-    logits: Vec<f32>,
+    pub(super) turns: Vec<(f32, f32)>,
+    pub(super) logits: Vec<f32>,
     /// Row in `logits`, by step.
-    rows: Vec<Option<usize>>,
+    pub(super) rows: Vec<Option<usize>>,
     vocabulary: usize,
 }
 
@@ -73,6 +73,25 @@ impl Scratch {
     pub fn logits(&self, step: usize) -> Option<&[f32]> {
         let row = (*self.rows.get(step)?)?;
         Some(&self.logits[row * self.vocabulary..][..self.vocabulary])
+    }
+
+    /// Gives rows of the scores to the steps that want some, and returns the tokens (counted over the pass)
+    /// that the rows are for.
+    pub(super) fn take_rows(&mut self, vocabulary: usize, steps: &[Step<'_>]) -> Vec<usize> {
+        let mut last = Vec::new();
+        let mut end = 0;
+        for step in steps {
+            end += step.tokens.len();
+            match step.logits {
+                WantLogits::No => self.rows.push(None),
+                WantLogits::Last => {
+                    self.rows.push(Some(last.len()));
+                    last.push(end - 1);
+                }
+            }
+        }
+        self.vocabulary = vocabulary;
+        last
     }
 }
 
@@ -132,7 +151,7 @@ fn embed(model: &Model, scratch: &mut Scratch, steps: &[Step<'_>]) {
     });
 }
 
-fn turn_angles(model: &Model, scratch: &mut Scratch, steps: &[Step<'_>]) {
+pub(super) fn turn_angles(model: &Model, scratch: &mut Scratch, steps: &[Step<'_>]) {
     scratch.turns.clear();
     for step in steps {
         for position in step.kv.len()..step.kv.len() + step.tokens.len() {
@@ -337,19 +356,7 @@ fn feed_forward(model: &Model, layer: &Layer, scratch: &mut Scratch) {
 /// Scores after the last token of every step that wants them.
 fn logits(model: &Model, scratch: &mut Scratch, steps: &[Step<'_>]) {
     let (hidden, vocabulary) = (model.shape.hidden, model.shape.vocabulary);
-    let mut last = Vec::new();
-    let mut end = 0;
-    for step in steps {
-        end += step.tokens.len();
-        match step.logits {
-            WantLogits::No => scratch.rows.push(None),
-            WantLogits::Last => {
-                scratch.rows.push(Some(last.len()));
-                last.push(end - 1);
-            }
-        }
-    }
-    scratch.vocabulary = vocabulary;
+    let last = scratch.take_rows(vocabulary, steps);
     if last.is_empty() {
         return;
     }

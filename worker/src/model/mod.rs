@@ -6,9 +6,13 @@
 //! that it would have had alone. K and V go to the sequence's blocks and are
 //! read back from there.
 
+mod device;
+mod engine;
 mod forward;
 mod load;
 mod measure;
+#[cfg(test)]
+mod on_device;
 #[cfg(test)]
 mod reference;
 #[cfg(test)]
@@ -18,6 +22,7 @@ use std::path::Path;
 use std::sync::atomic::AtomicBool;
 
 use rayon::{ThreadPool, ThreadPoolBuilder};
+use terrace_gpudirect::kernels::KernelError;
 use thiserror::Error;
 
 use crate::gguf::{Gguf, GgufError};
@@ -25,6 +30,8 @@ use crate::kernels::Isa;
 use crate::kernels::gemm::PackedMatrix;
 use crate::kv::{Geometry, KvSequence};
 
+pub use device::DeviceModel;
+pub use engine::{ComputeDevice, Engine};
 pub use forward::Scratch;
 pub use measure::{Measurement, measure};
 
@@ -36,6 +43,9 @@ pub const FORWARD_TOKENS_MAX: usize = 512;
 /// whenever a change to the kernels changes bits. It names no instruction set,
 /// because all of them give the same bits.
 pub const ARITHMETIC: &str = "terrace-cpu-1";
+
+/// The same for a device that was tried and gave other bits.
+pub const DEVICE_ARITHMETIC: &str = "terrace-cuda-1";
 
 /// Why a model could not be opened.
 #[derive(Debug, Error)]
@@ -77,7 +87,7 @@ pub enum ModelError {
     },
 }
 
-/// Why a forward pass was refused. Nothing was computed.
+/// Why a forward pass was refused. No sequence is longer than before.
 #[derive(Debug, Error, PartialEq, Eq)]
 pub enum ForwardError {
     /// A token id that the model does not have.
@@ -115,6 +125,12 @@ pub enum ForwardError {
         /// Tokens of the whole pass.
         tokens: usize,
     },
+    /// The sequence's blocks are in device memory, and the processor should compute.
+    #[error("the sequence's blocks lie on a device; compute there")]
+    OnDevice,
+    /// The device failed, or is full.
+    #[error(transparent)]
+    Device(#[from] KernelError),
 }
 
 /// How a forward pass ended.
@@ -304,6 +320,9 @@ impl Model {
         cancel: &AtomicBool,
     ) -> Result<Outcome, ForwardError> {
         self.check(steps)?;
+        if steps.iter().any(|step| step.kv.needs_device()) {
+            return Err(ForwardError::OnDevice);
+        }
         Ok(self.pool.install(|| forward::forward(self, scratch, steps, cancel)))
     }
 

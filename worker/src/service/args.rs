@@ -6,6 +6,8 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand};
 use terrace_proto::v1::WorkerRole;
 
+use crate::model::ComputeDevice;
+
 /// A worker of Terrace: computes prompts and generates tokens over leased blocks.
 #[derive(Debug, Parser)]
 #[command(name = "terrace-worker", version)]
@@ -61,6 +63,9 @@ pub struct WorkerArgs {
     /// Secret of the tenant.
     #[arg(long, default_value = "", env = "TERRACE_TOKEN", hide_env_values = true)]
     pub token: String,
+    /// Where to compute: cpu, or a CUDA device, for example cuda:0. There is no falling back.
+    #[arg(long, default_value = "cpu", value_name = "DEVICE")]
+    pub device: ComputeDevice,
     /// Threads that compute; 0 means all processors.
     #[arg(long, default_value_t = 0)]
     pub threads: usize,

@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::oneshot;
 
 use crate::kv::KvSequence;
-use crate::model::{FORWARD_TOKENS_MAX, Model, Outcome, Scratch, Step, WantLogits};
+use crate::model::{Engine, FORWARD_TOKENS_MAX, Outcome, Scratch, Step, WantLogits};
 use crate::service::load::Load;
 
 // Generations that shared the last pass come back within microseconds; a pass
@@ -52,9 +52,11 @@ impl Compute {
     ///
     /// # Errors
     /// If the system has no thread to give.
-    pub(crate) fn start(model: Arc<Model>, load: Arc<Load>, requests_max: usize) -> std::io::Result<Self> {
+    pub(crate) fn start(engine: Engine, load: Arc<Load>, requests_max: usize) -> std::io::Result<Self> {
         let (jobs, waiting) = sync_channel(requests_max.max(1));
-        std::thread::Builder::new().name("compute".to_owned()).spawn(move || run(&model, &load, &waiting))?;
+        std::thread::Builder::new()
+            .name("compute".to_owned())
+            .spawn(move || run(&engine, &load, &waiting))?;
         Ok(Self { jobs })
     }
 
@@ -77,7 +79,7 @@ impl Compute {
     }
 }
 
-fn run(model: &Model, load: &Load, waiting: &Receiver<Job>) {
+fn run(engine: &Engine, load: &Load, waiting: &Receiver<Job>) {
     let mut scratch = Scratch::new();
     let mut held: Option<Job> = None;
     let mut expected = 1;
@@ -94,7 +96,7 @@ fn run(model: &Model, load: &Load, waiting: &Receiver<Job>) {
         jobs.retain(|job| !job.cancel.load(Ordering::Relaxed));
         if !jobs.is_empty() {
             expected = jobs.len();
-            pass(model, load, &mut scratch, jobs);
+            pass(engine, load, &mut scratch, jobs);
         }
     }
 }
@@ -121,7 +123,7 @@ fn gather(jobs: &mut Vec<Job>, waiting: &Receiver<Job>, expected: usize) -> Opti
     }
 }
 
-fn pass(model: &Model, load: &Load, scratch: &mut Scratch, mut jobs: Vec<Job>) {
+fn pass(engine: &Engine, load: &Load, scratch: &mut Scratch, mut jobs: Vec<Job>) {
     let never = AtomicBool::new(false);
     // Only a job that is alone can be stopped half-way: the others want the pass.
     let alone = (jobs.len() == 1).then(|| Arc::clone(&jobs[0].cancel));
@@ -131,7 +133,7 @@ fn pass(model: &Model, load: &Load, scratch: &mut Scratch, mut jobs: Vec<Job>) {
         .iter_mut()
         .map(|job| Step { tokens: &job.tokens, kv: &mut job.kv, logits: job.logits })
         .collect();
-    let outcome = model.forward_batch(scratch, &mut steps, cancel);
+    let outcome = engine.forward_batch(scratch, &mut steps, cancel);
     let elapsed = started.elapsed();
     match outcome {
         Ok(Outcome::Done) => {
@@ -148,7 +150,7 @@ fn pass(model: &Model, load: &Load, scratch: &mut Scratch, mut jobs: Vec<Job>) {
         // One bad job must not fail its neighbours: run them one by one.
         Err(_) if jobs.len() > 1 => {
             for job in jobs {
-                pass(model, load, scratch, vec![job]);
+                pass(engine, load, scratch, vec![job]);
             }
         }
         Err(error) => {

@@ -1,7 +1,7 @@
 //! What this worker has to do, how quick it is, and the metrics of both.
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use prometheus::{Encoder, Histogram, HistogramOpts, IntCounter, IntGauge, Opts, Registry, TextEncoder};
 use tokio::sync::watch;
@@ -14,7 +14,8 @@ pub(crate) struct Load {
     active: AtomicU64,
     queued: AtomicU64,
     pending_tokens: AtomicU64,
-    draining: watch::Sender<bool>,
+    /// By when running requests are given back; none while the worker stays.
+    leaves: watch::Sender<Option<Instant>>,
     prefill_rate: Rate,
     decode_rate: Rate,
     /// Woken when something changed that a router wants to know.
@@ -56,7 +57,7 @@ impl Load {
             active: AtomicU64::new(0),
             queued: AtomicU64::new(0),
             pending_tokens: AtomicU64::new(0),
-            draining: watch::Sender::new(false),
+            leaves: watch::Sender::new(None),
             prefill_rate: Rate::new(),
             decode_rate: Rate::new(),
             changed: tokio::sync::Notify::new(),
@@ -83,21 +84,45 @@ impl Load {
         Waiting { load: self, tokens: tokens as u64, active: false }
     }
 
-    /// Takes nothing new from now on.
-    pub(crate) fn drain(&self) {
-        self.draining.send_replace(true);
+    /// Takes nothing new from now on, and gives back what still runs at `by`.
+    /// Of several times the earliest holds, which is returned.
+    pub(crate) fn drain(&self, by: Instant) -> Instant {
+        let mut earliest = by;
+        self.leaves.send_modify(|known| {
+            earliest = known.map_or(by, |known| known.min(by));
+            *known = Some(earliest);
+        });
         self.changed.notify_one();
+        earliest
     }
 
     /// Whether the worker is on its way out.
     pub(crate) fn is_draining(&self) -> bool {
-        *self.draining.borrow()
+        self.leaves.borrow().is_some()
     }
 
     /// Waits until the worker is on its way out.
     pub(crate) async fn drained(&self) {
         // The sender is in `self`, so waiting ends only with the value.
-        drop(self.draining.subscribe().wait_for(|draining| *draining).await);
+        drop(self.leaves.subscribe().wait_for(Option::is_some).await);
+    }
+
+    /// Waits until the worker is on its way out and its time is over.
+    pub(crate) async fn left(&self) {
+        let mut leaves = self.leaves.subscribe();
+        loop {
+            let by = *leaves.borrow_and_update();
+            let over = async {
+                match by {
+                    Some(by) => tokio::time::sleep_until(by.into()).await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                () = over => return,
+                changed = leaves.changed() => drop(changed),
+            }
+        }
     }
 
     /// Requests active and queued, tokens pending.

@@ -10,7 +10,7 @@ mod store;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use axum::Router;
@@ -35,18 +35,23 @@ use sequence::Shared;
 use store::Store;
 
 use crate::kv::{BLOCK_TOKENS, LAYOUT};
-use crate::model::{ARITHMETIC, Model, ModelOptions};
+use crate::model::{ARITHMETIC, Engine, Model, ModelOptions};
 
-/// Runs a worker until SIGTERM or SIGINT, then lets running requests end.
+/// Time that callers have to take back what a leaving worker did not finish.
+const GIVE_BACK: Duration = Duration::from_secs(1);
+
+/// Runs a worker until SIGTERM, SIGINT or a call of `Drain`; then lets running
+/// requests end, and gives back those that take too long.
 ///
 /// # Errors
 /// If the model cannot be opened or an address cannot be served.
 pub async fn run(role: WorkerRole, args: WorkerArgs) -> anyhow::Result<()> {
-    let model = open_model(&args).await?;
+    let engine = open_engine(&args).await?;
+    let model = engine.model();
     let load = Arc::new(Load::new()?);
     let requests = usize::try_from(args.requests).context("too many requests for this machine")?;
-    let manifest = manifest(&model)?;
-    let compute = Compute::start(Arc::clone(&model), Arc::clone(&load), requests)?;
+    let manifest = manifest(&engine)?;
+    let compute = Compute::start(engine.clone(), Arc::clone(&load), requests)?;
     let purpose = match role {
         WorkerRole::Decode => Purpose::Decode,
         WorkerRole::Prefill | WorkerRole::Unspecified => Purpose::Prefill,
@@ -58,7 +63,12 @@ pub async fn run(role: WorkerRole, args: WorkerArgs) -> anyhow::Result<()> {
         load: Arc::clone(&load),
         geometry: model.geometry(),
     });
-    let bounds = Bounds { context: model.shape().context, vocabulary: model.shape().vocabulary, requests };
+    let bounds = Bounds {
+        context: model.shape().context,
+        vocabulary: model.shape().vocabulary,
+        requests,
+        drain: Duration::from_secs(args.drain_seconds),
+    };
 
     let listener = bind(args.listen, "--listen").await?;
     let address = listener.local_addr()?;
@@ -75,7 +85,7 @@ pub async fn run(role: WorkerRole, args: WorkerArgs) -> anyhow::Result<()> {
     let metrics = tokio::spawn(serve_metrics(metrics_listener, Arc::clone(&load)));
     tracing::info!(name = args.name, %address, metrics = %metrics_address, "worker ready");
 
-    serve(listener, Worker::new(shared, bounds), &load, Duration::from_secs(args.drain_seconds)).await?;
+    serve(listener, Worker::new(shared, bounds), &load, bounds.drain).await?;
     reporter.abort();
     metrics.abort();
     store.close().await;
@@ -83,7 +93,7 @@ pub async fn run(role: WorkerRole, args: WorkerArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
-async fn open_model(args: &WorkerArgs) -> anyhow::Result<Arc<Model>> {
+async fn open_engine(args: &WorkerArgs) -> anyhow::Result<Engine> {
     let path = args.model.clone();
     let mut options = ModelOptions::detect();
     if args.threads > 0 {
@@ -91,13 +101,23 @@ async fn open_model(args: &WorkerArgs) -> anyhow::Result<Arc<Model>> {
     }
     let opened = tokio::task::spawn_blocking(move || Model::open_with(&path, options)).await?;
     let model = opened.with_context(|| format!("cannot use the model {}", args.model.display()))?;
-    tracing::info!(model = model.name(), isa = ?model.isa(), threads = model.threads(), "model opened");
-    Ok(Arc::new(model))
+    let device = args.device;
+    let engine = tokio::task::spawn_blocking(move || Engine::new(Arc::new(model), device)).await?;
+    let engine =
+        engine.with_context(|| format!("cannot compute on {device}; `--device cpu` always works"))?;
+    tracing::info!(model = engine.model().name(), computes = engine.describe(), "model opened");
+    if engine.arithmetic() != ARITHMETIC {
+        tracing::warn!(
+            "this device gives other bits than the processor: its blocks are in a space of their own"
+        );
+    }
+    Ok(engine)
 }
 
-/// What this engine's blocks are. Workers of other instruction sets share them:
-/// all compute the same bits.
-fn manifest(model: &Model) -> anyhow::Result<SpaceManifest> {
+/// What this engine's blocks are. Workers of other instruction sets share them, and
+/// so do those on devices that were tried: all compute the same bits.
+fn manifest(engine: &Engine) -> anyhow::Result<SpaceManifest> {
+    let model = engine.model();
     Ok(SpaceManifest {
         model: model.name().to_owned(),
         model_fingerprint: model.fingerprint().as_bytes().to_vec(),
@@ -110,7 +130,7 @@ fn manifest(model: &Model) -> anyhow::Result<SpaceManifest> {
         group: 0,
         topology: "canonical".to_owned(),
         rank: 0,
-        engine: ARITHMETIC.to_owned(),
+        engine: engine.arithmetic().to_owned(),
     })
 }
 
@@ -133,34 +153,33 @@ async fn serve(
         .max_encoding_message_size(MESSAGE_BYTES_MAX);
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
-    let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
     let draining = Arc::clone(load);
     tokio::spawn(async move {
         tokio::select! {
             _ = terminate.recv() => {}
             _ = interrupt.recv() => {}
         }
-        tracing::info!("stopping: running requests end first");
-        draining.drain();
-        // The server may have ended by itself.
-        stop.send(()).ok();
+        draining.drain(Instant::now() + drain);
     });
+    let stopping = Arc::clone(load);
     let mut server = tokio::spawn(
         Server::builder().add_service(health_service).add_service(service).serve_with_incoming_shutdown(
             TcpIncoming::from(listener).with_nodelay(Some(true)),
             async move {
-                drop(stopped.await);
+                stopping.drained().await;
+                tracing::info!("stopping: running requests end first");
             },
         ),
     );
-    let draining = async {
-        load.drained().await;
-        tokio::time::sleep(drain).await;
+    let overdue = async {
+        load.left().await;
+        tracing::info!("the time is over: running requests are given back");
+        tokio::time::sleep(GIVE_BACK).await;
     };
     tokio::select! {
         ended = &mut server => ended??,
-        () = draining => {
-            tracing::warn!("requests were still running after {} s; they are cut off", drain.as_secs());
+        () = overdue => {
+            tracing::warn!("some callers did not take their requests back; they are cut off");
             server.abort();
         }
     }

@@ -2,13 +2,13 @@
 
 use std::pin::Pin;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use terrace_proto::v1::generate_response::Part;
 use terrace_proto::v1::worker_service_server::WorkerService;
 use terrace_proto::v1::{
-    FinishReason, GenerateFinished, GenerateRequest, GenerateResponse, GenerateStarted, PrefillRequest,
-    PrefillResponse,
+    DrainRequest, DrainResponse, FinishReason, GenerateFinished, GenerateRequest, GenerateResponse,
+    GenerateStarted, PrefillRequest, PrefillResponse,
 };
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio_stream::Stream;
@@ -35,6 +35,8 @@ pub(crate) struct Bounds {
     pub(crate) vocabulary: usize,
     /// Requests at once.
     pub(crate) requests: usize,
+    /// Time that running requests get when the worker has to go.
+    pub(crate) drain: Duration,
 }
 
 /// The service.
@@ -62,7 +64,7 @@ impl Worker {
 
     fn admit(&self, tokens: &[u32]) -> Result<OwnedSemaphorePermit, Status> {
         if self.shared.load.is_draining() {
-            return Err(Status::unavailable("this worker is draining; send the request to another one"));
+            return Err(leaving());
         }
         if tokens.is_empty() {
             return Err(Status::invalid_argument("the prompt has no tokens; send at least one"));
@@ -97,37 +99,23 @@ impl WorkerService for Worker {
     async fn prefill(&self, request: Request<PrefillRequest>) -> Result<Response<PrefillResponse>, Status> {
         let request = request.into_inner();
         let _place = self.admit(&request.tokens)?;
-        let queued_at = Instant::now();
-        // The unfilled tail is never stored, so computing it here would be for nothing.
-        let mut tokens = request.tokens;
-        tokens.truncate(tokens.len() / BLOCK_TOKENS * BLOCK_TOKENS);
-        let total = tokens.len();
-        if total == 0 {
-            return Ok(Response::new(PrefillResponse::default()));
+        tokio::select! {
+            answer = self.prompt(request) => answer.map(Response::new),
+            () = self.shared.load.left() => Err(leaving()),
         }
-        let mut waiting = self.shared.load.queue(total);
-        let _slot = Arc::clone(&self.slots).acquire_owned().await.map_err(|_| stopping())?;
-        waiting.activate();
-        let queue_us = micros(queued_at);
-        let started = Instant::now();
-        let mut sequence = Sequence::open(Arc::clone(&self.shared), tokens).await;
-        if !sequence.has_store() {
-            // Computed blocks could not be handed over; whoever generates computes them once.
-            tracing::debug!(request = request.request_id, "no store to prefill for");
-            return Ok(Response::new(PrefillResponse { queue_us, ..PrefillResponse::default() }));
-        }
-        let cached = sequence.loaded_tokens();
-        waiting.left(total - cached);
-        // No scores: a prompt that is known in full needs no work here.
-        sequence.compute(WantLogits::No, Some(&mut waiting)).await.map_err(status)?;
-        self.shared.load.metrics.prefill_seconds.observe(started.elapsed().as_secs_f64());
-        self.shared.load.metrics.requests.inc();
-        tracing::debug!(request = request.request_id, total, cached, "prefilled");
-        Ok(Response::new(PrefillResponse {
-            cached_tokens: count(cached),
-            computed_tokens: count(total - cached),
-            queue_us,
-            prefill_us: micros(started),
+    }
+
+    async fn drain(&self, request: Request<DrainRequest>) -> Result<Response<DrainResponse>, Status> {
+        let asked = Duration::from_millis(request.into_inner().deadline_ms.into());
+        let now = Instant::now();
+        let time = if asked.is_zero() { self.bounds.drain } else { asked };
+        let by = self.shared.load.drain(now + time);
+        let (active, queued, _) = self.shared.load.counts();
+        let left = by.saturating_duration_since(now).as_millis();
+        tracing::info!(active, queued, left_ms = left, "asked to drain");
+        Ok(Response::new(DrainResponse {
+            requests: u32::try_from(active + queued).unwrap_or(u32::MAX),
+            deadline_ms: u32::try_from(left).unwrap_or(u32::MAX),
         }))
     }
 
@@ -156,6 +144,10 @@ impl WorkerService for Worker {
                     }
                 }
                 () = sender.closed() => tracing::debug!("the reader left; its generation ends"),
+                () = worker.shared.load.left() => {
+                    // What was said before stands in the channel, in order.
+                    drop(sender.send(Err(leaving())).await);
+                }
             }
         });
         Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
@@ -163,6 +155,41 @@ impl WorkerService for Worker {
 }
 
 impl Worker {
+    async fn prompt(&self, request: PrefillRequest) -> Result<PrefillResponse, Status> {
+        let queued_at = Instant::now();
+        // The unfilled tail is never stored, so computing it here would be for nothing.
+        let mut tokens = request.tokens;
+        tokens.truncate(tokens.len() / BLOCK_TOKENS * BLOCK_TOKENS);
+        let total = tokens.len();
+        if total == 0 {
+            return Ok(PrefillResponse::default());
+        }
+        let mut waiting = self.shared.load.queue(total);
+        let _slot = Arc::clone(&self.slots).acquire_owned().await.map_err(|_| stopping())?;
+        waiting.activate();
+        let queue_us = micros(queued_at);
+        let started = Instant::now();
+        let mut sequence = Sequence::open(Arc::clone(&self.shared), tokens).await;
+        if !sequence.has_store() {
+            // Computed blocks could not be handed over; whoever generates computes them once.
+            tracing::debug!(request = request.request_id, "no store to prefill for");
+            return Ok(PrefillResponse { queue_us, ..PrefillResponse::default() });
+        }
+        let cached = sequence.loaded_tokens();
+        waiting.left(total - cached);
+        // No scores: a prompt that is known in full needs no work here.
+        sequence.compute(WantLogits::No, Some(&mut waiting)).await.map_err(status)?;
+        self.shared.load.metrics.prefill_seconds.observe(started.elapsed().as_secs_f64());
+        self.shared.load.metrics.requests.inc();
+        tracing::debug!(request = request.request_id, total, cached, "prefilled");
+        Ok(PrefillResponse {
+            cached_tokens: count(cached),
+            computed_tokens: count(total - cached),
+            queue_us,
+            prefill_us: micros(started),
+        })
+    }
+
     async fn generation(
         &self,
         request: GenerateRequest,
@@ -230,6 +257,11 @@ fn status(error: SequenceError) -> Status {
         SequenceError::Stopping => stopping(),
         SequenceError::Refused(reason) => Status::invalid_argument(reason),
     }
+}
+
+/// No failure: the router goes on with another worker.
+fn leaving() -> Status {
+    Status::aborted("this worker drains; send the request, with what it said of it, to another one")
 }
 
 fn stopping() -> Status {

@@ -62,6 +62,7 @@ impl Store {
             tenant: args.tenant.clone(),
             token: args.token.clone(),
             client_name: format!("{} pid {}", args.name, std::process::id()),
+            answer_within: None,
         };
         let inner = Inner {
             connector: Connector::new(target),

@@ -10,7 +10,7 @@ use std::num::NonZeroU32;
 use crate::api::{IoClass, Residence, UseStats};
 use crate::checksum::Checksum;
 use crate::evict::Tier;
-use crate::ids::{BlockId, DiskFrame, FrameRef, OpId};
+use crate::ids::{BlockId, DiskFrame, FrameRef, GpuSet, OpId};
 use crate::policy::class::Tick;
 use crate::policy::queues::Links;
 use crate::state::count;
@@ -168,6 +168,10 @@ pub(crate) struct Block {
     pub(crate) uses: u8,
     /// See [`UseStats`].
     pub(crate) turn: u8,
+    /// Devices of Hbm with a sealed copy; the devices' own tables say more.
+    pub(crate) hbm: GpuSet,
+    /// Devices of Hbm to which a copy is on its way.
+    pub(crate) hbm_coming: u8,
     marks: u8,
 }
 
@@ -212,6 +216,8 @@ impl Block {
             filling: 0,
             uses: 0,
             turn: 0,
+            hbm: GpuSet::NONE,
+            hbm_coming: 0,
             marks: 0,
         }
     }
@@ -331,7 +337,8 @@ impl Block {
 
     /// Tiers with a sealed copy.
     pub(crate) fn residence(&self) -> Residence {
-        Residence { pinned: self.pinned.is_some(), nvme: matches!(self.nvme, Nvme::Sealed { .. }) }
+        let nvme = matches!(self.nvme, Nvme::Sealed { .. });
+        Residence { pinned: self.pinned.is_some(), nvme, hbm: self.hbm }
     }
 
     /// Whether no child is sealed in Pinned; in either tier.
@@ -346,6 +353,8 @@ impl Block {
             && self.filling == 0
             && self.arriving() == Arriving::No
             && self.children == 0
+            && self.hbm.is_empty()
+            && self.hbm_coming == 0
     }
 }
 

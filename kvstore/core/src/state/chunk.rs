@@ -1,8 +1,8 @@
-//! Chunks of the Pinned tier and the frames they are carved into.
+//! Chunks of Pinned and Hbm and the frames they are carved into.
 
 use std::collections::BTreeMap;
 
-use crate::ids::{ChunkId, Fence, FrameRef, LeaseId, SessionId, TenantId};
+use crate::ids::{ChunkId, Fence, FrameRef, LeaseId, Memory, SessionId, TenantId};
 use crate::state::block::{BlockIndex, ShortOp};
 use crate::state::count;
 use crate::state::index::Index;
@@ -121,6 +121,10 @@ pub(crate) struct Chunk {
     pub(crate) sealer: Option<SessionId>,
     /// A window of an isolated session: nobody else maps it, and it is never adopted.
     pub(crate) private: bool,
+    /// Where it is.
+    pub(crate) memory: Memory,
+    /// While it retires: leases do not keep it beyond `leave_by`.
+    pub(crate) forced: bool,
 }
 
 const _: () = assert!(size_of::<Frame>() == 32);
@@ -142,6 +146,8 @@ impl Chunk {
             charged: false,
             sealer: None,
             private: false,
+            memory: Memory::Pinned,
+            forced: false,
         }
     }
 
@@ -302,6 +308,8 @@ pub(crate) struct ChunkTable {
     index: Index,
     order: BTreeMap<ChunkId, u32>,
     created: u64,
+    /// Of them, those in Pinned.
+    pinned: u32,
     /// The chunk that was used last, and its slot: mostly the next one too.
     last: Option<(ChunkId, u32)>,
 }
@@ -312,9 +320,9 @@ fn tag(id: ChunkId) -> u32 {
 }
 
 impl ChunkTable {
-    /// Chunks alive, dropping ones included.
-    pub(crate) fn len(&self) -> u32 {
-        count(self.order.len())
+    /// Chunks of Pinned alive, dropping ones included.
+    pub(crate) fn pinned_len(&self) -> u32 {
+        self.pinned
     }
 
     /// Whether there are ids left for more chunks.
@@ -363,6 +371,7 @@ impl ChunkTable {
     pub(crate) fn insert(&mut self, chunk: Chunk) -> ChunkId {
         assert!(self.may_insert(), "ids of chunks are not used again");
         self.created += 1;
+        self.pinned += u32::from(chunk.memory == Memory::Pinned);
         let id = ChunkId::new(self.created);
         let slot = self.free.pop().unwrap_or_else(|| {
             self.slots.push(None);
@@ -379,7 +388,14 @@ impl ChunkTable {
         self.index.remove(tag(id), slot, None);
         self.last = None;
         self.free.push(slot);
-        self.slots[slot as usize].take().expect("the index names slots in use")
+        let chunk = self.slots[slot as usize].take().expect("the index names slots in use");
+        self.pinned -= u32::from(chunk.memory == Memory::Pinned);
+        chunk
+    }
+
+    /// Those of one memory.
+    pub(crate) fn iter_in(&self, memory: Memory) -> impl Iterator<Item = (ChunkId, &Chunk)> {
+        self.iter().filter(move |(_, chunk)| chunk.memory == memory)
     }
 
     pub(crate) fn iter(&self) -> impl Iterator<Item = (ChunkId, &Chunk)> {

@@ -4,7 +4,9 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 
 use crate::api::{Locality, Reply};
-use crate::ids::{BlockId, ChunkId, ClientId, Fence, FrameRef, LeaseId, RequestId, SessionId, TenantId};
+use crate::ids::{
+    BlockId, ChunkId, ClientId, Fence, FrameRef, LeaseId, Memory, RequestId, SessionId, TenantId,
+};
 use crate::policy::class::Tick;
 use crate::state::space::SpaceIndex;
 use crate::units::{Micros, Now};
@@ -136,7 +138,7 @@ impl Repeats {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum LeaseKind {
     Read,
-    Write { space: SpaceIndex },
+    Write { space: SpaceIndex, memory: Memory },
 }
 
 /// One block of a lease: a frame that it fills or pins, as long as the frame's fence has not moved.

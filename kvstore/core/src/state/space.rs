@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use crate::cost::Compute;
 use crate::evict::{Evictable, Tier};
-use crate::ids::{ChunkId, SpaceId, TenantId};
+use crate::ids::{ChunkId, Memory, SpaceId, TenantId};
 use crate::state::count;
 use crate::units::{ByteCount, TokenCount};
 
@@ -27,33 +27,59 @@ pub(crate) struct Space {
     pub(crate) generation: u64,
     /// Clears whose new generation is not durable yet. Nothing is persisted meanwhile.
     pub(crate) clearing: u32,
-    /// Pool chunks with free frames.
-    pub(crate) pool_open: BTreeSet<ChunkId>,
-    /// Pool chunks being created.
-    pub(crate) pool_creating: u32,
-    /// Blocks evicted from Pinned since a chunk of another space was looked for.
-    pub(crate) evicted: u32,
-    /// Chunks alive, of any kind.
-    pub(crate) chunks: u32,
+    /// What it has in Pinned, and on each device of Hbm.
+    pub(crate) pinned: Pool,
+    pub(crate) hbm: Vec<Pool>,
     /// Slots with free frames, by device.
     pub(crate) slots_open: Vec<BTreeSet<u32>>,
     /// Slots being carved, by device.
     pub(crate) slots_carving: Vec<u32>,
     /// Device to try first for the next block: consecutive blocks go to different devices.
     pub(crate) device_next: usize,
-    pub(crate) evictable_pinned: Evictable,
     pub(crate) evictable_nvme: Evictable,
     pub(crate) compute: Compute,
     pub(crate) block_tokens: TokenCount,
-    pub(crate) blocks_pinned: u64,
     pub(crate) blocks_nvme: u64,
 }
 
+/// A space's share of one memory.
+#[derive(Debug, Default)]
+pub(crate) struct Pool {
+    /// Pool chunks with free frames.
+    pub(crate) open: BTreeSet<ChunkId>,
+    /// Pool chunks being created.
+    pub(crate) creating: u32,
+    /// Blocks evicted since a chunk of another space was looked for.
+    pub(crate) evicted: u32,
+    /// Chunks alive, of any kind.
+    pub(crate) chunks: u32,
+    /// Its blocks that may leave.
+    pub(crate) evictable: Evictable,
+    /// Its blocks that are sealed here.
+    pub(crate) blocks: u64,
+}
+
 impl Space {
+    #[inline(always)]
+    pub(crate) fn pool(&self, memory: Memory) -> &Pool {
+        match memory {
+            Memory::Pinned => &self.pinned,
+            Memory::Hbm(gpu) => &self.hbm[usize::from(gpu.get())],
+        }
+    }
+
+    #[inline(always)]
+    pub(crate) fn pool_mut(&mut self, memory: Memory) -> &mut Pool {
+        match memory {
+            Memory::Pinned => &mut self.pinned,
+            Memory::Hbm(gpu) => &mut self.hbm[usize::from(gpu.get())],
+        }
+    }
+
     /// Its blocks that may leave a tier.
     pub(crate) fn evictable(&mut self, tier: Tier) -> &mut Evictable {
         match tier {
-            Tier::Pinned => &mut self.evictable_pinned,
+            Tier::Pinned => &mut self.pinned.evictable,
             Tier::Nvme => &mut self.evictable_nvme,
         }
     }

@@ -23,8 +23,17 @@ fn a_block_written_early_is_counted_once() {
         id[..4].copy_from_slice(&n.wrapping_mul(0x9e37_79b1).to_le_bytes());
         let repeat = u64::from(n) + 1;
         let blocks = vec![BlockId::from_bytes(id)];
-        let request =
-            node.ask(3, Request::LeaseWrite { repeat, space: space(1), blocks, parent: None, ttl: None });
+        let request = node.ask(
+            3,
+            Request::LeaseWrite {
+                repeat,
+                space: space(1),
+                blocks,
+                parent: None,
+                ttl: None,
+                want: Memory::Pinned,
+            },
+        );
         written += settle(&mut node, is_commit);
         written += if node.reply(request).is_none() { settle(&mut node, |_| false) } else { 0 };
         let (lease, _) = leased(node.reply(request).expect("nothing is in flight"));

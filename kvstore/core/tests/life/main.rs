@@ -2,7 +2,9 @@
 //! transition, and each bad input that the core decides.
 
 mod demotion;
+mod hbm;
 mod limits;
+mod reads;
 mod resumed;
 
 use terrace_core::*;
@@ -16,6 +18,7 @@ fn config() -> Config {
         pinned_bytes: ByteCount::new(4 * CHUNK_BYTES),
         chunk_bytes: ByteCount::new(CHUNK_BYTES),
         device_slots: vec![4],
+        hbm: Vec::new(),
         persist_delay: Micros::from_millis(1000),
         window_idle: Micros::from_millis(5000),
         window_recall_max: Micros::from_millis(5000),
@@ -172,6 +175,7 @@ impl Node {
             blocks: blocks.iter().map(|&n| block(n)).collect(),
             parent: None,
             ttl: None,
+            want: Memory::Pinned,
         }
     }
 
@@ -183,6 +187,7 @@ impl Node {
             ttl: None,
             answer_by: Now::from_micros(self.now + 1_000_000),
             purpose: Purpose::Prefill,
+            want: Memory::Pinned,
         }
     }
 
@@ -280,8 +285,14 @@ fn requests_that_can_never_be_granted_are_refused() {
         Reply::Refused(Refusal::UnknownSpace),
         "a foreign space is like an unknown one"
     );
-    let unknown =
-        Request::LeaseWrite { repeat: 900, space: space(9), blocks: vec![block(1)], parent: None, ttl: None };
+    let unknown = Request::LeaseWrite {
+        repeat: 900,
+        space: space(9),
+        blocks: vec![block(1)],
+        parent: None,
+        ttl: None,
+        want: Memory::Pinned,
+    };
     assert_eq!(node.call(1, unknown), Reply::Refused(Refusal::UnknownSpace));
     let many = Request::Touch { blocks: vec![block(1); 65] };
     assert_eq!(node.call(1, many), Reply::Refused(Refusal::TooManyBlocks { found: 65, limit: 64 }));
@@ -498,8 +509,14 @@ fn a_block_larger_than_a_chunk_is_refused() {
         block_tokens: TokenCount::new(16),
         generation: 0,
     });
-    let op =
-        Request::LeaseWrite { repeat: 902, space: space(5), blocks: vec![block(1)], parent: None, ttl: None };
+    let op = Request::LeaseWrite {
+        repeat: 902,
+        space: space(5),
+        blocks: vec![block(1)],
+        parent: None,
+        ttl: None,
+        want: Memory::Pinned,
+    };
     assert!(matches!(node.call(1, op), Reply::Refused(Refusal::BlockTooLarge { .. })));
 }
 
@@ -721,80 +738,4 @@ fn found(number: u8) -> FoundBlock {
         write_sequence: 9,
         stats: UseStats::default(),
     }
-}
-
-/// Completes everything but reads; the read that is left, and its class.
-fn the_read(node: &mut Node) -> (OpId, IoClass) {
-    let other = |effect: &Effect| Node::op_of(effect).filter(|_| !matches!(effect, Effect::Read { .. }));
-    while let Some(op) = node.effects.iter().find_map(other) {
-        node.effects.retain(|effect| Node::op_of(effect) != Some(op));
-        node.tell(Input::OpDone { op, outcome: Ok(Done::Plain) });
-    }
-    let read = node.effects.iter().find_map(|effect| match effect {
-        Effect::Read { op, class, .. } => Some((*op, *class)),
-        _ => None,
-    });
-    read.expect("a read is in flight")
-}
-
-/// A device is given up while it has a read. Whoever waits must be told at once
-/// that it is a miss, and nobody else be promised the block; but the frame is
-/// the device's until it answers, and then it is free and the block there again.
-#[test]
-fn a_lost_device_ends_waits_and_not_operations() {
-    let mut node = Node::new();
-    node.tell(Input::BlocksFound { blocks: vec![found(1)] });
-    let op = node.lease_read(&[1]);
-    let request = node.ask(1, op);
-    let (read, _) = the_read(&mut node);
-    assert!(node.reply(request).is_none());
-    let device = DeviceId::new(0);
-    node.tell(Input::DeviceState { device, usable: false });
-    let reply = node.reply(request).expect("the wait ends with the device");
-    assert!(
-        matches!(reply, Reply::Leased { lease: None, blocks, .. } if blocks == [Grant::Missing(MissReason::Device)])
-    );
-    assert_eq!(node.core.tier_views().pinned.frames.filling, 1, "the device may still write into it");
-    let matched = node.call(1, Request::Match { blocks: vec![block(1)], mode: MatchMode::Set });
-    assert_eq!(matched, Reply::Matched { blocks: vec![None] });
-    node.core.check();
-    node.tell(Input::OpDone { op: read, outcome: Ok(Done::Plain) });
-    assert_eq!(node.core.tier_views().pinned.frames.filling, 0);
-    node.core.check();
-    node.effects.clear();
-    node.tell(Input::DeviceState { device, usable: true });
-    let op = node.lease_read(&[1]);
-    let (_, grants) = leased(node.serve(1, op));
-    assert!(matches!(grants[..], [Grant::Granted { .. }]), "{grants:?}");
-}
-
-/// A decode asks for a block that a prefetch is bringing in: the read must be
-/// made more urgent. Then the decode is gone, and with it the reason to read.
-#[test]
-fn reads_follow_those_who_wait_for_them() {
-    let mut node = Node::new();
-    node.tell(Input::BlocksFound { blocks: vec![found(1), found(2)] });
-    // A hint alone gets no memory made: this does.
-    let op = node.lease_read(&[2]);
-    leased(node.serve(1, op));
-    node.effects.clear();
-    node.call(1, Request::Prefetch { blocks: vec![block(1)] });
-    let (read, class) = the_read(&mut node);
-    assert_eq!(class, IoClass::Prefetch);
-    let Request::LeaseRead { repeat, blocks, ttl, answer_by, .. } = node.lease_read(&[1]) else { panic!() };
-    let purpose = Purpose::Decode;
-    node.ask(2, Request::LeaseRead { repeat, blocks, ttl, answer_by, purpose });
-    let promoted = |effect: &Effect| matches!(effect, Effect::Promote { op, class: IoClass::DecodeFetch, .. } if *op == read);
-    assert!(node.effects.iter().any(promoted), "{:?}", node.effects);
-    node.tell(Input::SessionClosed { session: SessionId::new(2) });
-    let cancelled = |effect: &Effect| matches!(effect, Effect::Cancel { op, .. } if *op == read);
-    assert!(node.effects.iter().any(cancelled), "{:?}", node.effects);
-    node.tell(Input::OpDone { op: read, outcome: Err(Fault::NotStarted) });
-    assert_eq!(node.core.tier_views().pinned.frames.filling, 0);
-    assert_eq!(node.core.counters().device_faults, 0, "the device did nothing wrong");
-    node.core.check();
-    node.effects.clear();
-    let op = node.lease_read(&[1]);
-    let (_, grants) = leased(node.serve(1, op));
-    assert!(matches!(grants[..], [Grant::Granted { .. }]), "{grants:?}");
 }

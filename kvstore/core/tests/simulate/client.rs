@@ -37,7 +37,7 @@ pub(crate) struct ClientLease {
 #[derive(Debug)]
 pub(crate) struct Client {
     pub(crate) tenant: TenantId,
-    locality: Locality,
+    pub(crate) locality: Locality,
     leases: BTreeMap<LeaseId, ClientLease>,
     pub(crate) sent: BTreeMap<RequestId, (Request, u64)>,
     /// Requests that were answered, to be sent again, with the answer.
@@ -90,7 +90,7 @@ impl World {
         self.tell(Input::SessionClosed { session });
     }
 
-    fn send(&mut self, session: SessionId, op: Request) {
+    pub(crate) fn send(&mut self, session: SessionId, op: Request) {
         self.request_last += 1;
         let request = RequestId::new(self.request_last);
         let generation = match &op {
@@ -159,7 +159,8 @@ impl World {
             67..=76 => self.ask_release(session),
             77..=79 => self.ask_abort(session),
             80..=82 => self.ask_renew(session),
-            83..=86 => self.ask_hint(session),
+            83..=85 => self.ask_hint(session),
+            86 => self.ask_shrink(session),
             87..=92 => self.hand_back(session),
             93..=95 => self.ask_again(session),
             96 => self.scribble(session),
@@ -172,7 +173,8 @@ impl World {
     fn ask_write(&mut self, session: SessionId) {
         let (space, blocks, parent) = self.some_blocks(session);
         let repeat = self.repeat(session);
-        self.send(session, Request::LeaseWrite { repeat, space, blocks, parent, ttl: None });
+        let want = self.some_memory();
+        self.send(session, Request::LeaseWrite { repeat, space, blocks, parent, ttl: None, want });
     }
 
     fn ask_read(&mut self, session: SessionId) {
@@ -180,7 +182,8 @@ impl World {
         let repeat = self.repeat(session);
         let answer_by = Now::from_micros(self.now + self.random.below(60_000));
         let purpose = if self.random.percent(50) { Purpose::Decode } else { Purpose::Prefill };
-        self.send(session, Request::LeaseRead { repeat, blocks, ttl: None, answer_by, purpose });
+        let want = self.some_memory();
+        self.send(session, Request::LeaseRead { repeat, blocks, ttl: None, answer_by, purpose, want });
     }
 
     /// Writes blocks of a lease and seals them: mostly the right bytes, now and
@@ -286,7 +289,7 @@ impl World {
         let (_, blocks, _) = self.some_blocks(session);
         let op = match self.random.below(5) {
             0 => Request::Touch { blocks },
-            1 => Request::Prefetch { blocks },
+            1 => Request::Prefetch { blocks, want: self.some_memory() },
             2 => Request::Retain { blocks, ttl: Micros::from_millis(self.random.below(500)), priority: 1 },
             3 => Request::Match { blocks, mode: MatchMode::Prefix },
             _ => Request::Match { blocks, mode: MatchMode::Set },
@@ -364,6 +367,7 @@ impl World {
             (Request::Seal { lease, blocks, durability, .. }, Reply::Sealed { outcomes }) => {
                 self.sealed_parts(session, lease, &blocks, durability, &outcomes);
             }
+            (Request::Shrink { gpu, .. }, Reply::Shrunk { free }) => self.shrunk(gpu, free),
             (Request::Seal { .. }, Reply::Refused(Refusal::Cleared | Refusal::NotYourLease { .. })) => {}
             (Request::Clear { space, .. }, Reply::Cleared { generation, .. }) => {
                 for known in self.spaces.iter_mut().filter(|known| known.id == space) {
@@ -378,7 +382,10 @@ impl World {
         let tenant = self.clients[&session].tenant;
         let mut reads = Vec::new();
         for (wanted, grant) in blocks.iter().zip(grants) {
-            let Grant::Granted { block, frame, fence, offset, checksum, .. } = *grant else { continue };
+            let Grant::Granted { block, frame, fence, offset, checksum, memory, .. } = *grant else {
+                continue;
+            };
+            self.granted_in(session, frame, memory);
             assert_eq!(block, *wanted, "a grant is of the block that was asked for");
             assert_eq!(offset, u64::from(frame.index) * 8192 + 4096, "a grant says where the payload is");
             assert_eq!(self.chunks[&frame.chunk].tenant, tenant, "a tenant reads its own chunks");
@@ -404,7 +411,8 @@ impl World {
         let local = self.clients[&session].locality != Locality::Streamed;
         let mut writes = Vec::new();
         for (position, grant) in grants.iter().enumerate() {
-            let Grant::Granted { block, frame, fence, .. } = *grant else { continue };
+            let Grant::Granted { block, frame, fence, memory, .. } = *grant else { continue };
+            self.granted_in(session, frame, memory);
             let owner = self.chunks[&frame.chunk].owner;
             assert_eq!(owner, local.then_some(session), "a local client writes in its own window only");
             let position = u32::try_from(position).expect("a position");

@@ -28,6 +28,7 @@ impl World {
         self.damaged.clear();
         self.committed.clear();
         self.degraded = false;
+        self.lost.clear();
         for space in &mut self.spaces {
             space.generation = space.durable_generation;
         }

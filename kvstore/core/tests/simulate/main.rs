@@ -8,6 +8,7 @@
 
 mod client;
 mod crash;
+mod gpus;
 mod lies;
 mod node;
 mod random;

@@ -10,7 +10,7 @@ use crate::random::Random;
 use crate::seen::Seen;
 
 pub(crate) const BLOCK_BYTES: u64 = 4096;
-const CHUNK_BYTES: u64 = 64 * KIB;
+pub(crate) const CHUNK_BYTES: u64 = 64 * KIB;
 pub(crate) const DEVICES: u16 = 2;
 pub(crate) const SLOTS: u32 = 4;
 /// Bytes that no block has.
@@ -22,6 +22,7 @@ pub(crate) fn config(incarnation: u32) -> Config {
         pinned_bytes: ByteCount::new(7 * CHUNK_BYTES),
         chunk_bytes: ByteCount::new(CHUNK_BYTES),
         device_slots: vec![SLOTS; usize::from(DEVICES)],
+        hbm: crate::gpus::configs(CHUNK_BYTES),
         persist_delay: Micros::from_millis(50),
         window_idle: Micros::from_millis(200),
         window_recall_max: Micros::from_millis(200),
@@ -68,6 +69,7 @@ pub(crate) struct Chunk {
     pub(crate) owner: Option<SessionId>,
     pub(crate) tenant: TenantId,
     pub(crate) frames: Vec<MemoryFrame>,
+    pub(crate) memory: Memory,
     ready: bool,
 }
 
@@ -88,6 +90,8 @@ pub(crate) struct Pending {
     pub(crate) not_before: u32,
     /// Taken back before the device had it.
     pub(crate) cancelled: bool,
+    /// A device that it needs was lost meanwhile.
+    pub(crate) doomed: bool,
 }
 
 /// A space of the model.
@@ -134,6 +138,8 @@ pub(crate) struct World {
     pub(crate) session_last: u64,
     pub(crate) request_last: u64,
     pub(crate) degraded: bool,
+    /// Devices of Hbm that are lost.
+    pub(crate) lost: BTreeSet<GpuId>,
 }
 
 impl World {
@@ -173,6 +179,7 @@ impl World {
             session_last: 0,
             request_last: 0,
             degraded: false,
+            lost: BTreeSet::new(),
         };
         world.tell_spaces();
         world
@@ -206,7 +213,8 @@ impl World {
         match self.random.below(1000) {
             0..=449 => self.complete_one(),
             450..=539 => self.pass_time(),
-            540..=549 => self.world_changes(),
+            540..=546 => self.world_changes(),
+            547..=549 => self.gpus_change(),
             550..=551 => self.restart(),
             552..=579 => self.ghost_writes(),
             _ => self.client_acts(),
@@ -282,11 +290,12 @@ impl World {
             }
             Effect::Promote { op, class, .. } => return self.promoted(*op, *class),
             Effect::Cancel { op, .. } => return self.cancelled(*op),
-            Effect::CreateChunk { op, chunk, tenant, owner, frames, .. } => {
+            Effect::CreateChunk { op, chunk, tenant, owner, frames, memory, .. } => {
                 let frames = (0..*frames).map(|_| MemoryFrame { fence: 1, payload: GARBAGE }).collect();
-                let made = Chunk { owner: *owner, tenant: *tenant, frames, ready: false };
+                let memory = *memory;
+                let made = Chunk { owner: *owner, tenant: *tenant, frames, memory, ready: false };
                 assert!(self.chunks.insert(*chunk, made).is_none(), "chunk ids are never used again");
-                assert!(self.chunks.len() <= 7, "memory is limited");
+                self.assert_limited(memory);
                 (*op, None)
             }
             Effect::CloseWindow { op, chunk } => {
@@ -303,9 +312,11 @@ impl World {
                     DATA_START + u64::from(source.slot) * CHUNK_BYTES + 4096 + u64::from(source.index) * 8192
                 );
                 self.frame(*target).payload = GARBAGE;
+                self.assert_may_read(*target);
                 (*op, None)
             }
             Effect::Write { op, source, target, .. } => {
+                assert_eq!(self.memory_of(*source), Memory::Pinned, "devices of Nvme write from Pinned");
                 let generations: BTreeMap<SpaceId, u64> =
                     self.spaces.iter().map(|space| (space.id, space.durable_generation)).collect();
                 let claims = self.catalog.values().find(|(frame, header)| {
@@ -326,7 +337,8 @@ impl World {
                 self.frame(*frame);
                 (*op, None)
             }
-            Effect::Copy { op, target, .. } => {
+            Effect::Copy { op, source, target, .. } => {
+                self.count_copy(*source, *target);
                 self.frame(*target).payload = GARBAGE;
                 (*op, None)
             }
@@ -336,7 +348,8 @@ impl World {
             }
         };
         let delay = if self.random.percent(4) { 150 } else { 0 };
-        self.pending.push(Pending { op, effect, sample, not_before: self.steps + delay, cancelled: false });
+        let not_before = self.steps + delay;
+        self.pending.push(Pending { op, effect, sample, not_before, cancelled: false, doomed: false });
     }
 
     fn assert_durable(&self, block: BlockId, source: DiskFrame) {
@@ -402,6 +415,9 @@ impl World {
         if pending.cancelled {
             return Err(Fault::NotStarted);
         }
+        if pending.doomed {
+            return Err(Fault::Device);
+        }
         match &pending.effect {
             Effect::CreateChunk { chunk, .. } => {
                 if fails {
@@ -452,6 +468,10 @@ impl World {
                 self.clear_durably(*space, *generation);
                 Ok(Done::Plain)
             }
+            Effect::Verify { frame, .. } if fails && self.breaks(*frame, *frame) => Err(Fault::Device),
+            Effect::Copy { source, target, .. } if fails && self.breaks(*source, *target) => {
+                Err(Fault::Device)
+            }
             Effect::Verify { frame, expect, .. } => {
                 let payload = self.frame(*frame).payload;
                 let sound = checksum_of(expect.block, payload) == expect.checksum;
@@ -470,6 +490,11 @@ impl World {
 
     /// The kernel knows of everybody who can still write.
     fn finish_close(&mut self, chunk: ChunkId, fails: bool) -> Result<Done, Fault> {
+        if self.chunks[&chunk].memory != Memory::Pinned {
+            // Nothing tells who can write: the session that hands a window back vouches for it.
+            self.seen.hbm_adopted += u64::from(!fails);
+            self.ghosts.retain(|(frame, _, _)| frame.chunk != chunk);
+        }
         let kept = self.ghosts.iter().any(|(frame, _, _)| frame.chunk == chunk);
         self.seen.kept += u64::from(kept);
         if kept || fails {
@@ -599,7 +624,7 @@ impl World {
     }
 
     /// Everybody who was granted a read and whose fence has not moved sees the sealed bytes.
-    fn check_reads(&mut self) {
+    pub(crate) fn check_reads(&mut self) {
         let reads: Vec<_> = self.clients.values().flat_map(Client::reads).collect();
         for read in reads {
             let Some(chunk) = self.chunks.get(&read.frame.chunk) else { continue };
@@ -640,6 +665,7 @@ impl World {
         for device in (0..DEVICES).map(DeviceId::new) {
             self.tell(Input::DeviceState { device, usable: true });
         }
+        self.gpus_back();
         self.drain();
         for client in self.clients.values() {
             assert!(client.sent.is_empty(), "requests without an answer: {:?}", client.sent);
@@ -656,6 +682,16 @@ impl World {
         assert_eq!(tiers.pinned.frames.filling, 0, "nothing is being filled when nobody is there");
         assert_eq!(tiers.pinned.frames.quarantined, 0, "replaced windows are gone");
         assert_eq!(tiers.pinned.windows, 0, "windows end with their sessions");
+        for gpu in &tiers.hbm {
+            let frames = gpu.memory.frames;
+            assert_eq!(
+                (frames.pinned, frames.filling, frames.quarantined),
+                (0, 0, 0),
+                "{:?} holds nothing back",
+                gpu.gpu
+            );
+            assert_eq!((gpu.memory.windows, gpu.running), (0, 0), "windows and copies end");
+        }
         assert_eq!(self.core.lease_count(), 0, "leases end with their sessions");
         assert_eq!(self.core.waiting_count(), 0, "nobody waits");
         self.seen.count(self.core.counters());
@@ -669,6 +705,7 @@ impl World {
                 self.tell(Input::OpDone { op: pending.op, outcome });
                 self.check_reads();
                 left -= 1;
+
                 assert!(left > 0, "operations feed on each other: {:?}", pending.effect);
             }
             self.now += 100_000;

@@ -32,10 +32,20 @@ pub(crate) struct Seen {
     pub(crate) lies_read: u64,
     pub(crate) scrubbed: u64,
     pub(crate) scrub_damaged: u64,
+    pub(crate) promotions_hbm: u64,
+    pub(crate) demotions_hbm: u64,
+    pub(crate) evictions_hbm: u64,
+    pub(crate) hbm_adopted: u64,
+    pub(crate) hbm_reads: u64,
+    pub(crate) hbm_direct: u64,
+    pub(crate) hbm_peers: u64,
+    pub(crate) hbm_lost: u64,
+    pub(crate) hbm_doomed: u64,
+    pub(crate) shrunk: u64,
 }
 
 impl Seen {
-    fn fields(&self) -> [u64; 27] {
+    fn fields(&self) -> [u64; 37] {
         [
             self.reads,
             self.moved,
@@ -64,6 +74,16 @@ impl Seen {
             self.lies_read,
             self.scrubbed,
             self.scrub_damaged,
+            self.promotions_hbm,
+            self.demotions_hbm,
+            self.evictions_hbm,
+            self.hbm_adopted,
+            self.hbm_reads,
+            self.hbm_direct,
+            self.hbm_peers,
+            self.hbm_lost,
+            self.hbm_doomed,
+            self.shrunk,
         ]
     }
 
@@ -95,6 +115,16 @@ impl Seen {
         self.lies_read += other.lies_read;
         self.scrubbed += other.scrubbed;
         self.scrub_damaged += other.scrub_damaged;
+        self.promotions_hbm += other.promotions_hbm;
+        self.demotions_hbm += other.demotions_hbm;
+        self.evictions_hbm += other.evictions_hbm;
+        self.hbm_adopted += other.hbm_adopted;
+        self.hbm_reads += other.hbm_reads;
+        self.hbm_direct += other.hbm_direct;
+        self.hbm_peers += other.hbm_peers;
+        self.hbm_lost += other.hbm_lost;
+        self.hbm_doomed += other.hbm_doomed;
+        self.shrunk += other.shrunk;
     }
 
     pub(crate) fn assert_all(&self) {
@@ -114,5 +144,8 @@ impl Seen {
         self.throttled += counters.throttled;
         self.scrubbed += counters.scrub_blocks;
         self.scrub_damaged += counters.scrub_damaged;
+        self.promotions_hbm += counters.promotions_hbm;
+        self.demotions_hbm += counters.demotions_hbm;
+        self.evictions_hbm += counters.evictions_hbm;
     }
 }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use tonic::{Request, Response, Status as Refused};
 
-use terrace_core::{ByteCount, Core, FrameCounts, Input, MIB, PinnedView, Scrub, TierViews};
+use terrace_core::{ByteCount, Core, FrameCounts, GpuView, Input, MIB, PinnedView, Scrub, TierViews};
 use terrace_media::{DeviceFacts, MediaFacts};
 use terrace_proto::v1::admin_service_server::AdminService;
 use terrace_proto::v1::{self, InfoRequest, InfoResponse};
@@ -80,7 +80,11 @@ impl Admin {
 
     fn tiers(&self, views: &TierViews, facts: &MediaFacts) -> Vec<v1::TierInfo> {
         let hbm = v1::TierInfo { tier: v1::Tier::Hbm.into(), note: self.status.hbm(), ..Default::default() };
-        let mut tiers = vec![hbm, self.pinned(&views.pinned, facts)];
+        let mut tiers: Vec<v1::TierInfo> = views.hbm.iter().map(gpu).collect();
+        if tiers.is_empty() {
+            tiers.push(hbm);
+        }
+        tiers.push(self.pinned(&views.pinned, facts));
         for (view, device) in views.devices.iter().zip(&facts.devices) {
             let capacity = u64::from(view.slots) * self.status.chunk_bytes.get();
             tiers.push(v1::TierInfo {
@@ -98,6 +102,7 @@ impl Admin {
                 backend: device.backend.clone(),
                 self_test: device.self_test.iter().map(convert::device_rate).collect(),
                 late_answers: device.late,
+                ..Default::default()
             });
         }
         tiers
@@ -147,6 +152,27 @@ impl Admin {
             pinned_blocks: view.blocks_pinned,
             nvme_blocks: view.blocks_nvme,
         }
+    }
+}
+
+fn gpu(view: &GpuView) -> v1::TierInfo {
+    let number = view.gpu.get();
+    let note = if view.usable { String::new() } else { "lost; its blocks are misses".to_owned() };
+    v1::TierInfo {
+        tier: v1::Tier::Hbm.into(),
+        device: format!("device {number}"),
+        on: view.usable,
+        note,
+        capacity_bytes: view.memory.bytes_max.get(),
+        populated_bytes: view.memory.bytes.get(),
+        frames: Some(frames(&view.memory.frames)),
+        sealed_bytes: view.memory.sealed_bytes.get(),
+        stranded_bytes: view.memory.stranded_bytes.get(),
+        chunks: view.memory.chunks,
+        windows: view.memory.windows,
+        device_number: number.into(),
+        given_back_bytes: view.free.get(),
+        ..Default::default()
     }
 }
 

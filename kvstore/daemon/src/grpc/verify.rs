@@ -50,7 +50,7 @@ pub(super) fn stat(view: &BlockView, facts: &MediaFacts) -> v1::StatBlockRespons
         explanation.push(format!("{} operations read from its frame", view.busy));
     }
     v1::StatBlockResponse {
-        present: view.tiers.pinned || view.tiers.nvme,
+        present: view.tiers.is_in_memory() || view.tiers.nvme,
         space_id: convert::space_bytes(view.space),
         parent_id: view.parent.map(convert::block_bytes).unwrap_or_default(),
         length: view.header.map_or(0, |header| header.length.get()),

@@ -13,7 +13,7 @@ use futures_util::future::BoxFuture;
 use futures_util::stream::{FuturesUnordered, StreamExt};
 use tonic::{Code, Status, Streaming};
 
-use terrace_core::{BlockId, Checksum, Checksummer, Durability, Fence, FrameRef, Grant, Request};
+use terrace_core::{BlockId, Checksum, Checksummer, Durability, Fence, FrameRef, Grant, Memory, Request};
 use terrace_lane::fold;
 use terrace_proto::v1::{self, SealOutcome, write_request::Part};
 
@@ -174,6 +174,7 @@ impl Write {
                 blocks: vec![block],
                 parent,
                 ttl: None,
+                want: Memory::Pinned,
             };
             let leased = self.service.leased(&self.session, op).await;
             let full = match leased {

@@ -32,7 +32,7 @@ fn request(id: u64, keys: usize) -> LaneRequest {
 }
 
 fn mapped(chunk: u64) -> LaneResponse {
-    let answer = MappedChunk { chunk, bytes: 4096, fence_bytes: 4096, writable: false };
+    let answer = MappedChunk { chunk, bytes: 4096, fence_bytes: 4096, ..Default::default() };
     LaneResponse { id: chunk, result: Some(lane_response::Result::MappedChunk(answer)) }
 }
 

@@ -1,7 +1,10 @@
 //! The loads of the index, the same for `terrace bench index` and for the peer beside it: documents that
 //! some workers hold to different depths, with a beginning that all of them share.
 
-use terrace_index::{HolderId, Index, Key, TierSet};
+use terrace_index::{HolderId, Index, Key, SizeClass, TierSet};
+
+/// Blocks that are told of in one turn of the writer, by as many events as come out of a queue for them.
+const BLOCKS_A_TURN: usize = 2_048;
 
 /// A load.
 #[derive(Clone, Copy, Debug)]
@@ -103,10 +106,14 @@ pub(crate) fn store(
 ) {
     for Part { worker, blocks } in shape.parts(document).filter(|part| take(part.worker)) {
         let mut parent = from.checked_sub(1).map(|last| keys[last]);
-        for event in keys[from..blocks].chunks(shape.per_event) {
-            let stored = index.store(HolderId(worker), TierSet::HBM, parent, event);
-            stored.expect("the load has fewer workers than the index may have");
-            parent = event.last().copied();
+        for events in keys[from..blocks].chunks(BLOCKS_A_TURN / shape.per_event * shape.per_event) {
+            let mut turn = index.changes();
+            for event in events.chunks(shape.per_event) {
+                let size = SizeClass::UNKNOWN;
+                let stored = turn.store_sized(HolderId(worker), TierSet::HBM, size, parent, event);
+                stored.expect("the load has fewer workers than the index may have");
+                parent = event.last().copied();
+            }
         }
     }
 }
@@ -120,9 +127,13 @@ pub(crate) fn remove(
     take: impl Fn(u32) -> bool,
 ) {
     for Part { worker, blocks } in shape.parts(document).filter(|part| take(part.worker)) {
-        for event in reversed[reversed.len() - blocks..reversed.len() - from].chunks(shape.per_event) {
-            let removed = index.remove(HolderId(worker), TierSet::HBM, event);
-            removed.expect("the load has fewer workers than the index may have");
+        let part = &reversed[reversed.len() - blocks..reversed.len() - from];
+        for events in part.chunks(BLOCKS_A_TURN / shape.per_event * shape.per_event) {
+            let mut turn = index.changes();
+            for event in events.chunks(shape.per_event) {
+                let removed = turn.remove(HolderId(worker), TierSet::HBM, event);
+                removed.expect("the load has fewer workers than the index may have");
+            }
         }
     }
 }

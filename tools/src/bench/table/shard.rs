@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail, ensure};
 use terrace_core::{
     Admission, BlockId, ByteCount, Checksum, Config, Core, Done, Durability, Effect, GIB, Grant, Input,
-    LeaseId, Limits, Locality, MIB, MatchMode, Micros, Notice, Now, Policy, Purpose, Reply, Request,
+    LeaseId, Limits, Locality, MIB, MatchMode, Memory, Micros, Notice, Now, Policy, Purpose, Reply, Request,
     RequestId, SealOutcome, SessionId, SpaceId, TenantId, TokenCount, frame_bytes,
 };
 
@@ -140,7 +140,14 @@ impl Shard {
             })
             .collect();
         let repeat = self.requests;
-        let reserve = Request::LeaseWrite { repeat, space: SPACE, blocks, parent: None, ttl: None };
+        let reserve = Request::LeaseWrite {
+            repeat,
+            space: SPACE,
+            blocks,
+            parent: None,
+            ttl: None,
+            want: Memory::Pinned,
+        };
         let (reply, reserve) = self.call(WRITER, reserve)?;
         let Reply::Leased { lease: Some(lease), blocks, .. } = reply else {
             bail!("chain {number} is not granted: {reply:?}");
@@ -185,6 +192,7 @@ impl Shard {
             ttl: None,
             answer_by: Now::default(),
             purpose: Purpose::Prefill,
+            want: Memory::Pinned,
         };
         let (reply, lease) = self.call(session, lease)?;
         let Reply::Leased { lease: granted, blocks, .. } = reply else {
@@ -285,6 +293,7 @@ fn config(shape: Shape, chunks: u64, capacity: u64) -> anyhow::Result<Config> {
         pinned_bytes: ByteCount::new((chunks + 1) * CHUNK_BYTES),
         chunk_bytes: ByteCount::new(CHUNK_BYTES),
         device_slots: Vec::new(),
+        hbm: Vec::new(),
         persist_delay: Micros::from_millis(1_000),
         window_idle: Micros::from_millis(60_000),
         window_recall_max: Micros::from_millis(60_000),

@@ -64,6 +64,12 @@ struct Worker {
     current: Option<Current>,
 }
 
+impl Worker {
+    fn new(blocks: usize) -> Self {
+        Self { memory: Memory::new(blocks), queue: VecDeque::new(), current: None }
+    }
+}
+
 #[derive(Clone, Copy, Debug)]
 struct Current {
     place: u32,
@@ -88,15 +94,14 @@ struct Cluster<'a> {
 /// Replays a trace under one policy.
 pub(crate) fn replay(trace: &Trace, setting: Setting, policy: Policy, progress: &ProgressBar) -> Outcome {
     let bytes = float(setting.profile.bytes_per_token);
+    let setting = if policy == Policy::Ideal { ideal(trace, setting) } else { setting };
     let rates = Rates { private: bytes / setting.private_rate, pool: bytes / setting.pool_rate };
-    let worker =
-        |_| Worker { memory: Memory::new(setting.private_blocks), queue: VecDeque::new(), current: None };
     let mut cluster = Cluster {
         trace,
         setting,
         router: Router::new(policy, setting.workers, rates, setting.temperature, setting.seed),
         directory: Directory::new(trace, setting.workers + 1, setting.delay),
-        workers: (0..setting.workers).map(worker).collect(),
+        workers: (0..setting.workers).map(|_| Worker::new(setting.private_blocks)).collect(),
         pool: Memory::new(setting.pool_blocks),
         events: BinaryHeap::new(),
         event_last: 0,
@@ -113,6 +118,12 @@ pub(crate) fn replay(trace: &Trace, setting: Setting, policy: Policy, progress: 
         }
     }
     cluster.outcome.finish(cluster.now)
+}
+
+/// One endless memory that every worker reaches like its own.
+fn ideal(trace: &Trace, setting: Setting) -> Setting {
+    let endless = usize::try_from(trace.distinct()).unwrap_or(usize::MAX);
+    Setting { private_blocks: 0, pool_blocks: endless, pool_rate: setting.private_rate, delay: 0, ..setting }
 }
 
 /// How much faster than recorded requests have to come for workers that share one endless memory to be
@@ -160,6 +171,9 @@ impl Cluster<'_> {
                 let found = self.directory.find(self.now, prompt.numbers);
                 let sent = self.router.place(prompt, found, float(self.now) / 1e6);
                 self.sent[place as usize] = Some((sent, self.now));
+                while self.workers.len() <= sent.worker as usize {
+                    self.workers.push(Worker::new(self.setting.private_blocks));
+                }
                 self.workers[sent.worker as usize].queue.push_back(place);
                 self.start(sent.worker, rates);
             }
@@ -200,9 +214,11 @@ impl Cluster<'_> {
         let Some(Current { place, cached, compute }) = worker.current.take() else { return };
         let ask = self.trace.asks[place as usize];
         let numbers = self.trace.numbers(&ask);
-        let changed = worker.memory.insert(numbers);
-        let stored = (&numbers[..changed.new_to], changed.new_from);
-        self.directory.tell(self.now, number, stored, changed.evicted);
+        if self.setting.private_blocks > 0 {
+            let changed = worker.memory.insert(numbers);
+            let stored = (&numbers[..changed.new_to], changed.new_from);
+            self.directory.tell(self.now, number, stored, changed.evicted);
+        }
         if self.setting.pool_blocks > 0 {
             let changed = self.pool.insert(numbers);
             let stored = (&numbers[..changed.new_to], changed.new_from);

@@ -35,6 +35,8 @@ pub(crate) enum Policy {
     Dynamo,
     /// Least estimated time to first token: what the router does
     Estimate,
+    /// No policy but a bound for all of them: nobody queues, and every worker has whatever any has computed
+    Ideal,
 }
 
 impl Policy {
@@ -49,6 +51,7 @@ impl Policy {
             Policy::Blocks2 => "blocks2",
             Policy::Dynamo => "dynamo",
             Policy::Estimate => "estimate",
+            Policy::Ideal => "ideal",
         }
     }
 }
@@ -101,6 +104,19 @@ pub(crate) struct Rates {
     pub(crate) pool: f64,
 }
 
+impl Known {
+    fn new() -> Self {
+        Self {
+            active: Active::default(),
+            calibration: Calibration::new(Prefill::of_rate(RATE_GUESS)),
+            prefill_blocks: 0,
+            decode_blocks: 0,
+            tokens: 0,
+            requests: 0,
+        }
+    }
+}
+
 /// A router with one policy.
 #[derive(Debug)]
 pub(crate) struct Router {
@@ -115,15 +131,7 @@ pub(crate) struct Router {
 impl Router {
     /// Before `workers` workers. Holders of the index are the workers by number, then the pool.
     pub(crate) fn new(policy: Policy, workers: u32, rates: Rates, temperature: f64, seed: u64) -> Self {
-        let known = || Known {
-            active: Active::default(),
-            calibration: Calibration::new(Prefill::of_rate(RATE_GUESS)),
-            prefill_blocks: 0,
-            decode_blocks: 0,
-            tokens: 0,
-            requests: 0,
-        };
-        let workers = (0..workers).map(|_| known()).collect();
+        let workers = (0..workers).map(|_| Known::new()).collect();
         Self { policy, rates, temperature, workers, turn: 0, draws: seed }
     }
 
@@ -141,6 +149,7 @@ impl Router {
             Policy::Blocks1 => (self.fewest_blocks(prompt, found, 1.0, [1.0, 1.0]), None),
             Policy::Blocks2 => (self.fewest_blocks(prompt, found, 2.0, [1.0, 1.0]), None),
             Policy::Dynamo => (self.fewest_blocks(prompt, found, 1.0, [0.75, 0.25]), None),
+            Policy::Ideal => (self.idle(), None),
             Policy::Estimate => {
                 let (worker, seconds) = self.quickest(prompt, found, now);
                 (worker, Some(seconds))
@@ -165,6 +174,16 @@ impl Router {
         self.workers[sent.worker as usize].decode_blocks -= sent.blocks;
     }
 
+    /// A worker without a request; there is always one more.
+    fn idle(&mut self) -> u32 {
+        let idle = self.workers.iter().position(|known| known.requests == 0);
+        let place = idle.unwrap_or(self.workers.len());
+        if place == self.workers.len() {
+            self.workers.push(Known::new());
+        }
+        u32::try_from(place).unwrap_or(u32::MAX)
+    }
+
     fn send(
         &mut self,
         worker: u32,
@@ -173,7 +192,7 @@ impl Router {
         found: &Found,
         now: f64,
     ) -> Sent {
-        let (private, pool) = self.held(worker, found);
+        let (private, pool) = self.reach(worker, prompt, found, now);
         let blocks = prompt.numbers.len() as u64;
         let missing_blocks = blocks - private.max(pool);
         let here = (private.max(pool) * prompt.block_tokens).min(prompt.tokens.saturating_sub(1));
@@ -182,6 +201,7 @@ impl Router {
         let seconds = known.calibration.cost().seconds(float(here), float(missing_tokens));
         let load = float(here) * self.rates.private;
         let job = known.active.send(missing_tokens, seconds + load, now);
+        known.active.brings(job, prompt.numbers.iter().map(|&number| u64::from(number)).collect());
         known.prefill_blocks += missing_blocks;
         known.decode_blocks += blocks;
         known.tokens += missing_tokens;
@@ -194,6 +214,16 @@ impl Router {
         let pool = u32::try_from(self.workers.len()).unwrap_or(u32::MAX);
         let prefix = |holder| found.held(HolderId(holder)).map_or(0, |held| u64::from(held.prefix[2]));
         (prefix(worker), prefix(pool))
+    }
+
+    /// The same, with what the prompts bring that were sent to the worker before: only the estimate knows of them.
+    fn reach(&self, worker: u32, prompt: Prompt<'_>, found: &Found, now: f64) -> (u64, u64) {
+        let (private, pool) = self.held(worker, found);
+        if self.policy != Policy::Estimate {
+            return (private, pool);
+        }
+        let blocks: Vec<u64> = prompt.numbers.iter().map(|&number| u64::from(number)).collect();
+        (private.max(self.workers[worker as usize].active.coming(&blocks, now, BUSY) as u64), pool)
     }
 
     /// The real placement, over workers that only prefill.
@@ -212,7 +242,7 @@ impl Router {
                 prefill: known.calibration.cost(),
                 decode_rate: 0.0,
             });
-            views.push(self.view(number, prompt, found));
+            views.push(self.view(number, prompt, found, now));
         }
         let ties = if self.temperature > 0.0 {
             Ties::Drawn { temperature: self.temperature, random: self.share() }
@@ -224,8 +254,8 @@ impl Router {
         (u32::try_from(plan.decode).unwrap_or(u32::MAX), plan.estimate.first_token())
     }
 
-    fn view(&self, worker: u32, prompt: Prompt<'_>, found: &Found) -> View {
-        let (private, pool) = self.held(worker, found);
+    fn view(&self, worker: u32, prompt: Prompt<'_>, found: &Found, now: f64) -> View {
+        let (private, pool) = self.reach(worker, prompt, found, now);
         let mut view = View::default();
         for (holder, tier, blocks, seconds_per_token) in [
             (worker, Tier::Pinned, private, self.rates.private),

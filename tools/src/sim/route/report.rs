@@ -147,17 +147,20 @@ impl Run {
     }
 }
 
-/// Prints runs as a table, one line each.
+/// Prints runs, one line each, in a table for each trace.
 pub(crate) fn print(runs: &[Run]) {
-    let mut table = output::table(&[
-        "TRACE", "MEMORY", "POLICY", ">DELAY", ">HITS", ">BUSY", ">TTFT", ">P50", ">P90", ">P99",
-    ]);
-    let mut last = "";
+    // Traces have long names: each stands above its table, so that a line fits into 80 columns.
+    for runs in runs.chunk_by(|a, b| a.trace == b.trace) {
+        println!("{}, {} memory, {} workers", runs[0].trace, runs[0].memory(), runs[0].workers);
+        print_one(runs);
+    }
+}
+
+fn print_one(runs: &[Run]) {
+    let mut table = output::table(&["POLICY", ">DELAY", ">HITS", ">BUSY", ">TTFT", ">P50", ">P90", ">P99"]);
     for run in runs {
         let outcome = &run.outcome;
         table.add_row([
-            if run.trace == last { String::new() } else { run.trace.clone() },
-            run.memory().to_owned(),
             run.policy.name().to_owned(),
             format!("{} s", run.delay),
             percent(outcome.hits()),
@@ -167,7 +170,6 @@ pub(crate) fn print(runs: &[Run]) {
             format!("{:.2}", outcome.at(90)),
             format!("{:.2}", outcome.at(99)),
         ]);
-        last = &run.trace;
     }
     output::print(&table);
 }

@@ -15,6 +15,7 @@ from ._errors import (
     ClosedError,
     ConnectError,
     CorruptBlock,
+    DeviceFailed,
     ForkedError,
     InvalidArgument,
     NoAnswer,
@@ -34,6 +35,9 @@ from ._native import (
     AsyncWriteLease,
     Block,
     BlockMatch,
+    Device,
+    DeviceBlock,
+    DeviceChunk,
     Event,
     Events,
     Match,
@@ -48,6 +52,8 @@ from ._native import (
     chain_keys,
     connect,
     connect_async,
+    copy_blocks,
+    open_device,
 )
 
 __all__ = [
@@ -61,6 +67,10 @@ __all__ = [
     "ClosedError",
     "ConnectError",
     "CorruptBlock",
+    "Device",
+    "DeviceBlock",
+    "DeviceChunk",
+    "DeviceFailed",
     "Event",
     "Events",
     "ForkedError",
@@ -86,4 +96,6 @@ __all__ = [
     "chain_keys",
     "connect",
     "connect_async",
+    "copy_blocks",
+    "open_device",
 ]

@@ -32,12 +32,16 @@ class Background:
         for thread in self._threads:
             thread.start()
 
+    def start(self) -> None:
+        """Starts the threads now rather than with the first call: they inherit what the caller is bound to."""
+        if self._pid != os.getpid():
+            self._start()
+
     def submit(self, call: Callable[[], None]) -> bool:
         """Whether there was room for it."""
         if self._stopped:
             return False
-        if self._pid != os.getpid():
-            self._start()
+        self.start()
         try:
             self._queue.put_nowait(call)
         except queue.Full:

@@ -6,6 +6,7 @@ a while. Everything may be used from several threads; a forked child opens a ses
 """
 
 import logging
+import math
 import os
 import threading
 import time
@@ -16,8 +17,10 @@ from typing import Any
 
 from ._errors import ForkedError, NoAnswer, SessionEnded, TerraceError
 from ._manifest import SpaceManifest
-from ._native import Block, ReadLease, Session, Space, WriteBlock, WriteLease, connect
+from ._native import Block, ReadLease, Session, Space, WriteBlock, WriteLease, connect, copy_blocks
 
+ANSWER_SECONDS = 2.0
+"""A daemon that says nothing for so long, beyond what a call lets it wait, is given up. Engines can compute instead."""
 RETRY_SECONDS = 1.0
 """After a daemon was found missing or silent, it is asked again only after this time."""
 FRESH_SECONDS = 1.0
@@ -45,22 +48,34 @@ class Target:
     tenant: str
     token: str
     client_name: str
+    answer_seconds: float = ANSWER_SECONDS
 
     @classmethod
     def of(cls, options: Mapping[str, Any], client_name: str) -> "Target":
-        """From an engine's configuration; what it leaves out comes from the environment (``TERRACE_SOCKET``, ...)."""
+        """From an engine's configuration; what it leaves out comes from the environment (``TERRACE_SOCKET``, ...).
+
+        Raises :class:`ValueError` for an ``answer_seconds`` that cannot be meant.
+        """
 
         def text(name: str) -> str:
             return str(options.get(name) or os.environ.get(f"TERRACE_{name.upper()}", ""))
 
         client_name = f"{client_name} pid {os.getpid()}"
         socket, grpc = text("socket"), text("grpc")
+        answer = options.get("answer_seconds", os.environ.get("TERRACE_ANSWER_SECONDS", ANSWER_SECONDS))
+        try:
+            answer_seconds = float(answer)
+        except (TypeError, ValueError):
+            answer_seconds = math.nan
+        if not 0.0 < answer_seconds <= 3600.0:
+            raise ValueError(f"`answer_seconds` is {answer!r}; it must be above 0 and at most 3600")
         return cls(
             socket=socket or None,
             grpc=grpc or None,
             tenant=text("tenant"),
             token=text("token"),
             client_name=client_name,
+            answer_seconds=answer_seconds,
         )
 
     def __str__(self) -> str:
@@ -129,6 +144,7 @@ class Store:
                 tenant=target.tenant,
                 token=target.token,
                 client_name=target.client_name,
+                answer_within=target.answer_seconds,
             )
         except (TerraceError, ValueError) as error:
             self._session = None
@@ -162,6 +178,16 @@ class Store:
     def silent(self) -> bool:
         """Whether it is not worth asking now."""
         return self._closed or time.monotonic() < self._silent_until
+
+    def copy_out(self, blocks: Sequence[Block], targets: Sequence[Any], threads: int = 1) -> list[bool]:
+        """Copies whole blocks into buffers; answers which copies were compared with their checksum and are good."""
+        try:
+            good = copy_blocks(blocks, targets, threads=threads)
+        except (TerraceError, BufferError) as error:
+            self._logger.warning("terrace: blocks cannot be copied there: %s", error)
+            good = [False] * len(blocks)
+        self.counters.add("errors", good.count(False))
+        return good
 
     def close(self) -> None:
         """Ends the session; nothing is asked any more."""

@@ -54,6 +54,10 @@ class CorruptBlock(TerraceError):
     """The bytes do not match the checksum that was sealed: count it as a miss."""
 
 
+class DeviceFailed(TerraceError):
+    """The device is not there, is full, or failed. What was on a lost device is gone: count it as misses."""
+
+
 class ClosedError(TerraceError, ValueError):
     """The object was closed before."""
 

@@ -31,12 +31,14 @@ def connect(
     tenant: str = "",
     token: str = "",
     client_name: str | None = None,
+    answer_within: float | None = None,
 ) -> Session:
     """Opens a session.
 
     ``socket`` is the path of the daemon's lane socket, the quick way on its own machine; ``grpc`` its address,
     ``http://host:port``, for when there is no socket or nobody answers on it, and for streams. An empty tenant
-    is "default". ``client_name`` is what operators see.
+    is "default". ``client_name`` is what operators see. ``answer_within`` are the seconds after which a daemon that
+    says nothing, beyond what a call lets it wait, is given up with :class:`NoAnswer`; without it a minute.
 
     Raises :class:`ConnectError` if nobody answers, :class:`Refused` if the daemon refuses the tenant.
     """
@@ -48,12 +50,109 @@ def connect_async(
     tenant: str = "",
     token: str = "",
     client_name: str | None = None,
+    answer_within: float | None = None,
 ) -> Future[AsyncSession]:
     """As :func:`connect`, for asyncio. Call it in a running event loop."""
 
 def chain_keys(tokens: Sequence[int], tokens_per_block: int) -> list[bytes]:
     """Keys of the whole blocks of a prompt, 16 bytes each. A key names its block's tokens and all before them.
     The unfilled tail has no key."""
+
+def copy_blocks(blocks: Sequence[Block], targets: Sequence[Buffer], *, threads: int = 1) -> list[bool]:
+    """Copies each block into the writable, contiguous buffer at its place, as :meth:`Block.read_into`, in one call with
+    the interpreter released; with ``threads`` above 1 by so many, if there is much to copy. Answers which copies were
+    compared with their checksum and are the block; a target of another holds anything."""
+
+def open_device(name: str) -> Device:
+    """Opens a device: ``cuda:0``, or ``host-only``, host memory that stands in for one (for tests).
+
+    Raises :class:`DeviceFailed` if it is not there; nothing else is taken instead.
+    """
+
+@final
+class Device:
+    """A device, to map memory of it that another process lends."""
+
+    @property
+    def kind(self) -> Literal["cuda", "host-only"]:
+        """What stands behind it."""
+    @property
+    def name(self) -> str:
+        """What the driver calls it."""
+    @property
+    def imports(self) -> int:
+        """Chunks of other processes that are mapped here."""
+    def allocate(self, nbytes: int) -> DeviceChunk:
+        """Makes a chunk of at least ``nbytes``, all zeros. Raises :class:`DeviceFailed` if the device is full."""
+    def import_chunk(self, descriptor: int, nbytes: int) -> DeviceChunk:
+        """Maps a chunk of another process by its descriptor, which stays the caller's. ``nbytes`` is the
+        chunk's whole length. The memory lives while anybody maps it, the other process or not.
+
+        Raises :class:`InvalidArgument` if the descriptor is no such chunk.
+        """
+
+@final
+class DeviceChunk:
+    """Device memory that is mapped in this process until it and all blocks and tensors of it are gone."""
+
+    @property
+    def nbytes(self) -> int:
+        """Mapped length."""
+    def export(self) -> int:
+        """A descriptor for another process. The caller closes it. Whoever imports it can write."""
+    def block(
+        self,
+        offset: int,
+        nbytes: int,
+        *,
+        dtype: str = "uint8",
+        shape: Sequence[int] | None = None,
+        readonly: bool = True,
+        lease: object = None,
+    ) -> DeviceBlock:
+        """A part of it. ``shape`` is one direction of all elements if not given. ``lease`` is kept until the
+        block and every tensor of it are gone; check it before what was computed goes anywhere.
+
+        ``dtype`` is a name of numpy, ``bfloat16``, ``float8_e4m3fn`` or ``float8_e5m2``.
+        """
+
+@final
+class DeviceBlock:
+    """A part of a chunk, for ``torch.from_dlpack``, ``cupy.from_dlpack``, ``numpy.from_dlpack`` (host-only) and
+    whatever knows ``__cuda_array_interface__``. Nothing is copied.
+
+    A sealed block is ``readonly``: consumers are told so, and nothing in a device can stop them. torch refuses
+    read-only memory by ``__cuda_array_interface__``, and takes it by DLPack.
+    """
+
+    @property
+    def nbytes(self) -> int:
+        """Length."""
+    @property
+    def dtype(self) -> str:
+        """Type of the elements."""
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Elements in each direction."""
+    @property
+    def readonly(self) -> bool:
+        """Whether consumers are told not to write."""
+    @property
+    def closed(self) -> bool:
+        """Whether ``close`` was called."""
+    def close(self) -> None:
+        """Refuses further use. Tensors that exist keep the memory and the lease."""
+    def __dlpack_device__(self) -> tuple[int, int]: ...
+    def __dlpack__(
+        self,
+        *,
+        stream: object = None,
+        max_version: tuple[int, int] | None = None,
+        dl_device: tuple[int, int] | None = None,
+        copy: bool | None = None,
+    ) -> object: ...
+    @property
+    def __cuda_array_interface__(self) -> dict[str, object]: ...
 
 class _Session:
     @property

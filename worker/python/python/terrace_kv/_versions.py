@@ -1,9 +1,10 @@
 """Versions of engines that the connectors were run with. Everything that differs between versions is told here."""
 
 import importlib.metadata
+from typing import Any
 
 SUPPORTED: dict[str, tuple[str, ...]] = {
-    "vllm": ("0.32",),
+    "vllm": ("0.31", "0.32"),
     "lmcache": ("0.5",),
     "sglang": ("0.5",),
 }
@@ -34,3 +35,13 @@ def advice(engine: str, version: str | None) -> str | None:
     if any(version == release or version.startswith(f"{release}.") for release in known):
         return None
     return f"{engine} {version} was not tried with this version of terrace-kv; tried with {', '.join(known)}"
+
+
+def sglang_shard(config: Any) -> tuple[int, int]:
+    """Rank and number of the parts that ranks with equal caches share; SGLang has them from 0.5.23 on."""
+    return getattr(config, "dcp_rank", 0), getattr(config, "dcp_size", 1)
+
+
+def sglang_writes(config: Any) -> bool:
+    """Whether this rank stores what others have as well. Before 0.5.23 that is rank 0 of those with equal caches."""
+    return not config.is_mla_model or config.tp_rank == sglang_shard(config)[0]

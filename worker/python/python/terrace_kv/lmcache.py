@@ -8,6 +8,7 @@ servers which differ in one of them share nothing; rank, group and salt are part
 leased: it stays in memory until it is unlocked, or the server's process ends.
 """
 
+import functools
 import hashlib
 import os
 import threading
@@ -21,7 +22,6 @@ from lmcache.v1.distributed.l2_adapters.base import L2AdapterInterface
 
 from ._background import Background
 from ._engine import Store, StoreSpace, Target
-from ._errors import TerraceError
 from ._manifest import SpaceManifest
 from ._native import Block, WriteBlock
 from ._versions import advice, installed
@@ -31,6 +31,8 @@ logger = init_logger("lmcache.terrace_kv")
 WAIT_SECONDS = 5.0
 """Longest wait of a lookup for blocks of slower tiers."""
 LOCKS_MAX = 65536
+COPY_THREADS = 2
+"""Threads that copy the blocks of one load."""
 
 # Types, shapes and length of an object.
 Kind = tuple[str, int]
@@ -66,7 +68,8 @@ class Finished:
             os.close(fd)
 
 
-def _kind(dtypes: Any, shapes: Any, length: int) -> Kind:
+@functools.lru_cache(1024)
+def _kind(dtypes: tuple[Any, ...], shapes: tuple[Any, ...], length: int) -> Kind:
     types = [str(dtype).removeprefix("torch.") for dtype in dtypes]
     return f"{','.join(types)};{[tuple(shape) for shape in shapes]}", length
 
@@ -75,12 +78,12 @@ def _kind_of(item: Any) -> Kind:
     described = item.metadata
     dtypes = getattr(described, "dtypes", None) or [item.get_dtype()]
     shapes = getattr(described, "shapes", None) or [item.get_shape()]
-    return _kind(dtypes, shapes, len(_bytes_of(item)))
+    return _kind(tuple(dtypes), tuple(shapes), len(_bytes_of(item)))
 
 
 def _kind_of_layout(layout: Any) -> Kind:
     lengths = [dtype.itemsize * shape.numel() for dtype, shape in zip(layout.dtypes, layout.shapes, strict=True)]
-    return _kind(layout.dtypes, layout.shapes, sum(lengths))
+    return _kind(tuple(layout.dtypes), tuple(layout.shapes), sum(lengths))
 
 
 def _bytes_of(item: Any) -> memoryview:
@@ -107,6 +110,7 @@ class TerraceL2(L2AdapterInterface):
             logger.warning("terrace: %s", told)
         self._fingerprint = str(params.get("fingerprint", "")).encode()[:64] or b"lmcache"
         self._wait = float(params.get("wait_seconds", WAIT_SECONDS))
+        self._copy_threads = max(1, int(params.get("copy_threads", COPY_THREADS)))
         self._store = Store(Target.of(params, "lmcache"), logger)
         self._lock = threading.Lock()
         self._spaces: dict[tuple[str, Kind], StoreSpace] = {}
@@ -269,17 +273,16 @@ class TerraceL2(L2AdapterInterface):
         loaded = Bitmap(len(keys))
         fine: list[int] = []
         try:
-            kinds = [_kind_of(item) for item in objects]
-            for index, key in enumerate(keys):
-                with self._lock:
-                    held = self._locked.get(key)
-                    block = held[-1] if held else None
-                if block is not None and self._copy(block, objects[index]):
-                    fine.append(index)
-            rest = set(range(len(keys))) - set(fine)
-            for (model, kind), indexes in self._grouped(keys, kinds).items():
-                wanted = [index for index in indexes if index in rest]
-                if wanted:
+            with self._lock:
+                held = [self._locked.get(key) for key in keys]
+                locked = [(index, blocks[-1]) for index, blocks in enumerate(held) if blocks]
+            fine = self._copy(locked, objects)
+            done = set(fine)
+            rest = [index for index in range(len(keys)) if index not in done]
+            if rest:
+                kinds = [_kind_of(objects[index]) for index in rest]
+                for (model, kind), places in self._grouped([keys[index] for index in rest], kinds).items():
+                    wanted = [rest[place] for place in places]
                     fine += self._get_unlocked(self._space(model, kind), keys, objects, wanted)
             for index in fine:
                 loaded.set(index)
@@ -290,17 +293,13 @@ class TerraceL2(L2AdapterInterface):
     def _get_unlocked(self, space: StoreSpace, keys: list[Any], objects: list[Any], indexes: list[int]) -> list[int]:
         with space.read([_name(keys[index]) for index in indexes], wait=self._wait, verify=False) as reading:
             pairs = zip(indexes, reading.blocks, strict=True)
-            return [index for index, block in pairs if block is not None and self._copy(block, objects[index])]
+            return self._copy([(index, block) for index, block in pairs if block is not None], objects)
 
-    def _copy(self, block: Block, item: Any) -> bool:
-        """Copies and compares the copy with the block's checksum."""
-        try:
-            block.read_into(_bytes_of(item))
-        except (TerraceError, BufferError) as error:
-            self._store.counters.add("errors")
-            logger.debug("terrace: a block was lost: %s", error)
-            return False
-        return True
+    def _copy(self, found: list[tuple[int, Block]], objects: list[Any]) -> list[int]:
+        """Copies blocks into the objects at their places; answers those places whose copies are good."""
+        targets = [_bytes_of(objects[index]) for index, _ in found]
+        good = self._store.copy_out([block for _, block in found], targets, self._copy_threads)
+        return [index for (index, _), fine in zip(found, good, strict=True) if fine]
 
     def query_load_result(self, task_id: int) -> Bitmap | None:
         return self._loaded.pop(task_id)

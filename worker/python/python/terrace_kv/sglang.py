@@ -19,10 +19,9 @@ import torch
 from sglang.srt.mem_cache.hicache_storage import HiCacheStorage, HiCacheStorageConfig, HiCacheStorageExtraInfo
 
 from ._engine import Store, StoreSpace, Target
-from ._errors import TerraceError
 from ._manifest import SpaceManifest
 from ._native import Block, WriteBlock
-from ._versions import advice, installed
+from ._versions import advice, installed, sglang_shard, sglang_writes
 
 logger = logging.getLogger("sglang.terrace_kv")
 
@@ -63,7 +62,8 @@ class TerraceStore(HiCacheStorage):
         described = f"{type(mem_pool_host).__name__};{getattr(mem_pool_host, 'layout', '')};{lengths};{self._zero_copy}"
         digest = hashlib.blake2b(described.encode(), digest_size=16).hexdigest()
         if config.is_mla_model:
-            topology, rank = f"mla,dcp{config.dcp_size},pp{config.pp_size}", config.dcp_rank
+            rank, parts = sglang_shard(config)
+            topology = f"mla,dcp{parts},pp{config.pp_size}"
         else:
             topology = f"tp{config.tp_size},pp{config.pp_size},cp{config.attn_cp_size}"
             rank = config.tp_rank * config.attn_cp_size + config.attn_cp_rank
@@ -103,7 +103,7 @@ class TerraceStore(HiCacheStorage):
     def batch_set_v1(
         self, keys: list[str], host_indices: torch.Tensor, extra_info: HiCacheStorageExtraInfo | None = None
     ) -> list[bool]:
-        if not self._config.is_storage_writer:
+        if not sglang_writes(self._config):
             return [True] * len(keys)
         return self._put(keys, self._giver(host_indices, len(keys)), self._parent(extra_info))
 
@@ -166,17 +166,12 @@ class TerraceStore(HiCacheStorage):
             return [None] * len(keys)
         with self._space.read([_key(key) for key in keys], wait=self._wait, verify=False) as reading:
             pairs = zip(reading.blocks, target_locations, strict=True)
-            return [self._copy(block, target) if block is not None else None for block, target in pairs]
-
-    def _copy(self, block: Block, target: Any) -> torch.Tensor | None:
-        """Copies and compares the copy with the block's checksum."""
-        try:
-            block.read_into(_flat(target))
-        except (TerraceError, BufferError) as error:
-            self._store.counters.add("errors")
-            logger.debug("terrace: a block was lost: %s", error)
-            return None
-        return target
+            found = [(index, block, target) for index, (block, target) in enumerate(pairs) if block is not None]
+            good = self._store.copy_out([block for _, block, _ in found], [_flat(target) for *_, target in found])
+        pages: list[torch.Tensor | None] = [None] * len(keys)
+        for (index, _, target), fine in zip(found, good, strict=True):
+            pages[index] = target if fine else None
+        return pages
 
     def set(self, key: str, value: Any = None, target_location: Any = None, target_sizes: Any = None) -> bool:
         return self.batch_set([key], [value])
@@ -184,7 +179,7 @@ class TerraceStore(HiCacheStorage):
     def batch_set(
         self, keys: list[str], values: Any = None, target_locations: Any = None, target_sizes: Any = None
     ) -> bool:
-        if not self._config.is_storage_writer:
+        if not sglang_writes(self._config):
             return True
         if values is None:
             return False

@@ -1,6 +1,7 @@
 """``TerraceConnector``: vLLM's connector interface on one side, the scheduler's and the worker's half on the other."""
 
 import os
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from vllm.logger import init_logger
 
 from .._engine import Store
 from .._versions import advice, installed
+from .groups import plan
 from .layout import RankLayout, unsupported
 from .metrics import TerraceProm, TerraceStats
 from .options import Options, target_of
@@ -33,9 +35,13 @@ class TerraceConnector(KVConnectorBase_V1, SupportsHMA):
         transfer = self._kv_transfer_config
         extra = transfer.kv_connector_extra_config
         options = Options.of(extra, transfer.kv_role)
+        self._plan = plan(kv_cache_config)
+        if self._plan.is_whole and options.load == "layers":
+            # A step that runs already cannot be told that its load failed as a whole.
+            options = replace(options, load="async")
         self._options = options
-        self._reason = unsupported(vllm_config, kv_cache_config)
-        self._layout = RankLayout(None, self._reason or "the KV cache was never registered")
+        self._reason = self._plan.reason or unsupported(vllm_config, self._plan.is_whole)
+        self._layout = RankLayout((), self._reason or "the KV cache was never registered")
         self._scheduler: SchedulerSide | None = None
         self._worker: WorkerSide | None = None
         store = Store(target_of(extra, role.name.lower()), logger)
@@ -43,10 +49,7 @@ class TerraceConnector(KVConnectorBase_V1, SupportsHMA):
             self._worker = WorkerSide(store, options, logger)
             return
         self._warn(transfer)
-        spec = kv_cache_config.kv_cache_groups[0].kv_cache_spec if kv_cache_config.kv_cache_groups else None
-        tokens = spec.block_size if spec is not None else vllm_config.cache_config.block_size
-        hash_tokens = getattr(kv_cache_config, "hash_block_size", None) or tokens
-        self._scheduler = SchedulerSide(store, options, tokens, hash_tokens, logger)
+        self._scheduler = SchedulerSide(store, options, self._plan, logger)
 
     def _warn(self, transfer: Any) -> None:
         if told := advice("vllm", installed("vllm")):
@@ -73,8 +76,7 @@ class TerraceConnector(KVConnectorBase_V1, SupportsHMA):
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         assert self._worker is not None
         if not self._reason:
-            group = self._kv_cache_config.kv_cache_groups[0]
-            self._layout = self._worker.register(self._vllm_config, group, kv_caches)
+            self._layout = self._worker.register(self._vllm_config, self._plan, kv_caches)
 
     def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:
         return self._layout
@@ -112,6 +114,13 @@ class TerraceConnector(KVConnectorBase_V1, SupportsHMA):
         assert self._worker is not None
         return None, self._worker.finished()
 
+    def get_transfer_results(self, finished_req_ids: set[str]) -> Any:
+        assert self._worker is not None
+        results = super().get_transfer_results(finished_req_ids)
+        # After those that ended: whoever is among them is here by now.
+        results.failed_recving = self._worker.failed_requests()
+        return results
+
     def get_block_ids_with_load_errors(self) -> set[int]:
         assert self._worker is not None
         return self._worker.failed()
@@ -148,7 +157,7 @@ class TerraceConnector(KVConnectorBase_V1, SupportsHMA):
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         assert self._scheduler is not None
-        self._scheduler.allocated(request, blocks.get_block_ids()[0], num_external_tokens)
+        self._scheduler.allocated(request, blocks.get_block_ids(), num_external_tokens)
 
     def build_connector_meta(self, scheduler_output: Any) -> KVConnectorMetadata:
         assert self._scheduler is not None

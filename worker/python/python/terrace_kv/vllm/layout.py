@@ -1,8 +1,8 @@
-"""What the bytes of a block are: the space of one rank, and where its pieces lie in vLLM's tensors.
+"""What the bytes of a block are: the spaces of one rank, and where their pieces lie in vLLM's tensors.
 
-A block of Terrace is one block of vLLM over all layers of this rank, layer after layer. Inside a layer its bytes
-are opaque: they are copied whole, in the order in which they lie in memory. On CPUs an attention kernel packs K as
-its instruction set likes it. So everything that may change the bytes is named in the layout.
+A block of Terrace is one block of vLLM over all layers of a group on this rank, layer after layer. Inside a layer its
+bytes are opaque: they are copied whole, in the order in which they lie in memory. On CPUs an attention kernel packs K
+as its instruction set likes it. So everything that may change the bytes is named in the layout.
 """
 
 import hashlib
@@ -14,10 +14,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorHandshakeMetadata
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorHandshakeMetadata
 
 from .._manifest import SpaceManifest
 from .._versions import installed
+from .groups import Group
 
 # Enough of a weights file to tell two of the same shape apart, and little enough to be read at every start.
 _SAMPLE_BYTES = 64 << 10
@@ -27,21 +28,17 @@ _DTYPES = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
 
 @dataclass(frozen=True)
 class RankLayout(KVConnectorHandshakeMetadata):
-    """What a worker tells the scheduler: its space, or why it can serve none."""
+    """What a worker tells the scheduler: its space for each group that has layers here, or why it can serve none."""
 
-    manifest: SpaceManifest | None
+    manifests: tuple[SpaceManifest | None, ...]
     reason: str = ""
 
 
-def unsupported(vllm_config: Any, kv_cache_config: Any) -> str:
-    """Why blocks of this engine cannot be stored; empty if they can."""
-    groups = kv_cache_config.kv_cache_groups
+def unsupported(vllm_config: Any, is_whole: bool) -> str:
+    """Why blocks of this engine cannot be stored, whatever its groups are; empty if they can."""
     parallel = vllm_config.parallel_config
-    if len(groups) != 1:
-        return f"the model has {len(groups)} KV-cache groups; models with one group are supported"
-    kinds = {cls.__name__ for cls in type(groups[0].kv_cache_spec).__mro__}
-    if "FullAttentionSpec" not in kinds:
-        return f"the KV cache is a {type(groups[0].kv_cache_spec).__name__}; full attention is supported"
+    if is_whole and not hasattr(KVConnectorBase_V1, "get_transfer_results"):
+        return "the model has several KV-cache groups or windows, and this vLLM cannot be told that such a load failed"
     for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
         if getattr(parallel, name, 1) > 1:
             return f"{name} is above 1"
@@ -188,8 +185,8 @@ def _backend(layer: Any) -> str:
     return str(backend.get_name()) if hasattr(backend, "get_name") else "unknown"
 
 
-def manifest(vllm_config: Any, tokens_per_block: int, pieces: Pieces, named: str) -> SpaceManifest:
-    """The space of this rank. ``named`` is the operator's fingerprint of the weights, if there is one."""
+def manifest(vllm_config: Any, group: Group, pieces: Pieces, named: str) -> SpaceManifest:
+    """The space of a group on this rank. ``named`` is the operator's fingerprint of the weights, if there is one."""
     cache = vllm_config.cache_config
     what = {
         "vllm": installed("vllm") or "unknown",
@@ -199,6 +196,8 @@ def manifest(vllm_config: Any, tokens_per_block: int, pieces: Pieces, named: str
         "hash": str(cache.prefix_caching_hash_algo),
         **_kernel(vllm_config, pieces),
     }
+    if not group.is_chain:
+        what["window"] = f"{group.window},{group.chunk}"
     digest = hashlib.blake2b(json.dumps(what, sort_keys=True).encode(), digest_size=16).hexdigest()
     model = str(vllm_config.model_config.model)
     return SpaceManifest(
@@ -206,8 +205,10 @@ def manifest(vllm_config: Any, tokens_per_block: int, pieces: Pieces, named: str
         model_fingerprint=named.encode()[:64] if named else fingerprint(vllm_config),
         dtype=_DTYPES.get(pieces.dtype, str(cache.cache_dtype)),
         layout=f"vllm,layer,opaque,{digest}",
-        tokens_per_block=tokens_per_block,
+        tokens_per_block=group.tokens,
         block_bytes=pieces.block_bytes,
+        kind="chain" if group.is_chain else "window",
+        group=group.index,
         topology=topology(vllm_config),
         rank=int(vllm_config.parallel_config.rank),
         engine="vllm",

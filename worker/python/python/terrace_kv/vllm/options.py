@@ -8,7 +8,7 @@ from .._engine import Target
 
 LOAD_MODES = ("async", "layers", "off")
 SAVE_MODES = ("all", "prompt", "off")
-_TARGET_OPTIONS = {"socket", "grpc", "tenant", "token"}
+_TARGET_OPTIONS = {"socket", "grpc", "tenant", "token", "answer_seconds"}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,20 +6,27 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadat
 
 
 @dataclass(frozen=True)
-class Load:
-    """Blocks of a request that are to be filled from the store."""
+class Run:
+    """Blocks of one group, by its place among the groups."""
 
-    request_id: str
+    group: int
     keys: list[bytes]
     block_ids: list[int]
+
+
+@dataclass(frozen=True)
+class Load:
+    """Blocks of a request that are to be filled from the store, all or none of them of use."""
+
+    request_id: str
+    runs: list[Run]
 
 
 @dataclass(frozen=True)
 class Save:
     """Full blocks that may be stored once this step has run."""
 
-    keys: list[bytes]
-    block_ids: list[int]
+    run: Run
     parent: bytes | None
 
 

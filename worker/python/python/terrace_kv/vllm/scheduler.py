@@ -5,80 +5,64 @@ what the scheduler then promises to load stays in memory until the workers have 
 """
 
 import logging
-import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from .._background import Background
 from .._engine import Reading, Store, StoreSpace
+from .groups import NULL_BLOCK, Group, Plan
 from .layout import RankLayout
 from .options import Options
-from .orders import Load, Orders, Save
+from .orders import Load, Orders, Run, Save
+from .questions import Question, Shelf, look_up, needed
 
 # An idle daemon answers within this time, and the request need not come back in another step.
 GRACE_SECONDS = 0.002
+# While no other request runs nobody waits with it, and each empty step costs more than a late answer.
+GRACE_ALONE_SECONDS = 0.05
 # Beyond what slower tiers may take: then the daemon hangs.
 PATIENCE_SECONDS = 1.0
 QUESTIONS_MAX = 64
 
+Tables = Sequence[Sequence[int]]
+"""Block ids of a request, by vLLM's groups."""
+
 
 @dataclass
-class Question:
-    """Which of these keys are there? The answer holds them."""
+class Table:
+    """Blocks of a request in one group. ``loaded`` are positions that came from the store."""
 
-    start: int
-    keys: list[bytes]
-    deadline: float
-    used_start: int = 0
-    blocks: int = 0
-    holds: list[Reading] = field(default_factory=list)
-    done: threading.Event = field(default_factory=threading.Event)
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    dropped: bool = False
+    block_ids: list[int] = field(default_factory=list)
+    saved: int = 0
+    loaded: range = range(0)
 
-    def answer(self, blocks: int, holds: list[Reading]) -> None:
-        with self.lock:
-            if not self.dropped:
-                self.blocks, self.holds = blocks, holds
-                holds = []
-        for hold in holds:
-            hold.close()
-        self.done.set()
-
-    def drop(self) -> None:
-        """Gives back what was leased, or will be."""
-        with self.lock:
-            self.dropped = True
-            holds, self.holds = self.holds, []
-        for hold in holds:
-            hold.close()
+    def computed_again(self) -> None:
+        """A load failed: what it promised is computed, and may be stored."""
+        self.loaded, self.saved = range(0), 0
 
 
 @dataclass
 class Tracked:
-    """A request that runs. ``loaded`` are positions that came from the store."""
+    """A request that runs."""
 
     request: Any
-    block_ids: list[int] = field(default_factory=list)
-    saved: int = 0
-    loaded: range = range(0)
+    tables: list[Table]
 
 
 class SchedulerSide:
     """Matches, leases, and writes the workers' orders."""
 
-    def __init__(
-        self, store: Store, options: Options, tokens_per_block: int, hash_tokens: int, logger: logging.Logger
-    ) -> None:
+    def __init__(self, store: Store, options: Options, plan: Plan, logger: logging.Logger) -> None:
         self.store = store
         self._options = options
-        self._tokens = tokens_per_block
-        # vLLM may hash finer than it allocates; the last hash inside a block names all of it.
-        self._hashes_per_block = max(1, tokens_per_block // hash_tokens)
+        self._groups = plan.groups
+        self._hash_tokens = plan.hash_tokens
+        self._step = plan.step
         self._logger = logger
         self._background = Background("terrace-match", threads=2)
-        self._spaces: list[StoreSpace] = []
+        self._shelves: list[Shelf] = []
         self._questions: dict[str, Question] = {}
         self._tracked: dict[str, Tracked] = {}
         self._holds: dict[str, list[Reading]] = {}
@@ -93,39 +77,43 @@ class SchedulerSide:
             missing = f"{expected - len(layouts)} of {expected} workers told no layout"
             self._logger.warning("terrace stores nothing for this engine: %s", "; ".join(sorted(reasons)) or missing)
             return
-        self._spaces = [StoreSpace(self.store, layout.manifest, self._cost()) for layout in layouts if layout.manifest]
-        manifest = self._spaces[0].manifest
-        self._logger.info(
-            "terrace: blocks of %d tokens, %d bytes and %d spaces; layout %s",
-            manifest.tokens_per_block,
-            manifest.block_bytes,
-            len(self._spaces),
-            manifest.layout,
-        )
+        self._shelves = [self._shelf(group, layouts) for group in self._groups]
+        for shelf in self._shelves:
+            manifest = shelf.spaces[0].manifest
+            self._logger.info(
+                "terrace: blocks of %d tokens, %d bytes and %d spaces; layout %s",
+                manifest.tokens_per_block,
+                manifest.block_bytes,
+                len(shelf.spaces),
+                manifest.layout,
+            )
 
-    def _cost(self) -> tuple[float, float] | None:
-        seconds = self._options.seconds_per_token * self._tokens
-        return (seconds, 0.0) if seconds > 0 else None
+    def _shelf(self, group: Group, layouts: list[RankLayout]) -> Shelf:
+        seconds = self._options.seconds_per_token * group.tokens
+        cost = (seconds, 0.0) if seconds > 0 else None
+        manifests = [layout.manifests[group.index] for layout in layouts]
+        return Shelf(group, [StoreSpace(self.store, manifest, cost) for manifest in manifests if manifest is not None])
 
-    def _keys(self, request: Any, start: int, end: int) -> list[bytes]:
-        step = self._hashes_per_block
-        return [bytes(request.block_hashes[(index + 1) * step - 1]) for index in range(start, end)]
+    def _keys(self, request: Any, group: Group, blocks: range) -> list[bytes]:
+        """The last hash inside a block names all of it."""
+        each = group.tokens // self._hash_tokens
+        return [bytes(request.block_hashes[(index + 1) * each - 1]) for index in blocks]
 
-    def _full_blocks(self, request: Any, tokens: int) -> int:
-        """Whole blocks of these tokens that have a name."""
-        return min(tokens // self._tokens, len(request.block_hashes) // self._hashes_per_block)
+    def _named(self, request: Any, tokens: int) -> int:
+        """How many of these tokens have hashes."""
+        return min(tokens, len(request.block_hashes) * self._hash_tokens)
 
     def match(self, request: Any, computed: int) -> tuple[int | None, bool]:
         """Tokens behind ``computed`` that can be loaded; ``None`` while nobody knows yet."""
-        if not self._spaces or self._options.load == "off" or computed % self._tokens:
+        if not self._shelves or self._options.load == "off" or computed % self._step:
             return 0, False
-        start = computed // self._tokens
         # One token of the prompt is always computed, or there are no logits.
-        end = self._full_blocks(request, request.num_tokens - 1)
-        if end - start < self._options.blocks_min:
+        end = self._named(request, request.num_tokens - 1) // self._step * self._step
+        least = self._options.blocks_min * self._step
+        if end - computed < least:
             return 0, False
         question = self._questions.get(request.request_id)
-        if question is not None and not question.start <= start <= question.start + len(question.keys):
+        if question is not None and not question.start <= computed <= question.end:
             self._forget(request.request_id)
             question = None
         if question is None:
@@ -133,8 +121,8 @@ class SchedulerSide:
                 return 0, False
             if len(self._questions) >= QUESTIONS_MAX:
                 return None, False
-            question = self._ask(request, start, end)
-        question.used_start = start
+            question = self._ask(request, computed, end)
+        question.used_start = computed
         if not question.done.is_set():
             if time.monotonic() < question.deadline:
                 return None, False
@@ -142,17 +130,16 @@ class SchedulerSide:
             self.store.pause(PATIENCE_SECONDS)
             question.drop()
             question.done.set()
-        blocks = min(question.start + question.blocks, end) - start
-        if blocks < self._options.blocks_min:
-            return 0, False
-        return blocks * self._tokens, self._options.load == "async"
+        tokens = min(question.answer_end, end) - computed
+        return (tokens, self._options.load == "async") if tokens >= least else (0, False)
 
     def _ask(self, request: Any, start: int, end: int) -> Question:
         deadline = time.monotonic() + self._options.wait_seconds + PATIENCE_SECONDS
-        question = Question(start, self._keys(request, start, end), deadline)
+        keys = [self._keys(request, group, range(start // group.tokens, end // group.tokens)) for group in self._groups]
+        question = Question(start, end, keys, deadline)
         self._questions[request.request_id] = question
         if self._background.submit(lambda: self._answer(question)):
-            question.done.wait(GRACE_SECONDS)
+            question.done.wait(GRACE_SECONDS if self._tracked else GRACE_ALONE_SECONDS)
         else:
             question.done.set()
         return question
@@ -161,100 +148,102 @@ class SchedulerSide:
         began = time.monotonic()
         counters = self.store.counters
         counters.add("lookups")
-        holds: list[Reading] = []
-        blocks = 0 if question.dropped else self.store.prefix(self._spaces, question.keys)
-        if blocks >= self._options.blocks_min:
-            for space in self._spaces:
-                # Workers compare the bytes; here they are only kept.
-                hold = space.read(question.keys[:blocks], wait=self._options.wait_seconds, verify=False)
-                holds.append(hold)
-                blocks = min(blocks, hold.prefix)
-        counters.add("lookup_hits", blocks > 0)
+        end, holds = question.start, list[Reading]()
+        if not question.dropped:
+            options, step = self._options, self._step
+            least, wait = options.blocks_min * step, options.wait_seconds
+            end, holds = look_up(self.store, self._shelves, question, step=step, least=least, wait=wait)
+        counters.add("lookup_hits", end > question.start)
         counters.add("lookup_seconds", time.monotonic() - began)
-        question.answer(blocks, holds)
+        question.answer(end, holds)
 
     def _forget(self, request_id: str) -> None:
         question = self._questions.pop(request_id, None)
         if question is not None:
             question.drop()
 
-    def allocated(self, request: Any, block_ids: list[int], external_tokens: int) -> None:
+    def allocated(self, request: Any, block_ids: Tables, external_tokens: int) -> None:
         """A request got blocks; ``external_tokens`` of them are to be loaded."""
-        tracked = self._tracked.setdefault(request.request_id, Tracked(request))
-        tracked.block_ids = list(block_ids)
-        self._next.taken.update(block_ids)
+        tracked = self._tracked.get(request.request_id)
+        if tracked is None:
+            tracked = self._tracked[request.request_id] = Tracked(request, [Table() for _ in self._groups])
+        self._take(tracked, block_ids, replaced=True)
         question = self._questions.pop(request.request_id, None)
         if question is None:
             return
         if external_tokens == 0:
             question.drop()
             return
-        start = question.used_start
-        end = start + external_tokens // self._tokens
-        keys = question.keys[start - question.start : end - question.start]
-        self._next.loads.append(Load(request.request_id, keys, block_ids[start:end]))
-        tracked.loaded = range(start, end)
+        start, end = question.used_start, question.used_start + external_tokens
+        runs = []
+        for place, (group, table) in enumerate(zip(self._groups, tracked.tables, strict=True)):
+            blocks = needed(group, start, end)
+            keys = question.keys_of(place, group, blocks)
+            table.loaded = blocks
+            if blocks:
+                runs.append(Run(place, keys, table.block_ids[blocks.start : blocks.stop]))
+        self._next.loads.append(Load(request.request_id, runs))
         self._release(request.request_id)
         self._holds[request.request_id] = question.holds
+
+    def _take(self, tracked: Tracked | None, block_ids: Tables, *, replaced: bool) -> None:
+        """Blocks have a new owner: this request, if it is one of ours."""
+        for group in self._groups:
+            self._next.taken.update(block_ids[group.index])
+        if tracked is None:
+            return
+        for group, table in zip(self._groups, tracked.tables, strict=True):
+            added = block_ids[group.index]
+            table.block_ids = [*added] if replaced else [*table.block_ids, *added]
 
     def orders(self, output: Any) -> Orders:
         """The workers' orders of this step."""
         steps: dict[str, int] = {}
         for new in output.scheduled_new_reqs:
-            self._blocks_of(new.req_id, new.block_ids[0], replaced=True)
+            self._take(self._tracked.get(new.req_id), new.block_ids, replaced=True)
             steps[new.req_id] = new.num_computed_tokens
         cached = output.scheduled_cached_reqs
         for request_id, computed, added in zip(
             cached.req_ids, cached.num_computed_tokens, cached.new_block_ids, strict=True
         ):
             if added is not None:
-                self._blocks_of(request_id, added[0], replaced=request_id in cached.resumed_req_ids)
+                replaced = request_id in cached.resumed_req_ids
+                self._take(self._tracked.get(request_id), added, replaced=replaced)
             steps[request_id] = computed
         for request_id, scheduled in output.num_scheduled_tokens.items():
             tracked = self._tracked.get(request_id)
             if tracked is not None and request_id in steps:
-                self._save(tracked, steps[request_id] + scheduled)
+                self._next.saves += self._saves(tracked, steps[request_id] + scheduled)
         orders, self._next = self._next, Orders()
         orders.resets = self._resets
         # A request that ended gave its blocks back, perhaps to another one of this step.
         ended, self._ended = self._ended, []
-        orders.saves += [save for save in ended if orders.taken.isdisjoint(save.block_ids)]
+        orders.saves += [save for save in ended if orders.taken.isdisjoint(save.run.block_ids)]
         return orders
-
-    def _blocks_of(self, request_id: str, block_ids: list[int], *, replaced: bool) -> None:
-        self._next.taken.update(block_ids)
-        tracked = self._tracked.get(request_id)
-        if tracked is None:
-            return
-        if replaced:
-            tracked.block_ids = list(block_ids)
-        else:
-            tracked.block_ids += block_ids
-
-    def _save(self, tracked: Tracked, tokens: int) -> None:
-        self._next.saves += self._saves(tracked, tokens)
 
     def _saves(self, tracked: Tracked, tokens: int) -> list[Save]:
         """What became full since the last time, without what came from the store."""
-        request = tracked.request
-        if not self._spaces or self._options.save == "off":
+        if not self._shelves or self._options.save == "off":
             return []
+        request = tracked.request
         if self._options.save == "prompt":
             tokens = min(tokens, request.num_prompt_tokens)
-        start, end = tracked.saved, min(self._full_blocks(request, tokens), len(tracked.block_ids))
-        tracked.saved = max(start, end)
-        loaded = tracked.loaded
-        runs = (
-            [range(start, min(end, loaded.start)), range(max(start, loaded.stop), end)]
-            if loaded
-            else [range(start, end)]
-        )
+        tokens = self._named(request, tokens)
         saves = []
-        for run in runs:
-            if run:
-                parent = self._keys(request, run.start - 1, run.start)[0] if run.start else None
-                keys = self._keys(request, run.start, run.stop)
-                saves.append(Save(keys, tracked.block_ids[run.start : run.stop], parent))
+        for place, (group, table) in enumerate(zip(self._groups, tracked.tables, strict=True)):
+            start, end = table.saved, min(tokens // group.tokens, len(table.block_ids))
+            table.saved = max(start, end)
+            fresh = [
+                block
+                for block in range(start, end)
+                if block not in table.loaded and (group.is_chain or table.block_ids[block] != NULL_BLOCK)
+            ]
+            for blocks in _runs(fresh):
+                before = range(max(0, blocks.start - 1), blocks.start)
+                parent = self._keys(request, group, before)
+                block_ids = table.block_ids[blocks.start : blocks.stop]
+                run = Run(place, self._keys(request, group, blocks), block_ids)
+                saves.append(Save(run, parent[0] if parent else None))
         return saves
 
     def finished(self, request: Any) -> None:
@@ -268,13 +257,12 @@ class SchedulerSide:
         """Workers have loaded, or failed: nothing needs to be kept for them any more."""
         for request_id in output.finished_recving or ():
             self._release(request_id)
-        failed = output.invalid_block_ids
-        if failed:
-            for tracked in self._tracked.values():
-                if not failed.isdisjoint(tracked.block_ids):
-                    # They are computed now, and may be stored again.
-                    tracked.loaded = range(0)
-                    tracked.saved = 0
+        lost = getattr(output, "failed_recving", None) or ()
+        bad = output.invalid_block_ids or set()
+        for request_id, tracked in self._tracked.items() if lost or bad else ():
+            if request_id in lost or any(not bad.isdisjoint(table.block_ids) for table in tracked.tables):
+                for table in tracked.tables:
+                    table.computed_again()
 
     def _release(self, request_id: str) -> None:
         for hold in self._holds.pop(request_id, ()):
@@ -291,7 +279,7 @@ class SchedulerSide:
         self._resets += 1
         for request_id in list(self._questions):
             self._forget(request_id)
-        return all([space.clear() for space in self._spaces])
+        return all([space.clear() for shelf in self._shelves for space in shelf.spaces])
 
     def stop(self) -> None:
         self._background.stop(1.0)
@@ -300,3 +288,14 @@ class SchedulerSide:
         for request_id in list(self._holds):
             self._release(request_id)
         self.store.close()
+
+
+def _runs(blocks: Sequence[int]) -> list[range]:
+    """Numbers in a row, as ranges."""
+    runs: list[range] = []
+    for block in blocks:
+        if runs and runs[-1].stop == block:
+            runs[-1] = range(runs[-1].start, block + 1)
+        else:
+            runs.append(range(block, block + 1))
+    return runs

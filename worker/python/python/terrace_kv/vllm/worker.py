@@ -3,15 +3,26 @@
 import logging
 import threading
 import time
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from .._background import Background
 from .._engine import Store, StoreSpace
+from .groups import NULL_BLOCK, Group, Plan
 from .layout import Pieces, RankLayout, manifest
 from .options import Options
-from .orders import Load, Orders, Save
+from .orders import Load, Orders, Run, Save
+from .threads import unbound
+
+
+@dataclass(frozen=True)
+class Part:
+    """A group's layers on this rank, and the space of their blocks."""
+
+    pieces: Pieces
+    space: StoreSpace
 
 
 class Saving:
@@ -19,7 +30,7 @@ class Saving:
 
     def __init__(self, save: Save, pieces: Pieces, event: Any) -> None:
         self.save = save
-        self.block_ids = frozenset(save.block_ids)
+        self.block_ids = frozenset(save.run.block_ids)
         self._pieces = pieces
         self._event = event
         self._lock = threading.Lock()
@@ -32,7 +43,7 @@ class Saving:
             if self._event is not None:
                 self._event.synchronize()
                 self._event = None
-            self._pieces.copy(frame, self.save.block_ids[index], into_frame=True)
+            self._pieces.copy(frame, self.save.run.block_ids[index], into_frame=True)
             return True
 
     def revoke(self) -> None:
@@ -60,8 +71,8 @@ class WorkerSide:
         self.store = store
         self._options = options
         self._logger = logger
-        self._pieces: Pieces | None = None
-        self._space: StoreSpace | None = None
+        self._parts: list[Part | None] = []
+        self._is_whole = False
         self._savers = Background("terrace-save", threads=1)
         self._loaders = Background("terrace-load", threads=1)
         self._lock = threading.Lock()
@@ -69,22 +80,31 @@ class WorkerSide:
         self._save_blocks = 0
         self._finished: set[str] = set()
         self._failed: set[int] = set()
+        self._failed_requests: set[str] = set()
         self._loadings: list[Loading] = []
         self._resets = 0
 
-    def register(self, vllm_config: Any, group: Any, caches: dict[str, torch.Tensor]) -> RankLayout:
-        """Takes the tensors of the KV cache; answers the space that their blocks live in."""
+    def register(self, vllm_config: Any, plan: Plan, caches: dict[str, torch.Tensor]) -> RankLayout:
+        """Takes the tensors of the KV cache; answers the spaces that their blocks live in."""
         try:
-            pieces = Pieces([name for name in group.layer_names if name in caches], caches)
-            named = self._options.model_fingerprint
-            space = manifest(vllm_config, group.kv_cache_spec.block_size, pieces, named)
+            parts = [self._part(vllm_config, group, caches) for group in plan.groups]
         except (ValueError, KeyError, OSError, RuntimeError) as error:
-            return RankLayout(None, f"{type(error).__name__}: {error}")
-        self._pieces = pieces
-        self._space = StoreSpace(self.store, space)
-        # The daemon is looked for now, so that a log says at once whether it is there.
-        self.store.session()
-        return RankLayout(space)
+            return RankLayout((), f"{type(error).__name__}: {error}")
+        self._parts, self._is_whole = parts, plan.is_whole
+        with unbound():
+            for background in (self._savers, self._loaders):
+                background.start()
+            # The daemon is looked for now, so that a log says at once whether it is there.
+            self.store.session()
+        return RankLayout(tuple(part.space.manifest if part is not None else None for part in parts))
+
+    def _part(self, vllm_config: Any, group: Group, caches: dict[str, torch.Tensor]) -> Part | None:
+        names = [name for name in group.layers if name in caches]
+        if not names:
+            return None
+        pieces = Pieces(names, caches)
+        space = manifest(vllm_config, group, pieces, self._options.model_fingerprint)
+        return Part(pieces, StoreSpace(self.store, space))
 
     def guard(self, orders: Orders) -> None:
         """Before anything is overwritten: ends saves whose blocks have a new owner, or whose weights are gone."""
@@ -94,67 +114,81 @@ class WorkerSide:
         for saving in ended:
             saving.revoke()
             self.store.counters.add("saves_revoked")
-        if reset and self._space is not None:
-            self._space.forget()
+        for part in self._parts:
+            if reset and part is not None:
+                part.space.forget()
 
     def start_loads(self, orders: Orders) -> None:
-        pieces = self._pieces
-        groups = -(-len(pieces.names) // self._options.layers_per_group) if pieces is not None else 1
         for load in orders.loads:
-            loading = Loading(load, groups)
+            loading = Loading(load, self._layer_groups())
             if self._options.load == "layers":
                 self._loadings.append(loading)
-            if pieces is None or not self._loaders.submit(lambda loading=loading: self._load(loading)):
-                self._loaded(loading, [False] * len(load.keys))
+            if not self._parts or not self._loaders.submit(lambda loading=loading: self._load(loading)):
+                self._loaded(loading, [[False] * len(run.keys) for run in load.runs])
+
+    def _layer_groups(self) -> int:
+        """They matter only where a step waits for them; then there is one group."""
+        part = self._parts[0] if self._parts and self._options.load == "layers" else None
+        return -(-len(part.pieces.names) // self._options.layers_per_group) if part is not None else 1
 
     def _load(self, loading: Loading) -> None:
         began = time.monotonic()
-        good = [False] * len(loading.load.keys)
+        good = [[False] * len(run.keys) for run in loading.load.runs]
         try:
-            if self._pieces is not None and self._space is not None:
-                with self._space.read(loading.load.keys, wait=self._options.wait_seconds) as reading:
-                    self._copy(loading, reading.blocks)
-                    self._synchronize()
-                    good = reading.good()
+            for place, run in enumerate(loading.load.runs):
+                good[place] = self._load_run(loading, run)
+                if not all(good[place]) and self._is_whole:
+                    # All of it is computed then.
+                    break
         finally:
             self._loaded(loading, good)
         self.store.counters.add("load_seconds", time.monotonic() - began)
 
-    def _copy(self, loading: Loading, blocks: list[Any]) -> None:
-        pieces = self._pieces
-        assert pieces is not None, "loads start after the tensors were registered"
+    def _load_run(self, loading: Loading, run: Run) -> list[bool]:
+        part = self._parts[run.group]
+        if part is None:
+            return [True] * len(run.keys)
+        with part.space.read(run.keys, wait=self._options.wait_seconds) as reading:
+            self._copy(loading, part.pieces, run, reading.blocks)
+            if not part.pieces.is_cpu:
+                torch.cuda.current_stream(part.pieces.device).synchronize()
+            return reading.good()
+
+    def _copy(self, loading: Loading, pieces: Pieces, run: Run, blocks: list[Any]) -> None:
         layers = len(pieces.names)
         size = self._options.layers_per_group if self._options.load == "layers" else layers
-        found = [
-            (frame, block) for frame, block in zip(blocks, loading.load.block_ids, strict=True) if frame is not None
-        ]
+        pairs = zip(blocks, run.block_ids, strict=True)
+        found = [(frame, block) for frame, block in pairs if frame is not None and block != NULL_BLOCK]
         for group, first in enumerate(range(0, layers, size)):
             last = min(first + size, layers)
             for frame, block in found:
                 if frame.valid:
                     pieces.copy(frame, block, into_frame=False, first=first, last=last)
-            loading.groups[group].set()
+            if self._options.load == "layers":
+                loading.groups[group].set()
 
-    def _synchronize(self) -> None:
-        if self._pieces is not None and not self._pieces.is_cpu:
-            torch.cuda.current_stream(self._pieces.device).synchronize()
-
-    def _loaded(self, loading: Loading, good: list[bool]) -> None:
-        pairs = list(zip(loading.load.block_ids, good, strict=True))
+    def _loaded(self, loading: Loading, good: list[list[bool]]) -> None:
+        runs = loading.load.runs
+        pairs = [pair for run, fine in zip(runs, good, strict=True) for pair in zip(run.block_ids, fine, strict=True)]
+        lost = [block for block, fine in pairs if not fine]
         with self._lock:
             # Errors first: whoever sees the end of a load sees what failed in it.
-            self._failed.update(block for block, fine in pairs if not fine)
+            if not self._is_whole:
+                self._failed.update(lost)
+            elif lost:
+                self._failed_requests.add(loading.load.request_id)
             if self._options.load == "async":
                 self._finished.add(loading.load.request_id)
         loading.finish()
-        self.store.counters.add("blocks_loaded", sum(good))
-        self.store.counters.add("blocks_failed", len(good) - sum(good))
+        self.store.counters.add("blocks_loaded", len(pairs) - len(lost))
+        self.store.counters.add("blocks_failed", len(lost))
 
     def wait_for_layer(self, name: str) -> None:
         """With load "layers": until the blocks of this layer are there, or are known to be lost."""
-        if not self._loadings or self._pieces is None:
+        part = self._parts[0] if self._loadings and self._parts else None
+        if part is None:
             return
-        group = self._pieces.names.index(name) // self._options.layers_per_group
+        group = part.pieces.names.index(name) // self._options.layers_per_group
         for loading in self._loadings:
             loading.groups[group].wait()
 
@@ -167,30 +201,29 @@ class WorkerSide:
 
     def queue_saves(self, orders: Orders) -> None:
         """Starts storing what this step made full. Waits for nothing."""
-        pieces = self._pieces
-        if pieces is None or not orders.saves:
-            return
-        event = None
-        if not pieces.is_cpu:
-            event = torch.cuda.Event()
-            event.record(torch.cuda.current_stream(pieces.device))
-        for save in orders.saves:
-            saving = Saving(save, pieces, event)
+        parts = [(save, self._parts[save.run.group]) for save in orders.saves] if self._parts else []
+        for save, part in parts:
+            if part is None:
+                continue
+            event = None
+            if not part.pieces.is_cpu:
+                event = torch.cuda.Event()
+                event.record(torch.cuda.current_stream(part.pieces.device))
+            saving, blocks = Saving(save, part.pieces, event), len(save.run.keys)
             with self._lock:
-                room = self._save_blocks + len(save.keys) <= self._options.save_blocks_max and not self.store.silent
+                room = self._save_blocks + blocks <= self._options.save_blocks_max and not self.store.silent
                 if room:
                     self._savings.add(saving)
-                    self._save_blocks += len(save.keys)
+                    self._save_blocks += blocks
             if not room:
-                self.store.counters.add("blocks_dropped", len(save.keys))
-            elif not self._savers.submit(lambda saving=saving: self._save(saving)):
+                self.store.counters.add("blocks_dropped", blocks)
+            elif not self._savers.submit(lambda saving=saving, part=part: self._save(saving, part.space)):
                 self._saved(saving)
 
-    def _save(self, saving: Saving) -> None:
-        began = time.monotonic()
+    def _save(self, saving: Saving, space: StoreSpace) -> None:
+        began, save = time.monotonic(), saving.save
         try:
-            if self._space is not None:
-                self._space.put(saving.save.keys, saving.give, parent=saving.save.parent)
+            space.put(save.run.keys, saving.give, parent=save.parent)
         finally:
             self._saved(saving)
         self.store.counters.add("save_seconds", time.monotonic() - began)
@@ -198,7 +231,7 @@ class WorkerSide:
     def _saved(self, saving: Saving) -> None:
         with self._lock:
             self._savings.discard(saving)
-            self._save_blocks -= len(saving.save.keys)
+            self._save_blocks -= len(saving.save.run.keys)
 
     def finished(self) -> set[str]:
         """Requests whose loads ended, well or not, since the last call."""
@@ -210,6 +243,12 @@ class WorkerSide:
         """Blocks that were promised and could not be had, since the last call."""
         with self._lock:
             failed, self._failed = self._failed, set()
+        return failed
+
+    def failed_requests(self) -> set[str]:
+        """The same as whole requests, where the rest of a load is of no use."""
+        with self._lock:
+            failed, self._failed_requests = self._failed_requests, set()
         return failed
 
     def stop(self) -> None:

@@ -1,0 +1,340 @@
+//! Files that a device reads and writes itself, by cuFile (GPUDirect Storage).
+//!
+//! Promises, to every job that was taken: exactly one answer within its time,
+//! even while the library hangs, and exactly one release when the library has let
+//! go of the chunk. A library that is missing, refuses or hangs is an error value;
+//! the caller then reads into pinned memory and copies ([`crate::Copies`]). Leaves to
+//! others: which blocks lie where, and when this way is worth taking
+//! ([`crate::measure_files`]).
+//!
+//! cuFile's calls wait, so some threads of ours make them: one job each, or a
+//! batch each ([`Submission`]). A thread whose call hangs is not replaced; when all
+//! hang, everything is refused.
+
+mod library;
+mod measure;
+mod table;
+
+use std::fs::File;
+use std::os::fd::AsRawFd;
+use std::path::Path;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use crate::copies::{Ends, JobId};
+use crate::device::{Chunk, Device, DeviceKind};
+use crate::error::DeviceError;
+use crate::span::DeviceBytes;
+
+pub use library::{GdsInfo, log_to};
+use library::{Handle, Library};
+pub use measure::{FileChoice, FileRate, measure_files};
+use table::{Table, Told};
+
+/// Opening asks the kernel module and every device.
+const OPEN_WITHIN: Duration = Duration::from_secs(20);
+/// What one batch may hold: the library's own limit is 128.
+const BATCH_JOBS_MAX: usize = 32;
+
+/// Which way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum FileOperation {
+    /// File to device.
+    Read,
+    /// Device to file.
+    Write,
+}
+
+/// How jobs are given to the library.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Submission {
+    /// One call a job, some threads at once.
+    Calls,
+    /// Several jobs of one direction by one submission.
+    Batches,
+}
+
+/// Every limit of the engine.
+#[derive(Clone, Copy, Debug)]
+pub struct FileLimits {
+    /// Threads that call the library.
+    pub threads: usize,
+    /// Jobs that are not released, in all.
+    pub jobs_max: usize,
+    /// A call that takes so long makes its thread count as hanging.
+    pub silence_max: Duration,
+}
+
+/// A file that the library knows. Dropped after the last job on it: forgotten and closed.
+#[derive(Debug)]
+pub struct GdsFile {
+    handle: Handle,
+    // After the handle.
+    _file: File,
+}
+
+/// One transfer between a file and a chunk.
+#[derive(Debug)]
+pub struct FileJob {
+    /// Comes back in [`Ends`].
+    pub id: JobId,
+    /// Which way.
+    pub operation: FileOperation,
+    /// Registered with the same engine.
+    pub file: Arc<GdsFile>,
+    /// First byte in the file, a multiple of 4 KiB as O_DIRECT wants it.
+    pub offset: u64,
+    /// All of it is read or written; less is an error.
+    pub bytes: DeviceBytes,
+    /// When waiting ends, counted from now.
+    pub within: Duration,
+}
+
+/// A job that was not taken.
+#[derive(Debug)]
+pub struct FileRefused {
+    /// As it was.
+    pub job: FileJob,
+    /// Why. For all but [`DeviceError::BadJob`], the other way is open.
+    pub error: DeviceError,
+}
+
+/// The library over one device, and its threads.
+#[derive(Debug)]
+pub struct Gds {
+    library: Arc<Library>,
+    shared: Arc<Shared>,
+}
+
+pub(crate) struct Shared {
+    table: Mutex<Table>,
+    work: Condvar,
+    alarm: Condvar,
+    telling: Mutex<()>,
+    ends: Arc<dyn Ends>,
+}
+
+impl std::fmt::Debug for Shared {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Shared").field("table", &self.table).finish_non_exhaustive()
+    }
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, Table> {
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Tells what has ended, in order. Not under the lock.
+    fn tell(&self) {
+        let _telling = self.telling.lock().unwrap_or_else(PoisonError::into_inner);
+        loop {
+            let told = std::mem::take(&mut self.lock().told);
+            if told.is_empty() {
+                return;
+            }
+            for end in told {
+                match end {
+                    Told::Answered(id, result) => self.ends.answered(id, result),
+                    Told::Released(id, job) => {
+                        drop(job);
+                        self.ends.released(id);
+                    }
+                }
+            }
+        }
+    }
+}
+
+impl Gds {
+    /// Loads the library and starts the threads. The library writes its log where
+    /// CUFILE_LOGFILE_PATH says, which must be set ([`log_to`]): without, it would
+    /// write into the working directory.
+    ///
+    /// # Errors
+    /// [`DeviceError::NoDriver`] without the library, [`DeviceError::Unsupported`] on the
+    /// stand-in or without a place for the log, [`DeviceError::Hung`], or what the library says.
+    pub fn open(
+        device: &Arc<dyn Device>,
+        submission: Submission,
+        limits: FileLimits,
+        ends: Arc<dyn Ends>,
+    ) -> Result<Self, DeviceError> {
+        if device.info().kind != DeviceKind::Cuda {
+            return Err(DeviceError::Unsupported { what: "cuFile without a CUDA device".to_owned() });
+        }
+        let opened = Arc::clone(device);
+        let library = crate::cuda::within("opening cuFile", OPEN_WITHIN, move || {
+            opened.bind_thread()?;
+            Library::open()
+        })??;
+        let library = Arc::new(library);
+        let shared = Arc::new(Shared {
+            table: Mutex::new(Table::new(limits)),
+            work: Condvar::new(),
+            alarm: Condvar::new(),
+            telling: Mutex::default(),
+            ends,
+        });
+        let gds = Self { library: Arc::clone(&library), shared: Arc::clone(&shared) };
+        for number in 0..limits.threads.max(1) {
+            let (device, library, shared) = (Arc::clone(device), Arc::clone(&library), Arc::clone(&shared));
+            crate::copies::spawn(format!("cufile-{number}"), move || {
+                run(&*device, &library, &shared, submission, number);
+            })?;
+        }
+        crate::copies::spawn("cufile-watch".to_owned(), move || watch(&shared))?;
+        Ok(gds)
+    }
+
+    /// What the library says of itself.
+    pub fn info(&self) -> &GdsInfo {
+        self.library.info()
+    }
+
+    /// Lets the library know a file, opened with O_DIRECT.
+    ///
+    /// # Errors
+    /// What the library says, for example that it does not know the file system.
+    pub fn file(&self, file: File) -> Result<Arc<GdsFile>, DeviceError> {
+        let handle = self.library.register(file.as_raw_fd())?;
+        Ok(Arc::new(GdsFile { handle, _file: file }))
+    }
+
+    /// Lets the library prepare a chunk, so that transfers need no buffers of its
+    /// own. Optional; ends when the answer is dropped.
+    ///
+    /// # Errors
+    /// What the library says. Jobs on the chunk work all the same.
+    pub fn prepare(&self, chunk: &Arc<Chunk>) -> Result<Prepared, DeviceError> {
+        self.library.prepare(chunk.address(), chunk.bytes().get())?;
+        Ok(Prepared { library: Arc::clone(&self.library), chunk: Arc::clone(chunk) })
+    }
+
+    /// Takes a job. Nothing waits.
+    ///
+    /// # Errors
+    /// The job, with [`DeviceError::Throttled`], [`DeviceError::BadJob`] or [`DeviceError::Hung`].
+    pub fn submit(&self, job: FileJob) -> Result<(), FileRefused> {
+        if i64::try_from(job.offset).is_err() || job.bytes.bytes().get() == 0 {
+            return Err(FileRefused {
+                job,
+                error: DeviceError::BadJob { detail: "no bytes, or no such offset" },
+            });
+        }
+        let refused = self.shared.lock().enqueue(job, Instant::now());
+        if let Err(refused) = refused {
+            return Err(*refused);
+        }
+        self.shared.work.notify_one();
+        self.shared.alarm.notify_one();
+        Ok(())
+    }
+
+    /// Jobs that are not released yet.
+    pub fn under_way(&self) -> usize {
+        self.shared.lock().under_way()
+    }
+}
+
+impl Drop for Gds {
+    /// Refuses what waits. The threads end when what they do has ended.
+    fn drop(&mut self) {
+        self.shared.lock().close();
+        self.shared.work.notify_all();
+        self.shared.alarm.notify_all();
+        self.shared.tell();
+    }
+}
+
+/// A chunk that the library has prepared.
+#[derive(Debug)]
+pub struct Prepared {
+    library: Arc<Library>,
+    chunk: Arc<Chunk>,
+}
+
+impl Drop for Prepared {
+    fn drop(&mut self) {
+        self.library.unprepare(self.chunk.address());
+    }
+}
+
+/// One thread of the library's callers.
+fn run(device: &dyn Device, library: &Library, shared: &Shared, submission: Submission, number: usize) {
+    let most = match submission {
+        Submission::Calls => 1,
+        Submission::Batches => BATCH_JOBS_MAX,
+    };
+    // A lost device shows at the first job.
+    let bound = device.bind_thread();
+    loop {
+        let taken = {
+            let mut table = shared.lock();
+            loop {
+                let taken = table.take(number, most, Instant::now());
+                if !taken.is_empty() {
+                    break taken;
+                }
+                if table.closing {
+                    drop(table);
+                    shared.alarm.notify_all();
+                    return;
+                }
+                table = shared.work.wait(table).unwrap_or_else(PoisonError::into_inner);
+            }
+        };
+        let results = match (&bound, submission) {
+            (Err(error), _) => vec![Err(error.clone()); taken.len()],
+            (Ok(()), Submission::Calls) => taken.iter().map(|(_, job)| library.call(job)).collect(),
+            (Ok(()), Submission::Batches) => library.batch(&taken),
+        };
+        {
+            let mut table = shared.lock();
+            for ((key, job), result) in taken.into_iter().zip(results) {
+                table.finish(key, job, result);
+            }
+            table.rested(number);
+        }
+        shared.tell();
+    }
+}
+
+/// Ends waits. Never calls the library.
+fn watch(shared: &Shared) {
+    loop {
+        let next = {
+            let mut table = shared.lock();
+            if table.closing && table.under_way() == 0 {
+                return;
+            }
+            table.expire(Instant::now())
+        };
+        shared.tell();
+        let table = shared.lock();
+        if !table.told.is_empty() {
+            continue;
+        }
+        let now = Instant::now();
+        let next = next.into_iter().chain(table.next_deadline()).min();
+        match next {
+            Some(at) if at <= now => {}
+            Some(at) => {
+                drop(shared.alarm.wait_timeout(table, at - now).unwrap_or_else(PoisonError::into_inner))
+            }
+            None => drop(shared.alarm.wait(table).unwrap_or_else(PoisonError::into_inner)),
+        }
+    }
+}
+
+/// Whether the folder's files can be given to the library at all: O_DIRECT must work there.
+pub(crate) fn open_direct(path: &Path, write: bool) -> std::io::Result<File> {
+    use std::os::unix::fs::OpenOptionsExt;
+    File::options()
+        .read(true)
+        .write(write)
+        .create(write)
+        .truncate(false)
+        .custom_flags(libc::O_DIRECT)
+        .open(path)
+}
