@@ -290,12 +290,8 @@ impl World {
             }
             Effect::Promote { op, class, .. } => return self.promoted(*op, *class),
             Effect::Cancel { op, .. } => return self.cancelled(*op),
-            Effect::CreateChunk { op, chunk, tenant, owner, frames, memory, .. } => {
-                let frames = (0..*frames).map(|_| MemoryFrame { fence: 1, payload: GARBAGE }).collect();
-                let memory = *memory;
-                let made = Chunk { owner: *owner, tenant: *tenant, frames, memory, ready: false };
-                assert!(self.chunks.insert(*chunk, made).is_none(), "chunk ids are never used again");
-                self.assert_limited(memory);
+            Effect::CreateChunk { op, .. } => {
+                self.chunk_asked(&effect);
                 (*op, None)
             }
             Effect::CloseWindow { op, chunk } => {
@@ -350,6 +346,16 @@ impl World {
         let delay = if self.random.percent(4) { 150 } else { 0 };
         let not_before = self.steps + delay;
         self.pending.push(Pending { op, effect, sample, not_before, cancelled: false, doomed: false });
+    }
+
+    fn chunk_asked(&mut self, effect: &Effect) {
+        let &Effect::CreateChunk { chunk, tenant, owner, frames, memory, .. } = effect else {
+            panic!("{effect:?} makes no chunk");
+        };
+        let frames = (0..frames).map(|_| MemoryFrame { fence: 1, payload: GARBAGE }).collect();
+        let made = Chunk { owner, tenant, frames, memory, ready: false };
+        assert!(self.chunks.insert(chunk, made).is_none(), "chunk ids are never used again");
+        self.assert_limited(memory);
     }
 
     fn assert_durable(&self, block: BlockId, source: DiskFrame) {
@@ -433,19 +439,7 @@ impl World {
                 self.ghosts.retain(|(frame, _, _)| frame.chunk != *chunk);
                 if fails { Err(Fault::StillMapped) } else { Ok(Done::Plain) }
             }
-            Effect::Read { source, target, expect, .. } => {
-                let found = self.cells.get(source).map(|cell| (cell.header, cell.payload));
-                let (header, payload) = found.unwrap_or((*expect, GARBAGE));
-                self.frame(*target).payload = payload;
-                let sound = header == *expect && checksum_of(expect.block, payload) == expect.checksum;
-                self.seen.lies_read += u64::from(self.lied.contains(source));
-                match (fails, self.random.percent(50)) {
-                    (true, true) => Err(Fault::Device),
-                    (true, false) => Err(Fault::Checksum),
-                    (false, _) if sound => Ok(Done::Plain),
-                    (false, _) => Err(Fault::Checksum),
-                }
-            }
+            Effect::Read { source, target, expect, .. } => self.finish_read(*source, *target, expect, fails),
             Effect::Write { source, target, header, via, .. } => {
                 self.finish_write(*source, *target, header, *via, pending.sample, fails)
             }
@@ -474,17 +468,35 @@ impl World {
             }
             Effect::Verify { frame, expect, .. } => {
                 let payload = self.frame(*frame).payload;
-                let sound = checksum_of(expect.block, payload) == expect.checksum;
-                if sound && !fails { Ok(Done::Plain) } else { Err(Fault::Checksum) }
+                is_sound(*expect, payload, fails)
             }
             Effect::Copy { source, target, expect, .. } => {
                 let payload = self.frame(*source).payload;
                 self.frame(*target).payload = payload;
-                let sound = checksum_of(expect.block, payload) == expect.checksum;
-                if sound && !fails { Ok(Done::Plain) } else { Err(Fault::Checksum) }
+                is_sound(*expect, payload, fails)
             }
             Effect::Scrub { source, expect, .. } => self.finish_scrub(*source, expect, fails),
             other => panic!("{other:?} is no slow effect"),
+        }
+    }
+
+    fn finish_read(
+        &mut self,
+        source: DiskFrame,
+        target: FrameRef,
+        expect: &BlockHeader,
+        fails: bool,
+    ) -> Result<Done, Fault> {
+        let found = self.cells.get(&source).map(|cell| (cell.header, cell.payload));
+        let (header, payload) = found.unwrap_or((*expect, GARBAGE));
+        self.frame(target).payload = payload;
+        let sound = header == *expect && checksum_of(expect.block, payload) == expect.checksum;
+        self.seen.lies_read += u64::from(self.lied.contains(&source));
+        match (fails, self.random.percent(50)) {
+            (true, true) => Err(Fault::Device),
+            (true, false) => Err(Fault::Checksum),
+            (false, _) if sound => Ok(Done::Plain),
+            (false, _) => Err(Fault::Checksum),
         }
     }
 
@@ -716,6 +728,12 @@ impl World {
             self.tell(Input::OpDone { op: pending.op, outcome });
         }
     }
+}
+
+/// What a check of a payload answers.
+fn is_sound(expect: BlockHeader, payload: u64, fails: bool) -> Result<Done, Fault> {
+    let sound = checksum_of(expect.block, payload) == expect.checksum;
+    if sound && !fails { Ok(Done::Plain) } else { Err(Fault::Checksum) }
 }
 
 fn block_id(space: u8, chain: u8, place: u8) -> BlockId {
