@@ -268,7 +268,8 @@ mod tests {
         );
         let error = options(&["--grpc", "localhost"]).check().unwrap_err();
         assert!(error.to_string().contains("--grpc localhost"), "{error}");
-        let twice = options(&["--grpc", "http://a:1,http://b:1", "--grpc", "http://a:1"]).check().unwrap_err();
+        let twice =
+            options(&["--grpc", "http://a:1,http://b:1", "--grpc", "http://a:1"]).check().unwrap_err();
         assert_eq!(twice, BadConfig::Twice { found: "http://a:1".to_owned() });
         let both = options(&["--grpc", "http://a:1", "--grpc", "http://b:1"]).check().unwrap();
         assert_eq!(both.grpc, ["http://a:1", "http://b:1"]);

@@ -107,8 +107,7 @@ mod tests {
             .zip(&candidates)
             .map(|(worker, candidate)| (worker.load.name.as_str(), candidate.view, candidate.space))
             .collect();
-        let expected =
-            [("decode-0", 0, 0), ("decode-0@http://b:1", 1, 1), ("decode-1@http://b:1", 1, 1)];
+        let expected = [("decode-0", 0, 0), ("decode-0@http://b:1", 1, 1), ("decode-1@http://b:1", 1, 1)];
         assert_eq!(seen, expected);
         // With one daemon nothing is renamed, and a worker that nobody named is at the first.
         let alone = homes.join(&[report(3, &["decode-0"])], &names[..1]);

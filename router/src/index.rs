@@ -181,11 +181,7 @@ impl Daemon {
     }
 
     /// What it holds of a prompt.
-    async fn look_up(
-        &self,
-        manifest: &wire::SpaceManifest,
-        keys: &[[u8; 16]],
-    ) -> Result<View, ClientError> {
+    async fn look_up(&self, manifest: &wire::SpaceManifest, keys: &[[u8; 16]]) -> Result<View, ClientError> {
         // A daemon that is away serves nobody, whatever it holds.
         let open = self.current.borrow().clone().ok_or(ClientError::Disconnected)?;
         let space = open.space(manifest).await?;

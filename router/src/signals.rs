@@ -5,8 +5,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use futures_util::future::select_all;
-use terrace_proto::v1::ObserveResponse;
 use terrace_client::signals::{Follower, Report, Reporter};
+use terrace_proto::v1::ObserveResponse;
 
 use crate::serve::Router;
 

@@ -158,8 +158,7 @@ impl Answer<'_> {
 
     fn choose(&mut self, view: &View) -> Result<Option<Placed>, ApiError> {
         let tokens = (self.job.tokens.len() + self.generated.len()) as u64;
-        let mut views: Vec<source::View> =
-            view.spaces.iter().flat_map(|space| self.sources(space)).collect();
+        let mut views: Vec<source::View> = view.spaces.iter().flat_map(|space| self.sources(space)).collect();
         let free: Vec<&Worker> = view.decode.iter().filter(|worker| !worker.is_filled).collect();
         let decode: Vec<Candidate> = free.iter().map(|worker| self.candidate(worker, &mut views)).collect();
         let wants_prefill = self.prefilled.is_none() && self.prefill_failures < PREFILL_FAILURES_MAX;

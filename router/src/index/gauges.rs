@@ -114,7 +114,8 @@ mod tests {
     fn the_page_can_be_read() {
         let gauges = Gauges::new().unwrap();
         let counts = Counts { entries: 7, evicted: 3, ..Counts::default() };
-        let row = |applied| Row { daemon: "a", connected: true, known: true, behind: 4, applied, snapshots: 2 };
+        let row =
+            |applied| Row { daemon: "a", connected: true, known: true, behind: 4, applied, snapshots: 2 };
         gauges.text(counts, &[row(5)]).unwrap();
         let text = gauges.text(counts, &[row(9)]).unwrap();
         for line in [

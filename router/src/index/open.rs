@@ -105,9 +105,8 @@ impl Open {
         let answer = self.session.match_blocks(&[&space.space], &keys, MatchMode::Set).await;
         match answer {
             Ok(answer) => {
-                let on_device = |block: &&terrace_client::BlockMatch| {
-                    block.present && block.tier == wire::Tier::Nvme
-                };
+                let on_device =
+                    |block: &&terrace_client::BlockMatch| block.present && block.tier == wire::Tier::Nvme;
                 let times = answer.blocks.iter().filter(on_device).map(|block| block.fetch.as_secs_f64());
                 let (count, sum) = times.fold((0u32, 0.0), |(count, sum), time| (count + 1, sum + time));
                 if count > 0 {

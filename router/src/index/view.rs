@@ -26,9 +26,17 @@ pub(super) fn of_index(
             view.links.len() - 1
         });
         end = stop;
-        view.runs.push(Run { link, begin: u64::from(start) * block_tokens, end: u64::from(end) * block_tokens });
+        view.runs.push(Run {
+            link,
+            begin: u64::from(start) * block_tokens,
+            end: u64::from(end) * block_tokens,
+        });
     }
-    debug_assert_eq!(Some(end), found.held(holder).map(|held| held.prefix[2]).or(Some(0)), "spans are the prefix");
+    debug_assert_eq!(
+        Some(end),
+        found.held(holder).map(|held| held.prefix[2]).or(Some(0)),
+        "spans are the prefix"
+    );
     view
 }
 
@@ -42,12 +50,11 @@ pub(super) fn on_devices(found: &Found, holder: HolderId) -> impl Iterator<Item 
 /// The holder's spans from the first block to its first hole.
 fn prefix(found: &Found, holder: HolderId) -> impl Iterator<Item = (u32, u32, terrace_index::Tier)> {
     let spans = found.spans().iter().filter(move |span| found.holders()[span.held as usize].holder == holder);
-    spans
-        .scan(0, |at, span| {
-            let follows = span.start == *at;
-            *at = span.end;
-            follows.then_some((span.start, span.end, span.tier))
-        })
+    spans.scan(0, |at, span| {
+        let follows = span.start == *at;
+        *at = span.end;
+        follows.then_some((span.start, span.end, span.tier))
+    })
 }
 
 fn place_tier(tier: terrace_index::Tier) -> Tier {
@@ -139,7 +146,8 @@ mod tests {
         index.find(&prompt, &mut found);
         let view = of_index(&found, own, 5, 16, 0.016);
         let fetches = view.fetches(300 * 16);
-        let parts: Vec<_> = fetches.iter().map(|part| (part.holder, part.tier, part.begin, part.end)).collect();
+        let parts: Vec<_> =
+            fetches.iter().map(|part| (part.holder, part.tier, part.begin, part.end)).collect();
         assert_eq!(parts, [(5, Tier::Pinned, 0, 1600), (5, Tier::Nvme, 1600, 2400)]);
         assert!(fetches[0].seconds == 0.0 && (fetches[1].seconds - 0.8).abs() < 1e-9, "{fetches:?}");
         let blocks: u32 = on_devices(&found, own).map(|(start, end)| end - start).sum();

@@ -146,7 +146,8 @@ fn a_cut_snapshot_leaves_no_trace() {
 #[test]
 fn what_is_cleared_or_lost_is_gone() {
     let mut bench = Bench::loaded();
-    let cleared = BlockEvent { kind: BlockEventKind::Cleared.into(), block_id: Vec::new().into(), ..sealed(0, PINNED) };
+    let cleared =
+        BlockEvent { kind: BlockEventKind::Cleared.into(), block_id: Vec::new().into(), ..sealed(0, PINNED) };
     assert_eq!(bench.mirror.apply(&tail(1, 5, vec![cleared, sealed(10, PINNED)])), Ok(Step::Resync));
     bench.mirror.lost();
     assert_eq!((bench.prefix(), bench.index.counts().entries), ([0; 3], 0));
@@ -157,9 +158,11 @@ fn what_is_cleared_or_lost_is_gone() {
 /// Ids and kinds that are none must be refused, without a panic.
 #[test]
 fn what_no_daemon_sends_is_refused() {
-    for (kind, block) in [(BlockEventKind::Sealed, vec![1; 15]), (BlockEventKind::Unspecified, vec![1; 16]),
-        (BlockEventKind::Evicted, vec![])]
-    {
+    for (kind, block) in [
+        (BlockEventKind::Sealed, vec![1; 15]),
+        (BlockEventKind::Unspecified, vec![1; 16]),
+        (BlockEventKind::Evicted, vec![]),
+    ] {
         let mut bench = Bench::loaded();
         let bad = BlockEvent { kind: kind.into(), block_id: block.into(), ..Default::default() };
         assert!(bench.mirror.apply(&tail(1, 5, vec![bad.clone()])).is_err());
