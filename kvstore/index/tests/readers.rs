@@ -74,3 +74,40 @@ fn readers_see_only_what_is_true() {
     });
     assert!(finds.load(Ordering::Relaxed) > CHAINS);
 }
+
+/// While the directory grows, tags change and entries move: a reader could miss a block that was there all
+/// the time.
+#[test]
+fn what_is_there_is_found_while_the_directory_grows() {
+    const CHAINS: u64 = 900;
+    const BLOCKS: u64 = 500;
+    let chain =
+        |number: u64| -> Vec<Key> { (0..BLOCKS).map(|at| Key::from_alias(number << 20 | at)).collect() };
+    let index = Index::new(Limits { holders: 2, bytes: 256 << 20 });
+    let stored = AtomicU64::new(0);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            for number in 0..CHAINS {
+                index.store(HolderId(1), TierSet::HBM, None, &chain(number)).expect("the holder is in range");
+                stored.store(number + 1, Ordering::Release);
+            }
+        });
+        let (mut step, mut found) = (0u64, Found::new());
+        loop {
+            let known = stored.load(Ordering::Acquire);
+            if known > 0 {
+                step += 1;
+                let (number, from) = (step * 7_919 % known, step * 613 % BLOCKS);
+                index.find(&chain(number)[usize::try_from(from).expect("it is small")..], &mut found);
+                assert_eq!(
+                    u64::from(found.blocks()),
+                    BLOCKS - from,
+                    "chain {number} of {known}, from {from}"
+                );
+            }
+            if known == CHAINS {
+                break;
+            }
+        }
+    });
+}
