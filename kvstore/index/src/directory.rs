@@ -15,9 +15,11 @@ const SLOTS: usize = 10;
 /// While there are few buckets a tag is 16 bits of the hash from this one on, so that it says where an entry
 /// goes when its bucket is split; the smallest table has as many buckets.
 const FIRST_BITS: u32 = 10;
+/// The first of the high bits.
+const HIGH_BITS: u32 = 16;
 /// From a bucket's split to this level on it is the high bits, which say as much up to the largest table, and
 /// differ between entries of one bucket where the low ones do no longer.
-const HIGH_LEVEL: u32 = 16;
+const HIGH_LEVEL: u32 = 19;
 
 /// Ten entries: a place (0 if there is none) and the tag of its key's hash; and the first overflow extent.
 #[derive(Debug, Default)]
@@ -225,7 +227,7 @@ impl Directory {
             fence(Ordering::Release);
             before.iter().for_each(Slot::clear);
         } else {
-            let first = if level < HIGH_LEVEL { FIRST_BITS } else { HIGH_LEVEL };
+            let first = if level < HIGH_LEVEL { FIRST_BITS } else { HIGH_BITS };
             let moves = |(tag, place): (u16, u32)| place != 0 && tag >> (level - first) & 1 == 1;
             each(old, pool, |slot| {
                 if moves(slot.entry()) {
@@ -340,7 +342,7 @@ fn home_of(hash: u32, count: u32) -> (u32, u16) {
     let bucket = bucket_of(hash, count);
     let half = 1 << (HIGH_LEVEL - 1);
     let is_high = count >= 2 * half || count > half && (bucket >= half || bucket < count - half);
-    (bucket, (hash >> if is_high { HIGH_LEVEL } else { FIRST_BITS }) as u16)
+    (bucket, (hash >> if is_high { HIGH_BITS } else { FIRST_BITS }) as u16)
 }
 
 /// An entry as overflow keeps it: tag in the high half, place in the low.

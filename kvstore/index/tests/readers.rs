@@ -79,7 +79,7 @@ fn readers_see_only_what_is_true() {
 /// the time.
 #[test]
 fn what_is_there_is_found_while_the_directory_grows() {
-    const CHAINS: u64 = 900;
+    const CHAINS: u64 = 5_500;
     const BLOCKS: u64 = 500;
     let chain =
         |number: u64| -> Vec<Key> { (0..BLOCKS).map(|at| Key::from_alias(number << 20 | at)).collect() };

@@ -204,13 +204,13 @@ fn the_index_answers_as_a_map_would() {
 fn a_directory_that_has_grown_has_each_block_once() {
     let chain = |number: u64| -> Vec<Key> { (0..500).map(|at| Key::from_alias(number << 20 | at)).collect() };
     let index = Index::new(Limits { holders: HOLDERS, bytes: 256 << 20 });
-    for number in 0..900 {
+    for number in 0..5_500 {
         index.store(HolderId(1), TierSet::HBM, None, &chain(number)).unwrap();
     }
-    assert_eq!(index.counts().blocks, 450_000);
-    assert_eq!(index.tables.directory.entries(&index.tables.pool), 450_000, "each block once");
+    assert_eq!(index.counts().blocks, 2_750_000);
+    assert_eq!(index.tables.directory.entries(&index.tables.pool), 2_750_000, "each block once");
     let mut found = Found::new();
-    for number in 0..900 {
+    for number in 0..5_500 {
         index.find(&chain(number), &mut found);
         assert_eq!(found.blocks(), 500, "chain {number}");
     }
