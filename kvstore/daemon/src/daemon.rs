@@ -67,6 +67,11 @@ pub enum StartError {
     /// Devices or catalog.
     #[error(transparent)]
     Media(#[from] MediaError),
+    /// The lane's threads.
+    #[error(
+        "cannot start threads for the lane socket: {0}; raise the limit of threads (ulimit -u, pids.max)"
+    )]
+    Threads(#[source] std::io::Error),
     /// The node's secret.
     #[error(transparent)]
     Secret(#[from] SecretError),
@@ -118,6 +123,7 @@ impl Daemon {
         let grpc_listener = grpc::bind(config.grpc_listen, "grpc_listen").await?;
         let metrics_listener = grpc::bind(config.metrics_listen, "metrics_listen").await?;
         let lane_server = LaneServer::bind(&config.lane_socket, config.lane_admits)?;
+        let loops = lane::Loops::start().map_err(StartError::Threads)?;
         let flush_as =
             tenants.all().next().map_or_else(|| terrace_core::tenant_id("default"), |tenant| tenant.id);
         let service = Service::new(engine.clone(), tenants, facts(&config, incarnation));
@@ -135,7 +141,7 @@ impl Daemon {
             chores: Vec::new(),
         };
         daemon.keep_up(&config, scan);
-        daemon.listen(grpc_listener, metrics_listener, lane_server);
+        daemon.listen(grpc_listener, metrics_listener, lane_server, loops);
         let ready = daemon.status.ready_now();
         if real_devices {
             daemon.engine().media().start_self_test();
@@ -171,11 +177,12 @@ impl Daemon {
         grpc_listener: tokio::net::TcpListener,
         metrics_listener: tokio::net::TcpListener,
         lane_server: LaneServer,
+        loops: lane::Loops,
     ) {
         let (service, status) = (self.service.clone(), self.status.clone());
         let stop = self.stop.subscribe();
         let signals = Signals::new(self.incarnation.into());
-        self.listeners.spawn(lane::serve(lane_server, service.clone(), stop.clone()));
+        self.listeners.spawn(lane::serve(lane_server, loops, service.clone(), stop.clone()));
         self.listeners.spawn({
             let (service, stop) = (service.clone(), stop.clone());
             async move {

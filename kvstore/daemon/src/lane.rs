@@ -52,7 +52,7 @@ type Answer = Pin<Box<dyn Future<Output = (LaneResponse, Vec<OwnedFd>)> + Send>>
 /// Threads of the lane's own, each with an event loop of its own. What arrives on a connection is read, asked and
 /// answered by one of them: in a pool whose threads share their work, every socket that becomes readable wakes a second
 /// thread to look for more, which costs more than most answers do.
-struct Loops {
+pub(crate) struct Loops {
     loops: Vec<Handle>,
     next: usize,
     /// The loops end when this goes.
@@ -60,7 +60,8 @@ struct Loops {
 }
 
 impl Loops {
-    fn start() -> std::io::Result<Self> {
+    /// Starts the threads.
+    pub(crate) fn start() -> std::io::Result<Self> {
         let (running, _) = watch::channel(());
         let threads = std::thread::available_parallelism().map_or(1, NonZero::get).min(LOOPS_MAX);
         let loops = (0..threads).map(|number| {
@@ -85,13 +86,9 @@ impl Loops {
 }
 
 /// Accepts connections until `stop`, and returns when they have ended.
-pub(crate) async fn serve(server: LaneServer, service: Arc<Service>, mut stop: Stop) {
+pub(crate) async fn serve(server: LaneServer, mut loops: Loops, service: Arc<Service>, mut stop: Stop) {
     let most = service.facts().edges.lane_connections;
     let room = Arc::new(Semaphore::new(most));
-    let mut loops = match Loops::start() {
-        Ok(loops) => loops,
-        Err(error) => return tracing::error!(%error, "no threads for the lane socket; it is not served"),
-    };
     loop {
         let accepted = tokio::select! {
             () = stopped(&mut stop) => break,
