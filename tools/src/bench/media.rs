@@ -16,13 +16,13 @@ use terrace_core::{GIB, MIB};
 use terrace_media::bare::BareOp;
 
 use super::{Line, Options, blocks, median, stand};
-use rig::{Kind, Rig};
+use rig::{Frames, Kind, Rig};
 
 /// Payloads that are measured: the block of a small model, and that of a large one.
 const BLOCKS: [u64; 2] = [blocks::MODEL_BLOCK_BYTES, 2 * MIB];
 const DEPTHS: [usize; 4] = [1, 4, 16, 32];
 /// Odd, so that a median is a round.
-const ROUNDS: usize = 5;
+const ROUNDS: usize = 9;
 /// Bytes of one round of one engine.
 const ROUND_BYTES: u64 = 512 * MIB;
 /// Part of the bare loop's rate and of fio's that media must reach.
@@ -60,6 +60,8 @@ struct Rounds {
     checked: Vec<f64>,
     checked_cpu: Vec<f64>,
     fio: Vec<f64>,
+    /// Media with as few frames as fio has buffers.
+    few: Vec<f64>,
 }
 
 fn one_size(dir: &std::path::Path, block_bytes: u64) -> anyhow::Result<Vec<Line>> {
@@ -102,10 +104,10 @@ fn compare(rig: &mut Rig, kind: Kind, depth: usize) -> anyhow::Result<Rounds> {
     let block = float(rig.frame_bytes()) / float(GIB);
     for round in 0..ROUNDS {
         // Who goes first changes, so that nobody always finds what another left.
-        for turn in 0..4 {
-            match (round + turn) % 4 {
+        for turn in 0..5 {
+            match (round + turn) % 5 {
                 0 => {
-                    let (seconds, cpu) = rig.media(kind, depth, count, round)?;
+                    let (seconds, cpu) = rig.media((kind, Frames::All), depth, count, round)?;
                     rounds.media.push(moved / seconds);
                     rounds.media_cpu.push(cpu / block);
                 }
@@ -120,6 +122,10 @@ fn compare(rig: &mut Rig, kind: Kind, depth: usize) -> anyhow::Result<Rounds> {
                     rounds.checked_cpu.push(cpu / block);
                 }
                 2 => {}
+                3 => {
+                    let (seconds, _) = rig.media((kind, Frames::Few), depth, count, round)?;
+                    rounds.few.push(moved / seconds);
+                }
                 _ => rounds.fio.extend(fio::run(rig, kind, depth)?),
             }
         }
@@ -128,16 +134,23 @@ fn compare(rig: &mut Rig, kind: Kind, depth: usize) -> anyhow::Result<Rounds> {
 }
 
 fn judge(rounds: &Rounds, name: &str, kind: Kind) -> Vec<Line> {
-    let media = median(&rounds.media);
-    let mut lines = vec![Line::part_of(name, media, median(&rounds.bare), BARE_BAR, "GiB/s")];
+    let rate = |name: &str, values: &[f64], limits: &[f64], bar| {
+        Line::part_of_rounds(name, values, limits, bar, "GiB/s")
+    };
+    let mut lines = vec![rate(name, &rounds.media, &rounds.bare, BARE_BAR)];
     if kind == Kind::Read {
-        let limit = median(&rounds.checked);
-        lines.push(Line::part_of(&format!("{name}_checked"), media, limit, BARE_BAR, "GiB/s"));
+        let checked = Line::compared(
+            &format!("{name}_checked"),
+            median(&rounds.media),
+            median(&rounds.checked),
+            "GiB/s",
+        );
+        lines.push(checked);
     }
     if rounds.fio.is_empty() {
         eprintln!("fio is not installed, or cannot {} here: not compared", kind.label());
     } else {
-        lines.push(Line::part_of(&format!("{name}_fio"), media, median(&rounds.fio), FIO_BAR, "GiB/s"));
+        lines.push(rate(&format!("{name}_fio"), &rounds.few, &rounds.fio, FIO_BAR));
     }
     lines
 }

@@ -23,8 +23,8 @@ const SLOTS: u32 = 16;
 /// Blocks that media is asked for at once, the daemon's default of `reads_in_flight`;
 /// what the device does not have yet waits in front of it.
 const ASKED: usize = 64;
-/// Bytes of the frames in memory, which are used in turn. Several times the largest cache: where the device is a thread
-/// of a host, blocks that are read into the same few frames again and again never leave its cache.
+/// Bytes of the frames in memory. Several times the largest cache: where the device is a thread of a host, blocks that
+/// are read into the same few frames again and again never leave its cache.
 const MEMORY_BYTES: u64 = 512 * MIB;
 /// Odd, so that a median is a round.
 const CHECKSUM_ROUNDS: usize = 9;
@@ -39,6 +39,15 @@ pub(super) enum Kind {
     Read,
     /// Memory to device.
     Write,
+}
+
+/// Which frames are used in turn.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Frames {
+    /// All: what a full pool does.
+    All,
+    /// Twice the depth: as few as fio has buffers, and as many again for what is being looked at.
+    Few,
 }
 
 impl Kind {
@@ -216,7 +225,7 @@ impl Rig {
             }
         }
         let all = self.places.clone();
-        self.drive(Kind::Write, 16, all.len(), all)?;
+        self.drive((Kind::Write, Frames::All), 16, all.len(), all)?;
         Ok(())
     }
 
@@ -237,7 +246,7 @@ impl Rig {
     /// Seconds of `count` blocks with the device at its depth throughout, and CPU seconds of the whole process for a block.
     pub(super) fn media(
         &mut self,
-        kind: Kind,
+        what: (Kind, Frames),
         depth: usize,
         count: usize,
         round: usize,
@@ -245,13 +254,13 @@ impl Rig {
         let queue = self.some(count + depth, round);
         let moved = super::float(queue.len() as u64);
         let before = cpu_time().as_secs_f64();
-        let seconds = self.drive(kind, depth, count, queue)?;
+        let seconds = self.drive(what, depth, count, queue)?;
         Ok((seconds, (cpu_time().as_secs_f64() - before) / moved))
     }
 
     fn drive(
         &mut self,
-        kind: Kind,
+        (kind, frames): (Kind, Frames),
         depth: usize,
         counted: usize,
         mut queue: Vec<Place>,
@@ -261,13 +270,17 @@ impl Rig {
         let count = queue.len();
         let first = self.op_last + 1;
         self.op_last += count as u64;
+        let (frames, asked) = match frames {
+            Frames::All => (self.frames, ASKED),
+            Frames::Few => (u32::try_from(2 * depth)?, 2 * depth),
+        };
         {
             let mut state = self.pump.lock();
             *state = Drive {
                 kind,
                 queue,
                 running: 0,
-                free: (0..self.frames).collect(),
+                free: (0..frames).collect(),
                 frames: Vec::new(),
                 first,
                 failed: None,
@@ -279,7 +292,7 @@ impl Rig {
         self.media.set_bytes_in_flight_max(ByteCount::new(self.frame * depth as u64));
         self.pump.driving.store(true, Ordering::SeqCst);
         let began = Instant::now();
-        for _ in 0..ASKED {
+        for _ in 0..asked {
             self.pump.next();
         }
         let finished = end.recv_timeout(TIME_MAX).context("an operation was never answered")?;
