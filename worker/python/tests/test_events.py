@@ -207,6 +207,48 @@ def test_both_encodings_name_the_blocks_of_a_prompt(pairs: Any) -> None:
     pair.wait({"v#0": 1})
 
 
+VLLM_PYTHON = os.environ.get("TERRACE_VLLM_PYTHON")
+# Takes a line before each batch.
+VLLMS_OWN = f"""
+import sys
+from vllm.distributed.kv_events import BlockRemoved, BlockStored, KVEventBatch, ZmqEventPublisher
+publisher = ZmqEventPublisher(0, endpoint=sys.argv[1], replay_endpoint=sys.argv[2], topic="kv")
+stored = dict(block_hashes={VLLM}, parent_block_hash=None, token_ids={TOKENS}, block_size=16, lora_id=None,
+              medium="GPU", lora_name=None)
+events = {{"stored": BlockStored(**stored), "removed": BlockRemoved(block_hashes={VLLM[1:]}, medium="GPU")}}
+print("ready", flush=True)
+for line in sys.stdin:
+    publisher.publish(KVEventBatch(ts=1.0, events=[events[line.strip()]]))
+    print("done", flush=True)
+"""
+
+
+@pytest.mark.skipif(VLLM_PYTHON is None, reason="TERRACE_VLLM_PYTHON names no Python with vLLM in it")
+def test_vllms_own_publisher(pairs: Any) -> None:
+    """Our publisher of these tests could be wrong in the same way as the router: vLLM's class, its sockets and its
+    encoding, followed from before and, by its replay, from after."""
+    events, replay = ports(2)
+    line = [VLLM_PYTHON, "-c", VLLMS_OWN, f"tcp://*:{events}", f"tcp://127.0.0.1:{replay}"]
+    vllm = subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert vllm.stdin is not None
+    assert vllm.stdout is not None
+
+    def publish(what: str) -> None:
+        vllm.stdin.write(f"{what}\n")
+        vllm.stdin.flush()
+        assert vllm.stdout.readline() == "done\n"
+
+    assert wait_for(vllm.stdout.readline, "vLLM") == "ready\n"
+    router = pairs(Router(f"name=v,connect=tcp://127.0.0.1:{events},replay=tcp://127.0.0.1:{replay}"))
+    wait_for(lambda: publish("stored") or router.blocks() == {"v/kv#0": 2}, "vLLM's blocks")
+    publish("removed")
+    wait_for(lambda: router.blocks() == {"v/kv#0": 1}, "a block less")
+    late = pairs(Router(f"name=v,connect=tcp://127.0.0.1:{events},replay=tcp://127.0.0.1:{replay}"))
+    wait_for(lambda: late.blocks() == {"v/kv#0": 1}, "the same by the replay")
+    vllm.kill()
+    vllm.communicate()
+
+
 def test_what_was_missed_is_replayed(pairs: Any) -> None:
     """Batches that never arrive would leave blocks that are gone, or hide blocks that are there: the replay socket is
     asked for them."""
@@ -296,8 +338,8 @@ def test_bytes_that_are_no_events_change_nothing(pairs: Any) -> None:
     pair.wait({"v": 2})
     good = msgspec.msgpack.encode([1.5, [stored([1, 2, 3])], None])
     bad = [b"", b"\xc1", b"\xdd\xff\xff\xff\xff", good[:-1], good + b"\x00", b"\x93\xcb" + bytes(8) + b"\xdc\xff\xff"]
-    for payload in bad:
-        pair.publisher.order(hex=payload.hex())
+    for damaged in bad:
+        pair.publisher.order(hex=damaged.hex())
     wait_for(lambda: pair.router.metric("terrace_router_engine_bad_total") == len(bad), "the count of bad batches")
     pair.wait({"v": 2})
     before = pair.router.memory()
