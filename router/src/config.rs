@@ -7,9 +7,17 @@ use std::time::Duration;
 use clap::Parser;
 
 use crate::caller::Callers;
+use crate::engines::spec::{BadSpec, Spec};
+use crate::publish::owner::CacheOwner;
+use crate::publish::{Media, Publishing};
+use crate::zmtp::address::Address;
 
 /// Most daemons that one router follows.
 pub const DAEMONS_MAX: usize = 1024;
+/// Most engines whose events one router follows.
+pub const ENGINES_MAX: usize = 256;
+/// Names that are kept if blocks are published.
+const NAMES: usize = 1 << 17;
 
 /// Command line of `terrace-router`.
 #[derive(Clone, Debug, Parser)]
@@ -71,6 +79,36 @@ pub struct Options {
     /// Memory of the block index in bytes, from 1 MiB; what is coldest is forgotten at it.
     #[arg(long, default_value_t = 512 << 20)]
     pub index_bytes_max: u64,
+    /// An engine whose KV events are followed, may be given several times: `name=NAME` with `connect=ENDPOINT`
+    /// (and `replay=ENDPOINT`) or `bind=ENDPOINT`; `topic=`, `block=` (tokens of a block, 16), `hash=`
+    /// (vllm-sha256-cbor, vllm-xxhash-cbor, sglang, dynamo) and `seed=` if they are not the defaults.
+    #[arg(long, value_name = "KEY=VALUE,...")]
+    pub engine: Vec<String>,
+    /// Blocks whose names are kept, so that other routers can be told of them and ask for them by hashes; about 400
+    /// bytes each. The default is 131072 with --publish, else 0, which keeps none.
+    #[arg(long)]
+    pub names_max: Option<usize>,
+    /// Where other routers subscribe to what the daemons hold, as vLLM publishes it.
+    #[arg(long, value_name = "ENDPOINT")]
+    pub publish: Option<Address>,
+    /// Where subscribers ask for what they missed.
+    #[arg(long, value_name = "ENDPOINT", requires = "publish")]
+    pub publish_replay: Option<Address>,
+    /// Topic of what is published.
+    #[arg(long, value_name = "TOPIC", default_value = "terrace")]
+    pub publish_topic: String,
+    /// What tiers are called there.
+    #[arg(long, value_enum, default_value_t = Media::Tier)]
+    pub publish_media: Media,
+    /// Worker that Dynamo is to credit in /dump.
+    #[arg(long, value_name = "ID", default_value_t = 0)]
+    pub publish_worker: u64,
+    /// Dynamo's id of the daemons' memory as a pool: SEMANTICS:SCOPE/DATACENTER/SLOT in hexadecimal.
+    #[arg(long, value_name = "ID")]
+    pub cache_owner: Option<CacheOwner>,
+    /// How long an engine's events may be away before its blocks are forgotten, in seconds.
+    #[arg(long, default_value_t = 60, value_name = "SECONDS")]
+    pub engine_lost_seconds: u64,
     /// Most workers that one request is tried on.
     #[arg(long, default_value_t = 4)]
     pub attempts_max: u32,
@@ -125,6 +163,14 @@ pub struct Config {
     pub index_wait: Duration,
     /// Most memory of the block index.
     pub index_bytes_max: u64,
+    /// Engines whose events are followed.
+    pub engines: Vec<Spec>,
+    /// Blocks whose names are kept.
+    pub names_max: usize,
+    /// How the daemons' blocks are published, if they are.
+    pub publishing: Option<Publishing>,
+    /// How long an engine's events may be away before its blocks are forgotten.
+    pub engine_lost: Duration,
     /// Most workers that one request is tried on.
     pub attempts_max: u32,
     /// Longest silence of a worker in the middle of an answer.
@@ -168,6 +214,34 @@ pub enum BadConfig {
         /// The address.
         found: String,
     },
+    /// An engine's line that cannot be used.
+    #[error("--engine {line}: {error}")]
+    Engine {
+        /// What was given.
+        line: String,
+        /// What is wrong with it.
+        error: BadSpec,
+    },
+    /// A listener that other machines could reach.
+    #[error(
+        "--publish {found} can be reached from other machines, and nothing there is encrypted; give a loopback address"
+    )]
+    Publish {
+        /// The endpoint.
+        found: Address,
+    },
+    /// Too many engines.
+    #[error("--engine is there {count} times; at most {ENGINES_MAX} engines are followed")]
+    Engines {
+        /// So many were given.
+        count: usize,
+    },
+    /// Two engines of one name.
+    #[error("--engine names {found} twice")]
+    EngineTwice {
+        /// The name.
+        found: String,
+    },
     /// A header name that HTTP does not allow.
     #[error("--tenant-header {found} is no name of a header")]
     TenantHeader {
@@ -200,6 +274,7 @@ impl Options {
             ("queue-max", self.queue_max as u64),
             ("request-seconds-max", self.request_seconds_max),
             ("stall-ms", self.stall_ms),
+            ("engine-lost-seconds", self.engine_lost_seconds),
             ("attempts-max", u64::from(self.attempts_max)),
         ];
         if let Some((name, _)) = limits.into_iter().find(|(_, limit)| *limit == 0) {
@@ -225,6 +300,19 @@ impl Options {
         if let Some(found) = (1..self.grpc.len()).find(|&at| self.grpc[..at].contains(&self.grpc[at])) {
             return Err(BadConfig::Twice { found: self.grpc[found].clone() });
         }
+        let engines = engines(&self.engine)?;
+        let addresses = [self.publish.as_ref(), self.publish_replay.as_ref()];
+        if let Some(found) = addresses.into_iter().flatten().find(|address| !address.is_local()) {
+            return Err(BadConfig::Publish { found: found.clone() });
+        }
+        let publishing = self.publish.map(|events| Publishing {
+            events,
+            replay: self.publish_replay,
+            topic: self.publish_topic,
+            media: self.publish_media,
+            owner: self.cache_owner,
+            worker: self.publish_worker,
+        });
         Ok(Config {
             listen: self.listen,
             grpc: self.grpc,
@@ -243,12 +331,31 @@ impl Options {
             worker_wait: Duration::from_millis(self.worker_wait_ms),
             index_wait: Duration::from_millis(self.index_wait_ms),
             index_bytes_max: self.index_bytes_max,
+            engines,
+            names_max: self.names_max.unwrap_or(if publishing.is_some() { NAMES } else { 0 }),
+            publishing,
+            engine_lost: Duration::from_secs(self.engine_lost_seconds),
             attempts_max: self.attempts_max,
             stall: Duration::from_millis(self.stall_ms),
             first_token_by,
             temperature: self.temperature,
         })
     }
+}
+
+fn engines(lines: &[String]) -> Result<Vec<Spec>, BadConfig> {
+    if lines.len() > ENGINES_MAX {
+        return Err(BadConfig::Engines { count: lines.len() });
+    }
+    let mut engines: Vec<Spec> = Vec::with_capacity(lines.len());
+    for line in lines {
+        let spec = line.parse::<Spec>().map_err(|error| BadConfig::Engine { line: line.clone(), error })?;
+        if engines.iter().any(|known| known.name == spec.name) {
+            return Err(BadConfig::EngineTwice { found: spec.name });
+        }
+        engines.push(spec);
+    }
+    Ok(engines)
 }
 
 #[cfg(test)]

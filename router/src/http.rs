@@ -8,7 +8,7 @@ use axum::extract::{MatchedPath, Request, State};
 use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Uri, header};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
-use axum::routing::{get, post};
+use axum::routing::{delete, get, post};
 use axum::{Json, Router as Routes};
 use futures_util::StreamExt;
 use serde_json::{Value, json};
@@ -16,10 +16,12 @@ use terrace_proto::v1::{WorkerLoad, WorkerRole};
 use tokio::sync::mpsc;
 
 use crate::admit::Caller;
+use crate::doors;
 use crate::error::ApiError;
 use crate::explain;
 use crate::generate::{self, Event, Job};
 use crate::models::{Model, unix_seconds};
+use crate::publish::Publisher;
 use crate::random;
 use crate::request::{Ask, Delivery, Endpoint, Prompt};
 use crate::response::{self, Frame};
@@ -50,6 +52,11 @@ pub fn routes(router: Arc<Router>) -> Routes {
         .route("/v1/completions", post(completions))
         .route("/v1/chat/completions", post(chat))
         .route("/admin/explain", post(explain::explain))
+        .route("/admin/prefix", post(doors::prefix))
+        .route("/events/dynamo", post(doors::dynamo_events))
+        .route("/events/dynamo/{worker}", delete(doors::dynamo_gone))
+        .route("/dump", get(doors::dump))
+        .route("/check_blocks", post(doors::check_blocks))
         .route("/metrics", get(metrics))
         .route("/healthz", get(health))
         .method_not_allowed_fallback(wrong_method)
@@ -111,7 +118,8 @@ async fn metrics(State(router): State<Arc<Router>>) -> Result<Response, ApiError
     let loads = router.fleet.loads();
     let count = |role| loads.iter().filter(|load| load.role() == role).count();
     let text = router.metrics.text(count(WorkerRole::Prefill), count(WorkerRole::Decode));
-    let text = text.and_then(|text| Ok(text + &router.index.text()?));
+    let published = router.publisher.get().map(Publisher::text).transpose();
+    let text = text.and_then(|text| Ok(text + &router.index.text()? + &published?.unwrap_or_default()));
     let text = text.map_err(|error| ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, error.to_string()))?;
     Ok(([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], text).into_response())
 }

@@ -24,14 +24,21 @@ mod follow;
 mod gauges;
 mod mirror;
 mod open;
+mod shared;
 mod view;
 
 use crate::config::Config;
+use crate::engines::{ENGINE_HOLDERS_MAX, Engines};
 use crate::metrics::Metrics;
+use crate::names::Names;
 use crate::place::source::{Fetch, View};
 use gauges::{Gauges, Row};
 use mirror::{HOLDERS, Mirror, Shown};
 use open::Open;
+pub(crate) use shared::Named;
+use shared::Spaces;
+#[cfg(test)]
+pub(crate) use shared::names;
 
 /// A longer prompt is hashed on a thread of its own, so that others need not wait.
 const HASHED_HERE_TOKENS_MAX: usize = 1 << 16;
@@ -42,6 +49,8 @@ pub struct Index {
     wait: Duration,
     blocks: Arc<Blocks>,
     daemons: Vec<Daemon>,
+    engines: Engines,
+    names: Arc<Names>,
     gauges: Gauges,
 }
 
@@ -50,6 +59,8 @@ pub struct Index {
 struct Daemon {
     number: u32,
     name: String,
+    tenant: String,
+    spaces: Spaces,
     blocks: Arc<Blocks>,
     shown: Arc<Shown>,
     current: watch::Receiver<Option<Arc<Open>>>,
@@ -78,11 +89,14 @@ impl Index {
     /// When two metrics have one name, which a test rules out.
     pub fn start(config: &Config) -> Result<Self, prometheus::Error> {
         let count = u32::try_from(config.grpc.len()).unwrap_or(u32::MAX);
-        let limits = Limits { holders: count.saturating_mul(HOLDERS), bytes: config.index_bytes_max };
+        let holders = count.saturating_mul(HOLDERS);
+        let limits = Limits { holders: holders + ENGINE_HOLDERS_MAX, bytes: config.index_bytes_max };
         let blocks = Arc::new(Blocks::new(limits));
+        let names = Arc::new(Names::new(config.names_max));
+        let engines = Engines::start(config, Arc::clone(&blocks), holders, &names)?;
         let daemons = (0..count).zip(&config.grpc);
         let daemons = daemons.map(|(number, grpc)| Daemon::start(config, &blocks, number, grpc)).collect();
-        Ok(Self { wait: config.index_wait, blocks, daemons, gauges: Gauges::new()? })
+        Ok(Self { wait: config.index_wait, blocks, daemons, engines, names, gauges: Gauges::new()? })
     }
 
     /// What `space` holds of these tokens, one view for each daemon.
@@ -91,6 +105,7 @@ impl Index {
         if block_tokens == 0 || tokens.len() < space.tokens_per_block as usize {
             return Found { views: vec![View::default(); self.daemons.len()], ..Found::default() };
         }
+        self.names.learn_prompt(tokens, space.tokens_per_block);
         let keys = Arc::new(hash(tokens, TokenCount::new(space.tokens_per_block)).await);
         let asked = join_all(self.daemons.iter().map(|daemon| {
             let looked = daemon.look_up(space, &keys);
@@ -137,6 +152,11 @@ impl Index {
         });
     }
 
+    /// What engines tell of their own caches.
+    pub fn engines(&self) -> &Engines {
+        &self.engines
+    }
+
     /// Daemons that are followed.
     pub fn daemons(&self) -> usize {
         self.daemons.len()
@@ -148,7 +168,7 @@ impl Index {
     /// When a metric cannot be written, which a test rules out.
     pub fn text(&self) -> Result<String, prometheus::Error> {
         let rows: Vec<Row<'_>> = self.daemons.iter().map(Daemon::row).collect();
-        self.gauges.text(self.blocks.counts(), &rows)
+        Ok(self.gauges.text(self.blocks.counts(), &rows)? + &self.engines.text()?)
     }
 }
 
@@ -166,7 +186,16 @@ impl Daemon {
         let mirror = Mirror::new(Arc::clone(blocks), number, Arc::clone(&shown));
         let (publish, current) = watch::channel(None);
         let follower = tokio::spawn(follow::follow(connector, mirror, publish)).abort_handle();
-        Self { number, name: grpc.to_owned(), blocks: Arc::clone(blocks), shown, current, follower }
+        Self {
+            number,
+            name: grpc.to_owned(),
+            tenant: config.tenant.clone(),
+            spaces: Spaces::default(),
+            blocks: Arc::clone(blocks),
+            shown,
+            current,
+            follower,
+        }
     }
 
     fn row(&self) -> Row<'_> {

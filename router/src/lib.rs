@@ -4,8 +4,9 @@
 //! task, and is placed by [`place`], a pure function that minimises the
 //! estimated time to the first token; before that it waits for its turn in
 //! [`admit`]. [`fleet`] knows the workers, [`homes`] which daemon each works with,
-//! [`index`] follows the daemons and knows what is cached, [`models`] has the
-//! tokenizers. The router holds no state that it does not learn again within
+//! [`index`] follows the daemons and knows what is cached, [`engines`] adds what
+//! engines tell of their own caches, [`doors`] and [`publish`] tell other routers, and
+//! [`models`] has the tokenizers. The router holds no state that it does not learn again within
 //! seconds of a restart.
 
 use std::net::SocketAddr;
@@ -18,6 +19,8 @@ use tokio::signal::unix::{SignalKind, signal};
 pub mod admit;
 pub mod caller;
 pub mod config;
+pub mod doors;
+pub mod engines;
 pub mod error;
 pub mod explain;
 pub mod fleet;
@@ -27,16 +30,20 @@ pub mod http;
 pub mod index;
 pub mod metrics;
 pub mod models;
+mod names;
 pub mod place;
 pub mod pressure;
+pub mod publish;
 mod random;
 pub mod request;
 pub mod response;
 pub mod serve;
 pub mod signals;
 pub mod stop;
+pub mod zmtp;
 
 use config::Config;
+use publish::Publisher;
 use serve::Router;
 
 /// How long running answers may take after SIGTERM.
@@ -75,6 +82,11 @@ pub async fn serve(
     stop: impl Future<Output = ()> + Send + 'static,
 ) -> anyhow::Result<()> {
     let router = Arc::new(Router::new(config)?);
+    if let Some(publisher) =
+        Publisher::start(&router).await.context("cannot listen for subscribers of events")?
+    {
+        let _ = router.publisher.set(publisher);
+    }
     let observer = tokio::spawn(signals::follow(Arc::clone(&router)));
     let reporter = tokio::spawn(signals::report(Arc::clone(&router)));
     let (stopping, stopped) = tokio::sync::oneshot::channel::<()>();

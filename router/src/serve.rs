@@ -1,5 +1,7 @@
 //! The parts of a running router, and who may come in.
 
+use std::sync::OnceLock;
+
 use crate::admit::{Admission, Caller, Limits, Place, Refused};
 use crate::config::Config;
 use crate::error::ApiError;
@@ -10,6 +12,7 @@ use crate::metrics::Metrics;
 use crate::models::Models;
 use crate::place::Ties;
 use crate::pressure::Pressure;
+use crate::publish::Publisher;
 use crate::random;
 
 /// Everything that requests share.
@@ -30,6 +33,8 @@ pub struct Router {
     pub metrics: Metrics,
     /// Who may come in, and whose turn it is.
     pub admission: Admission,
+    /// Tells other routers what is cached, if it was asked for.
+    pub publisher: OnceLock<Publisher>,
 }
 
 impl Router {
@@ -51,6 +56,7 @@ impl Router {
             pressure: Pressure::default(),
             metrics,
             admission,
+            publisher: OnceLock::new(),
             config,
         })
     }

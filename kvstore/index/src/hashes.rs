@@ -46,18 +46,42 @@ pub fn vllm(
     tokens: &[u32],
     per_block: usize,
 ) -> Vec<Vec<u8>> {
+    let mut hashes: Vec<Vec<u8>> = Vec::with_capacity(tokens.len() / per_block);
+    let root = vllm_root(hash, seed);
     let mut cbor = Vec::new();
-    put_bytes(&mut cbor, TEXT, seed.as_bytes());
-    let mut parent = hash.of(&cbor);
-    let mut hashes = Vec::with_capacity(tokens.len() / per_block);
     for block in tokens.chunks_exact(per_block) {
         let salt = if hashes.is_empty() { salt } else { None };
         cbor.clear();
-        put_vllm_block(&mut cbor, &parent, block, salt);
-        parent = hash.of(&cbor);
-        hashes.push(parent.clone());
+        put_vllm_block(&mut cbor, hashes.last().unwrap_or(&root), block, salt);
+        hashes.push(hash.of(&cbor));
     }
     hashes
+}
+
+/// What vLLM takes for the block before the first.
+fn vllm_root(hash: VllmHash, seed: &str) -> Vec<u8> {
+    let mut cbor = Vec::new();
+    put_bytes(&mut cbor, TEXT, seed.as_bytes());
+    hash.of(&cbor)
+}
+
+/// vLLM's hash of the block after `parent`, or of the first one.
+pub fn vllm_next(hash: VllmHash, seed: &str, parent: Option<&[u8]>, tokens: &[u32]) -> Vec<u8> {
+    let mut cbor = Vec::new();
+    match parent {
+        Some(parent) => put_vllm_block(&mut cbor, parent, tokens, None),
+        None => put_vllm_block(&mut cbor, &vllm_root(hash, seed), tokens, None),
+    }
+    hash.of(&cbor)
+}
+
+/// Dynamo's sequence hash of the block after `parent`, or of the first one, and the hash of its tokens alone.
+pub fn dynamo_next(seed: u64, parent: Option<u64>, tokens: &[u32]) -> (u64, u64) {
+    let bytes: Vec<u8> = tokens.iter().flat_map(|token| token.to_le_bytes()).collect();
+    let own = XxHash3_64::oneshot_with_seed(seed, &bytes);
+    let Some(parent) = parent else { return (own, own) };
+    let both = [parent.to_le_bytes(), own.to_le_bytes()].concat();
+    (XxHash3_64::oneshot_with_seed(seed, &both), own)
 }
 
 /// The number that vLLM's events give for a hash: its last eight bytes, big-endian. 0 of a shorter one.

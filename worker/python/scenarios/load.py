@@ -12,7 +12,7 @@ from prompts import prompt
 NEVER_TOKENS, NEVER_ANSWER = 64, 2
 # At most so much slower than plain vLLM, on prompts that never repeat.
 SLOWDOWN_MAX = 0.02
-SHARED_TOKENS, OWN_TOKENS, ANSWER = 600, 26, 8
+SHARED_TOKENS, OWN_TOKENS, ANSWER = 600, 26, 2
 BUSY = 0.7
 PILOTS = 5
 

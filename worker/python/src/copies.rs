@@ -2,6 +2,7 @@
 //!
 //! Promises: every copy was compared with its block's checksum; nobody writes where two targets overlap at once.
 
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
 
 use pyo3::prelude::*;
@@ -31,36 +32,31 @@ pub(crate) fn copy_blocks(
     Ok(py.detach(|| run(&copies, threads)))
 }
 
+// Each thread takes the next block that nobody has: one that gets its processor late leaves the rest to the others.
 fn run(copies: &[Copy<'_>], threads: usize) -> Vec<bool> {
     let bytes: usize = copies.iter().map(|copy| copy.place().len()).sum();
     let threads = threads.clamp(1, THREADS_MAX).min(copies.len());
     if threads < 2 || bytes < PARALLEL_BYTES_MIN || overlap(copies) {
         return copies.iter().map(|copy| copy.run()).collect();
     }
-    let share = copies.len().div_ceil(threads);
-    let (own, others) = copies.split_at(share);
-    thread::scope(|scope| {
-        let others: Vec<_> = others
-            .chunks(share)
-            .map(|part| {
-                (
-                    part,
-                    thread::Builder::new()
-                        .spawn_scoped(scope, || part.iter().map(|copy| copy.run()).collect()),
-                )
-            })
-            .collect();
-        let mut good: Vec<bool> = own.iter().map(|copy| copy.run()).collect();
-        for (part, other) in others {
-            let found: Vec<bool> = match other {
-                Ok(running) => running.join().unwrap_or_else(|_| vec![false; part.len()]),
-                // There is no thread to be had: it is done here.
-                Err(_) => part.iter().map(|copy| copy.run()).collect(),
-            };
-            good.extend(found);
+    let good: Vec<AtomicBool> = copies.iter().map(|_| AtomicBool::new(false)).collect();
+    let next = AtomicUsize::new(0);
+    let work = || {
+        loop {
+            let at = next.fetch_add(1, Ordering::Relaxed);
+            let Some(copy) = copies.get(at) else { break };
+            good[at].store(copy.run(), Ordering::Relaxed);
         }
-        good
-    })
+    };
+    thread::scope(|scope| {
+        for _ in 1..threads {
+            // Where there is no thread to be had, the others do it.
+            let _refused = thread::Builder::new().spawn_scoped(scope, work);
+        }
+        work();
+    });
+    // The end of the scope orders what its threads stored before this.
+    good.into_iter().map(AtomicBool::into_inner).collect()
 }
 
 fn overlap(copies: &[Copy<'_>]) -> bool {

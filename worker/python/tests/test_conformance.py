@@ -3,6 +3,7 @@
 import itertools
 import logging
 import os
+import re
 import signal
 import socket
 import threading
@@ -217,6 +218,43 @@ def test_restart(make: Make, daemon: Daemon, folder: Path, wire: SimpleNamespace
         more = range(100, 108)
         connector.put(more)
         assert connector.get(more) == right(connector, more)
+    finally:
+        again.kill()
+
+
+def damage(device: Path, block: bytes) -> None:
+    """Turns one byte round behind the block's first bytes, wherever they lie on the device."""
+    content = device.read_bytes()
+    places = [found.start() for found in re.finditer(re.escape(block[:48]), content)]
+    assert places, "the block is not on the device"
+    with device.open("r+b") as file:
+        for place in places:
+            file.seek(place + 48)
+            file.write(bytes([content[place + 48] ^ 0xFF]))
+
+
+def test_a_corrupted_block(make: Make, daemon: Daemon, folder: Path, wire: SimpleNamespace) -> None:
+    """A byte of a block turns round on the device while nobody looks: the load of it fails, the others are right, and
+    what is computed again is stored again."""
+    connector, bad = make(), 5
+    connector.put(ALL)
+    durable(daemon, N)
+    daemon.kill()
+    damage(folder / "data" / "nvme0.dat", connector.bytes_of(bad))
+    wait_for(lambda: connector.look_up(ALL) == 0, "a miss")
+    again = Daemon(folder, wire)
+    try:
+        wait_for(lambda: connector.look_up(ALL) > 0, "the second life")
+        found = connector.get(ALL)
+        assert found[bad] is None, "bytes that are not the block's"
+        assert all(value in (None, block) for value, block in zip(found, right(connector, ALL), strict=True))
+        wait_for(lambda: connector.get(ALL)[:bad] == right(connector, ALL[:bad]), "the blocks before it")
+
+        def repaired() -> bool:
+            connector.put(ALL)
+            return connector.get(ALL) == right(connector, ALL)
+
+        wait_for(repaired, "the block that was computed again")
     finally:
         again.kill()
 

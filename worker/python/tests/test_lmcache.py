@@ -1,6 +1,10 @@
 """LMCache's second level with LMCache's own classes. Skipped where there is no LMCache."""
 
+import json
+import re
 import select
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -171,3 +175,43 @@ def test_the_daemon_dies_under_locks(level: TerraceL2, daemon: Daemon) -> None:
     assert lookup(level, names(3)) == []
     level.submit_unlock(names(3))
     assert level.report_status()["is_healthy"] is False
+
+
+def described(daemon: Daemon) -> str:
+    return json.dumps(
+        {
+            "type": "plugin",
+            "module_path": "terrace_kv.lmcache",
+            "class_name": "TerraceL2",
+            "adapter_params": {"socket": str(daemon.socket)},
+        }
+    )
+
+
+def run_lmcache(module: str, *arguments: str) -> str:
+    """A program of LMCache's own; what it printed."""
+    command = [sys.executable, "-m", module, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=2 * PATIENCE, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_lmcaches_own_bench_verifies(daemon: Daemon) -> None:
+    """``lmcache bench l2`` compares what it loads with what it stored: lookups must hit, and all bytes be right."""
+    options = ["--num-keys", "8", "--data-size-kb", "256", "--rounds", "2", "--lookup-max-hit-rate", "1"]
+    options += ["--no-skip-verify", "--l2-adapter", described(daemon)]
+    printed = run_lmcache("lmcache.cli.main", "bench", "l2", *options)
+    assert "All 8 keys data verified OK." in printed
+    for operation in ("Lookup", "Load"):
+        found = re.findall(rf"\[{operation}\] Round \d: .* (?:found|loaded)=(\d+)/8", printed)
+        assert found == ["8"] * 3, printed
+    daemon.expect_leases(0)
+
+
+def test_lmcaches_own_check_of_adapters(daemon: Daemon) -> None:
+    """LMCache's check of an adapter ends well whatever it found, so that its counts must be read."""
+    options = ["--mode", "test_l2_adapter", "--num-keys", "6", "--obj-size", "16384"]
+    printed = run_lmcache("lmcache.v1.basic_check", *options, "--l2-adapter", described(daemon))
+    for line in ("6/6 correctly absent", "Batch store OK", "6/6 found", "(loaded): 6/6", "(content): 6/6"):
+        assert line in printed, printed
+    assert "Failed" not in printed

@@ -52,21 +52,22 @@ pub enum Move<'a> {
     Cleared,
 }
 
-/// A batch of moves, in their order. `seconds` is the time of the batch; `rank` is left out where there is one
-/// publisher only.
+/// A batch of moves, in their order. `seconds` is the time of the batch; `rank` is nil where there is one publisher
+/// only: vLLM takes a batch without it, Dynamo's indexer does not.
 ///
 /// # Panics
 /// If a list is longer than the decoder takes: whoever publishes more makes several batches.
 pub fn encode(seconds: f64, moves: &[Move<'_>], rank: Option<u32>) -> Vec<u8> {
     assert!(moves.len() <= EVENTS_MAX, "a batch of more moves than a subscriber takes");
     let mut bytes = Vec::new();
-    put_list(&mut bytes, if rank.is_some() { 3 } else { 2 });
+    put_list(&mut bytes, 3);
     bytes.push(0xcb);
     bytes.extend(seconds.to_be_bytes());
     put_list(&mut bytes, moves.len());
     moves.iter().for_each(|change| put_move(&mut bytes, change));
-    if let Some(rank) = rank {
-        put_number(&mut bytes, u64::from(rank));
+    match rank {
+        Some(rank) => put_number(&mut bytes, u64::from(rank)),
+        None => bytes.push(0xc0),
     }
     bytes
 }

@@ -78,7 +78,7 @@ def _kind_of(item: Any) -> Kind:
     described = item.metadata
     dtypes = getattr(described, "dtypes", None) or [item.get_dtype()]
     shapes = getattr(described, "shapes", None) or [item.get_shape()]
-    return _kind(tuple(dtypes), tuple(shapes), len(_bytes_of(item)))
+    return _kind(tuple(dtypes), tuple(shapes), item.get_size())
 
 
 def _kind_of_layout(layout: Any) -> Kind:
@@ -86,18 +86,16 @@ def _kind_of_layout(layout: Any) -> Kind:
     return _kind(tuple(layout.dtypes), tuple(layout.shapes), sum(lengths))
 
 
-def _bytes_of(item: Any) -> memoryview:
-    return memoryview(item.byte_array).cast("B")
+def _length(part: bytes) -> bytes:
+    return len(part).to_bytes(4, "little")
 
 
 def _name(key: Any) -> bytes:
-    digest = hashlib.blake2b(key.chunk_hash, digest_size=32)
-    salt = key.cache_salt.encode()
-    for part in (str(key.kv_rank).encode(), str(key.object_group_id).encode(), salt):
-        digest.update(len(part).to_bytes(4, "little") + part)
+    chunk = key.chunk_hash
+    rank, group, salt = b"%d" % key.kv_rank, b"%d" % key.object_group_id, key.cache_salt.encode()
     # Of whatever length the hash is, nothing else ends like it.
-    digest.update(len(key.chunk_hash).to_bytes(4, "little"))
-    return digest.digest()
+    parts = (chunk, _length(rank), rank, _length(group), group, _length(salt), salt, _length(chunk))
+    return hashlib.blake2b(b"".join(parts), digest_size=32).digest()
 
 
 class TerraceL2(L2AdapterInterface):
@@ -177,11 +175,11 @@ class TerraceL2(L2AdapterInterface):
             for (model, kind), indexes in self._grouped(keys, [_kind_of(item) for item in objects]).items():
 
                 def give(at: int, frame: Any, indexes: list[int] = indexes) -> bool:
-                    source = _bytes_of(objects[indexes[at]])
+                    source = objects[indexes[at]].byte_array
                     if isinstance(frame, WriteBlock):
                         frame.fill(source)
                     else:
-                        frame[:] = source
+                        frame[:] = memoryview(source).cast("B")
                     return True
 
                 stored += self._space(model, kind).put([_name(keys[index]) for index in indexes], give, wait=self._wait)
@@ -276,7 +274,7 @@ class TerraceL2(L2AdapterInterface):
             with self._lock:
                 held = [self._locked.get(key) for key in keys]
                 locked = [(index, blocks[-1]) for index, blocks in enumerate(held) if blocks]
-            fine = self._copy(locked, objects)
+            fine = self._copy(locked, objects) if locked else []
             done = set(fine)
             rest = [index for index in range(len(keys)) if index not in done]
             if rest:
@@ -297,7 +295,7 @@ class TerraceL2(L2AdapterInterface):
 
     def _copy(self, found: list[tuple[int, Block]], objects: list[Any]) -> list[int]:
         """Copies blocks into the objects at their places; answers those places whose copies are good."""
-        targets = [_bytes_of(objects[index]) for index, _ in found]
+        targets = [objects[index].byte_array for index, _ in found]
         good = self._store.copy_out([block for _, block in found], targets, self._copy_threads)
         return [index for (index, _), fine in zip(found, good, strict=True) if fine]
 

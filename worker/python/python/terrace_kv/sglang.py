@@ -8,25 +8,25 @@ A page of SGLang is one block. Pages are copied between SGLang's host pool and t
 between them where the pool's layout keeps a page in few pieces (``page_first``), else through one flat page.
 """
 
-import ctypes
 import hashlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from sglang.srt.mem_cache.hicache_storage import HiCacheStorage, HiCacheStorageConfig, HiCacheStorageExtraInfo
 
 from ._engine import Store, StoreSpace, Target
 from ._manifest import SpaceManifest
-from ._native import Block, WriteBlock
+from ._sglang_hits import ALL_PAGES, BLOCK_GROUPS, KV, fold, pool_name
+from ._sglang_pages import Pages, fill, page_tokens, pieces
 from ._versions import advice, installed, sglang_shard, sglang_writes
 
 logger = logging.getLogger("sglang.terrace_kv")
 
 WAIT_SECONDS = 5.0
 """Longest wait of a read for blocks of slower tiers."""
+MAMBA = "mamba"
 
 
 def _key(key: str) -> bytes:
@@ -34,12 +34,13 @@ def _key(key: str) -> bytes:
     return hashlib.blake2b(key.encode(), digest_size=32).digest()
 
 
-def _bytes_at(address: int, length: int) -> np.ndarray[Any, Any]:
-    return np.frombuffer((ctypes.c_uint8 * length).from_address(address), np.uint8)
+def _keys(keys: Sequence[str] | None) -> list[bytes]:
+    return [_key(key) for key in keys or []]
 
 
 class TerraceStore(HiCacheStorage):
-    """SGLang's third level."""
+    """SGLang's third level. Each host pool has a space; of several pools, a page counts if SGLang's rule for each pool
+    says so (interface v2)."""
 
     def __init__(self, storage_config: HiCacheStorageConfig, kwargs: dict[str, Any] | None = None) -> None:
         self._config = storage_config
@@ -49,110 +50,107 @@ class TerraceStore(HiCacheStorage):
         self._wait = float(extra.get("wait_seconds", WAIT_SECONDS))
         self._fingerprint = str(extra.get("model_fingerprint", "")).encode()[:64] or b"sglang"
         self._store = Store(Target.of(extra, "sglang"), logger)
-        self._space: StoreSpace | None = None
-        self._zero_copy = False
+        self._pools: dict[str, Pages] = {}
         # A server that starts without a daemon says so at once.
         self._store.session()
 
+    # Pools.
+
     def register_mem_pool_host(self, mem_pool_host: Any) -> None:
-        """Takes the pool. Its type and layout make the space: SGLang's keys do not tell them apart."""
+        """Takes the pool of K and V. Its type and layout make the space: SGLang's keys do not tell them apart."""
         super().register_mem_pool_host(mem_pool_host)
-        self._zero_copy, lengths = self._pieces(mem_pool_host)
-        config = self._config
-        described = f"{type(mem_pool_host).__name__};{getattr(mem_pool_host, 'layout', '')};{lengths};{self._zero_copy}"
+        self._pools[KV] = self._pages(mem_pool_host, KV)
+
+    def register_mem_host_pool_v2(self, host_pool: Any, host_pool_name: Any) -> None:
+        """Takes a further pool: states, windows, indexes. The pool of K and V comes this way too, a second time."""
+        super().register_mem_host_pool_v2(host_pool, host_pool_name)
+        name = pool_name(host_pool_name)
+        if name != KV or KV not in self._pools:
+            self._pools[name] = self._pages(host_pool, name)
+
+    def _pages(self, pool: Any, name: str) -> Pages:
+        zero_copy, lengths = pieces(pool)
+        types = [str(getattr(pool, of, "")) for of in ("temporal_dtype", "conv_dtype")]
+        described = f"{type(pool).__name__};{getattr(pool, 'layout', '')};{types};{lengths};{zero_copy}"
         digest = hashlib.blake2b(described.encode(), digest_size=16).hexdigest()
-        if config.is_mla_model:
-            rank, parts = sglang_shard(config)
-            topology = f"mla,dcp{parts},pp{config.pp_size}"
-        else:
-            topology = f"tp{config.tp_size},pp{config.pp_size},cp{config.attn_cp_size}"
-            rank = config.tp_rank * config.attn_cp_size + config.attn_cp_rank
-        model = str(config.model_name)
+        topology, rank = self._place(name)
+        model = str(self._config.model_name)
         manifest = SpaceManifest(
             model=model.encode()[-256:].decode(errors="ignore"),
             model_fingerprint=self._fingerprint,
-            dtype=str(mem_pool_host.dtype).removeprefix("torch."),
-            layout=f"sglang,opaque,{digest}",
-            tokens_per_block=mem_pool_host.page_size,
+            dtype=str(getattr(pool, "dtype", "bytes")).removeprefix("torch."),
+            layout=f"sglang,opaque,{digest}" if name == KV else f"sglang,{name},{digest}",
+            tokens_per_block=page_tokens(pool),
             block_bytes=sum(lengths),
             topology=topology,
-            rank=rank * config.pp_size + config.pp_rank,
+            rank=rank * self._config.pp_size + self._config.pp_rank,
             engine="sglang",
         )
-        self._space = StoreSpace(self._store, manifest)
+        return Pages(self._store, StoreSpace(self._store, manifest), pool, zero_copy=zero_copy, wait=self._wait)
 
-    @staticmethod
-    def _pieces(pool: Any) -> tuple[bool, list[int]]:
-        """Whether a page lies in addressable pieces, and their lengths."""
-        try:
-            _, lengths = pool.get_page_buffer_meta(torch.arange(pool.page_size))
-        except (ValueError, NotImplementedError, AssertionError):
-            page = pool.get_dummy_flat_data_page()
-            return False, [page.numel() * page.element_size()]
-        return True, [int(length) for length in lengths]
-
-    def _arrays(self, host_indices: Any, pages: int) -> list[list[np.ndarray[Any, Any]]]:
-        """The pieces of each page, where they lie."""
-        addresses, lengths = self.mem_pool_host.get_page_buffer_meta(host_indices)
-        each = len(addresses) // pages
-        arrays = [_bytes_at(int(at), int(length)) for at, length in zip(addresses, lengths, strict=True)]
-        return [arrays[start : start + each] for start in range(0, len(arrays), each)]
-
-    # Pages of the host pool.
-
-    def batch_set_v1(
-        self, keys: list[str], host_indices: torch.Tensor, extra_info: HiCacheStorageExtraInfo | None = None
-    ) -> list[bool]:
-        if not sglang_writes(self._config):
-            return [True] * len(keys)
-        return self._put(keys, self._giver(host_indices, len(keys)), self._parent(extra_info))
-
-    def _giver(self, host_indices: Any, pages: int) -> Callable[[int, Any], bool]:
-        if not self._zero_copy:
-            size, pool = self.mem_pool_host.page_size, self.mem_pool_host
-            return lambda index, frame: _fill(frame, pool.get_data_page(host_indices[index * size], flat=True))
-        arrays = self._arrays(host_indices, pages)
-
-        def give(index: int, frame: WriteBlock | bytearray) -> bool:
-            target, offset = np.frombuffer(frame, np.uint8), 0
-            for piece in arrays[index]:
-                target[offset : offset + piece.size] = piece
-                offset += piece.size
-            return True
-
-        return give
-
-    def batch_get_v1(
-        self, keys: list[str], host_indices: torch.Tensor, extra_info: HiCacheStorageExtraInfo | None = None
-    ) -> list[bool]:
-        if self._space is None:
-            return [False] * len(keys)
-        if not self._zero_copy:
-            size, pool = self.mem_pool_host.page_size, self.mem_pool_host
-            pages = self.batch_get(keys, [pool.get_dummy_flat_data_page() for _ in keys])
-            for index, page in enumerate(pages):
-                if page is not None:
-                    pool.set_from_flat_data_page(host_indices[index * size], page)
-            return [page is not None for page in pages]
-        arrays = self._arrays(host_indices, len(keys))
-
-        def take(index: int, block: Block) -> None:
-            source, offset = np.frombuffer(block, np.uint8), 0
-            for piece in arrays[index]:
-                piece[:] = source[offset : offset + piece.size]
-                offset += piece.size
-
-        return self._space.get([_key(key) for key in keys], take, wait=self._wait)
+    def _place(self, name: str) -> tuple[str, int]:
+        """Topology and rank. What a model keeps once for all ranks (MLA) is theirs together; Mamba's states are not."""
+        config = self._config
+        if config.is_mla_model and name != MAMBA:
+            rank, parts = sglang_shard(config)
+            return f"mla,dcp{parts},pp{config.pp_size}", rank
+        rank = config.tp_rank * config.attn_cp_size + config.attn_cp_rank
+        return f"tp{config.tp_size},pp{config.pp_size},cp{config.attn_cp_size}", rank
 
     @staticmethod
     def _parent(extra_info: HiCacheStorageExtraInfo | None) -> bytes | None:
         before = extra_info.prefix_keys if extra_info is not None else None
         return _key(before[-1]) if before else None
 
-    def _put(self, keys: Sequence[str], give: Callable[[int, Any], bool], parent: bytes | None) -> list[bool]:
-        if self._space is None:
-            return [False] * len(keys)
-        return self._space.put([_key(key) for key in keys], give, parent=parent, wait=self._wait)
+    # Several pools.
+
+    def batch_exists_v2(self, keys: list[str], pool_transfers: list[Any] | None = None, extra_info: Any = None) -> Any:
+        there = {KV: self._present(KV, keys)}
+        for transfer in pool_transfers or []:
+            name = pool_name(transfer.name)
+            there[name] = self._present(name, (transfer.keys or []) if transfer.hit_policy == BLOCK_GROUPS else keys)
+        return fold(there, pool_transfers or [])
+
+    def _present(self, name: str, keys: list[str]) -> list[bool]:
+        pages = self._pools.get(name)
+        return [False] * len(keys) if pages is None else self._store.present([pages.space], _keys(keys))
+
+    def batch_get_v2(self, transfers: list[Any], extra_info: Any = None) -> dict[str, list[bool]]:
+        return {transfer.name: self._get(transfer) for transfer in transfers}
+
+    def _get(self, transfer: Any) -> list[bool]:
+        keys, pages = _keys(transfer.keys), self._pools.get(pool_name(transfer.name))
+        return [False] * len(keys) if pages is None else pages.get(keys, transfer.host_indices)
+
+    def batch_set_v2(
+        self, transfers: list[Any], extra_info: HiCacheStorageExtraInfo | None = None
+    ) -> dict[str, list[bool]]:
+        return {transfer.name: self._set(transfer, extra_info) for transfer in transfers}
+
+    def _set(self, transfer: Any, extra_info: HiCacheStorageExtraInfo | None) -> list[bool]:
+        name, keys = pool_name(transfer.name), _keys(transfer.keys)
+        if name != MAMBA and not sglang_writes(self._config):
+            return [True] * len(keys)
+        pages = self._pools.get(name)
+        # The last pages of a chain alone have no parent there.
+        parent = self._parent(extra_info) if transfer.hit_policy == ALL_PAGES else None
+        return [False] * len(keys) if pages is None else pages.put(keys, transfer.host_indices, parent)
+
+    # Pages of the pool of K and V.
+
+    def batch_set_v1(
+        self, keys: list[str], host_indices: torch.Tensor, extra_info: HiCacheStorageExtraInfo | None = None
+    ) -> list[bool]:
+        if not sglang_writes(self._config):
+            return [True] * len(keys)
+        pages = self._pools.get(KV)
+        return [False] * len(keys) if pages is None else pages.put(_keys(keys), host_indices, self._parent(extra_info))
+
+    def batch_get_v1(
+        self, keys: list[str], host_indices: torch.Tensor, extra_info: HiCacheStorageExtraInfo | None = None
+    ) -> list[bool]:
+        pages = self._pools.get(KV)
+        return [False] * len(keys) if pages is None else pages.get(_keys(keys), host_indices)
 
     # Flat pages.
 
@@ -162,16 +160,11 @@ class TerraceStore(HiCacheStorage):
     def batch_get(
         self, keys: list[str], target_locations: Any = None, target_sizes: Any = None
     ) -> list[torch.Tensor | None]:
-        if self._space is None or target_locations is None:
+        pages = self._pools.get(KV)
+        if pages is None or target_locations is None:
             return [None] * len(keys)
-        with self._space.read([_key(key) for key in keys], wait=self._wait, verify=False) as reading:
-            pairs = zip(reading.blocks, target_locations, strict=True)
-            found = [(index, block, target) for index, (block, target) in enumerate(pairs) if block is not None]
-            good = self._store.copy_out([block for _, block, _ in found], [_flat(target) for *_, target in found])
-        pages: list[torch.Tensor | None] = [None] * len(keys)
-        for (index, _, target), fine in zip(found, good, strict=True):
-            pages[index] = target if fine else None
-        return pages
+        good = pages.read(_keys(keys), target_locations)
+        return [target if fine else None for target, fine in zip(target_locations, good, strict=True)]
 
     def set(self, key: str, value: Any = None, target_location: Any = None, target_sizes: Any = None) -> bool:
         return self.batch_set([key], [value])
@@ -181,30 +174,21 @@ class TerraceStore(HiCacheStorage):
     ) -> bool:
         if not sglang_writes(self._config):
             return True
-        if values is None:
+        pages = self._pools.get(KV)
+        if pages is None or values is None:
             return False
-        return all(self._put(keys, lambda index, frame: _fill(frame, values[index]), None))
+        return all(pages.space.put(_keys(keys), lambda index, frame: fill(frame, values[index]), wait=self._wait))
 
     def exists(self, key: str) -> bool:
         return self.batch_exists([key]) == 1
 
     def batch_exists(self, keys: list[str], extra_info: HiCacheStorageExtraInfo | None = None) -> int:
-        if self._space is None:
-            return 0
-        return self._store.prefix([self._space], [_key(key) for key in keys])
+        pages = self._pools.get(KV)
+        return 0 if pages is None else self._store.prefix([pages.space], _keys(keys))
 
     def clear(self) -> None:
-        if self._space is not None:
-            self._space.clear()
+        for pages in self._pools.values():
+            pages.space.clear()
 
     def close(self) -> None:
         self._store.close()
-
-
-def _flat(page: torch.Tensor) -> np.ndarray[Any, Any]:
-    return page.contiguous().view(torch.uint8).reshape(-1).numpy()
-
-
-def _fill(frame: Any, page: torch.Tensor) -> bool:
-    np.frombuffer(frame, np.uint8)[:] = _flat(page)
-    return True

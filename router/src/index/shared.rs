@@ -1,0 +1,252 @@
+//! Which blocks the daemons hold together, whoever wrote them.
+//!
+//! Other routers know a block by its tokens or by a hash of them; a daemon knows it by
+//! its space and the key that the space's engine gives it. So every space of the
+//! tenant is asked for by the name that its engine uses. Where a block is spread over
+//! ranks, the first rank speaks for all.
+
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use terrace_client::{admin, wire};
+use terrace_core::{TokenCount, chain_keys};
+use terrace_index::hashes::{VLLM_SEED, VllmHash, vllm};
+use terrace_index::{Found, Key, TierSet};
+use tokio::time::Instant;
+
+use super::{Daemon, Index};
+use crate::engines::Prefix;
+use crate::names::Block;
+
+/// How old a daemon's list of spaces may be.
+const SPACES_AGE_MAX: Duration = Duration::from_secs(2);
+/// How long a daemon may take for the list.
+const SPACES_TIME_MAX: Duration = Duration::from_secs(1);
+
+/// A block as the engines of our spaces name it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Named {
+    /// Our own chain key.
+    pub(crate) chain: [u8; 16],
+    /// vLLM's `sha256_cbor`.
+    pub(crate) vllm: [u8; 32],
+}
+
+impl Named {
+    /// The key that an engine gives to a space; none if we do not know how it names blocks.
+    fn key(&self, engine: &str) -> Option<&[u8]> {
+        match engine {
+            "terrace" => Some(&self.chain),
+            "vllm" => Some(&self.vllm),
+            _ => None,
+        }
+    }
+}
+
+/// A daemon's spaces, as it said last.
+#[derive(Debug, Default)]
+pub(super) struct Spaces(Mutex<Option<(Instant, Arc<Vec<wire::SpaceManifest>>)>>);
+
+/// The names of a prompt's whole blocks.
+pub(crate) fn names(tokens: &[u32], block_tokens: u32) -> Vec<Named> {
+    let chain = chain_keys(tokens, TokenCount::new(block_tokens));
+    let vllm = vllm(VllmHash::Sha256, VLLM_SEED, None, tokens, block_tokens as usize);
+    let named =
+        |(chain, vllm): (_, Vec<u8>)| Named { chain, vllm: vllm.try_into().expect("SHA-256 has 32 bytes") };
+    chain.into_iter().zip(vllm).map(named).collect()
+}
+
+impl Index {
+    /// Which whole blocks of a prompt some daemon holds.
+    pub(crate) async fn held_tokens(
+        &self,
+        tokens: &[u32],
+        block_tokens: u32,
+        model: Option<&str>,
+    ) -> Vec<bool> {
+        let tokens = tokens.to_vec();
+        let named = tokio::task::spawn_blocking(move || names(&tokens, block_tokens)).await;
+        let named: Vec<_> = named.expect("hashing tokens does not panic").into_iter().map(Some).collect();
+        let tiers = self.tiers(&named, block_tokens, model).await;
+        tiers.into_iter().map(|tiers| !tiers.is_empty()).collect()
+    }
+
+    /// Which of these blocks of one prompt some daemon holds, by hashes that other routers have for them.
+    pub(crate) async fn held_hashes(&self, hashes: &[u64], model: Option<&str>) -> Vec<bool> {
+        let blocks: Vec<_> = hashes.iter().map(|hash| self.names.find(*hash)).collect();
+        let Some(block_tokens) = blocks.iter().flatten().map(|block| block.tokens.len()).next() else {
+            return vec![false; hashes.len()];
+        };
+        // Blocks of one prompt are of one size.
+        let named = |block: &Option<Arc<Block>>| {
+            block.as_ref().filter(|block| block.tokens.len() == block_tokens).map(|block| block.named)
+        };
+        let named: Vec<_> = blocks.iter().map(named).collect();
+        let tiers = self.tiers(&named, u32::try_from(block_tokens).unwrap_or(0), model).await;
+        tiers.into_iter().map(|tiers| !tiers.is_empty()).collect()
+    }
+
+    /// In which tiers the daemons together hold every block that has a name, in the order in which names came.
+    pub(crate) async fn held_names(&self) -> Vec<(Arc<Block>, TierSet)> {
+        let (blocks, _) = self.names.all();
+        let mut tiers = vec![TierSet::NONE; blocks.len()];
+        let mut sizes: Vec<usize> = blocks.iter().map(|block| block.tokens.len()).collect();
+        sizes.sort_unstable();
+        sizes.dedup();
+        for size in sizes {
+            let places: Vec<usize> =
+                (0..blocks.len()).filter(|place| blocks[*place].tokens.len() == size).collect();
+            let named: Vec<_> = places.iter().map(|place| Some(blocks[*place].named)).collect();
+            let held = self.tiers(&named, u32::try_from(size).unwrap_or(0), None).await;
+            places.into_iter().zip(held).for_each(|(place, held)| tiers[place] = held);
+        }
+        blocks.into_iter().zip(tiers).collect()
+    }
+
+    /// Changes whenever another answer of [`Index::held_names`] is possible.
+    pub(crate) fn version(&self) -> u64 {
+        let mut hasher = DefaultHasher::new();
+        self.names.version().hash(&mut hasher);
+        for daemon in &self.daemons {
+            let row = daemon.row();
+            (row.connected, row.known, row.applied, row.snapshots).hash(&mut hasher);
+        }
+        hasher.finish()
+    }
+
+    /// In which tiers the daemons together hold blocks of a chain; a name that is not known is held by nobody.
+    pub(crate) async fn tiers(
+        &self,
+        named: &[Option<Named>],
+        block_tokens: u32,
+        model: Option<&str>,
+    ) -> Vec<TierSet> {
+        let mut tiers = vec![TierSet::NONE; named.len()];
+        for daemon in &self.daemons {
+            let Some(open) = daemon.current.borrow().clone() else { continue };
+            let Some(holder) = daemon.shown.holder() else { continue };
+            for manifest in daemon.manifests().await.iter() {
+                let is_asked = manifest.tokens_per_block == block_tokens
+                    && model.is_none_or(|model| model == manifest.model);
+                if !is_asked {
+                    continue;
+                }
+                let Ok(space) = open.space(manifest).await else { continue };
+                let id = |named: &Named| {
+                    named
+                        .key(&manifest.engine)
+                        .map(|key| Key::from_bytes(space.space.block_id(key).to_bytes()))
+                };
+                let ids: Vec<Option<Key>> = named.iter().map(|named| named.as_ref().and_then(id)).collect();
+                scan(&self.blocks, holder, &ids, &mut tiers);
+            }
+        }
+        tiers
+    }
+
+    /// What each daemon holds of a prompt in each of its spaces.
+    pub(crate) async fn daemon_prefixes(&self, tokens: &[u32]) -> Vec<Prefix> {
+        let mut prefixes = Vec::new();
+        let mut found = Found::new();
+        for daemon in &self.daemons {
+            let Some(open) = daemon.current.borrow().clone() else { continue };
+            let Some(holder) = daemon.shown.holder() else { continue };
+            for manifest in daemon.manifests().await.iter() {
+                let block_tokens = manifest.tokens_per_block;
+                let Ok(space) = open.space(manifest).await else { continue };
+                let keys = names(tokens, block_tokens);
+                let keys = keys.iter().map_while(|named| named.key(&manifest.engine));
+                let ids: Vec<Key> =
+                    keys.map(|key| Key::from_bytes(space.space.block_id(key).to_bytes())).collect();
+                self.blocks.find(&ids, &mut found);
+                let Some(held) = found.held(holder).filter(|held| held.prefix[2] > 0) else { continue };
+                let (blocks, fastest) = (held.prefix[2], held.fastest);
+                prefixes.push(Prefix { name: daemon.name.clone(), block_tokens, blocks, fastest });
+            }
+        }
+        prefixes
+    }
+}
+
+/// Adds what one holder has. A look-up ends at the first block that nobody has, so it begins again behind it.
+fn scan(
+    blocks: &terrace_index::Index,
+    holder: terrace_index::HolderId,
+    ids: &[Option<Key>],
+    tiers: &mut [TierSet],
+) {
+    let (mut found, mut start) = (Found::new(), 0);
+    while start < ids.len() {
+        let run: Vec<Key> = ids[start..].iter().map_while(|id| *id).collect();
+        blocks.find(&run, &mut found);
+        if let Some(slot) = found.holders().iter().position(|held| held.holder == holder) {
+            for span in found.spans().iter().filter(|span| span.held as usize == slot) {
+                let held = &mut tiers[start + span.start as usize..start + span.end as usize];
+                held.iter_mut().for_each(|tiers| *tiers = tiers.with(TierSet::of(span.tier)));
+            }
+        }
+        start += found.blocks() as usize + 1;
+    }
+}
+
+impl Daemon {
+    /// The tenant's spaces whose blocks stand for tokens.
+    async fn manifests(&self) -> Arc<Vec<wire::SpaceManifest>> {
+        let known = self.spaces.0.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let (asked, old) = known.map_or((None, Arc::default()), |(asked, list)| (Some(asked), list));
+        if asked.is_some_and(|asked| asked.elapsed() < SPACES_AGE_MAX) {
+            return old;
+        }
+        let asking = async {
+            let mut admin = admin(&self.name).await.ok()?;
+            Some(admin.list_spaces(wire::ListSpacesRequest {}).await.ok()?.into_inner().spaces)
+        };
+        let list = match tokio::time::timeout(SPACES_TIME_MAX, asking).await.ok().flatten() {
+            None => old,
+            Some(spaces) => {
+                let own = spaces.into_iter().filter(|space| space.tenant == self.tenant);
+                let speaks = |manifest: &wire::SpaceManifest| {
+                    let is_chain = manifest.kind() == wire::SpaceKind::Chain;
+                    is_chain && manifest.tokens_per_block > 0 && (manifest.group, manifest.rank) == (0, 0)
+                };
+                Arc::new(own.filter_map(|space| space.manifest).filter(speaks).collect())
+            }
+        };
+        let known = Some((Instant::now(), Arc::clone(&list)));
+        *self.spaces.0.lock().unwrap_or_else(PoisonError::into_inner) = known;
+        list
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use terrace_index::{HolderId, Index as Blocks, Limits};
+
+    use super::*;
+
+    /// Holes would hide what is behind them, and another's blocks count as ours: every block of a chain with
+    /// holes, unknown names and two holders is compared with what was stored.
+    #[test]
+    fn every_block_is_seen_behind_any_hole() {
+        let blocks = Blocks::new(Limits { holders: 4, bytes: 4 << 20 });
+        let key = |number: usize| Key::from_alias(number as u64);
+        let (own, other) = (HolderId(0), HolderId(1));
+        let mut expected = vec![TierSet::NONE; 300];
+        for number in 0..300 {
+            let parent = (number > 0).then(|| key(number - 1));
+            if number % 7 != 3 && number % 50 != 9 {
+                let tiers = if number % 2 == 0 { TierSet::PINNED } else { TierSet::NVME };
+                blocks.store(own, tiers, parent, &[key(number)]).unwrap();
+                expected[number] = tiers;
+            } else if number % 7 == 3 {
+                blocks.store(other, TierSet::HBM, parent, &[key(number)]).unwrap();
+            }
+        }
+        let mut ids: Vec<Option<Key>> = (0..300).map(|number| Some(key(number))).collect();
+        (ids[20], expected[20]) = (None, TierSet::NONE);
+        let mut tiers = vec![TierSet::NONE; 300];
+        scan(&blocks, own, &ids, &mut tiers);
+        assert_eq!(tiers, expected);
+    }
+}
