@@ -301,18 +301,7 @@ impl Options {
             return Err(BadConfig::Twice { found: self.grpc[found].clone() });
         }
         let engines = engines(&self.engine)?;
-        let addresses = [self.publish.as_ref(), self.publish_replay.as_ref()];
-        if let Some(found) = addresses.into_iter().flatten().find(|address| !address.is_local()) {
-            return Err(BadConfig::Publish { found: found.clone() });
-        }
-        let publishing = self.publish.map(|events| Publishing {
-            events,
-            replay: self.publish_replay,
-            topic: self.publish_topic,
-            media: self.publish_media,
-            owner: self.cache_owner,
-            worker: self.publish_worker,
-        });
+        let publishing = self.publishing()?;
         Ok(Config {
             listen: self.listen,
             grpc: self.grpc,
@@ -343,6 +332,23 @@ impl Options {
     }
 }
 
+impl Options {
+    fn publishing(&self) -> Result<Option<Publishing>, BadConfig> {
+        let addresses = [self.publish.as_ref(), self.publish_replay.as_ref()];
+        if let Some(found) = addresses.into_iter().flatten().find(|address| !address.is_local()) {
+            return Err(BadConfig::Publish { found: found.clone() });
+        }
+        Ok(self.publish.clone().map(|events| Publishing {
+            events,
+            replay: self.publish_replay.clone(),
+            topic: self.publish_topic.clone(),
+            media: self.publish_media,
+            owner: self.cache_owner.clone(),
+            worker: self.publish_worker,
+        }))
+    }
+}
+
 fn engines(lines: &[String]) -> Result<Vec<Spec>, BadConfig> {
     if lines.len() > ENGINES_MAX {
         return Err(BadConfig::Engines { count: lines.len() });
@@ -364,6 +370,21 @@ mod tests {
 
     fn options(line: &[&str]) -> Options {
         Options::parse_from(std::iter::once("terrace-router").chain(line.iter().copied()))
+    }
+
+    /// Events on a port that other machines reach, or two engines of one name, must be refused at the start.
+    #[test]
+    fn engines_and_subscribers_are_checked() {
+        let one = "name=a,connect=tcp://a:1";
+        let error = options(&["--engine", one, "--engine", one]).check().unwrap_err();
+        assert_eq!(error, BadConfig::EngineTwice { found: "a".to_owned() });
+        let error = options(&["--engine", "name=a"]).check().unwrap_err().to_string();
+        assert!(error.starts_with("--engine name=a: "), "{error}");
+        let error = options(&["--publish", "tcp://0.0.0.0:1"]).check().unwrap_err().to_string();
+        assert!(error.contains("other machines"), "{error}");
+        assert_eq!(options(&[]).check().unwrap().names_max, 0);
+        let published = options(&["--publish", "tcp://127.0.0.1:1"]).check().unwrap();
+        assert_eq!(published.names_max, NAMES, "what is published needs names");
     }
 
     /// A limit of zero, or an address without a scheme, must be refused at the start, with the option's name.

@@ -25,6 +25,8 @@ use crate::zmtp::MESSAGE_BYTES_MAX;
 
 /// Longest list of hashes or blocks that is asked for at once.
 pub const BLOCKS_MAX: usize = 1 << 20;
+/// Most prefixes that are shown at once.
+const PREFIXES_MAX: usize = 1000;
 /// A million hashes of 20 digits, or as many blocks of tokens.
 const CHECK_BYTES_MAX: usize = 64 << 20;
 
@@ -217,6 +219,55 @@ pub async fn prefix(State(router): State<Arc<Router>>, request: Request) -> Resu
         })
     });
     Ok(Json(json!({"tokens": tokens.len(), "holders": holders.collect::<Vec<_>>()})))
+}
+
+/// How much of the index `/admin/hot` shows.
+#[derive(Debug, Deserialize)]
+pub struct Hot {
+    limit: Option<usize>,
+    parents: Option<bool>,
+}
+
+/// `GET /admin/hot`: the warmest prefixes of the index.
+///
+/// # Errors
+/// 400 for a limit that is none.
+pub async fn hot(
+    State(router): State<Arc<Router>>,
+    Query(hot): Query<Hot>,
+    request: Request,
+) -> Result<Json<Value>, ApiError> {
+    local_body(request, 0).await?;
+    let limit = hot.limit.unwrap_or(20);
+    if !(1..=PREFIXES_MAX).contains(&limit) {
+        return Err(ApiError::bad("limit", format!("`limit` must be from 1 to {PREFIXES_MAX}")));
+    }
+    let looking = Arc::clone(&router);
+    let parents = hot.parents.unwrap_or(false);
+    // Looks at the whole index.
+    let found = tokio::task::spawn_blocking(move || looking.index.warmest(limit, parents)).await;
+    let found = found.expect("nothing panics while it looks");
+    let prefixes = found.iter().map(|(stretch, holders)| {
+        let [hbm, pinned, nvme] = stretch.tiers;
+        let first = stretch.first.to_bytes();
+        json!({
+            "number": stretch.number,
+            "parent": stretch.parent,
+            "first_block": first.iter().map(|byte| format!("{byte:02x}")).collect::<String>(),
+            "blocks": stretch.blocks,
+            "entries": stretch.entries,
+            "tiers": {"hbm": hbm, "pinned": pinned, "nvme": nvme},
+            "bytes_max": stretch.bytes_max,
+            "heat": stretch.heat,
+            "holders": holders,
+            "holders_count": stretch.holders_count,
+        })
+    });
+    Ok(Json(json!({
+        "prefixes": prefixes.collect::<Vec<_>>(),
+        "blocks_shown": found.iter().map(|(stretch, _)| u64::from(stretch.blocks)).sum::<u64>(),
+        "blocks_in_all": router.index.blocks(),
+    })))
 }
 
 #[cfg(test)]

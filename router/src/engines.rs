@@ -13,7 +13,7 @@
 
 use std::sync::Arc;
 
-use terrace_index::{Found, Index as Blocks};
+use terrace_index::{Found, HolderId, Index as Blocks};
 use tokio::task::AbortHandle;
 
 pub(crate) mod dynamo;
@@ -119,6 +119,11 @@ impl Engines {
         }
         prefixes.sort_by(|one, two| (two.blocks, &one.name).cmp(&(one.blocks, &two.name)));
         prefixes
+    }
+
+    /// Who has a number in the index, if it is a publisher.
+    pub(crate) fn holder_name(&self, holder: HolderId) -> Option<String> {
+        self.holders.name(holder)
     }
 
     /// The Prometheus text of the publishers.

@@ -52,6 +52,7 @@ pub fn routes(router: Arc<Router>) -> Routes {
         .route("/v1/completions", post(completions))
         .route("/v1/chat/completions", post(chat))
         .route("/admin/explain", post(explain::explain))
+        .route("/admin/hot", get(doors::hot))
         .route("/admin/prefix", post(doors::prefix))
         .route("/events/dynamo", post(doors::dynamo_events))
         .route("/events/dynamo/{worker}", delete(doors::dynamo_gone))

@@ -16,7 +16,7 @@ use std::time::Duration;
 use futures_util::future::join_all;
 use terrace_client::{ClientError, Connector, Target, wire};
 use terrace_core::{TokenCount, chain_keys};
-use terrace_index::{Index as Blocks, Key, Limits};
+use terrace_index::{HolderId, Index as Blocks, Key, Limits, Stretch};
 use tokio::sync::watch;
 use tokio::task::AbortHandle;
 
@@ -155,6 +155,28 @@ impl Index {
     /// What engines tell of their own caches.
     pub fn engines(&self) -> &Engines {
         &self.engines
+    }
+
+    /// Blocks in the index.
+    pub fn blocks(&self) -> u64 {
+        self.blocks.counts().blocks
+    }
+
+    /// The warmest prefixes with the names of some of their holders; with `parents` what they go on from as well.
+    /// Looks at the whole index.
+    pub fn warmest(&self, count: usize, parents: bool) -> Vec<(Stretch, Vec<String>)> {
+        let name = |holder: &HolderId| {
+            let daemon = self.daemons.iter().find(|daemon| daemon.shown.holder() == Some(*holder));
+            let engine = || self.engines.holder_name(*holder);
+            // A snapshot that is being loaded is nobody's yet.
+            daemon.map(|daemon| daemon.name.clone()).or_else(engine)
+        };
+        let found = self.blocks.warmest(count, parents);
+        let named = |stretch: Stretch| {
+            let names = stretch.holders.iter().filter_map(name).collect();
+            (stretch, names)
+        };
+        found.into_iter().map(named).collect()
     }
 
     /// Daemons that are followed.

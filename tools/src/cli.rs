@@ -10,7 +10,7 @@ use clap::{Args, CommandFactory, Parser, Subcommand};
 use clap_complete::Shell;
 
 use crate::output::Format;
-use crate::{admin, bench, block, curve, doctor, explain, inspect, model, scrub, sim, up};
+use crate::{admin, bench, block, curve, doctor, explain, inspect, model, prefix, scrub, sim, up};
 
 /// Terrace: a KV-cache service for LLM inference
 #[derive(Debug, Parser)]
@@ -115,6 +115,10 @@ struct BlockArgs {
 enum PrefixCommand {
     /// How much of a prompt is stored, and where
     Match(block::PrefixArgs),
+    /// The warmest prefixes of the router's index
+    Hot(prefix::Options),
+    /// The warmest prefixes with what they begin with, as a tree
+    Tree(prefix::Options),
 }
 
 #[derive(Debug, Subcommand)]
@@ -196,6 +200,12 @@ impl Cli {
             }
             Command::Prefix(PrefixCommand::Match(args)) => {
                 runtime.block_on(block::prefix(&target, format, args))
+            }
+            Command::Prefix(PrefixCommand::Hot(options)) => {
+                runtime.block_on(prefix::run(&target, format, prefix::Shape::Hot, &options))
+            }
+            Command::Prefix(PrefixCommand::Tree(options)) => {
+                runtime.block_on(prefix::run(&target, format, prefix::Shape::Tree, &options))
             }
         }
     }

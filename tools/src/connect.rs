@@ -34,6 +34,17 @@ pub(crate) fn running(target: &Target) -> anyhow::Result<Running> {
     Running::read(&dir)
 }
 
+/// The router's URL: the one that was named, or that of the running `terrace up` of `--home`.
+///
+/// # Errors
+/// When neither is known.
+pub(crate) fn router(target: &Target, named: Option<&str>) -> anyhow::Result<String> {
+    match named {
+        Some(router) => Ok(router.to_owned()),
+        None => Ok(running(target).context("no router is known: name one by --router URL")?.url),
+    }
+}
+
 /// A connection to the AdminService.
 ///
 /// # Errors

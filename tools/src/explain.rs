@@ -8,7 +8,7 @@ use clap::Args;
 use serde_json::{Map, Value, json};
 
 use crate::cli::Target;
-use crate::home::{self, Running};
+use crate::connect::router;
 use crate::output::{self, Format};
 
 /// Which prompt.
@@ -28,14 +28,7 @@ pub(crate) struct Options {
 pub(crate) async fn run(target: &Target, format: Format, options: &Options) -> anyhow::Result<ExitCode> {
     let text = std::fs::read_to_string(&options.prompt_file)
         .with_context(|| format!("cannot read {}", options.prompt_file.display()))?;
-    let router = match &options.router {
-        Some(router) => router.clone(),
-        None => {
-            Running::read(&target.home.clone().unwrap_or_else(|| home::DEFAULT.into()))
-                .context("no router is known: name one by --router URL")?
-                .url
-        }
-    };
+    let router = router(target, options.router.as_deref())?;
     let url = format!("{}/admin/explain", router.trim_end_matches('/'));
     let client = reqwest::Client::builder().no_proxy().build()?;
     let sent = client.post(&url).json(&body(&text, options.model.as_deref())).send().await;

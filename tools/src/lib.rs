@@ -15,6 +15,7 @@ mod home;
 mod inspect;
 mod model;
 mod output;
+mod prefix;
 mod scrub;
 mod sim;
 mod up;

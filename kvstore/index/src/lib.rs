@@ -24,6 +24,7 @@ mod pool;
 mod run;
 mod snapshot;
 mod stream;
+mod warmest;
 mod write;
 
 pub use find::{Found, Held, Span};
@@ -32,3 +33,4 @@ pub use index::{Changes, Counts, Index};
 pub use plan::{Piece, Plan, source_plan};
 pub use snapshot::BadSnapshot;
 pub use stream::{Stream, Tally, Verdict};
+pub use warmest::{HOLDERS_SHOWN, Stretch};

@@ -205,7 +205,7 @@ impl Reader<'_> {
 
 impl Writer {
     /// The run that a run goes on from, or 0.
-    fn parent(&self, number: u32) -> u32 {
+    pub(crate) fn parent(&self, number: u32) -> u32 {
         let note = self.notes[number as usize];
         if self.notes[note.parent as usize].birth == note.parent_birth { note.parent } else { 0 }
     }

@@ -78,7 +78,7 @@ mod tests {
         let body = text.parse::<CacheOwner>().unwrap().body();
         assert_eq!(body["pool"]["dc_id"], 255);
         assert_eq!(body["pool"]["indexer_domain"]["routing_scope"]["digest"][15], 2);
-        assert_eq!(body["slot"], json!({"digest": [10; 16], "source": "explicit"}));
+        assert_eq!(body["slot"], json!({"digest": vec![10; 16], "source": "explicit"}));
         for bad in
             ["", "a", &text[1..], &text.replace('a', "A"), &text.replace('/', ":"), &format!("{text}/0")]
         {

@@ -227,10 +227,10 @@ mod tests {
             let error = read.next().await.unwrap_err().to_string();
             assert!(error.contains(wanted), "{bytes:?}: {error}");
         }
-        let two_big =
-            [&[MORE | LONG, 0, 0, 0, 0, 0, 0xff, 0xff, 0xff][..], &vec![0; 0xff_ffff], &[0, 2, 1, 1]];
+        let head = [MORE | LONG, 0, 0, 0, 0, 0, 0xff, 0xff, 0xff];
+        let two_big = [&head[..], &vec![0; 0xff_ffff], &[0, 2, 1, 1]].concat();
         let (mut read, _write, _far, mut far_write) = pair(Kind::Sub, Kind::Pub).await.unwrap();
-        let sent = tokio::spawn(async move { far_write.send(&two_big.concat()).await });
+        let sent = tokio::spawn(async move { far_write.send(&two_big).await });
         assert!(matches!(read.next().await, Err(LinkError::TooLong)), "frames count together");
         drop(read);
         let _ = sent.await;

@@ -578,3 +578,34 @@ def test_a_killed_router_is_warm_within_seconds(pairs: Any, daemon: Daemon) -> N
         wait_for(lambda: second.blocks().get(daemon.grpc) == 2, "the second router's index")
         assert second.metric("terrace_router_index_blocks", None) == 202
         assert time.monotonic() - began < 10, "starting the program included"
+
+
+def test_the_warmest_prefixes_are_shown(pairs: Any) -> None:
+    """An operator would look at the wrong prefixes, or at too many: `terrace prefix hot` and `tree` of a router with
+    two branches of one trunk."""
+    terrace = TARGET / "release" / "terrace"
+    assert terrace.exists(), f"{terrace} is missing; build it: cargo build --release --bin terrace"
+    pair = pairs(Pair())
+    trunk = list(range(1, 65))
+    pair.publisher.publish(stored(trunk), stored([100], 64), stored([200], 64), rank=0)
+    pair.publisher.publish(stored(trunk), stored([100], 64), rank=1)
+    wait_for(lambda: pair.router.metric("terrace_router_index_blocks", None) == 66, "the blocks")
+
+    def show(*line: str) -> str:
+        done = subprocess.run(
+            [terrace, "prefix", *line, "--router", pair.router.url], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    hot = json.loads(show("hot", "-o", "json", "--limit", "2"))
+    assert (hot["blocks_in_all"], len(hot["prefixes"])) == (66, 2)
+    assert hot["prefixes"][0]["holders"] == ["v#0", "v#1"]
+    assert hot["prefixes"][0]["tiers"] == {"hbm": 2 * hot["prefixes"][0]["blocks"], "pinned": 0, "nvme": 0}
+    lines = show("tree").splitlines()
+    assert lines[0].startswith("FIRST BLOCK")
+    assert [line.startswith("  ") for line in lines[1:4]] == [False, True, True], lines
+    assert "66 blocks are known, 66 of them shown" in lines[-1]
+    status, answer = pair.router.call("/admin/hot?limit=1001")
+    assert status == 400
+    assert b"from 1 to 1000" in answer
