@@ -354,6 +354,7 @@ fn facts(config: &Config, incarnation: u32) -> Facts {
         blocks_max: config.limits.blocks_per_request,
         ttl_max: config.limits.lease_ttl_max,
         lane_socket: config.lane_socket.display().to_string(),
+        devices: Vec::new(),
         edges: config.edges.clone(),
     }
 }

@@ -352,7 +352,7 @@ async fn map_chunk(service: &Service, session: &Session, request: v1::MapChunk) 
         fence_bytes: (u64::from(memory.frames()) * 8).next_multiple_of(terrace_media::PAGE_BYTES),
         writable: access == MapAccess::Write,
         tier: v1::Tier::Pinned.into(),
-        device: 0,
+        ..Default::default()
     };
     Ok((lane_response::Result::MappedChunk(mapped), descriptors))
 }

@@ -50,6 +50,8 @@ pub struct Facts {
     pub ttl_max: Micros,
     /// Path of the lane socket.
     pub lane_socket: String,
+    /// Devices of the Hbm tier.
+    pub devices: Vec<v1::HbmDevice>,
     /// Limits of the shell.
     pub edges: Edges,
 }
@@ -152,6 +154,7 @@ impl Service {
             blocks_max: self.facts.blocks_max,
             ttl_ms_max: self.facts.ttl_max.millis(),
             lane_socket: self.facts.lane_socket.clone(),
+            devices: self.facts.devices.clone(),
         };
         v1::SessionResponse { notice: Some(v1::session_response::Notice::Opened(opened)) }
     }
