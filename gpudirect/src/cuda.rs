@@ -24,7 +24,7 @@ use crate::error::DeviceError;
 use crate::host_bytes::HostBytes;
 use crate::span::{Direction, Piece, Span};
 
-pub(crate) use driver::{check, count, gpu, has, load, within};
+pub(crate) use driver::{check, count, find, gpu, has, load, within};
 use vmm::Vmm;
 
 /// The driver wakes devices that nobody used for a while, one after the other.
@@ -297,6 +297,11 @@ impl Device for Cuda {
 
     fn bind_thread(&self) -> Result<(), DeviceError> {
         self.context.bind()
+    }
+
+    fn reaches(&self, other: &DeviceInfo) -> bool {
+        let peer = self.peers.iter().any(|peer| u32::try_from(*peer) == Ok(other.ordinal));
+        other.kind == DeviceKind::Cuda && (peer || other.uuid == self.info.uuid)
     }
 }
 

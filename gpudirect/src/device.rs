@@ -77,6 +77,9 @@ pub trait Device: Debug + Send + Sync {
     /// What the driver says.
     fn bind_thread(&self) -> Result<(), DeviceError>;
 
+    /// Whether copies between its chunks and those of `other` need no way through the host. Both lie on this machine.
+    fn reaches(&self, other: &DeviceInfo) -> bool;
+
     /// Frees a chunk and makes another of its length: what must happen before
     /// memory changes its tenant. Other processes may still hold the old memory;
     /// they keep it, and it is missing in [`Room::free`], until they let go.

@@ -201,6 +201,15 @@ impl Gds {
         Ok(Arc::new(GdsFile { handle, _file: file }))
     }
 
+    /// The same for the path of a file or a raw device, for reading.
+    ///
+    /// # Errors
+    /// What the system or the library says.
+    pub fn open_to_read(&self, path: &Path) -> Result<Arc<GdsFile>, DeviceError> {
+        let opened = open_direct(path, false);
+        self.file(opened.map_err(|error| DeviceError::Driver { call: "open", detail: error.to_string() })?)
+    }
+
     /// Lets the library prepare a chunk, so that transfers need no buffers of its
     /// own. Optional; ends when the answer is dropped.
     ///

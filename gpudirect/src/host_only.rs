@@ -246,6 +246,10 @@ impl Device for HostOnly {
     fn bind_thread(&self) -> Result<(), DeviceError> {
         self.shared.lock().alive()
     }
+
+    fn reaches(&self, other: &DeviceInfo) -> bool {
+        other.kind == DeviceKind::HostOnly
+    }
 }
 
 impl Registration for Counted {}

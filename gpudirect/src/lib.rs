@@ -13,9 +13,11 @@ mod files;
 mod host_bytes;
 mod host_only;
 pub mod kernels;
+mod name;
 mod pinned;
 mod span;
 mod status;
+mod sums;
 
 pub use copies::{Copies, CopyCounts, CopyLimits, Ends, Job, JobId, Refused};
 pub use cuda::Cuda;
@@ -29,6 +31,8 @@ pub use files::{
 };
 pub use host_bytes::HostBytes;
 pub use host_only::{Fault, HostOnly};
+pub use name::{BadDeviceName, DeviceName};
 pub use pinned::{Added, Pinned, SLICE_BYTES};
 pub use span::{DeviceBytes, Direction, Piece, Span};
 pub use status::{Gpu, HbmStatus, probe};
+pub use sums::Sums;

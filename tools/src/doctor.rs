@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use rustix::process::{Resource, getrlimit};
 use serde_json::{Value, json};
-use terrace_proto::v1::InfoRequest;
+use terrace_proto::v1::{InfoRequest, Tier, TierInfo};
 
 use crate::cli::Target;
 use crate::connect;
@@ -81,7 +81,22 @@ pub(crate) async fn run(target: &Target, format: Format) -> anyhow::Result<ExitC
 
 async fn daemon_notes(target: &Target) -> Option<Vec<String>> {
     let mut admin = connect::admin(target).await.ok()?;
-    Some(admin.info(InfoRequest {}).await.ok()?.into_inner().notes)
+    let info = admin.info(InfoRequest {}).await.ok()?.into_inner();
+    let device = |tier: &TierInfo| (tier.tier() == Tier::Hbm).then(|| format!("Hbm: {}", hbm_fact(tier)));
+    let devices: Vec<String> = info.tiers.iter().filter_map(device).collect();
+    Some(info.notes.into_iter().chain(devices).collect())
+}
+
+/// A device of Hbm in a sentence, and what makes it slower than need be.
+fn hbm_fact(tier: &TierInfo) -> String {
+    let activity = tier.activity.unwrap_or_default();
+    let name = if tier.device.is_empty() { String::new() } else { format!("{}: ", tier.device) };
+    let slow = if tier.on && activity.registered_bytes == 0 {
+        "; no host memory is registered, so copies take the slower way (raise `ulimit -l`; none exists before the first block)"
+    } else {
+        ""
+    };
+    format!("{name}{}{slow}", tier.note)
 }
 
 /// First line of a file of /proc or /sys; empty when it is not there.

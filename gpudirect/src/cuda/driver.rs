@@ -13,6 +13,8 @@ use crate::status::Gpu;
 
 /// Memory by descriptors for other processes is older, but nothing older is tested with these bindings.
 const VERSION_MIN: u32 = 12_000;
+/// The driver wakes devices that nobody used for a while.
+const FIND_WITHIN: Duration = Duration::from_secs(60);
 
 /// Every function that this crate calls. The bindings panic where one is missing.
 const FUNCTIONS: &[&str] = &[
@@ -219,6 +221,23 @@ pub(super) fn peers(device: CUdevice, count: u32) -> Vec<CUdevice> {
         asked == CUresult::CUDA_SUCCESS && can != 0
     };
     (0..i32::try_from(count).unwrap_or(0)).filter(|peer| *peer != device && reaches(*peer)).collect()
+}
+
+/// The ordinal of the device with this uuid.
+pub(crate) fn find(wanted: [u8; 16]) -> Result<u32, DeviceError> {
+    within("looking for a device", FIND_WITHIN, move || {
+        load()?;
+        for ordinal in 0..count()? {
+            let mut device = 0;
+            let named = i32::try_from(ordinal).unwrap_or(i32::MAX);
+            // SAFETY: the driver is initialised and writes one number.
+            check("cuDeviceGet", unsafe { sys::cuDeviceGet(&raw mut device, named) })?;
+            if uuid(device)? == wanted {
+                return Ok(ordinal);
+            }
+        }
+        Err(DeviceError::Unsupported { what: "the driver finds no device with this uuid".to_owned() })
+    })?
 }
 
 /// What can be said of a device without opening it.

@@ -266,11 +266,32 @@ impl Core {
             self.seal_in_hbm(index, gpu, target, true, 0);
             self.counters.promotions_hbm += 1;
         }
-        if wanted {
+        if wanted && current && !there && outcome == Err(MissReason::Device) && self.gpus.at(gpu).usable {
+            // The straight way failed, which says nothing of the device: it comes by Pinned.
+            let class = self.class_of_those_who_wait(index, gpu);
+            self.set_coming(index, gpu, Coming::Below(class));
+            self.memory_changed = true;
+            if !self.want(index, class) {
+                self.came(index, gpu, Grant::Throttled);
+            }
+        } else if wanted {
             self.came(index, gpu, Grant::Missing(outcome.err().unwrap_or(MissReason::Unknown)));
         }
         // Only if it was not sealed: then it is still Filling.
         self.abandon_filling(target, crate::residence::Vacate::Free);
+    }
+
+    fn class_of_those_who_wait(&self, index: BlockIndex, gpu: GpuId) -> IoClass {
+        let waiters = self.gpus.at(gpu).arrivals.get(&index).into_iter().flatten();
+        let classes = waiters.filter_map(|(wait, _)| match self.waits.get(wait)?.kind {
+            WaitKind::Read { class, .. } => Some(class),
+            WaitKind::Write { .. }
+            | WaitKind::Seal { .. }
+            | WaitKind::Flush { .. }
+            | WaitKind::Shrink { .. }
+            | WaitKind::Clear { .. } => None,
+        });
+        classes.min().unwrap_or(IoClass::Prefetch)
     }
 
     /// The block's way to Pinned has ended: those that come through it go on.
@@ -296,7 +317,7 @@ impl Core {
     pub(crate) fn came(&mut self, index: BlockIndex, gpu: GpuId, otherwise: Grant) {
         self.set_coming(index, gpu, Coming::No);
         let waiters = self.gpus.at_mut(gpu).arrivals.remove(&index).unwrap_or_default();
-        let mut left = Vec::new();
+        let (mut left, mut below) = (Vec::new(), Vec::new());
         for (id, position) in waiters {
             let Some(wait) = self.waits.get(&id) else { continue };
             let WaitKind::Read { lease, class, .. } = wait.kind else { continue };
@@ -309,12 +330,21 @@ impl Core {
                     left.push((id, position));
                     continue;
                 }
+                // Pinned has it, and its bytes were not compared yet.
+                None if self.blocks.at(index).pinned.is_some() && self.want(index, class) => {
+                    below.push((id, position));
+                    continue;
+                }
                 None => otherwise,
             };
             if let Some(WaitKind::Read { grants, .. }) = self.waits.get_mut(&id).map(|wait| &mut wait.kind) {
                 grants[place] = grant;
             }
             self.part_done(id);
+        }
+        if !below.is_empty() {
+            self.memory_changed = true;
+            self.arrivals.entry(index).or_default().extend(below);
         }
         if !left.is_empty() {
             self.gpus.at_mut(gpu).arrivals.entry(index).or_default().extend(left);

@@ -264,13 +264,31 @@ impl Core {
             return Allocated::Frame(frame);
         }
         self.charge(writing.tenant, writing.session, std::mem::take(&mut writing.owed));
-        let taken = self.take_window_frame(writing.session, writing.space, writing.memory);
+        let mut taken = self.take_window_frame(writing.session, writing.space, writing.memory);
+        if self.goes_to_pinned(writing, taken) {
+            writing.memory = Memory::Pinned;
+            if let Some(lease) = self.leases.get_mut(&writing.lease) {
+                lease.kind = LeaseKind::Write { space: writing.space, memory: Memory::Pinned };
+            }
+            taken = self.take_window_frame(writing.session, writing.space, Memory::Pinned);
+        }
         writing.allowance = self.lease_allowance(writing.tenant, writing.session);
         writing.window = match taken {
             Allocated::Frame(frame) => Some(frame.chunk),
             Allocated::Wait | Allocated::Never => None,
         };
         taken
+    }
+
+    /// Whether a lease that has no frame yet is written in Pinned, because its device has no memory now.
+    fn goes_to_pinned(&self, writing: &Writing, taken: Allocated) -> bool {
+        let Memory::Hbm(gpu) = writing.memory else { return false };
+        let none = match taken {
+            Allocated::Frame(_) => false,
+            Allocated::Wait => self.now < self.gpus.at(gpu).create_paused_until,
+            Allocated::Never => true,
+        };
+        none && writing.items.iter().all(Option::is_none)
     }
 
     /// Is this still the entry of this block?

@@ -5,6 +5,7 @@
 //! `docs/user-guide.md`.
 
 mod file;
+mod hbm;
 pub(crate) mod size;
 
 use std::net::SocketAddr;
@@ -15,6 +16,7 @@ use terrace_lane::Admits;
 use terrace_media::Backend;
 
 use file::{File, LimitsFile};
+pub use hbm::{HbmDevice, UseGds};
 
 /// Most devices.
 const DEVICES_MAX: usize = 64;
@@ -42,6 +44,8 @@ pub struct Config {
     pub chunk_bytes: ByteCount,
     /// The Nvme tier.
     pub devices: Vec<Device>,
+    /// The Hbm tier, in the order of the devices' numbers.
+    pub hbm: Vec<HbmDevice>,
     /// gRPC listener; loopback.
     pub grpc_listen: SocketAddr,
     /// Unix socket for processes of this machine.
@@ -206,6 +210,7 @@ impl Config {
         let lane_socket = file.lane_socket.unwrap_or_else(|| file.data_dir.join("lane.sock"));
         let limits = limits(&file.limits, pinned_bytes)?;
         let devices = devices(&file.data_dir, file.device, chunk_bytes, &mut notes)?;
+        let hbm = hbm::devices(file.hbm, chunk_bytes, &mut notes)?;
         let admission = admission(
             file.admission.as_deref().unwrap_or("learned"),
             file.write_bytes_per_day.as_deref(),
@@ -216,6 +221,7 @@ impl Config {
             pinned_bytes,
             chunk_bytes,
             devices,
+            hbm,
             grpc_listen: loopback("grpc_listen", file.grpc_listen.as_deref().unwrap_or("127.0.0.1:7070"))?,
             lane_socket,
             lane_admits: admits(file.lane_admits.as_deref().unwrap_or("owner"))?,
@@ -257,6 +263,9 @@ impl Config {
         for device in &self.devices {
             let bytes = ByteCount::new(u64::from(device.slots) * self.chunk_bytes.get());
             lines.push(format!("device           {} {}", device.path.display(), size::show(bytes)));
+        }
+        for device in &self.hbm {
+            lines.push(format!("hbm              {} {}", device.name, size::show(device.bytes)));
         }
         for tenant in &self.tenants {
             let token = if tenant.token.is_some() { "with a token" } else { "without a token" };

@@ -15,6 +15,8 @@ use terrace_media::SelfTestLine;
 use terrace_proto::{KEY_BYTES_MAX, v1};
 use tonic::{Code, Status};
 
+use crate::hbm::Hbm;
+
 const BLOCK_ID_BYTES: usize = size_of::<BlockId>();
 
 /// A request that is not answered as asked. `code` is a gRPC status code on both transports.
@@ -276,6 +278,18 @@ pub(crate) fn want(tier: v1::Tier, device: u32) -> Result<Memory, CallError> {
             format!("blocks are leased in TIER_PINNED or TIER_HBM; {} cannot be leased", tier.as_str_name()),
         )),
     }
+}
+
+/// A device of Hbm as clients are told of it; `None` where it is not configured, or was never there.
+pub(crate) fn hbm_device(hbm: &Hbm, gpu: GpuId) -> Option<v1::HbmDevice> {
+    let info = hbm.info(gpu)?;
+    Some(v1::HbmDevice {
+        number: gpu.get().into(),
+        kind: info.kind.label().to_owned(),
+        uuid: Bytes::copy_from_slice(&info.uuid),
+        name: info.name.clone(),
+        bytes: hbm.bytes(gpu).get(),
+    })
 }
 
 /// A device of Hbm by its number.

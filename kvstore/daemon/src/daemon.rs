@@ -12,10 +12,11 @@ use terrace_core::{Config as CoreConfig, Input, Scrub, TenantId};
 use terrace_lane::{LaneError, LaneServer};
 use terrace_media::{CatalogState, DeviceConfig, Hooks, Media, MediaConfig, MediaError, OpenReport};
 
-use crate::config::Config;
+use crate::config::{Config, HbmDevice};
 use crate::engine::{Completions, Engine};
 use crate::events::EventLogs;
 use crate::grpc::{self, BindError};
+use crate::hbm::{Hbm, OpenDevice};
 use crate::service::{Facts, Service};
 use crate::signals::Signals;
 use crate::spaces::Spaces;
@@ -88,6 +89,7 @@ pub enum StartError {
 
 struct Store {
     media: Media,
+    hbm: Hbm,
     report: OpenReport,
     tenants: Tenants,
     completions: Completions,
@@ -99,21 +101,30 @@ impl Daemon {
     /// # Errors
     /// What keeps it from starting; nothing is left behind.
     pub async fn start(config: Config, hooks: Hooks) -> Result<Self, StartError> {
+        Self::start_on(config, hooks, Arc::new(|device: &HbmDevice| device.name.open(device.bytes))).await
+    }
+
+    /// The same with devices of Hbm that somebody else opens, for tests of faults.
+    ///
+    /// # Errors
+    /// As [`Self::start`].
+    pub async fn start_on(config: Config, hooks: Hooks, open: OpenDevice) -> Result<Self, StartError> {
         let began = Instant::now();
         // Planned faults are for the requests that a test makes, not for ours.
         let real_devices = hooks.wrap_device.is_none();
         let config = Arc::new(config);
         let store = tokio::task::spawn_blocking({
             let config = config.clone();
-            move || open_store(&config, hooks)
+            move || open_store(&config, hooks, &open)
         });
-        let Store { media, report, tenants, completions } = store.await??;
+        let Store { media, hbm, report, tenants, completions } = store.await??;
         let status = status(began, &config, &report);
+        hbm.complaints().into_iter().for_each(|complaint| status.note(complaint));
         let spaces = Arc::new(Spaces::new(config.limits.spaces));
         let events = EventLogs::new(tenants.all().map(|tenant| tenant.id), config.edges.events_per_tenant);
-        let core = core_config(&config, report.incarnation);
+        let core = core_config(&config, &hbm, report.incarnation);
         let device_slots = core.device_slots.clone();
-        let engine = Engine::new(core, Arc::new(media), events, spaces, &completions);
+        let engine = Engine::new(core, Arc::new(media), hbm, events, spaces, &completions);
         let restored = tokio::task::spawn_blocking({
             let engine = engine.clone();
             let incarnation = report.incarnation;
@@ -277,7 +288,7 @@ async fn close(engine: Arc<Engine>) {
     }
 }
 
-fn open_store(config: &Config, hooks: Hooks) -> Result<Store, StartError> {
+fn open_store(config: &Config, hooks: Hooks, open: &OpenDevice) -> Result<Store, StartError> {
     std::fs::create_dir_all(&config.data_dir)
         .map_err(|source| StartError::DataDir { path: config.data_dir.clone(), source })?;
     let secret = NodeSecret::open(&config.data_dir)?;
@@ -296,8 +307,16 @@ fn open_store(config: &Config, hooks: Hooks) -> Result<Store, StartError> {
         hooks,
     };
     let (media, report) = Media::open(media, completions.callback())?;
+    let paths: Vec<PathBuf> = config.devices.iter().map(|device| device.path.clone()).collect();
+    let hbm = Hbm::open(
+        &config.hbm,
+        (&config.data_dir, &paths),
+        open,
+        &completions.finish(),
+        &completions.tell_lost(),
+    );
     let tenants = Tenants::new(&config.tenants, &secret);
-    Ok(Store { media, report, tenants, completions })
+    Ok(Store { media, hbm, report, tenants, completions })
 }
 
 fn status(began: Instant, config: &Config, report: &OpenReport) -> Arc<Status> {
@@ -327,14 +346,14 @@ fn status(began: Instant, config: &Config, report: &OpenReport) -> Arc<Status> {
     ))
 }
 
-fn core_config(config: &Config, incarnation: u32) -> CoreConfig {
+fn core_config(config: &Config, hbm: &Hbm, incarnation: u32) -> CoreConfig {
     let chunks = config.pinned_bytes.get() / config.chunk_bytes.get().max(1);
     CoreConfig {
         incarnation,
         pinned_bytes: config.pinned_bytes,
         chunk_bytes: config.chunk_bytes,
         device_slots: config.devices.iter().map(|device| device.slots).collect(),
-        hbm: Vec::new(),
+        hbm: hbm.core_configs(),
         persist_delay: config.persist_delay,
         window_idle: config.window_idle,
         window_recall_max: config.window_recall_max,

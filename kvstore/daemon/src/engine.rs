@@ -12,12 +12,13 @@ use std::time::{Duration, Instant};
 use tokio::sync::{Notify, mpsc, oneshot};
 
 use terrace_core::{
-    ChunkId, ClientId, Config, Core, Done, Effect, Fault, Input, Limit, Locality, Micros, Notice, Now, OpId,
-    Reply, Request, RequestId, SessionId, TenantId,
+    ChunkId, ClientId, Config, Core, Done, Effect, Fault, FrameRef, Input, Limit, Locality, Memory, Micros,
+    Notice, Now, OpId, Reply, Request, RequestId, SessionId, TenantId,
 };
 use terrace_media::{Access, ChunkMemory, Complete, Media, MediaOp};
 
 use crate::events::EventLogs;
+use crate::hbm::{Copying, Finish, Hbm, TellLost};
 use crate::rates::{OpKind, Rates};
 use crate::spaces::Spaces;
 
@@ -30,6 +31,8 @@ const TICK_MAX: Micros = Micros::from_millis(500);
 pub struct Engine {
     state: Mutex<State>,
     media: Arc<Media>,
+    hbm: Hbm,
+    finish: Finish,
     events: EventLogs,
     spaces: Arc<Spaces>,
     rates: Rates,
@@ -49,6 +52,8 @@ struct State {
     wakes_at: Now,
     /// Slow effects in flight, for their durations.
     running: HashMap<OpId, (OpKind, Now, u64)>,
+    /// Chunks of Pinned that are being made, where devices are to know them.
+    making: HashMap<OpId, ChunkId>,
 }
 
 struct Mailbox {
@@ -66,6 +71,26 @@ pub struct Gone;
 pub struct Completions(Arc<OnceLock<Weak<Engine>>>);
 
 impl Completions {
+    /// The same for devices of Hbm.
+    pub(crate) fn finish(&self) -> Finish {
+        let slot = self.0.clone();
+        Arc::new(move |op, outcome| {
+            if let Some(engine) = slot.get().and_then(Weak::upgrade) {
+                engine.completed(op, outcome);
+            }
+        })
+    }
+
+    /// Tells the core of a device of Hbm that is lost.
+    pub(crate) fn tell_lost(&self) -> TellLost {
+        let slot = self.0.clone();
+        Arc::new(move |gpu| {
+            if let Some(engine) = slot.get().and_then(Weak::upgrade) {
+                engine.submit(Input::GpuState { gpu, usable: false });
+            }
+        })
+    }
+
     /// The callback for media.
     pub fn callback(&self) -> Complete {
         let slot = self.0.clone();
@@ -86,6 +111,7 @@ impl Engine {
     pub fn new(
         config: Config,
         media: Arc<Media>,
+        hbm: Hbm,
         events: EventLogs,
         spaces: Arc<Spaces>,
         completions: &Completions,
@@ -99,8 +125,11 @@ impl Engine {
                 request_last: 0,
                 wakes_at: Now::default(),
                 running: HashMap::new(),
+                making: HashMap::new(),
             }),
             media,
+            hbm,
+            finish: completions.finish(),
             events,
             spaces,
             rates: Rates::default(),
@@ -112,6 +141,9 @@ impl Engine {
         });
         // A second engine on the same completions would be a mistake in our start order.
         assert!(completions.0.set(Arc::downgrade(&engine)).is_ok(), "completions belong to one engine");
+        for gpu in engine.hbm.absent() {
+            engine.submit(Input::GpuState { gpu, usable: false });
+        }
         let told = Arc::downgrade(&engine);
         engine.media.on_device_change(Box::new(move |device, usable| {
             if let Some(engine) = told.upgrade() {
@@ -253,9 +285,17 @@ impl Engine {
         &self.media
     }
 
+    /// The devices of the Hbm tier.
+    pub(crate) fn hbm(&self) -> &Hbm {
+        &self.hbm
+    }
+
     /// The media below, when nobody else uses it.
     pub fn into_media(self) -> Option<Media> {
-        Arc::into_inner(self.media)
+        let Self { media, hbm, .. } = self;
+        // Its threads may still give memory back.
+        drop(hbm);
+        Arc::into_inner(media)
     }
 
     /// The event logs.
@@ -310,6 +350,12 @@ impl Engine {
             let took = Duration::from_micros(self.now().since(started).get());
             self.rates.observe(kind, took, bytes, outcome.as_ref().err().copied());
         }
+        if let Some(chunk) = state.making.remove(&op)
+            && outcome == Ok(Done::ChunkCreated)
+            && let Some(memory) = self.media.chunk(chunk)
+        {
+            self.hbm.register(&memory);
+        }
         let catalog_failed = matches!(outcome, Err(Fault::Catalog));
         self.handle(&mut state, Input::OpDone { op, outcome });
         if catalog_failed {
@@ -354,29 +400,45 @@ impl Engine {
             }
             Effect::Notify { session, notice } => notify(state, session, notice),
             Effect::SetFences { fences } => {
-                fences.into_iter().for_each(|(frame, fence)| self.media.set_fence(frame, fence));
+                for (frame, fence) in fences {
+                    if !self.hbm.set_fence(frame, fence) {
+                        self.media.set_fence(frame, fence);
+                    }
+                }
             }
             Effect::CloseWindow { op, chunk } => {
-                self.start(state, OpKind::CloseWindow, 0, MediaOp::CloseWindow { op, chunk });
+                self.note(state, OpKind::CloseWindow, 0, op);
+                if !self.hbm.close_window(op, chunk) {
+                    self.media.start(MediaOp::CloseWindow { op, chunk });
+                }
             }
             Effect::Publish { events } => {
                 events.into_iter().for_each(|(tenant, event)| self.events.publish(tenant, event));
             }
             Effect::Promote { op, device, class } => self.media.promote(op, device, class),
             Effect::Cancel { op, device } => self.media.cancel(op, device),
-            Effect::CreateChunk { op, chunk, tenant: _, owner, frame_bytes, frames, memory: _ } => {
+            Effect::CreateChunk { op, chunk, tenant: _, owner, frame_bytes, frames, memory } => {
+                self.note(state, OpKind::CreateChunk, frame_bytes.get() * u64::from(frames), op);
                 let access = if owner.is_some() { Access::Window } else { Access::Pool };
-                let bytes = frame_bytes.get() * u64::from(frames);
-                let op = MediaOp::CreateChunk { op, chunk, access, frame_bytes, frames };
-                self.start(state, OpKind::CreateChunk, bytes, op);
+                match memory {
+                    Memory::Hbm(gpu) => self.hbm.create(op, gpu, (chunk, frame_bytes, frames), &self.finish),
+                    Memory::Pinned => {
+                        if !self.hbm.is_off() {
+                            state.making.insert(op, chunk);
+                        }
+                        self.media.start(MediaOp::CreateChunk { op, chunk, access, frame_bytes, frames });
+                    }
+                }
             }
             Effect::DropChunk { op, chunk } => {
-                self.start(state, OpKind::DropChunk, 0, MediaOp::DropChunk { op, chunk });
+                self.note(state, OpKind::DropChunk, 0, op);
+                self.drop_chunk(op, chunk);
             }
             Effect::Read { op, source, source_offset, target, expect, class } => {
-                let bytes = expect.length.get();
-                let op = MediaOp::Read { op, source, source_offset, target, expect, class };
-                self.start(state, OpKind::Read, bytes, op);
+                self.note(state, OpKind::Read, expect.length.get(), op);
+                if !self.hbm.read(op, (source.device, source_offset), target, expect) {
+                    self.media.start(MediaOp::Read { op, source, source_offset, target, expect, class });
+                }
             }
             Effect::Write { op, source, target, target_offset, header, via, class } => {
                 let bytes = header.length.get();
@@ -396,12 +458,19 @@ impl Engine {
                 self.start(state, OpKind::ClearSpace, 0, op);
             }
             Effect::Verify { op, frame, expect } => {
-                let bytes = expect.length.get();
-                self.start(state, OpKind::Verify, bytes, MediaOp::Verify { op, frame, expect });
+                self.note(state, OpKind::Verify, expect.length.get(), op);
+                if !self.hbm.verify(op, frame, expect) {
+                    self.media.start(MediaOp::Verify { op, frame, expect });
+                }
             }
             Effect::Copy { op, source, target, expect } => {
-                let bytes = expect.length.get();
-                self.start(state, OpKind::Copy, bytes, MediaOp::Copy { op, source, target, expect });
+                self.note(state, OpKind::Copy, expect.length.get(), op);
+                let end = |frame: FrameRef| (frame, self.media.chunk(frame.chunk));
+                let devices = !self.hbm.is_off();
+                let copying = || Copying { op, source: end(source), target: end(target), expect };
+                if !(devices && self.hbm.copy(copying())) {
+                    self.media.start(MediaOp::Copy { op, source, target, expect });
+                }
             }
             Effect::Scrub { op, source, source_offset, expect } => {
                 let bytes = expect.length.get();
@@ -412,8 +481,27 @@ impl Engine {
     }
 
     fn start(&self, state: &mut State, kind: OpKind, bytes: u64, op: MediaOp) {
-        state.running.insert(op.op(), (kind, self.now(), bytes));
+        self.note(state, kind, bytes, op.op());
         self.media.start(op);
+    }
+
+    fn note(&self, state: &mut State, kind: OpKind, bytes: u64, op: OpId) {
+        state.running.insert(op, (kind, self.now(), bytes));
+    }
+
+    fn drop_chunk(&self, op: OpId, chunk: ChunkId) {
+        if self.hbm.drop_chunk(op, chunk) {
+            return;
+        }
+        match self.media.chunk(chunk).filter(|_| !self.hbm.is_off()) {
+            // Devices let go of it first: what they know keeps the memory.
+            Some(memory) => {
+                let media = Arc::clone(&self.media);
+                let then = move || media.start(MediaOp::DropChunk { op, chunk });
+                self.hbm.forget(&memory, Box::new(then));
+            }
+            None => self.media.start(MediaOp::DropChunk { op, chunk }),
+        }
     }
 }
 

@@ -23,7 +23,7 @@ use terrace_proto::v1::{self, LaneRequest, LaneResponse, lane_request::Op, lane_
 use terrace_proto::{LANE_VERSION, MESSAGE_BYTES_MAX};
 
 use crate::convert::{self, CallError};
-use crate::service::Service;
+use crate::service::{Service, Shared};
 use crate::session::Session;
 use crate::tenant::Peer;
 
@@ -337,22 +337,41 @@ async fn answer(service: &Service, session: &Session, op: Option<Op>) -> Answere
 
 async fn map_chunk(service: &Service, session: &Session, request: v1::MapChunk) -> Answered {
     let chunk = request.chunk;
-    let (memory, access) = service.map_chunk(session, request).await?;
-    let shared = match access {
-        MapAccess::Read => memory.share_data(),
-        MapAccess::Write => memory.share_writable(),
-    };
-    let shared = shared.and_then(|data| Ok(vec![data, memory.share_fences()?]));
-    let descriptors = shared.map_err(|error| {
+    let (shared, access) = service.map_chunk(session, request).await?;
+    let writable = access == MapAccess::Write;
+    let failed = |error: &dyn std::fmt::Display| {
         CallError::new(Code::Unavailable, format!("chunk {chunk} cannot be shared now: {error}; try again"))
-    })?;
-    let mapped = v1::MappedChunk {
-        chunk,
-        bytes: memory.bytes().get(),
-        fence_bytes: (u64::from(memory.frames()) * 8).next_multiple_of(terrace_media::PAGE_BYTES),
-        writable: access == MapAccess::Write,
-        tier: v1::Tier::Pinned.into(),
-        device: 0,
+    };
+    let (mapped, descriptors) = match shared {
+        Shared::Pinned(memory) => {
+            let data = if writable { memory.share_writable() } else { memory.share_data() };
+            let shared = data.and_then(|data| Ok(vec![data, memory.share_fences()?]));
+            let mapped = v1::MappedChunk {
+                chunk,
+                bytes: memory.bytes().get(),
+                fence_bytes: (u64::from(memory.frames()) * 8).next_multiple_of(terrace_media::PAGE_BYTES),
+                writable,
+                tier: v1::Tier::Pinned.into(),
+                ..Default::default()
+            };
+            (mapped, shared.map_err(|error| failed(&error))?)
+        }
+        Shared::Hbm(held) => {
+            let device = service.hbm_device(held.gpu).unwrap_or_default();
+            let data = held.memory().export().map_err(|error| failed(&error))?;
+            let fences = held.fences.share().map_err(|error| failed(&error))?;
+            let mapped = v1::MappedChunk {
+                chunk,
+                bytes: held.memory().bytes().get(),
+                fence_bytes: held.fences.bytes().get(),
+                writable,
+                tier: v1::Tier::Hbm.into(),
+                device: device.number,
+                device_kind: device.kind,
+                device_uuid: device.uuid,
+            };
+            (mapped, vec![data, fences])
+        }
     };
     Ok((lane_response::Result::MappedChunk(mapped), descriptors))
 }

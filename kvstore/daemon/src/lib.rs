@@ -11,6 +11,7 @@ mod daemon;
 mod engine;
 mod events;
 mod grpc;
+mod hbm;
 mod http;
 mod lane;
 mod metrics;
@@ -24,7 +25,8 @@ mod status;
 mod tenant;
 mod upkeep;
 
-pub use config::{Config, ConfigError, Device, Edges, Tenant};
+pub use config::{Config, ConfigError, Device, Edges, HbmDevice, Tenant, UseGds};
 pub use daemon::{Daemon, StartError};
 pub use engine::Engine;
+pub use hbm::OpenDevice;
 pub use service::Service;

@@ -10,7 +10,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
 
 use terrace_media::LargePages;
-use terraced::{Config, Daemon};
+use terraced::{Config, Daemon, UseGds};
 
 /// The residency table is used at random places.
 #[global_allocator]
@@ -75,6 +75,12 @@ fn start() -> anyhow::Result<()> {
             Err(_) => EnvFilter::try_new(&config.log)
                 .map_err(|error| anyhow!("configuration key `log`: {error}"))?,
         };
+    if config.hbm.iter().any(|device| !matches!(device.gds, UseGds::Off)) {
+        // Before there are threads. cuFile would write its log where the daemon was started.
+        if let Err(error) = terrace_gpudirect::log_to(&config.data_dir) {
+            let _ = writeln!(std::io::stderr(), "terraced: cuFile is not used: {error}");
+        }
+    }
     let colours = std::io::stderr().is_terminal();
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(colours).init();
     let runtime = tokio::runtime::Builder::new_multi_thread()

@@ -3,6 +3,8 @@
 //! Counters of calls live here. Everything that the core or media count is
 //! copied when the page is asked for, so that there is one place that counts.
 
+mod hbm;
+
 use std::time::Duration;
 
 use prometheus::core::Collector;
@@ -133,6 +135,10 @@ fn levels(registry: &Registry, engine: &Engine) -> Result<(), prometheus::Error>
         nvme_stranded += device.stranded_bytes.get();
     }
     frames_of(&frames, "nvme", &nvme);
+    let mut hbm = FrameCounts::default();
+    tiers.hbm.iter().for_each(|device| add(&mut hbm, &device.memory.frames));
+    frames_of(&frames, "hbm", &hbm);
+    hbm::devices(registry, engine, &tiers.hbm)?;
     registry.register(Box::new(frames))?;
     let sealed =
         GaugeVec::new(Opts::new("terrace_sealed_bytes", "Payload bytes of sealed blocks."), &["tier"])?;

@@ -10,8 +10,8 @@ use tokio::sync::mpsc;
 use tonic::Code;
 
 use terrace_core::{
-    BlockId, ByteCount, ChunkId, ClientId, Grant, Input, LeaseId, Limit, MapAccess, Memory, Micros, Notice,
-    Purpose, Reply, Request, Residence, SpaceId, SpaceManifest,
+    BlockId, ByteCount, ChunkId, ClientId, GPUS_MAX, GpuId, Grant, Input, LeaseId, Limit, MapAccess, Memory,
+    Micros, Notice, Purpose, Reply, Request, Residence, SpaceId, SpaceManifest,
 };
 use terrace_media::ChunkMemory;
 use terrace_proto::v1;
@@ -19,6 +19,7 @@ use terrace_proto::v1;
 use crate::config::Edges;
 use crate::convert::{self, CallError};
 use crate::engine::{Engine, Gone};
+use crate::hbm::HbmChunk;
 use crate::metrics::CallMetrics;
 use crate::session::{OpenSpace, Register, Session};
 use crate::spaces::{Full, Learned, frame_bytes};
@@ -152,8 +153,13 @@ impl Service {
             blocks_max: self.facts.blocks_max,
             ttl_ms_max: self.facts.ttl_max.millis(),
             lane_socket: self.facts.lane_socket.clone(),
+            devices: self.devices(),
         };
         v1::SessionResponse { notice: Some(v1::session_response::Notice::Opened(opened)) }
+    }
+
+    fn devices(&self) -> Vec<v1::HbmDevice> {
+        (0..GPUS_MAX).map(GpuId::new).filter_map(|gpu| self.hbm_device(gpu)).collect()
     }
 
     async fn ask(&self, session: &Session, op: Request) -> Result<Reply, CallError> {
@@ -543,17 +549,29 @@ impl Service {
         &self,
         session: &Session,
         request: v1::MapChunk,
-    ) -> Result<(Arc<ChunkMemory>, MapAccess), CallError> {
+    ) -> Result<(Shared, MapAccess), CallError> {
         let chunk = ChunkId::new(request.chunk);
         let reply = self.ask(session, Request::MapChunk { chunk }).await?;
         let access = expect!(reply, Reply::MayMap { access, .. } => access)?;
+        let shared = match self.engine.hbm().chunk(chunk) {
+            Some(chunk) => Some(Shared::Hbm(chunk)),
+            None => self.engine.chunk(chunk).map(Shared::Pinned),
+        };
         // It may have been dropped since: its leases then ended before.
-        let memory = self
-            .engine
-            .chunk(chunk)
-            .ok_or_else(|| CallError::new(Code::NotFound, format!("chunk {chunk} is gone; lease again")))?;
-        Ok((memory, access))
+        let gone = || CallError::new(Code::NotFound, format!("chunk {chunk} is gone; lease again"));
+        Ok((shared.ok_or_else(gone)?, access))
     }
+
+    /// A device of Hbm, as clients are told of it.
+    pub(crate) fn hbm_device(&self, gpu: GpuId) -> Option<v1::HbmDevice> {
+        convert::hbm_device(self.engine.hbm(), gpu)
+    }
+}
+
+/// Memory that a session may map.
+pub(crate) enum Shared {
+    Pinned(Arc<ChunkMemory>),
+    Hbm(Arc<HbmChunk>),
 }
 
 fn check_request_id(id: u64) -> Result<(), CallError> {

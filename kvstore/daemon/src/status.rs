@@ -92,7 +92,7 @@ impl Status {
             None => "still looking for a CUDA driver: Hbm tier off".to_owned(),
             Some(HbmStatus::Off { reason }) => reason.clone(),
             Some(found @ HbmStatus::Present { .. }) => {
-                format!("{found}: Hbm tier off, because this version does not use device memory yet")
+                format!("{found}: Hbm tier off, because no [[hbm]] is configured")
             }
         }
     }

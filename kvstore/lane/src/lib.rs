@@ -20,6 +20,6 @@ mod syscall;
 
 pub use error::{LaneError, MapError};
 pub use frame::{DESCRIPTORS_WAITING_MAX, LaneMessage, LaneReader, LaneWriter, Received, Writable};
-pub use mapping::{Access, Mapping, SharedBytesMut};
+pub use mapping::{Access, FenceMapping, Mapping, SharedBytesMut};
 pub use shared::SharedBytes;
 pub use socket::{Admits, LaneConnection, LaneServer, PeerCredentials, ProcessEnd, SOCKET_PATH_BYTES_MAX};

@@ -37,8 +37,45 @@ pub enum Access {
 /// One mapped chunk. Unmapped when dropped: keep it in an `Arc` that every view holds.
 pub struct Mapping {
     data: Region,
-    fences: Region,
+    fences: FenceMapping,
     writing: Mutex<Writing>,
+}
+
+/// A chunk's fences alone, for data that something else than the kernel maps: device memory.
+/// Children do not inherit it.
+pub struct FenceMapping(Region);
+
+impl fmt::Debug for FenceMapping {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("FenceMapping").field("fences", &self.count()).finish()
+    }
+}
+
+impl FenceMapping {
+    /// Maps a chunk's fences, read-only. The descriptor is closed.
+    ///
+    /// # Errors
+    /// Memory that is shorter than announced or could shrink, or what the kernel says.
+    pub fn map(fences: OwnedFd, bytes: ByteCount) -> Result<Self, MapError> {
+        Region::map("fences", fences.as_fd(), bytes, libc::PROT_READ).map(Self)
+    }
+
+    fn count(&self) -> usize {
+        self.0.length / FENCE_BYTES
+    }
+
+    /// The fence of a frame now (load acquire); `None` outside the fence pages.
+    pub fn fence(&self, frame: u32) -> Option<Fence> {
+        let index = frame as usize;
+        if index >= self.count() {
+            return None;
+        }
+        // SAFETY: the index is inside the mapped fence pages, which are page
+        // aligned and live as long as self. The daemon stores to these words as
+        // atomics of the same size; we only load.
+        let word = unsafe { AtomicU64::from_ptr(self.0.start.as_ptr().cast::<u64>().add(index)) };
+        Some(Fence::new(u64::from_le(word.load(Ordering::Acquire))))
+    }
 }
 
 /// Whether and by how many the data is being written.
@@ -56,7 +93,7 @@ impl fmt::Debug for Mapping {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Mapping")
             .field("bytes", &self.data.length)
-            .field("fences", &(self.fences.length / FENCE_BYTES))
+            .field("fences", &self.fences.count())
             .field("writable", &self.is_writable())
             .finish()
     }
@@ -78,7 +115,7 @@ impl Mapping {
             Access::Read => libc::PROT_READ,
             Access::Write => libc::PROT_READ | libc::PROT_WRITE,
         };
-        let fences = Region::map("fences", fences.as_fd(), fence_bytes, libc::PROT_READ)?;
+        let fences = FenceMapping::map(fences, fence_bytes)?;
         let writing = match access {
             Access::Read => Writing::Denied,
             Access::Write => {
@@ -105,15 +142,7 @@ impl Mapping {
 
     /// The fence of a frame now (load acquire); `None` outside the fence pages.
     pub fn fence(&self, frame: u32) -> Option<Fence> {
-        let index = frame as usize;
-        if index >= self.fences.length / FENCE_BYTES {
-            return None;
-        }
-        // SAFETY: the index is inside the mapped fence pages, which are page
-        // aligned and live as long as self. The daemon stores to these words as
-        // atomics of the same size; we only load.
-        let word = unsafe { AtomicU64::from_ptr(self.fences.start.as_ptr().cast::<u64>().add(index)) };
-        Some(Fence::new(u64::from_le(word.load(Ordering::Acquire))))
+        self.fences.fence(frame)
     }
 
     /// A readable view of `length` bytes from `offset`; `None` if that is not inside the chunk.

@@ -15,6 +15,7 @@ mod device;
 mod entry;
 mod facts;
 mod faults;
+mod fences;
 #[cfg(test)]
 mod golden;
 mod header;
@@ -43,6 +44,7 @@ pub use device::{
 };
 pub use facts::{MemoryFacts, memory_available, memory_facts};
 pub use faults::{FaultyDevice, Injected, SlowDevice, VolatileDevice, Weather, cut_power};
+pub use fences::FencePages;
 pub use header::{
     BadHeader, MANIFEST_BYTES_MAX, SlotHeader, TENANT_NAME_BYTES_MAX, decode_header, encode_header,
 };

@@ -10,12 +10,15 @@
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::atomic::{self, AtomicBool, AtomicU64, Ordering};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use terrace_core::{BlockHeader, ByteCount, Checksum, Checksummer, Fence, MIB};
+use terrace_gpudirect::HostBytes;
 use terrace_lane::fold;
 
-use crate::memfd::{Blank, Mapping, holders, memfd, probe, reopen, seal, truncate};
+use crate::fences::FencePages;
+use crate::memfd::{Blank, Mapping, holders, probe, reopen, seal};
 
 /// Size and alignment of a header page, and of everything that O_DIRECT touches.
 pub const PAGE_BYTES: u64 = 4096;
@@ -93,9 +96,8 @@ pub struct ChunkMemory {
     data: OwnedFd,
     /// Read-only opening of the same memory, for leases; absent without /proc.
     probe: Option<OwnedFd>,
-    fence_data: OwnedFd,
     mapping: Mapping,
-    fences: Mapping,
+    fences: FencePages,
     frame_bytes: u64,
     frames: u32,
     pages: PageKind,
@@ -140,15 +142,11 @@ impl ChunkMemory {
         let Blank { data, mapping, pages } = blank;
         assert!(u64::from(frames) * frame_bytes <= mapping.bytes, "a chunk's memory holds its frames");
         let probe = probe(&data);
-        let fence_bytes = (u64::from(frames) * 8).next_multiple_of(PAGE_BYTES);
-        let fence_data = memfd("terrace-fences", 0)?;
-        truncate(fence_data.as_fd(), fence_bytes)?;
-        let fences = Mapping::new(fence_data.as_fd(), fence_bytes)?;
+        let fences = FencePages::create(frames)?;
         let chunk = Self {
             id: NEXT_ID.fetch_add(1, Ordering::Relaxed),
             data,
             probe,
-            fence_data,
             mapping,
             fences,
             frame_bytes,
@@ -157,10 +155,6 @@ impl ChunkMemory {
             sealed: AtomicBool::new(false),
             shared_blindly: AtomicBool::new(false),
         };
-        for index in 0..frames {
-            chunk.set_fence(index, Fence::new(1));
-        }
-        seal(chunk.fence_data.as_fd(), libc::F_SEAL_FUTURE_WRITE | libc::F_SEAL_SHRINK | libc::F_SEAL_GROW)?;
         seal(chunk.data.as_fd(), libc::F_SEAL_SHRINK | libc::F_SEAL_GROW)?;
         if access == Access::Pool {
             chunk.adopt()?;
@@ -205,7 +199,7 @@ impl ChunkMemory {
     /// # Errors
     /// What the kernel said.
     pub fn share_fences(&self) -> io::Result<OwnedFd> {
-        reopen(self.fence_data.as_fd(), libc::O_RDONLY).or_else(|_| self.fence_data.try_clone())
+        self.fences.share()
     }
 
     fn share(&self, flags: libc::c_int) -> io::Result<OwnedFd> {
@@ -252,15 +246,12 @@ impl ChunkMemory {
         self.pages
     }
 
-    /// Stores a fence. Whoever sees a byte that this thread stores later, and then
-    /// looks at the fence, sees this one or a later one.
+    /// Stores a fence, as [`FencePages::set`] does.
     ///
     /// # Panics
     /// If the chunk has no such frame: the core names frames of chunks that it made.
     pub fn set_fence(&self, index: u32, fence: Fence) {
-        self.fence_cell(index).store(fence.get(), Ordering::Release);
-        // A release store keeps what was before it before it, and lets what comes after it pass: this does not.
-        atomic::fence(Ordering::Release);
+        self.fences.set(index, fence);
     }
 
     /// Loads a fence, acquire order.
@@ -268,14 +259,16 @@ impl ChunkMemory {
     /// # Panics
     /// If the chunk has no such frame.
     pub fn fence(&self, index: u32) -> Fence {
-        Fence::new(self.fence_cell(index).load(Ordering::Acquire))
+        self.fences.fence(index)
     }
 
-    fn fence_cell(&self, index: u32) -> &AtomicU64 {
-        assert!(index < self.frames, "fence {index} of a chunk of {} frames", self.frames);
-        // SAFETY: the mapping holds `frames` aligned u64 and lives as long as self; other processes can only
-        // load from it, because the memory is sealed against writable mappings.
-        unsafe { &*self.fences.base.as_ptr().cast::<AtomicU64>().add(index as usize) }
+    /// Its payloads, for a device that copies to and from them. Keeps the memory: a chunk whose bytes somebody
+    /// keeps is not given back.
+    pub fn host_bytes(self: &Arc<Self>) -> HostBytes {
+        let length = usize::try_from(self.mapping.bytes).expect("what is mapped fits the address space");
+        // SAFETY: the mapping is readable and writable, lives as long as self, which is the owner, and is of memory
+        // that is sealed against shrinking. Nobody makes references to its bytes.
+        unsafe { HostBytes::from_raw(Arc::clone(self) as _, self.mapping.base, length) }
     }
 
     /// Copies into a payload.

@@ -174,8 +174,8 @@ int cuMemCreate(unsigned long long *handle, size_t bytes, const struct propertie
   LOCKED({
     if (allocated + bytes > DEVICE_BYTES) result = NO_MEMORY;
     else {
-      int fd = memfd_create("fake-device", MFD_CLOEXEC);
-      if (fd < 0 || ftruncate(fd, bytes)) result = OPERATING_SYSTEM;
+      int fd = memfd_create("fake-device", MFD_CLOEXEC | MFD_ALLOW_SEALING);
+      if (fd < 0 || ftruncate(fd, bytes) || fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW)) result = OPERATING_SYSTEM;
       else {
         // What a driver leaves in fresh memory is anything.
         void *at = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);

@@ -131,6 +131,31 @@ fn what_is_on_nvme_comes_to_the_device() {
     }
 }
 
+/// The straight way from a file fails, or is not taken: the block must come to the device by Pinned, in the same lease,
+/// and only what a read through Pinned finds damaged is.
+#[test]
+fn a_failed_straight_read_comes_by_pinned() {
+    for fault in [Fault::Device, Fault::NotStarted] {
+        let mut node = node(HbmReads::Direct);
+        node.write(1, &[1]);
+        node.after(2000);
+        node.run();
+        node.tell(Input::SessionClosed { session: SessionId::new(1) });
+        node.tell(Input::MemoryLimit { bytes: ByteCount::new(0) });
+        node.run();
+        node.tell(Input::MemoryLimit { bytes: ByteCount::new(4 * CHUNK_BYTES) });
+        let op = wanting(node.lease_read(&[1]), HBM);
+        let request = node.ask(2, op);
+        node.end(|effect| matches!(effect, Effect::CreateChunk { .. }), Ok(Done::ChunkCreated));
+        node.end(|effect| matches!(effect, Effect::Read { .. }), Err(fault));
+        assert!(node.reply(request).is_none(), "{fault:?}: there is another way");
+        node.run();
+        let (_, grants) = leased(node.reply(request).expect("answered"));
+        assert_eq!(memories(&grants), [Some(HBM)], "{fault:?}");
+        assert!(node.tiers(1).pinned && node.tiers(1).nvme, "{fault:?}: {:?}", node.tiers(1));
+    }
+}
+
 /// A copy to the device fails: the lease is answered with the copy in Pinned, and nothing of the frame stays taken.
 #[test]
 fn a_failed_copy_is_granted_where_it_is() {
@@ -180,9 +205,42 @@ fn a_lost_device_is_misses_and_its_frames_wait_for_operations() {
     let view = node.core.tier_views().hbm[0];
     assert_eq!((view.memory.chunks, view.usable), (0, false));
     let op = wanting(node.lease_write(&[3]), HBM);
-    let Reply::Throttled(_) = node.serve(1, op) else { panic!("a lost device takes nothing") };
+    let (_, grants) = leased(node.serve(1, op));
+    assert_eq!(memories(&grants), [Some(Memory::Pinned)], "a lost device takes nothing");
     node.tell(Input::GpuState { gpu: GPU, usable: true });
-    node.write_hbm(1, &[3]);
+    node.write_hbm(1, &[4]);
+}
+
+/// A device is out of memory although its configuration promised it: who writes there must not wait until that has
+/// changed, and what it then seals is in Pinned, where its frames are.
+#[test]
+fn what_a_device_has_no_memory_for_is_written_in_pinned() {
+    let mut node = node(HbmReads::ThroughPinned);
+    let op = wanting(node.lease_write(&[1]), HBM);
+    let request = node.ask(1, op);
+    node.end(|effect| matches!(effect, Effect::CreateChunk { .. }), Err(Fault::NoMemory));
+    node.run();
+    let (lease, grants) = leased(node.reply(request).expect("answered at once"));
+    assert_eq!(memories(&grants), [Some(Memory::Pinned)]);
+    let op = node.seal(lease, &[(0, 1)], Durability::Readable);
+    assert_eq!(node.call(1, op), Reply::Sealed { outcomes: vec![SealOutcome::Sealed] });
+    assert!(node.tiers(1).pinned && node.tiers(1).hbm.is_empty(), "{:?}", node.tiers(1));
+}
+
+/// The bytes of a block in Pinned were not compared yet when its copy to the device fails: they must be compared there
+/// and granted, not missed.
+#[test]
+fn a_failed_copy_of_an_unread_block_is_compared_where_it_is() {
+    let mut node = node(HbmReads::ThroughPinned);
+    node.write(1, &[1]);
+    let op = wanting(node.lease_read(&[1]), HBM);
+    let request = node.ask(2, op);
+    node.end(|effect| matches!(effect, Effect::CreateChunk { .. }), Ok(Done::ChunkCreated));
+    node.end(is_copy, Err(Fault::Device));
+    assert!(node.reply(request).is_none(), "its bytes are another session's word");
+    node.run();
+    let (_, grants) = leased(node.reply(request).expect("answered"));
+    assert_eq!(memories(&grants), [Some(Memory::Pinned)]);
 }
 
 /// The engine needs memory: chunks are given back down to the lower bound, blocks that only the device held go to

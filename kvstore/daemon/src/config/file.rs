@@ -12,6 +12,8 @@ pub(super) struct File {
     pub(super) chunk_bytes: Option<String>,
     #[serde(default)]
     pub(super) device: Vec<DeviceFile>,
+    #[serde(default)]
+    pub(super) hbm: Vec<HbmFile>,
     pub(super) grpc_listen: Option<String>,
     pub(super) lane_socket: Option<PathBuf>,
     pub(super) lane_admits: Option<String>,
@@ -36,6 +38,15 @@ pub(super) struct File {
 pub(super) struct DeviceFile {
     pub(super) path: PathBuf,
     pub(super) bytes: String,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct HbmFile {
+    pub(super) device: String,
+    pub(super) bytes: String,
+    pub(super) bytes_min: Option<String>,
+    pub(super) gds: Option<String>,
 }
 
 #[derive(Deserialize)]

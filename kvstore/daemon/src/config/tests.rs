@@ -28,6 +28,13 @@ fn bad_values_name_their_key() {
         ("window_idle_ms = 1", "window_idle_ms", "10 to"),
         ("[limits]\nblocks_per_request = 9000", "limits.blocks_per_request", "8192"),
         ("[[device]]\npath = \"/a\"\nbytes = \"1MiB\"", "device.bytes", "one chunk"),
+        ("[[hbm]]\ndevice = \"gpu0\"\nbytes = \"1GiB\"", "hbm.device", "cuda:0"),
+        ("[[hbm]]\ndevice = \"cuda:0\"\nbytes = \"1MiB\"", "hbm.bytes", "no chunk"),
+        (
+            "[[hbm]]\ndevice = \"cuda:0\"\nbytes = \"1GiB\"\nbytes_min = \"2GiB\"",
+            "hbm.bytes_min",
+            "more than",
+        ),
         ("[[tenant]]\nname = \"\"", "tenant.name", "1 to"),
         ("[[tenant]]\nname = \"a\"\n[[tenant]]\nname = \"a\"", "tenant.name", "twice"),
     ] {

@@ -78,9 +78,44 @@ impl Admin {
         notes
     }
 
+    fn gpu(&self, view: &GpuView) -> v1::TierInfo {
+        let hbm = self.service.engine().hbm();
+        let activity = hbm.activity(view.gpu).map(|now| v1::HbmActivity {
+            copies_queued: now.copies.queued,
+            copies_flying: now.copies.flying,
+            copies_held: now.copies.held,
+            copied_bytes_total: now.copies.done_bytes_total.get(),
+            copies_failed_total: now.copies.failed_total,
+            copies_late_total: now.copies.late_total,
+            registered_bytes: now.registered.get(),
+            device_chunks: now.chunks,
+            direct_reads_total: now.direct_reads,
+            direct_reads_fallen_back_total: now.fallen_back,
+        });
+        let lost = if view.usable { "" } else { "its blocks are misses; " };
+        v1::TierInfo {
+            tier: v1::Tier::Hbm.into(),
+            device: hbm.name(view.gpu),
+            on: view.usable,
+            note: format!("{lost}{}", hbm.note(view.gpu)),
+            capacity_bytes: view.memory.bytes_max.get(),
+            populated_bytes: view.memory.bytes.get(),
+            frames: Some(frames(&view.memory.frames)),
+            sealed_bytes: view.memory.sealed_bytes.get(),
+            stranded_bytes: view.memory.stranded_bytes.get(),
+            chunks: view.memory.chunks,
+            windows: view.memory.windows,
+            device_number: view.gpu.get().into(),
+            given_back_bytes: view.free.get(),
+            hbm: convert::hbm_device(hbm, view.gpu),
+            activity,
+            ..Default::default()
+        }
+    }
+
     fn tiers(&self, views: &TierViews, facts: &MediaFacts) -> Vec<v1::TierInfo> {
         let hbm = v1::TierInfo { tier: v1::Tier::Hbm.into(), note: self.status.hbm(), ..Default::default() };
-        let mut tiers: Vec<v1::TierInfo> = views.hbm.iter().map(gpu).collect();
+        let mut tiers: Vec<v1::TierInfo> = views.hbm.iter().map(|view| self.gpu(view)).collect();
         if tiers.is_empty() {
             tiers.push(hbm);
         }
@@ -152,27 +187,6 @@ impl Admin {
             pinned_blocks: view.blocks_pinned,
             nvme_blocks: view.blocks_nvme,
         }
-    }
-}
-
-fn gpu(view: &GpuView) -> v1::TierInfo {
-    let number = view.gpu.get();
-    let note = if view.usable { String::new() } else { "lost; its blocks are misses".to_owned() };
-    v1::TierInfo {
-        tier: v1::Tier::Hbm.into(),
-        device: format!("device {number}"),
-        on: view.usable,
-        note,
-        capacity_bytes: view.memory.bytes_max.get(),
-        populated_bytes: view.memory.bytes.get(),
-        frames: Some(frames(&view.memory.frames)),
-        sealed_bytes: view.memory.sealed_bytes.get(),
-        stranded_bytes: view.memory.stranded_bytes.get(),
-        chunks: view.memory.chunks,
-        windows: view.memory.windows,
-        device_number: number.into(),
-        given_back_bytes: view.free.get(),
-        ..Default::default()
     }
 }
 

@@ -23,6 +23,8 @@ pub(crate) struct Lane {
     writer: LaneWriter<LaneRequest>,
     last: u64,
     tenant: String,
+    /// Device of Hbm that leases ask for.
+    pub(crate) want: Option<u32>,
     /// What the space of the tests is here: its handle, generation and key.
     pub(crate) space: wire::OpenSpaceResponse,
 }
@@ -59,6 +61,7 @@ impl Lane {
             writer,
             last: 0,
             tenant: hello.tenant.clone(),
+            want: None,
             space: wire::OpenSpaceResponse::default(),
         };
         lane.ask(Op::Hello(hello)).await?;
@@ -98,17 +101,30 @@ impl Lane {
     }
 
     pub(crate) async fn lease(&mut self, kind: LeaseKind, keys: &[[u8; 4]]) -> wire::LeaseResponse {
+        let leased = self.lease_within(kind, keys, 5000).await;
+        assert!(leased.blocks.iter().all(|block| block.outcome() == GrantOutcome::Granted), "{leased:?}");
+        leased
+    }
+
+    /// Whatever is granted within so many milliseconds.
+    pub(crate) async fn lease_within(
+        &mut self,
+        kind: LeaseKind,
+        keys: &[[u8; 4]],
+        wait_ms: u64,
+    ) -> wire::LeaseResponse {
         let request = wire::LeaseRequest {
             request_id: 100 + self.last,
             space: self.space.space,
             kind: kind.into(),
             keys: keys.iter().map(|key| key.to_vec().into()).collect(),
-            wait_ms: 5000,
+            wait_ms,
             ttl_ms: 2000,
+            want_tier: self.want.map_or(wire::Tier::Unspecified, |_| wire::Tier::Hbm).into(),
+            want_device: self.want.unwrap_or_default(),
             ..wire::LeaseRequest::default()
         };
         let (Answer::Lease(leased), _) = self.ask(Op::Lease(request)).await.unwrap() else { panic!() };
-        assert!(leased.blocks.iter().all(|block| block.outcome() == GrantOutcome::Granted), "{leased:?}");
         leased
     }
 

@@ -74,7 +74,17 @@ impl Running {
 
     /// The daemon when it is ready, or what it printed before it ended.
     pub(crate) fn try_start(folder: &Path, extra: &str) -> Result<Self, String> {
+        Self::try_start_in(folder, extra, &[])
+    }
+
+    /// The same with variables of the environment.
+    pub(crate) fn try_start_in(
+        folder: &Path,
+        extra: &str,
+        environment: &[(&str, std::ffi::OsString)],
+    ) -> Result<Self, String> {
         let mut child = Command::new(env!("CARGO_BIN_EXE_terraced"))
+            .envs(environment.iter().cloned())
             .arg("--config")
             .arg(config(folder, extra))
             .env("RUST_LOG", "info")
