@@ -211,7 +211,7 @@ impl Cuda {
 
     fn chunk(&self, vmm: Vmm) -> Arc<Chunk> {
         let (address, bytes) = (vmm.address(), vmm.bytes());
-        Arc::new(Chunk::new(self.info.ordinal, address, bytes, Box::new(vmm)))
+        Arc::new(Chunk::new(&self.info, address, bytes, Box::new(vmm)))
     }
 }
 

@@ -174,6 +174,7 @@ pub struct Room {
 /// unmaps and frees, after every copy that uses it.
 #[derive(Debug)]
 pub struct Chunk {
+    kind: DeviceKind,
     device: u32,
     address: u64,
     bytes: ByteCount,
@@ -191,8 +192,13 @@ pub trait ChunkMemory: Debug + Send + Sync {
 
 impl Chunk {
     /// A chunk of an implementation.
-    pub(crate) fn new(device: u32, address: u64, bytes: ByteCount, memory: Box<dyn ChunkMemory>) -> Self {
-        Self { device, address, bytes, memory }
+    pub(crate) fn new(of: &DeviceInfo, address: u64, bytes: ByteCount, memory: Box<dyn ChunkMemory>) -> Self {
+        Self { kind: of.kind, device: of.ordinal, address, bytes, memory }
+    }
+
+    /// What its device stands for.
+    pub fn kind(&self) -> DeviceKind {
+        self.kind
     }
 
     /// Ordinal of its device, in this process.

@@ -148,7 +148,7 @@ impl HostOnly {
 
     fn mapped(&self, descriptor: OwnedFd, bytes: u64, counted: Counted) -> Result<Arc<Chunk>, DeviceError> {
         let memory = MemfdChunk::map(descriptor, bytes, counted)?;
-        Ok(Arc::new(Chunk::new(self.info.ordinal, memory.address(), ByteCount::new(bytes), Box::new(memory))))
+        Ok(Arc::new(Chunk::new(&self.info, memory.address(), ByteCount::new(bytes), Box::new(memory))))
     }
 }
 

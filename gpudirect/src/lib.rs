@@ -18,6 +18,7 @@ mod pinned;
 mod span;
 mod status;
 mod sums;
+mod waited;
 
 pub use copies::{Copies, CopyCounts, CopyLimits, Ends, Job, JobId, Refused};
 pub use cuda::Cuda;
@@ -36,3 +37,4 @@ pub use pinned::{Added, Pinned, SLICE_BYTES};
 pub use span::{DeviceBytes, Direction, Piece, Span};
 pub use status::{Gpu, HbmStatus, probe};
 pub use sums::Sums;
+pub use waited::{copy_in, copy_out};

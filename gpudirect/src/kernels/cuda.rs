@@ -13,6 +13,7 @@ use super::nvrtc::{Nvrtc, Target};
 use super::queue::{KernelBytes, KernelQueue, Launch};
 use super::{Kernel, KernelError, Source};
 use crate::cuda::{check, count, gpu, has, load, within};
+use crate::device::{Chunk, DeviceKind};
 use crate::error::DeviceError;
 
 /// What is called here, beside what the rest of the crate calls. The bindings panic where one is missing.
@@ -39,6 +40,7 @@ const KEPT_MAX: usize = 256 << 20;
 /// One device with our kernels, and a stream.
 #[derive(Debug)]
 pub struct Cuda {
+    ordinal: u32,
     functions: BTreeMap<Kernel, Function>,
     described: String,
     inner: Arc<Inner>,
@@ -103,8 +105,7 @@ impl Cuda {
     ///
     /// # Errors
     /// [`KernelError::NoDevice`], [`KernelError::TooOld`], or what the driver says.
-    pub fn open(ordinal: usize) -> Result<Self, KernelError> {
-        let ordinal = u32::try_from(ordinal).unwrap_or(u32::MAX);
+    pub fn open(ordinal: u32) -> Result<Self, KernelError> {
         within("opening the device for kernels", OPEN_WITHIN, move || Self::open_now(ordinal))?
     }
 
@@ -137,7 +138,7 @@ impl Cuda {
             Err(reason) => load_images(&mut inner, carried(capability, &reason)?)?,
         };
         let described = format!("cuda:{ordinal} ({}), kernels {origin}", described.name);
-        Ok(Self { functions, described, inner: Arc::new(inner) })
+        Ok(Self { ordinal, functions, described, inner: Arc::new(inner) })
     }
 }
 
@@ -297,5 +298,8 @@ impl KernelQueue for Cuda {
         self.inner.bind()?;
         // SAFETY: a stream of the current context.
         Ok(check("cuStreamSynchronize", unsafe { sys::cuStreamSynchronize(self.inner.stream) })?)
+    }
+    fn reaches(&self, chunk: &Chunk) -> bool {
+        chunk.kind() == DeviceKind::Cuda && chunk.device() == self.ordinal
     }
 }

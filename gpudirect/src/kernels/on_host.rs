@@ -14,6 +14,7 @@ use libloading::Library;
 
 use super::queue::{KernelBytes, KernelQueue, Launch};
 use super::{COMMON, KernelError, Source};
+use crate::device::{Chunk, DeviceKind};
 
 type LaunchByName = unsafe extern "C" fn(*const c_char, *const c_uint, c_uint, *mut *mut c_void) -> c_int;
 
@@ -144,6 +145,10 @@ impl KernelQueue for OnHost {
     fn wait(&self) -> Result<(), KernelError> {
         Ok(())
     }
+
+    fn reaches(&self, chunk: &Chunk) -> bool {
+        chunk.kind() == DeviceKind::HostOnly
+    }
 }
 
 fn pointer(address: u64) -> *mut u8 {
@@ -201,5 +206,9 @@ impl KernelQueue for FailsAfter {
 
     fn wait(&self) -> Result<(), KernelError> {
         self.inner.wait()
+    }
+
+    fn reaches(&self, chunk: &Chunk) -> bool {
+        self.inner.reaches(chunk)
     }
 }

@@ -6,6 +6,8 @@ use std::fmt::Debug;
 use std::sync::Arc;
 
 use super::{Kernel, KernelError};
+use crate::device::Chunk;
+use crate::span::DeviceBytes;
 
 /// Runs what it is given in the order in which it came.
 pub trait KernelQueue: Debug + Send + Sync {
@@ -46,6 +48,9 @@ pub trait KernelQueue: Debug + Send + Sync {
     /// # Errors
     /// What the driver says; what was started must not be used.
     fn wait(&self) -> Result<(), KernelError>;
+
+    /// Whether kernels find the memory of a chunk at its address.
+    fn reaches(&self, chunk: &Chunk) -> bool;
 }
 
 /// A kernel with its parameters, and how many run it.
@@ -97,6 +102,27 @@ impl KernelBytes {
     /// The device that will use it may read and write the bytes while `owner` lives.
     pub unsafe fn new(address: u64, bytes: usize, owner: Arc<dyn Any + Send + Sync>) -> Self {
         Self { address, bytes, owner }
+    }
+
+    /// A part of a chunk, for example a leased block. `owner` is kept with it: what grants the bytes.
+    ///
+    /// # Errors
+    /// [`KernelError::BadJob`] if the queue is not on the chunk's device.
+    pub fn lent(
+        queue: &dyn KernelQueue,
+        bytes: &DeviceBytes,
+        owner: Arc<dyn Any + Send + Sync>,
+    ) -> Result<Self, KernelError> {
+        let chunk = bytes.chunk();
+        if !queue.reaches(chunk) {
+            let (kind, device) = (chunk.kind().label(), chunk.device());
+            return Err(KernelError::bad(format!("memory of {kind}:{device} for {}", queue.describe())));
+        }
+        let length = usize::try_from(bytes.bytes().get())
+            .map_err(|_| KernelError::bad("longer than the memory of this process"))?;
+        let owner = Arc::new((bytes.clone(), owner));
+        // SAFETY: the part lies in its chunk, which stays mapped while `owner` lives, and the queue finds it there.
+        Ok(unsafe { Self::new(bytes.address(), length, owner) })
     }
 
     /// Where the device finds the first byte.

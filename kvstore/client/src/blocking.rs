@@ -6,8 +6,11 @@ use std::time::Duration;
 
 use tokio::runtime::{Builder, Runtime};
 
-use terrace_core::{Durability, MatchMode, SealOutcome, SpaceManifest};
+use terrace_core::{ByteCount, Durability, MatchMode, SealOutcome, SpaceManifest};
+use terrace_gpudirect::Device;
 
+use crate::device_read::DeviceReadLease;
+use crate::device_write::DeviceWriteLease;
 use crate::error::ClientError;
 use crate::read::{ReadLease, ReadOptions};
 use crate::session::{Match, Prefetched, Target};
@@ -110,6 +113,51 @@ impl Session {
         options: WriteOptions,
     ) -> Result<WriteLease, ClientError> {
         self.run(self.session.lease_write(space, keys, parent, options))
+    }
+
+    /// See [`crate::Session::add_device`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn add_device(&self, device: Arc<dyn Device>) -> Result<u32, ClientError> {
+        self.session.add_device(device)
+    }
+
+    /// See [`crate::Session::lease_read_on`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn lease_read_on(
+        &self,
+        device: u32,
+        space: &Space,
+        keys: &[impl AsRef<[u8]>],
+        options: ReadOptions,
+    ) -> Result<DeviceReadLease, ClientError> {
+        self.run(self.session.lease_read_on(device, space, keys, options))
+    }
+
+    /// See [`crate::Session::lease_write_on`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn lease_write_on(
+        &self,
+        device: u32,
+        space: &Space,
+        keys: &[impl AsRef<[u8]>],
+        parent: Option<&[u8]>,
+        options: WriteOptions,
+    ) -> Result<DeviceWriteLease, ClientError> {
+        self.run(self.session.lease_write_on(device, space, keys, parent, options))
+    }
+
+    /// See [`crate::Session::shrink`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn shrink(&self, device: u32, bytes: ByteCount, wait: Duration) -> Result<ByteCount, ClientError> {
+        self.run(self.session.shrink(device, bytes, wait))
     }
 
     /// See [`WriteLease::seal`].

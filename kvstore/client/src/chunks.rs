@@ -10,11 +10,13 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use terrace_core::ByteCount;
-use terrace_lane::{Access, Mapping};
-use terrace_proto::v1::MapChunk;
+use terrace_gpudirect::Device;
+use terrace_lane::{Access, FenceMapping, Mapping};
 use terrace_proto::v1::lane_request::Op;
 use terrace_proto::v1::lane_response::Result as Answer;
+use terrace_proto::v1::{MapChunk, Tier};
 
+use crate::device::DeviceMapping;
 use crate::error::ClientError;
 use crate::keeper::Keeper;
 use crate::lane::LaneLink;
@@ -27,11 +29,37 @@ const MAPPING_IDLE_MAX: Duration = Duration::from_secs(2);
 #[derive(Debug)]
 pub(crate) struct Chunks {
     table: Mutex<BTreeMap<u64, Chunk>>,
+    /// Devices of the daemon that this process reaches, by the daemon's numbers.
+    devices: Mutex<BTreeMap<u32, Arc<dyn Device>>>,
+}
+
+/// A chunk's bytes in this process.
+#[derive(Clone, Debug)]
+pub(crate) enum Mapped {
+    Host(Arc<Mapping>),
+    Device(Arc<DeviceMapping>),
+}
+
+impl Mapped {
+    fn is_writable(&self) -> bool {
+        match self {
+            Self::Host(mapping) => mapping.is_writable(),
+            Self::Device(mapping) => mapping.is_writable(),
+        }
+    }
+
+    /// Who has it, the table of chunks among them.
+    fn users(&self) -> usize {
+        match self {
+            Self::Host(mapping) => Arc::strong_count(mapping),
+            Self::Device(mapping) => Arc::strong_count(mapping),
+        }
+    }
 }
 
 #[derive(Debug, Default)]
 struct Chunk {
-    mapping: Option<Arc<Mapping>>,
+    mapping: Option<Mapped>,
     writers: usize,
     recalled: bool,
     idle_since: Option<Instant>,
@@ -39,7 +67,18 @@ struct Chunk {
 
 impl Chunks {
     pub(crate) fn new() -> Self {
-        Self { table: Mutex::new(BTreeMap::new()) }
+        Self { table: Mutex::default(), devices: Mutex::default() }
+    }
+
+    /// From now on, chunks of the daemon's device `number` are mapped by `device`.
+    pub(crate) fn add_device(&self, number: u32, device: Arc<dyn Device>) {
+        self.devices.lock().unwrap_or_else(PoisonError::into_inner).insert(number, device);
+    }
+
+    /// What maps chunks of the daemon's device `number`.
+    pub(crate) fn device(&self, number: u32) -> Result<Arc<dyn Device>, ClientError> {
+        let devices = self.devices.lock().unwrap_or_else(PoisonError::into_inner);
+        devices.get(&number).cloned().ok_or(ClientError::UnknownDevice { device: number })
     }
 
     fn table(&self) -> MutexGuard<'_, BTreeMap<u64, Chunk>> {
@@ -52,13 +91,28 @@ impl Chunks {
         link: &LaneLink,
         chunk: u64,
         access: Access,
-    ) -> Result<Arc<Mapping>, ClientError> {
+    ) -> Result<Mapped, ClientError> {
         let known = self.table().get(&chunk).and_then(|known| known.mapping.clone());
         if let Some(known) = known
             && (access == Access::Read || known.is_writable())
         {
             return Ok(known);
         }
+        let mapping = self.map(link, chunk, access).await?;
+        let mut table = self.table();
+        let entry = table.entry(chunk).or_default();
+        match &entry.mapping {
+            // Somebody was quicker: one mapping is enough.
+            Some(known) if access == Access::Read || known.is_writable() => Ok(known.clone()),
+            Some(_) | None => {
+                entry.mapping = Some(mapping.clone());
+                entry.idle_since = None;
+                Ok(mapping)
+            }
+        }
+    }
+
+    async fn map(&self, link: &LaneLink, chunk: u64, access: Access) -> Result<Mapped, ClientError> {
         let mut delivered = link.call(Op::MapChunk(MapChunk { chunk })).await?;
         let Answer::MappedChunk(mapped) = delivered.answer else {
             return Err(ClientError::Protocol { detail: "a chunk's mapping was asked for" });
@@ -72,18 +126,21 @@ impl Chunks {
         }
         let bytes = ByteCount::new(mapped.bytes);
         let fence_bytes = ByteCount::new(mapped.fence_bytes);
-        let mapping = Mapping::map(data, bytes, fences, fence_bytes, granted)?;
-        let mut table = self.table();
-        let entry = table.entry(chunk).or_default();
-        match &entry.mapping {
-            // Somebody was quicker: one mapping is enough.
-            Some(known) if access == Access::Read || known.is_writable() => Ok(Arc::clone(known)),
-            Some(_) | None => {
-                entry.mapping = Some(Arc::clone(&mapping));
-                entry.idle_since = None;
-                Ok(mapping)
-            }
+        if mapped.tier() != Tier::Hbm {
+            return Ok(Mapped::Host(Mapping::map(data, bytes, fences, fence_bytes, granted)?));
         }
+        let device = self.device(mapped.device)?;
+        let info = device.info();
+        if info.uuid[..] != mapped.device_uuid[..] || info.kind.label() != mapped.device_kind {
+            return Err(ClientError::Protocol { detail: "a chunk of another device than its number says" });
+        }
+        let fences = FenceMapping::map(fences, fence_bytes)?;
+        // The driver may take its time, and must not have the runtime's.
+        let mapping = tokio::task::spawn_blocking(move || {
+            DeviceMapping::map(device, mapped.device, data, bytes, fences, granted)
+        });
+        let mapping = mapping.await.map_err(|_| ClientError::Disconnected)??;
+        Ok(Mapped::Device(mapping))
     }
 
     /// The daemon wants a window back. True when it can be returned now.
@@ -113,8 +170,13 @@ impl Chunks {
         if entry.writers > 0 {
             return false;
         }
-        let Some(mapping) = &entry.mapping else {
-            return true;
+        let mapping = match &entry.mapping {
+            None => return true,
+            Some(Mapped::Device(mapping)) => {
+                mapping.drop_write();
+                return true;
+            }
+            Some(Mapped::Host(mapping)) => mapping,
         };
         match mapping.drop_write() {
             Ok(()) => true,
@@ -144,7 +206,7 @@ impl Chunks {
                 return entry.writers > 0 || entry.recalled;
             };
             // One reference is the table's own.
-            if entry.writers > 0 || mapping.is_writable() || Arc::strong_count(mapping) > 1 {
+            if entry.writers > 0 || mapping.is_writable() || mapping.users() > 1 {
                 entry.idle_since = None;
                 return true;
             }

@@ -3,7 +3,8 @@
 use bytes::Bytes;
 
 use terrace_core::{
-    BlockId, ByteCount, Durability, MatchMode, MissReason, SealOutcome, SpaceKind, SpaceManifest, TokenCount,
+    BlockId, ByteCount, Durability, MatchMode, MissReason, Purpose, SealOutcome, SpaceKind, SpaceManifest,
+    TokenCount,
 };
 use terrace_proto::{KEY_BYTES_MAX, v1};
 
@@ -105,6 +106,13 @@ pub(crate) fn mode_to_wire(mode: MatchMode) -> i32 {
     match mode {
         MatchMode::Prefix => v1::MatchMode::Prefix.into(),
         MatchMode::Set => v1::MatchMode::Set.into(),
+    }
+}
+
+pub(crate) fn purpose_to_wire(purpose: Purpose) -> v1::LeasePurpose {
+    match purpose {
+        Purpose::Prefill => v1::LeasePurpose::Prefill,
+        Purpose::Decode => v1::LeasePurpose::Decode,
     }
 }
 

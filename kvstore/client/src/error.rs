@@ -5,8 +5,11 @@ use std::time::Duration;
 
 use tonic::{Code, Status};
 
+use terrace_gpudirect::DeviceError;
 use terrace_lane::{LaneError, MapError};
 use terrace_proto::v1::LaneError as Refusal;
+
+use crate::read::BadBlock;
 
 /// Why a call failed.
 #[derive(Debug, thiserror::Error)]
@@ -122,6 +125,24 @@ pub enum ClientError {
     /// A chunk could not be mapped.
     #[error(transparent)]
     Map(#[from] MapError),
+    /// A device of the daemon that this session was not given.
+    #[error("device {device} of the daemon is not known here; give it to the session by `add_device`")]
+    UnknownDevice {
+        /// The daemon's number.
+        device: u32,
+    },
+    /// A device that is none of the daemon's.
+    #[error("the daemon owns no memory of this device ({name}); name it in its configuration, or do without")]
+    OtherDevice {
+        /// What the driver calls it.
+        name: String,
+    },
+    /// What a device says.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+    /// A block on a device that is not what was granted.
+    #[error(transparent)]
+    Block(#[from] BadBlock),
     /// A request that cannot be encoded.
     #[error(transparent)]
     Lane(LaneError),
@@ -155,6 +176,10 @@ impl ClientError {
             | Self::WrongLength { .. }
             | Self::NotWritable { .. }
             | Self::Map(_)
+            | Self::UnknownDevice { .. }
+            | Self::OtherDevice { .. }
+            | Self::Device(_)
+            | Self::Block(_)
             | Self::Lane(_)
             | Self::Protocol { .. } => false,
         }

@@ -137,22 +137,34 @@ impl LaneLink {
     /// Asks and waits for the answer. When cancelled, a lease that is granted
     /// afterwards is released.
     pub(crate) async fn call(&self, op: Op) -> Result<Delivered, ClientError> {
+        self.call_within(op, Duration::ZERO).await
+    }
+
+    /// As [`LaneLink::call`], for an answer that may take `allowed` more.
+    pub(crate) async fn call_within(&self, op: Op, allowed: Duration) -> Result<Delivered, ClientError> {
         // Questions that were given up keep their permits until they are answered.
         let within = self.answer_within;
         let permit = timeout(within, Arc::clone(&self.in_flight).acquire_owned()).await;
         let permit = permit.map_err(|_| ClientError::NoAnswer { waited: within })?;
-        self.ask(op, Some(permit.map_err(|_| ClientError::Disconnected)?)).await
+        self.ask(op, Some(permit.map_err(|_| ClientError::Disconnected)?), allowed).await
     }
 
     /// As [`LaneLink::call`], for the session's own chores: never behind callers that wait.
     pub(crate) async fn call_at_once(&self, op: Op) -> Result<Delivered, ClientError> {
-        self.ask(op, None).await
+        self.ask(op, None, Duration::ZERO).await
     }
 
-    async fn ask(&self, op: Op, permit: Option<OwnedSemaphorePermit>) -> Result<Delivered, ClientError> {
-        let (lease, wait_ms) = match &op {
-            Op::Lease(lease) => (Some(lease.kind()), lease.wait_ms),
-            _ => (None, 0),
+    async fn ask(
+        &self,
+        op: Op,
+        permit: Option<OwnedSemaphorePermit>,
+        allowed: Duration,
+    ) -> Result<Delivered, ClientError> {
+        let (lease, allowed) = match &op {
+            Op::Lease(lease) => {
+                (Some(lease.kind()), allowed.saturating_add(Duration::from_millis(lease.wait_ms)))
+            }
+            _ => (None, allowed),
         };
         let id = self.next_id.fetch_add(1, Ordering::Relaxed);
         let (answer, answered) = oneshot::channel();
@@ -167,7 +179,7 @@ impl LaneLink {
             self.waiting.lock().unwrap_or_else(PoisonError::into_inner).callers.remove(&id);
             return Err(error);
         }
-        let within = self.answer_within.saturating_add(Duration::from_millis(wait_ms));
+        let within = self.answer_within.saturating_add(allowed);
         match timeout(within, answered).await {
             Ok(answered) => answered.map_err(|_| ClientError::Disconnected)?,
             Err(_) => Err(ClientError::NoAnswer { waited: within }),

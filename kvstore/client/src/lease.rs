@@ -12,7 +12,7 @@ use terrace_proto::v1::lane_request::Op;
 use terrace_proto::v1::lane_response::Result as Answer;
 use terrace_proto::v1::{BlockGrant, GrantOutcome, LeaseKind, LeasePurpose, LeaseRequest, Tier};
 
-use crate::chunks::WriterToken;
+use crate::chunks::{Mapped, WriterToken};
 use crate::convert::{block_from_wire, reason_from_wire};
 use crate::error::ClientError;
 use crate::keeper::LeaseToken;
@@ -35,6 +35,31 @@ pub enum Outcome<B> {
 }
 
 impl<B> Outcome<B> {
+    /// The same outcome with the block as something else, if that can be had.
+    pub(crate) fn convert<T>(
+        self,
+        convert: impl FnOnce(B) -> Result<T, ClientError>,
+    ) -> Result<Outcome<T>, ClientError> {
+        match self.map(convert) {
+            Outcome::Granted(block) => Ok(Outcome::Granted(block?)),
+            Outcome::Promoting => Ok(Outcome::Promoting),
+            Outcome::Missing(reason) => Ok(Outcome::Missing(reason)),
+            Outcome::Throttled => Ok(Outcome::Throttled),
+            Outcome::Exists => Ok(Outcome::Exists),
+        }
+    }
+
+    /// The same outcome with the block as something else.
+    pub(crate) fn map<T>(self, convert: impl FnOnce(B) -> T) -> Outcome<T> {
+        match self {
+            Self::Granted(block) => Outcome::Granted(convert(block)),
+            Self::Promoting => Outcome::Promoting,
+            Self::Missing(reason) => Outcome::Missing(reason),
+            Self::Throttled => Outcome::Throttled,
+            Self::Exists => Outcome::Exists,
+        }
+    }
+
     /// The block, if it was granted.
     pub fn granted(&self) -> Option<&B> {
         match self {
@@ -119,11 +144,13 @@ pub(crate) struct Wanted<'a> {
     pub(crate) ttl: Option<Duration>,
     pub(crate) wait: Duration,
     pub(crate) purpose: LeasePurpose,
+    /// The daemon's number of the device whose memory is wanted; `None` is host memory.
+    pub(crate) device: Option<u32>,
 }
 
 /// One granted frame, mapped and checked.
 pub(crate) struct Frame {
-    pub(crate) mapping: Arc<Mapping>,
+    pub(crate) mapping: Mapped,
     pub(crate) frame: u32,
     pub(crate) offset: u64,
     pub(crate) fence: Fence,
@@ -132,6 +159,23 @@ pub(crate) struct Frame {
     pub(crate) block: BlockId,
     pub(crate) generation: u64,
     pub(crate) writer: Option<WriterToken>,
+}
+
+impl Frame {
+    /// Its mapping in host memory.
+    pub(crate) fn in_host_memory(&self) -> Result<Arc<Mapping>, ClientError> {
+        match &self.mapping {
+            Mapped::Host(mapping) => Ok(Arc::clone(mapping)),
+            Mapped::Device(_) => {
+                Err(ClientError::Protocol { detail: "a frame on a device that nobody wanted" })
+            }
+        }
+    }
+}
+
+/// The lease of what was granted.
+pub(crate) fn granted_by(lease: Option<&Arc<Lease>>) -> Result<Arc<Lease>, ClientError> {
+    lease.cloned().ok_or(ClientError::Protocol { detail: "a granted block without a lease" })
 }
 
 /// Leases and maps what was granted.
@@ -148,10 +192,10 @@ pub(crate) async fn lease(
         keys: wanted.keys,
         parent_key: wanted.parent,
         ttl_ms,
-        want_tier: Tier::Unspecified.into(),
+        want_tier: wanted.device.map_or(Tier::Unspecified, |_| Tier::Hbm).into(),
         wait_ms: millis(wanted.wait),
         purpose: wanted.purpose.into(),
-        want_device: 0,
+        want_device: wanted.device.unwrap_or(0),
     };
     let delivered = session.link.call(Op::Lease(request)).await?;
     let Answer::Lease(granted) = delivered.answer else {
@@ -169,7 +213,7 @@ pub(crate) async fn lease(
     let mut writers = delivered.writers.into_iter();
     let mut outcomes = Vec::with_capacity(asked);
     // The blocks of a lease are mostly neighbours.
-    let mut last: Option<(u64, Arc<Mapping>)> = None;
+    let mut last: Option<(u64, Mapped)> = None;
     for grant in &granted.blocks {
         let outcome = match grant.outcome() {
             GrantOutcome::Unspecified => {
@@ -185,10 +229,10 @@ pub(crate) async fn lease(
             GrantOutcome::Granted => {
                 let access = if wanted.kind == LeaseKind::Write { Access::Write } else { Access::Read };
                 let mapping = match &last {
-                    Some((chunk, mapping)) if *chunk == grant.chunk => Arc::clone(mapping),
+                    Some((chunk, mapping)) if *chunk == grant.chunk => mapping.clone(),
                     Some(_) | None => session.chunks.mapping(&session.link, grant.chunk, access).await?,
                 };
-                last = Some((grant.chunk, Arc::clone(&mapping)));
+                last = Some((grant.chunk, mapping.clone()));
                 let frame = frame(mapping, wanted.space, granted.generation, grant, writers.next())?;
                 Outcome::Granted(frame)
             }
@@ -199,7 +243,7 @@ pub(crate) async fn lease(
 }
 
 fn frame(
-    mapping: Arc<Mapping>,
+    mapping: Mapped,
     space: &Space,
     generation: u64,
     grant: &BlockGrant,

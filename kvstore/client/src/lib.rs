@@ -6,6 +6,10 @@
 //! [`ReadBlock::is_valid`] whether they were still the granted ones; a
 //! [`WriteBlock`] is a frame to compute in, published by [`WriteLease::seal`].
 //!
+//! Where the daemon owns memory of a GPU, a session that was given the device
+//! ([`Session::add_device`]) leases blocks there too: [`DeviceBlock`] and
+//! [`DeviceWriteBlock`] name device memory that this process has mapped.
+//!
 //! Promises: guards keep their lease alive and end it when dropped; after the
 //! daemon's death old guards can still be touched but are never valid again;
 //! nothing here waits without a deadline or a way to be told to stop.
@@ -20,6 +24,9 @@ mod channel;
 mod chunks;
 mod connector;
 mod convert;
+mod device;
+mod device_read;
+mod device_write;
 mod error;
 mod grpc;
 mod keeper;
@@ -40,6 +47,8 @@ pub use tonic::Code;
 pub use channel::{Admin, admin, channel};
 pub use connector::Connector;
 pub use convert::{BadWire, from_wire, to_wire};
+pub use device_read::{DeviceBlock, DeviceReadLease, Leased};
+pub use device_write::{DeviceWriteBlock, DeviceWriteLease, Reserved};
 pub use error::ClientError;
 pub use lease::Outcome;
 pub use read::{BadBlock, ReadBlock, ReadLease, ReadOptions, Stale};

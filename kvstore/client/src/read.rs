@@ -8,7 +8,7 @@ use terrace_core::{BlockId, ByteCount, Checksum, Fence, Purpose};
 use terrace_lane::{Mapping, SharedBytes};
 
 use crate::error::ClientError;
-use crate::lease::{Frame, Lease, Outcome};
+use crate::lease::{Frame, Lease, Outcome, granted_by};
 
 /// How to lease for reading.
 #[derive(Clone, Copy, Debug, Default)]
@@ -34,28 +34,17 @@ pub struct Stale;
 pub struct ReadLease {
     /// One entry a key, in order.
     pub grants: Vec<Outcome<ReadBlock>>,
-    lease: Option<Arc<Lease>>,
+    pub(crate) lease: Option<Arc<Lease>>,
 }
 
 impl ReadLease {
     pub(crate) fn new(lease: Option<Arc<Lease>>, outcomes: Vec<Outcome<Frame>>) -> Result<Self, ClientError> {
-        let mut grants = Vec::with_capacity(outcomes.len());
-        for outcome in outcomes {
-            grants.push(match (outcome, &lease) {
-                (Outcome::Granted(frame), Some(lease)) => {
-                    Outcome::Granted(ReadBlock::new(frame, Arc::clone(lease))?)
-                }
-                (Outcome::Granted(_), None) => {
-                    return Err(ClientError::Protocol { detail: "a granted block without a lease" });
-                }
-                (Outcome::Promoting, _) => Outcome::Promoting,
-                (Outcome::Missing(reason), _) => Outcome::Missing(reason),
-                (Outcome::Throttled, _) => Outcome::Throttled,
-                (Outcome::Exists, _) => {
-                    return Err(ClientError::Protocol { detail: "a read lease answered as a write lease" });
-                }
-            });
+        let exists = |outcome: &Outcome<Frame>| matches!(outcome, Outcome::Exists);
+        if outcomes.iter().any(exists) {
+            return Err(ClientError::Protocol { detail: "a read lease answered as a write lease" });
         }
+        let block = |frame| ReadBlock::new(frame, granted_by(lease.as_ref())?);
+        let grants = outcomes.into_iter().map(|outcome| outcome.convert(block)).collect::<Result<_, _>>()?;
         Ok(Self { grants, lease })
     }
 
@@ -119,13 +108,13 @@ pub enum BadBlock {
 
 impl ReadBlock {
     pub(crate) fn new(frame: Frame, lease: Arc<Lease>) -> Result<Self, ClientError> {
-        let bytes = frame
-            .mapping
+        let mapping = frame.in_host_memory()?;
+        let bytes = mapping
             .view(frame.offset, frame.length)
             .ok_or(ClientError::Protocol { detail: "a frame outside its chunk" })?;
         Ok(Self {
             bytes,
-            mapping: frame.mapping,
+            mapping,
             frame: frame.frame,
             fence: frame.fence,
             checksum: frame.checksum,

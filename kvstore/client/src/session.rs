@@ -8,14 +8,14 @@ use std::time::Duration;
 use tokio::sync::Mutex;
 use tokio::task::AbortHandle;
 
-use terrace_core::{ClientId, ComputeCost, MatchMode, Purpose, SpaceManifest};
+use terrace_core::{ClientId, ComputeCost, MatchMode, SpaceManifest};
 use terrace_proto::v1::lane_request::Op;
 use terrace_proto::v1::lane_response::Result as Answer;
 use terrace_proto::v1::{self, Tier};
 
 use crate::again;
 use crate::chunks::Chunks;
-use crate::convert::{keys_to_wire, mode_to_wire, parent_to_wire, to_wire};
+use crate::convert::{keys_to_wire, mode_to_wire, parent_to_wire, purpose_to_wire, to_wire};
 use crate::error::ClientError;
 use crate::grpc::GrpcLink;
 use crate::keeper::{Keeper, return_one};
@@ -124,6 +124,7 @@ pub(crate) struct Inner {
     number: u64,
     incarnation: u64,
     blocks_max: usize,
+    pub(crate) devices: Vec<v1::HbmDevice>,
     pub(crate) backend: Backend,
     target: Target,
     // A lane session opens a gRPC one beside itself when it first streams events.
@@ -245,6 +246,7 @@ impl Session {
                 number,
                 incarnation: facts.incarnation,
                 blocks_max: blocks_max.clamp(1, terrace_proto::BLOCKS_PER_REQUEST_MAX),
+                devices: facts.devices.clone(),
                 backend,
                 target: target.clone(),
                 beside: Mutex::new(None),
@@ -305,7 +307,7 @@ impl Session {
         }
     }
 
-    async fn call(&self, op: Op) -> Result<Answer, ClientError> {
+    pub(crate) async fn call(&self, op: Op) -> Result<Answer, ClientError> {
         match &self.inner.backend {
             Backend::Lane(lane) => Ok(lane.link.call(op).await?.answer),
             Backend::Grpc(link) => link.call(op).await,
@@ -333,7 +335,7 @@ impl Session {
         Ok(spaces.iter().map(|space| space.handle).collect())
     }
 
-    fn lane(&self, call: &'static str) -> Result<&Arc<LaneSession>, ClientError> {
+    pub(crate) fn lane(&self, call: &'static str) -> Result<&Arc<LaneSession>, ClientError> {
         match &self.inner.backend {
             Backend::Lane(lane) => Ok(lane),
             Backend::Grpc(_) => Err(ClientError::NeedsLane { call }),
@@ -439,10 +441,8 @@ impl Session {
             parent: bytes::Bytes::new(),
             ttl: options.ttl,
             wait: options.wait,
-            purpose: match options.purpose {
-                Purpose::Prefill => v1::LeasePurpose::Prefill,
-                Purpose::Decode => v1::LeasePurpose::Decode,
-            },
+            purpose: purpose_to_wire(options.purpose),
+            device: None,
         };
         let (held, outcomes) = lease(lane, wanted).await?;
         ReadLease::new(held, outcomes)
@@ -469,6 +469,7 @@ impl Session {
             ttl: options.ttl,
             wait: options.wait,
             purpose: v1::LeasePurpose::Unspecified,
+            device: None,
         };
         let (held, outcomes) = lease(lane, wanted).await?;
         WriteLease::new(held, outcomes)

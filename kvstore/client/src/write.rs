@@ -11,10 +11,10 @@ use terrace_proto::v1::lane_response::Result as Answer;
 use terrace_proto::v1::{AbortRequest, SealBlock, SealRequest};
 
 use crate::again;
-use crate::chunks::WriterToken;
+use crate::chunks::{Mapped, WriterToken};
 use crate::convert::{durability_to_wire, seals_from_wire};
 use crate::error::ClientError;
-use crate::lease::{Frame, Lease, Outcome};
+use crate::lease::{Frame, Lease, Outcome, granted_by};
 use crate::read::ReadBlock;
 
 /// How to lease for writing.
@@ -32,28 +32,15 @@ pub struct WriteOptions {
 #[derive(Debug)]
 pub struct WriteLease {
     // Before the grants: the lease ends before its windows go back.
-    lease: Option<Arc<Lease>>,
+    pub(crate) lease: Option<Arc<Lease>>,
     /// One entry a key, in order.
     pub grants: Vec<Outcome<WriteBlock>>,
 }
 
 impl WriteLease {
     pub(crate) fn new(lease: Option<Arc<Lease>>, outcomes: Vec<Outcome<Frame>>) -> Result<Self, ClientError> {
-        let mut grants = Vec::with_capacity(outcomes.len());
-        for outcome in outcomes {
-            grants.push(match (outcome, &lease) {
-                (Outcome::Granted(frame), Some(lease)) => {
-                    Outcome::Granted(WriteBlock::new(frame, Arc::clone(lease))?)
-                }
-                (Outcome::Granted(_), None) => {
-                    return Err(ClientError::Protocol { detail: "a granted block without a lease" });
-                }
-                (Outcome::Promoting, _) => Outcome::Promoting,
-                (Outcome::Missing(reason), _) => Outcome::Missing(reason),
-                (Outcome::Throttled, _) => Outcome::Throttled,
-                (Outcome::Exists, _) => Outcome::Exists,
-            });
-        }
+        let block = |frame| WriteBlock::new(frame, granted_by(lease.as_ref())?);
+        let grants = outcomes.into_iter().map(|outcome| outcome.convert(block)).collect::<Result<_, _>>()?;
         Ok(Self { lease, grants })
     }
 
@@ -111,22 +98,10 @@ impl WriteLease {
         let Some(lease) = self.lease.clone().filter(|_| !wanted.is_empty()) else {
             return Ok(Vec::new());
         };
-        let session = lease.session();
-        let request = SealRequest {
-            request_id: session.keeper.request_id(),
-            lease: lease.id(),
-            blocks: wanted,
-            durability: durability_to_wire(durability),
-        };
-        let answer = again::seal(session, request).await?;
-        let outcomes = seals_from_wire(answer.outcomes())?;
-        if outcomes.len() != blocks.len() {
-            return Err(ClientError::Protocol { detail: "a seal that does not answer each block" });
-        }
+        let outcomes = seal(&lease, wanted, durability).await?;
         for (index, checksum) in blocks {
             if let Some(block) = self.block_mut(*index) {
-                block.sealed = Some(*checksum);
-                block.writer = None;
+                block.end(Some(*checksum));
             }
         }
         Ok(outcomes)
@@ -140,45 +115,23 @@ impl WriteLease {
     pub async fn abort(&mut self, indexes: &[u32]) -> Result<u32, ClientError> {
         let indexes: Vec<u32> =
             indexes.iter().copied().filter(|index| self.writable(*index).is_ok()).collect();
-        // No index at all would mean every one.
         let Some(lease) = self.lease.clone().filter(|_| !indexes.is_empty()) else {
             return Ok(0);
         };
-        let session = lease.session();
-        let request = AbortRequest {
-            request_id: session.keeper.request_id(),
-            lease: lease.id(),
-            indexes: indexes.clone(),
-        };
-        let answer = session.link.call(Op::Abort(request)).await?.answer;
-        let Answer::Abort(answer) = answer else {
-            return Err(ClientError::Protocol { detail: "an abort was asked for" });
-        };
+        let aborted = abort(&lease, indexes.clone()).await?;
         for index in indexes {
             if let Some(block) = self.block_mut(index) {
-                block.writer = None;
+                block.end(None);
             }
         }
-        Ok(answer.aborted)
+        Ok(aborted)
     }
 
     /// A reading guard of a block that this lease has sealed. It shares the
     /// lease, and outlives this value. `None` if the block was not sealed. If
     /// the seal lost ([`SealOutcome::Already`] and worse) the guard may be stale.
     pub fn reader(&self, index: u32) -> Option<ReadBlock> {
-        let block = self.block(index)?;
-        let frame = Frame {
-            mapping: Arc::clone(&block.mapping),
-            frame: block.frame,
-            offset: block.offset,
-            fence: block.fence,
-            length: block.length(),
-            checksum: block.sealed?,
-            block: block.block,
-            generation: block.generation,
-            writer: None,
-        };
-        ReadBlock::new(frame, Arc::clone(&block.lease)).ok()
+        self.block(index)?.reader()
     }
 
     /// Ends the lease now and waits until the daemon knows: what is not sealed
@@ -196,6 +149,38 @@ impl WriteLease {
 
     fn writable(&self, index: u32) -> Result<&WriteBlock, ClientError> {
         self.block(index).filter(|block| block.writer.is_some()).ok_or(ClientError::NotWritable { index })
+    }
+}
+
+/// Publishes blocks of a lease: one outcome each.
+pub(crate) async fn seal(
+    lease: &Lease,
+    blocks: Vec<SealBlock>,
+    durability: Durability,
+) -> Result<Vec<SealOutcome>, ClientError> {
+    let session = lease.session();
+    let asked = blocks.len();
+    let request = SealRequest {
+        request_id: session.keeper.request_id(),
+        lease: lease.id(),
+        blocks,
+        durability: durability_to_wire(durability),
+    };
+    let answer = again::seal(session, request).await?;
+    let outcomes = seals_from_wire(answer.outcomes())?;
+    if outcomes.len() != asked {
+        return Err(ClientError::Protocol { detail: "a seal that does not answer each block" });
+    }
+    Ok(outcomes)
+}
+
+/// Gives frames of a lease back unwritten; answers how many. No index at all would mean every one.
+pub(crate) async fn abort(lease: &Lease, indexes: Vec<u32>) -> Result<u32, ClientError> {
+    let session = lease.session();
+    let request = AbortRequest { request_id: session.keeper.request_id(), lease: lease.id(), indexes };
+    match session.link.call(Op::Abort(request)).await?.answer {
+        Answer::Abort(answer) => Ok(answer.aborted),
+        _ => Err(ClientError::Protocol { detail: "an abort was asked for" }),
     }
 }
 
@@ -224,14 +209,15 @@ struct Writer {
 }
 
 impl WriteBlock {
-    fn new(frame: Frame, lease: Arc<Lease>) -> Result<Self, ClientError> {
+    pub(crate) fn new(frame: Frame, lease: Arc<Lease>) -> Result<Self, ClientError> {
         let outside = ClientError::Protocol { detail: "a frame outside its chunk" };
-        let view = frame.mapping.view_mut(frame.offset, frame.length).ok_or(outside)?;
+        let mapping = frame.in_host_memory()?;
+        let view = mapping.view_mut(frame.offset, frame.length).ok_or(outside)?;
         let window =
             frame.writer.ok_or(ClientError::Protocol { detail: "a frame to write without its window" })?;
         Ok(Self {
             bytes: view.bytes().clone(),
-            mapping: frame.mapping,
+            mapping,
             frame: frame.frame,
             offset: frame.offset,
             fence: frame.fence,
@@ -241,6 +227,28 @@ impl WriteBlock {
             lease,
             writer: Some(Writer { view, _window: window }),
         })
+    }
+
+    /// Nobody stores any more: it was sealed with a checksum, or given back.
+    pub(crate) fn end(&mut self, sealed: Option<Checksum>) {
+        self.sealed = sealed;
+        self.writer = None;
+    }
+
+    /// A reading guard of it, if it was sealed.
+    pub(crate) fn reader(&self) -> Option<ReadBlock> {
+        let frame = Frame {
+            mapping: Mapped::Host(Arc::clone(&self.mapping)),
+            frame: self.frame,
+            offset: self.offset,
+            fence: self.fence,
+            length: self.length(),
+            checksum: self.sealed?,
+            block: self.block,
+            generation: self.generation,
+            writer: None,
+        };
+        ReadBlock::new(frame, Arc::clone(&self.lease)).ok()
     }
 
     /// Identity of the block.

@@ -28,8 +28,7 @@ pub(crate) fn measure(options: &Options, rows: &mut Rows, until: Instant, copy_r
     if options.host_only {
         return NAMES.iter().for_each(|name| rows.skip(name, "kernels on the host say nothing about speed"));
     }
-    let ordinal = usize::try_from(options.ordinal).unwrap_or(usize::MAX);
-    let queue: Arc<dyn KernelQueue> = match Cuda::open(ordinal) {
+    let queue: Arc<dyn KernelQueue> = match Cuda::open(options.ordinal) {
         Ok(queue) => Arc::new(queue),
         Err(error) => return NAMES.iter().for_each(|name| rows.fail(name, &error.to_string())),
     };

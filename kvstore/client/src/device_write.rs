@@ -1,0 +1,277 @@
+//! Filling frames in device memory, and publishing them.
+
+use std::sync::Arc;
+
+use terrace_core::{BlockId, ByteCount, Checksum, Durability, SealOutcome};
+use terrace_gpudirect::{DeviceBytes, copy_in};
+use terrace_lane::fold;
+use terrace_proto::v1::SealBlock;
+
+use crate::chunks::WriterToken;
+use crate::device::{COPY_WITHIN, Granted, Where, place};
+use crate::device_read::{DeviceBlock, Leased};
+use crate::error::ClientError;
+use crate::lease::{Frame, Lease, Outcome, granted_by};
+use crate::write::{self, WriteBlock, WriteLease};
+
+/// Frames reserved for writing, on a device where it has room. Dropping it gives back what is not sealed, and unpins
+/// what is: no work on the device may use its frames any more then.
+#[derive(Debug)]
+pub struct DeviceWriteLease {
+    // Before the grants: the lease ends before its windows go back.
+    lease: Option<Arc<Lease>>,
+    /// One entry a key, in order.
+    pub grants: Vec<Outcome<Reserved>>,
+}
+
+/// A frame to fill, where it is.
+#[derive(Debug)]
+pub enum Reserved {
+    /// In host memory: the device has no room, or this session may map none of it.
+    Host(Box<WriteBlock>),
+    /// On the device.
+    Device(DeviceWriteBlock),
+}
+
+impl Reserved {
+    /// The frame, if it is on the device.
+    pub fn on_device(&self) -> Option<&DeviceWriteBlock> {
+        match self {
+            Self::Host(_) => None,
+            Self::Device(block) => Some(block),
+        }
+    }
+
+    fn is_writable(&self) -> bool {
+        match self {
+            Self::Host(block) => block.is_writable(),
+            Self::Device(block) => block.is_writable(),
+        }
+    }
+
+    fn length(&self) -> ByteCount {
+        match self {
+            Self::Host(block) => block.length(),
+            Self::Device(block) => block.length(),
+        }
+    }
+
+    /// Checksum of what is in the frame now, by the processor.
+    fn sum(&self) -> Result<Checksum, ClientError> {
+        match self {
+            Self::Host(block) => Ok(block.seal_value().1),
+            Self::Device(block) => block.sum(),
+        }
+    }
+
+    fn end(&mut self, sealed: Option<Checksum>) {
+        match self {
+            Self::Host(block) => block.end(sealed),
+            Self::Device(block) => {
+                block.sealed = sealed;
+                block.writer = None;
+            }
+        }
+    }
+}
+
+impl DeviceWriteLease {
+    pub(crate) fn new(lease: Option<Arc<Lease>>, outcomes: Vec<Outcome<Frame>>) -> Result<Self, ClientError> {
+        let block = |frame: Frame| {
+            let lease = granted_by(lease.as_ref())?;
+            Ok(match place(frame) {
+                Where::Host(frame) => Reserved::Host(Box::new(WriteBlock::new(frame, lease)?)),
+                Where::Device(frame, mapping) => {
+                    let granted = Granted::new(&frame, &mapping, lease)?;
+                    let none = ClientError::Protocol { detail: "a frame to write without its window" };
+                    let writer = Some(frame.writer.ok_or(none)?);
+                    Reserved::Device(DeviceWriteBlock { granted, sealed: None, writer })
+                }
+            })
+        };
+        let grants = outcomes.into_iter().map(|outcome| outcome.convert(block)).collect::<Result<_, _>>()?;
+        Ok(Self { lease, grants })
+    }
+
+    /// The daemon's number of the lease; `None` when nothing was granted.
+    pub fn id(&self) -> Option<u64> {
+        self.lease.as_ref().map(|lease| lease.id())
+    }
+
+    /// The frame at a position, if it was granted.
+    pub fn block(&self, index: u32) -> Option<&Reserved> {
+        self.grants.get(index as usize).and_then(Outcome::granted)
+    }
+
+    /// The frame at a position, if it was granted.
+    pub fn block_mut(&mut self, index: u32) -> Option<&mut Reserved> {
+        self.grants.get_mut(index as usize).and_then(Outcome::granted_mut)
+    }
+
+    /// As [`crate::WriteLease::seal`]. What lies on the device is copied to host memory to be summed there: whoever
+    /// has a kernel for that calls [`DeviceWriteLease::seal_with`]. All work that stores into the blocks has ended.
+    ///
+    /// # Errors
+    /// As [`crate::WriteLease::seal`], or what the device says: then nothing was sealed.
+    pub async fn seal(
+        &mut self,
+        indexes: &[u32],
+        durability: Durability,
+    ) -> Result<Vec<SealOutcome>, ClientError> {
+        let mut blocks = Vec::with_capacity(indexes.len());
+        for index in indexes {
+            blocks.push((*index, self.writable(*index)?.sum()?));
+        }
+        self.seal_with(&blocks, durability).await
+    }
+
+    /// As [`DeviceWriteLease::seal`], with checksums that the caller computed, for example on the device by
+    /// `terrace_gpudirect::kernels::Summer`.
+    ///
+    /// # Errors
+    /// As [`crate::WriteLease::seal`].
+    pub async fn seal_with(
+        &mut self,
+        blocks: &[(u32, Checksum)],
+        durability: Durability,
+    ) -> Result<Vec<SealOutcome>, ClientError> {
+        let mut wanted = Vec::with_capacity(blocks.len());
+        for (index, checksum) in blocks {
+            let length = self.writable(*index)?.length().get();
+            wanted.push(SealBlock { index: *index, length, checksum: checksum.get() });
+        }
+        let Some(lease) = self.lease.clone().filter(|_| !wanted.is_empty()) else {
+            return Ok(Vec::new());
+        };
+        let outcomes = write::seal(&lease, wanted, durability).await?;
+        for (index, checksum) in blocks {
+            if let Some(block) = self.block_mut(*index) {
+                block.end(Some(*checksum));
+            }
+        }
+        Ok(outcomes)
+    }
+
+    /// As [`crate::WriteLease::abort`]. No work on the device stores into the blocks any more.
+    ///
+    /// # Errors
+    /// The session has ended, or the daemon refused.
+    pub async fn abort(&mut self, indexes: &[u32]) -> Result<u32, ClientError> {
+        let indexes: Vec<u32> =
+            indexes.iter().copied().filter(|index| self.writable(*index).is_ok()).collect();
+        let Some(lease) = self.lease.clone().filter(|_| !indexes.is_empty()) else {
+            return Ok(0);
+        };
+        let aborted = write::abort(&lease, indexes.clone()).await?;
+        for index in indexes {
+            if let Some(block) = self.block_mut(index) {
+                block.end(None);
+            }
+        }
+        Ok(aborted)
+    }
+
+    /// As [`crate::WriteLease::reader`].
+    pub fn reader(&self, index: u32) -> Option<Leased> {
+        match self.block(index)? {
+            Reserved::Host(block) => block.reader().map(Leased::Host),
+            Reserved::Device(block) => {
+                Some(Leased::Device(DeviceBlock::sealed(block.granted.clone(), block.sealed?)))
+            }
+        }
+    }
+
+    /// As [`crate::WriteLease::release`].
+    ///
+    /// # Errors
+    /// The session has ended; so has the lease.
+    pub async fn release(self) -> Result<(), ClientError> {
+        match &self.lease {
+            Some(lease) => lease.release().await,
+            None => Ok(()),
+        }
+    }
+
+    fn writable(&self, index: u32) -> Result<&Reserved, ClientError> {
+        self.block(index).filter(|block| block.is_writable()).ok_or(ClientError::NotWritable { index })
+    }
+}
+
+/// For whoever handles both kinds alike: all of its frames are in host memory.
+impl From<WriteLease> for DeviceWriteLease {
+    fn from(lease: WriteLease) -> Self {
+        let WriteLease { lease, grants } = lease;
+        let reserved = |block| Reserved::Host(Box::new(block));
+        Self { lease, grants: grants.into_iter().map(|grant| grant.map(reserved)).collect() }
+    }
+}
+
+/// A frame of this session's window on a device, to be filled with one block.
+#[derive(Debug)]
+pub struct DeviceWriteBlock {
+    // Before the writer: the lease ends before its window goes back.
+    granted: Granted,
+    sealed: Option<Checksum>,
+    // Present while stores are allowed.
+    writer: Option<WriterToken>,
+}
+
+impl DeviceWriteBlock {
+    /// Identity of the block.
+    pub fn id(&self) -> BlockId {
+        self.granted.block
+    }
+
+    /// What its checksum is seeded with.
+    pub fn generation(&self) -> u64 {
+        self.granted.generation
+    }
+
+    /// Payload length.
+    pub fn length(&self) -> ByteCount {
+        self.granted.bytes.bytes()
+    }
+
+    /// The daemon's number of the device.
+    pub fn device(&self) -> u32 {
+        self.granted.mapping.number
+    }
+
+    /// The frame, to compute in. Storing is allowed until the block is sealed, aborted or dropped, and until its
+    /// lease is: nothing but the caller sees to it.
+    pub fn bytes(&self) -> &DeviceBytes {
+        &self.granted.bytes
+    }
+
+    /// Whether the frame is still ours: its lease has not ended, its fence has not moved. Ask before sealing, when
+    /// the work that stores has ended.
+    pub fn is_valid(&self) -> bool {
+        self.granted.is_valid()
+    }
+
+    /// Whether stores are allowed: not sealed, not aborted.
+    pub fn is_writable(&self) -> bool {
+        self.writer.is_some()
+    }
+
+    /// Fills the whole block from host memory, and waits for the copy.
+    ///
+    /// # Errors
+    /// A payload that is not one block long, a block that was sealed or aborted, or what the device says.
+    pub fn write(&mut self, payload: &[u8]) -> Result<(), ClientError> {
+        let (found, expected) = (payload.len() as u64, self.length().get());
+        if found != expected {
+            return Err(ClientError::WrongLength { index: 0, found, expected });
+        }
+        if self.writer.is_none() {
+            return Err(ClientError::NotWritable { index: self.granted.frame });
+        }
+        Ok(copy_in(self.granted.mapping.device.as_ref(), payload, &self.granted.bytes, COPY_WITHIN)?)
+    }
+
+    fn sum(&self) -> Result<Checksum, ClientError> {
+        let mut bytes = vec![0; usize::try_from(self.length().get()).unwrap_or(usize::MAX)];
+        self.granted.copy_out(&mut bytes)?;
+        Ok(fold::checksum(self.id(), self.generation(), &bytes))
+    }
+}
