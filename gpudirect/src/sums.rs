@@ -97,7 +97,7 @@ impl Sums {
 }
 
 fn by_kernels(ordinal: u32) -> Result<How, KernelError> {
-    let queue: Arc<dyn KernelQueue> = Arc::new(Cuda::open(usize::try_from(ordinal).unwrap_or(usize::MAX))?);
+    let queue: Arc<dyn KernelQueue> = Arc::new(Cuda::open(ordinal)?);
     let summer = Summer::new(Arc::clone(&queue))?;
     Ok(How::Kernels { queue, summer })
 }

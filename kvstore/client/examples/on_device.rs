@@ -3,26 +3,20 @@
 //!
 //! `cargo run --release -p terrace-client --example on_device -- SOCKET cuda:0`
 
-use std::sync::Arc;
-
 use terrace_client::{
     Durability, Leased, Outcome, ReadOptions, Reserved, SpaceKind, SpaceManifest, Target, WriteOptions,
     blocking,
 };
 use terrace_core::{ByteCount, TokenCount};
-use terrace_gpudirect::{Cuda, Device, HostOnly};
+use terrace_gpudirect::DeviceName;
 
 const BLOCK_BYTES: usize = 64 << 10;
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let socket = std::env::args().nth(1).ok_or("give the path of the daemon's socket")?;
     let name = std::env::args().nth(2).ok_or("give the device, for example cuda:0")?;
-    let device: Arc<dyn Device> = match name.strip_prefix("cuda:") {
-        Some(ordinal) => Arc::new(Cuda::open(ordinal.parse()?)?),
-        // Host memory in a device's place, if the daemon's is that too.
-        None if name == "host-only" => Arc::new(HostOnly::new(0, ByteCount::new(0))?),
-        None => return Err(format!("{name} is no device").into()),
-    };
+    // Host memory stands in for a device if both the daemon and we are told so by name.
+    let device = name.parse::<DeviceName>()?.open(ByteCount::new(0))?;
     let target = Target { socket: Some(socket.into()), ..Target::default() };
     let session = blocking::Session::connect(&target)?;
     let number = session.add_device(device)?;

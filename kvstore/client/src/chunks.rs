@@ -16,7 +16,7 @@ use terrace_proto::v1::lane_request::Op;
 use terrace_proto::v1::lane_response::Result as Answer;
 use terrace_proto::v1::{MapChunk, Tier};
 
-use crate::device::DeviceMapping;
+use crate::device::{DeviceMapping, Own};
 use crate::error::ClientError;
 use crate::keeper::Keeper;
 use crate::lane::LaneLink;
@@ -30,7 +30,7 @@ const MAPPING_IDLE_MAX: Duration = Duration::from_secs(2);
 pub(crate) struct Chunks {
     table: Mutex<BTreeMap<u64, Chunk>>,
     /// Devices of the daemon that this process reaches, by the daemon's numbers.
-    devices: Mutex<BTreeMap<u32, Arc<dyn Device>>>,
+    devices: Mutex<BTreeMap<u32, Arc<Own>>>,
 }
 
 /// A chunk's bytes in this process.
@@ -72,11 +72,12 @@ impl Chunks {
 
     /// From now on, chunks of the daemon's device `number` are mapped by `device`.
     pub(crate) fn add_device(&self, number: u32, device: Arc<dyn Device>) {
-        self.devices.lock().unwrap_or_else(PoisonError::into_inner).insert(number, device);
+        let mut devices = self.devices.lock().unwrap_or_else(PoisonError::into_inner);
+        devices.entry(number).or_insert_with(|| Arc::new(Own::new(device)));
     }
 
     /// What maps chunks of the daemon's device `number`.
-    pub(crate) fn device(&self, number: u32) -> Result<Arc<dyn Device>, ClientError> {
+    pub(crate) fn device(&self, number: u32) -> Result<Arc<Own>, ClientError> {
         let devices = self.devices.lock().unwrap_or_else(PoisonError::into_inner);
         devices.get(&number).cloned().ok_or(ClientError::UnknownDevice { device: number })
     }
@@ -129,15 +130,15 @@ impl Chunks {
         if mapped.tier() != Tier::Hbm {
             return Ok(Mapped::Host(Mapping::map(data, bytes, fences, fence_bytes, granted)?));
         }
-        let device = self.device(mapped.device)?;
-        let info = device.info();
+        let own = self.device(mapped.device)?;
+        let info = own.device.info();
         if info.uuid[..] != mapped.device_uuid[..] || info.kind.label() != mapped.device_kind {
             return Err(ClientError::Protocol { detail: "a chunk of another device than its number says" });
         }
         let fences = FenceMapping::map(fences, fence_bytes)?;
         // The driver may take its time, and must not have the runtime's.
         let mapping = tokio::task::spawn_blocking(move || {
-            DeviceMapping::map(device, mapped.device, data, bytes, fences, granted)
+            DeviceMapping::map(own, mapped.device, data, bytes, fences, granted)
         });
         let mapping = mapping.await.map_err(|_| ClientError::Disconnected)??;
         Ok(Mapped::Device(mapping))

@@ -10,12 +10,12 @@
 //! was valid, before sealing, and before letting go of a guard.
 
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use terrace_core::{BlockId, ByteCount, Fence};
-use terrace_gpudirect::{Chunk, Device, DeviceBytes, DeviceError, copy_out};
+use terrace_core::{BlockId, ByteCount, Checksum, Fence};
+use terrace_gpudirect::{Chunk, Device, DeviceBytes, DeviceError, Sums, copy_out};
 use terrace_lane::{Access, FenceMapping};
 use terrace_proto::v1::lane_request::Op;
 use terrace_proto::v1::lane_response::Result as Answer;
@@ -158,12 +158,30 @@ impl Session {
     }
 }
 
+/// A device of this process that the session was given.
+#[derive(Debug)]
+pub(crate) struct Own {
+    pub(crate) device: Arc<dyn Device>,
+    sums: OnceLock<Result<Sums, DeviceError>>,
+}
+
+impl Own {
+    pub(crate) fn new(device: Arc<dyn Device>) -> Self {
+        Self { device, sums: OnceLock::new() }
+    }
+
+    /// What sums blocks there. Takes up to a second the first time.
+    pub(crate) fn sums(&self) -> Result<&Sums, DeviceError> {
+        self.sums.get_or_init(|| Sums::open(&self.device)).as_ref().map_err(Clone::clone)
+    }
+}
+
 /// A chunk of device memory that the daemon owns, mapped here.
 #[derive(Debug)]
 pub(crate) struct DeviceMapping {
     // Before the device that it is of.
     chunk: Arc<Chunk>,
-    pub(crate) device: Arc<dyn Device>,
+    pub(crate) own: Arc<Own>,
     pub(crate) number: u32,
     fences: FenceMapping,
     writable: AtomicBool,
@@ -172,16 +190,16 @@ pub(crate) struct DeviceMapping {
 impl DeviceMapping {
     /// May take as long as the driver does.
     pub(crate) fn map(
-        device: Arc<dyn Device>,
+        own: Arc<Own>,
         number: u32,
         data: OwnedFd,
         bytes: ByteCount,
         fences: FenceMapping,
         access: Access,
     ) -> Result<Arc<Self>, ClientError> {
-        let chunk = device.import(data, bytes)?;
+        let chunk = own.device.import(data, bytes)?;
         let writable = AtomicBool::new(access == Access::Write);
-        Ok(Arc::new(Self { chunk, device, number, fences, writable }))
+        Ok(Arc::new(Self { chunk, own, number, fences, writable }))
     }
 
     /// Whether this session may store into its frames.
@@ -232,8 +250,13 @@ impl Granted {
         self.mapping.fences.fence(self.frame) == Some(self.fence) && self.lease.is_usable()
     }
 
+    /// The checksum of what is there now, where it lies.
+    pub(crate) fn sum(&self) -> Result<Checksum, DeviceError> {
+        self.mapping.own.sums()?.checksum(&self.bytes, self.block, self.generation)
+    }
+
     pub(crate) fn copy_out(&self, target: &mut [u8]) -> Result<(), DeviceError> {
-        copy_out(self.mapping.device.as_ref(), &self.bytes, target, COPY_WITHIN)
+        copy_out(self.mapping.own.device.as_ref(), &self.bytes, target, COPY_WITHIN)
     }
 }
 

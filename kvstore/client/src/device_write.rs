@@ -3,8 +3,7 @@
 use std::sync::Arc;
 
 use terrace_core::{BlockId, ByteCount, Checksum, Durability, SealOutcome};
-use terrace_gpudirect::{DeviceBytes, copy_in};
-use terrace_lane::fold;
+use terrace_gpudirect::{DeviceBytes, DeviceError, copy_in};
 use terrace_proto::v1::SealBlock;
 
 use crate::chunks::WriterToken;
@@ -56,14 +55,6 @@ impl Reserved {
         }
     }
 
-    /// Checksum of what is in the frame now, by the processor.
-    fn sum(&self) -> Result<Checksum, ClientError> {
-        match self {
-            Self::Host(block) => Ok(block.seal_value().1),
-            Self::Device(block) => block.sum(),
-        }
-    }
-
     fn end(&mut self, sealed: Option<Checksum>) {
         match self {
             Self::Host(block) => block.end(sealed),
@@ -108,8 +99,8 @@ impl DeviceWriteLease {
         self.grants.get_mut(index as usize).and_then(Outcome::granted_mut)
     }
 
-    /// As [`crate::WriteLease::seal`]. What lies on the device is copied to host memory to be summed there: whoever
-    /// has a kernel for that calls [`DeviceWriteLease::seal_with`]. All work that stores into the blocks has ended.
+    /// As [`crate::WriteLease::seal`]. What lies on the device is summed there, by a kernel on a GPU; the first time,
+    /// that is compiled, which takes up to a second. All work that stores into the blocks has ended.
     ///
     /// # Errors
     /// As [`crate::WriteLease::seal`], or what the device says: then nothing was sealed.
@@ -119,14 +110,25 @@ impl DeviceWriteLease {
         durability: Durability,
     ) -> Result<Vec<SealOutcome>, ClientError> {
         let mut blocks = Vec::with_capacity(indexes.len());
+        let mut there = Vec::new();
         for index in indexes {
-            blocks.push((*index, self.writable(*index)?.sum()?));
+            match self.writable(*index)? {
+                Reserved::Host(block) => blocks.push((*index, block.seal_value().1)),
+                Reserved::Device(block) => there.push((*index, block.granted.clone())),
+            }
+        }
+        if !there.is_empty() {
+            // A device is waited for, and must not have the runtime's time.
+            let summing = tokio::task::spawn_blocking(move || {
+                there.into_iter().map(|(index, granted)| Ok((index, granted.sum()?))).collect::<Vec<_>>()
+            });
+            let sums = summing.await.map_err(|_| ClientError::Disconnected)?;
+            blocks.extend(sums.into_iter().collect::<Result<Vec<_>, DeviceError>>()?);
         }
         self.seal_with(&blocks, durability).await
     }
 
-    /// As [`DeviceWriteLease::seal`], with checksums that the caller computed, for example on the device by
-    /// `terrace_gpudirect::kernels::Summer`.
+    /// As [`DeviceWriteLease::seal`], with checksums that the caller computed.
     ///
     /// # Errors
     /// As [`crate::WriteLease::seal`].
@@ -266,12 +268,6 @@ impl DeviceWriteBlock {
         if self.writer.is_none() {
             return Err(ClientError::NotWritable { index: self.granted.frame });
         }
-        Ok(copy_in(self.granted.mapping.device.as_ref(), payload, &self.granted.bytes, COPY_WITHIN)?)
-    }
-
-    fn sum(&self) -> Result<Checksum, ClientError> {
-        let mut bytes = vec![0; usize::try_from(self.length().get()).unwrap_or(usize::MAX)];
-        self.granted.copy_out(&mut bytes)?;
-        Ok(fold::checksum(self.id(), self.generation(), &bytes))
+        Ok(copy_in(self.granted.mapping.own.device.as_ref(), payload, &self.granted.bytes, COPY_WITHIN)?)
     }
 }
