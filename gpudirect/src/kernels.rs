@@ -19,7 +19,7 @@ mod sum;
 pub use cuda::Cuda;
 pub use mover::{BlockTokens, Mover, Prepared};
 pub use nvrtc::{Compiled, Nvrtc, Target};
-pub use on_host::{FailsAfter, OnHost};
+pub use on_host::{FailsAfter, OnHost, every_queue};
 pub use pages::{BlockShape, EnginePages, PageLayout};
 pub use queue::{KernelBytes, KernelQueue, Launch, Parameters};
 pub use sum::Summer;

@@ -210,7 +210,12 @@ impl KvSequence {
 
     /// Whether a block lies in device memory, where the kernels of the processor cannot reach it.
     pub(crate) fn needs_device(&self) -> bool {
-        self.blocks.iter().any(|block| matches!(block, KvBlock::DeviceRead(_) | KvBlock::DeviceWrite(_)))
+        (0..self.blocks.len()).any(|index| self.lies_on_device(index))
+    }
+
+    /// Whether block `index` itself lies in device memory.
+    pub(crate) fn lies_on_device(&self, index: usize) -> bool {
+        matches!(self.blocks.get(index), Some(KvBlock::DeviceRead(_) | KvBlock::DeviceWrite(_)))
     }
 
     /// Block `index` on a device, if it is there.

@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 use libloading::Library;
 
 use super::queue::{KernelBytes, KernelQueue, Launch};
-use super::{COMMON, KernelError, Source};
+use super::{COMMON, Cuda, KernelError, Source};
 use crate::device::{Chunk, DeviceKind};
 
 type LaunchByName = unsafe extern "C" fn(*const c_char, *const c_uint, c_uint, *mut *mut c_void) -> c_int;
@@ -82,6 +82,29 @@ impl OnHost {
             .map_err(|error| lacking(error.to_string()))?;
         Ok(Self { launch: *launch, _library: library })
     }
+}
+
+/// Everything on this machine that runs kernels, for tests: the host's processor where there is a C++ compiler, and the
+/// first device where there is one. What is missing is said on standard error.
+///
+/// # Errors
+/// What is there and does not work.
+pub fn every_queue() -> Result<Vec<Arc<dyn KernelQueue>>, KernelError> {
+    let mut found: Vec<Arc<dyn KernelQueue>> = Vec::new();
+    match OnHost::build() {
+        Ok(queue) => found.push(Arc::new(queue)),
+        Err(KernelError::NoCompiler { detail }) => eprintln!("SKIPPED on the host: {detail}"),
+        Err(error) => return Err(error),
+    }
+    match Cuda::open(0) {
+        Ok(queue) => found.push(Arc::new(queue)),
+        Err(KernelError::NoDevice { detail }) => eprintln!("SKIPPED on a device: {detail}"),
+        Err(error) => return Err(error),
+    }
+    for queue in &found {
+        eprintln!("runs on: {}", queue.describe());
+    }
+    Ok(found)
 }
 
 // Words, so that it is aligned for every vector; the device's allocations are aligned to 256 bytes.

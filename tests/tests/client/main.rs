@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, reason = "a test that cannot set itself up has failed")]
 
 mod daemon;
+mod device;
 mod device_wire;
 mod examples;
 mod grpc;

@@ -83,6 +83,11 @@ impl DeviceModel {
         &self.host
     }
 
+    /// Where its kernels run.
+    pub(crate) fn queue(&self) -> &Arc<dyn KernelQueue> {
+        self.kernels.queue()
+    }
+
     /// What computes.
     pub fn describe(&self) -> String {
         self.kernels.queue().describe()

@@ -4,7 +4,7 @@ use std::str::FromStr;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
-use terrace_gpudirect::kernels::Cuda;
+use terrace_gpudirect::kernels::{Cuda, KernelError, KernelQueue, OnHost};
 
 use super::{ARITHMETIC, DEVICE_ARITHMETIC, DeviceModel, ForwardError, Model, Outcome, Scratch, Step};
 
@@ -14,7 +14,23 @@ pub enum ComputeDevice {
     /// The processor.
     Cpu,
     /// A CUDA device, by its ordinal.
-    Cuda(usize),
+    Cuda(u32),
+    /// The kernels of devices on the processor, over host memory in a device's place: for tests, and slow.
+    HostOnly,
+}
+
+impl ComputeDevice {
+    /// Runs kernels there, beside whatever else does.
+    ///
+    /// # Errors
+    /// What the device says, or that there is none.
+    pub(crate) fn queue(self) -> Result<Arc<dyn KernelQueue>, KernelError> {
+        match self {
+            Self::Cpu => Err(KernelError::NoDevice { detail: "the processor is none".to_owned() }),
+            Self::Cuda(ordinal) => Ok(Arc::new(Cuda::open(ordinal)?)),
+            Self::HostOnly => Ok(Arc::new(OnHost::build()?)),
+        }
+    }
 }
 
 impl std::fmt::Display for ComputeDevice {
@@ -22,6 +38,7 @@ impl std::fmt::Display for ComputeDevice {
         match self {
             Self::Cpu => f.write_str("cpu"),
             Self::Cuda(ordinal) => write!(f, "cuda:{ordinal}"),
+            Self::HostOnly => f.write_str("host-only"),
         }
     }
 }
@@ -30,8 +47,10 @@ impl FromStr for ComputeDevice {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        if text == "cpu" {
-            return Ok(Self::Cpu);
+        match text {
+            "cpu" => return Ok(Self::Cpu),
+            "host-only" => return Ok(Self::HostOnly),
+            _ => {}
         }
         let ordinal = text.strip_prefix("cuda:").and_then(|ordinal| ordinal.parse().ok());
         ordinal.map(Self::Cuda).ok_or_else(|| format!("{text} is no device; say cpu, or cuda:0"))
@@ -56,9 +75,8 @@ impl Engine {
     pub fn new(model: Arc<Model>, device: ComputeDevice) -> Result<Self, ForwardError> {
         match device {
             ComputeDevice::Cpu => Ok(Self::Cpu(model)),
-            ComputeDevice::Cuda(ordinal) => {
-                let queue = Arc::new(Cuda::open(ordinal)?);
-                Ok(Self::Device(Arc::new(DeviceModel::new(model, queue)?)))
+            ComputeDevice::Cuda(_) | ComputeDevice::HostOnly => {
+                Ok(Self::Device(Arc::new(DeviceModel::new(model, device.queue()?)?)))
             }
         }
     }

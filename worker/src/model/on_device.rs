@@ -3,8 +3,11 @@
 
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 
-use terrace_gpudirect::kernels::{Cuda, FailsAfter, KernelBytes, KernelError, KernelQueue, OnHost};
+use terrace_core::ByteCount;
+use terrace_gpudirect::kernels::{FailsAfter, KernelBytes, KernelError, KernelQueue, every_queue};
+use terrace_gpudirect::{Device, DeviceBytes, HostOnly, copy_in};
 
 use super::{ComputeDevice, DeviceModel, Engine, ForwardError, Model, Outcome, Scratch, Step, WantLogits};
 use crate::kernels::memory::WriteBytes;
@@ -13,21 +16,7 @@ use crate::tiny::TinyModel;
 
 fn queues() -> Vec<Arc<dyn KernelQueue>> {
     static QUEUES: OnceLock<Vec<Arc<dyn KernelQueue>>> = OnceLock::new();
-    let open = || {
-        let mut found: Vec<Arc<dyn KernelQueue>> = Vec::new();
-        match OnHost::build() {
-            Ok(queue) => found.push(Arc::new(queue)),
-            Err(KernelError::NoCompiler { detail }) => println!("SKIPPED on the host: {detail}"),
-            Err(error) => panic!("{error}"),
-        }
-        match Cuda::open(0) {
-            Ok(queue) => found.push(Arc::new(queue)),
-            Err(KernelError::NoDevice { detail }) => println!("SKIPPED on a device: {detail}"),
-            Err(error) => panic!("{error}"),
-        }
-        found
-    };
-    QUEUES.get_or_init(open).clone()
+    QUEUES.get_or_init(|| every_queue().unwrap()).clone()
 }
 
 fn tiny(shape: TinyModel) -> Arc<Model> {
@@ -85,8 +74,20 @@ fn a_device_gives_the_bits_of_the_processor() {
     }
 }
 
-/// A frame that was leased on a device. The queue's memory stands in for it.
+/// A frame as it is leased on a device: a part of a chunk that another mapping of the same memory has filled. Where
+/// kernels run on the host, the device is host memory too; on a GPU, the queue's own memory stands in for it.
 fn frame(queue: &Arc<dyn KernelQueue>, bytes: &[u8]) -> KernelBytes {
+    let length = ByteCount::new(bytes.len() as u64);
+    let daemon = HostOnly::new(0, ByteCount::new(1 << 30)).unwrap();
+    let chunk = daemon.create(ByteCount::new(4096 + bytes.len() as u64)).unwrap();
+    if queue.reaches(&chunk) {
+        let part = DeviceBytes::new(Arc::clone(&chunk), 4096, length).unwrap();
+        copy_in(&daemon, bytes, &part, Duration::from_secs(10)).unwrap();
+        let own = HostOnly::new(0, ByteCount::new(0)).unwrap();
+        let mapped = own.import(chunk.export().unwrap(), chunk.bytes()).unwrap();
+        let part = DeviceBytes::new(mapped, 4096, length).unwrap();
+        return KernelBytes::lent(queue.as_ref(), &part, Arc::new(own)).unwrap();
+    }
     let memory = queue.allocate(bytes.len()).unwrap();
     queue.write(&memory, bytes).unwrap();
     memory
@@ -211,6 +212,7 @@ fn what_cannot_be_computed_is_said() {
     }
     assert_eq!("cuda:3".parse(), Ok(ComputeDevice::Cuda(3)));
     assert_eq!("cpu".parse(), Ok(ComputeDevice::Cpu));
+    assert_eq!("host-only".parse(), Ok(ComputeDevice::HostOnly));
     for text in ["cuda", "cuda:", "cuda:-1", "gpu:0", ""] {
         assert!(text.parse::<ComputeDevice>().is_err(), "{text}");
     }

@@ -63,7 +63,8 @@ pub struct WorkerArgs {
     /// Secret of the tenant.
     #[arg(long, default_value = "", env = "TERRACE_TOKEN", hide_env_values = true)]
     pub token: String,
-    /// Where to compute: cpu, or a CUDA device, for example cuda:0. There is no falling back.
+    /// Where to compute: cpu, or a CUDA device, for example cuda:0. There is no falling back. Blocks
+    /// lie in its memory where the daemon owns some. (host-only runs the kernels on the processor, for tests.)
     #[arg(long, default_value = "cpu", value_name = "DEVICE")]
     pub device: ComputeDevice,
     /// Threads that compute; 0 means all processors.

@@ -37,6 +37,8 @@ pub(crate) struct Metrics {
     pub(crate) blocks_sealed: IntCounter,
     /// Blocks computed in private memory because the store had no frame.
     pub(crate) blocks_private: IntCounter,
+    /// Blocks, leased to read or to fill, that were used where they lie on a device.
+    pub(crate) blocks_on_device: IntCounter,
     /// Sequences computed again because a fence had moved.
     pub(crate) fences_moved: IntCounter,
     /// Requests that ended well.
@@ -241,6 +243,10 @@ impl Metrics {
             blocks_private: counter(
                 "terrace_worker_blocks_private_total",
                 "Blocks computed in private memory because the store had no frame.",
+            )?,
+            blocks_on_device: counter(
+                "terrace_worker_blocks_on_device_total",
+                "Blocks that were used where they lie on a device.",
             )?,
             fences_moved: counter(
                 "terrace_worker_fences_moved_total",

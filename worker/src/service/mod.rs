@@ -2,6 +2,7 @@
 
 mod args;
 mod compute;
+mod device;
 mod load;
 mod report;
 mod rpc;
@@ -29,6 +30,7 @@ use tonic::transport::server::TcpIncoming;
 
 pub use args::{Cli, Role, WorkerArgs};
 use compute::Compute;
+use device::StoreDevice;
 use load::Load;
 use rpc::{Bounds, Worker};
 use sequence::Shared;
@@ -56,7 +58,8 @@ pub async fn run(role: WorkerRole, args: WorkerArgs) -> anyhow::Result<()> {
         WorkerRole::Decode => Purpose::Decode,
         WorkerRole::Prefill | WorkerRole::Unspecified => Purpose::Prefill,
     };
-    let store = Store::new(&args, &manifest, purpose)?;
+    let device = StoreDevice::open(args.device, &engine)?;
+    let store = Store::new(&args, &manifest, purpose, device)?;
     let shared = Arc::new(Shared {
         compute,
         store: store.clone(),

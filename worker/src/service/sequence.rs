@@ -14,7 +14,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use terrace_client::ReadBlock;
+use terrace_client::Leased;
 use terrace_core::{TokenCount, chain_key};
 
 use crate::kernels::memory::{ReadBytes, WriteBytes};
@@ -22,7 +22,7 @@ use crate::kv::{BLOCK_TOKENS, Geometry, KvSequence};
 use crate::model::WantLogits;
 use crate::service::compute::Compute;
 use crate::service::load::{Load, Waiting};
-use crate::service::store::{Attached, PrefixLease, Store, WriteFrames};
+use crate::service::store::{Attached, Place, PrefixLease, Store, WriteFrames};
 
 // Prompt tokens per pass: long enough to keep the cores busy, short enough that a
 // cancelled request stops soon and that blocks are sealed while prefill goes on.
@@ -79,7 +79,7 @@ pub(crate) struct Sequence {
     /// Leased frames that are being filled.
     filling: Vec<Filling>,
     /// Guards of the blocks that were sealed here and are still read.
-    written: Vec<ReadBlock>,
+    written: Vec<Leased>,
     /// Blocks from here on are not in the store yet.
     sealed: usize,
     loaded_tokens: usize,
@@ -212,10 +212,16 @@ impl Sequence {
         let Some(attached) = &self.attached else { return };
         let Some(prefix) = attached.lease_prefix(&self.keys).await else { return };
         for bytes in prefix.blocks() {
-            if self.kv.push_read(bytes).is_err() {
+            let pushed = match bytes {
+                Place::Host(bytes) => self.kv.push_read(bytes),
+                Place::Device(bytes) => self.kv.push_device_read(bytes),
+            };
+            if pushed.is_err() {
                 break;
             }
         }
+        let on_device = (0..self.kv.blocks()).filter(|index| self.kv.lies_on_device(*index)).count();
+        self.shared.load.metrics.blocks_on_device.inc_by(on_device as u64);
         self.sealed = self.kv.blocks();
         self.prefix = Some(prefix);
     }
@@ -232,8 +238,15 @@ impl Sequence {
             let leased = attached.lease_write(&self.keys[first..whole], parent).await;
             if let Some(frames) = leased {
                 for at in 0..whole - first {
-                    let taken = frames.take(at).await;
-                    if taken.is_some_and(|bytes| self.kv.push_write(bytes).is_ok()) {
+                    let pushed = match frames.take(at).await {
+                        Some(Place::Host(bytes)) => self.kv.push_write(bytes).is_ok(),
+                        Some(Place::Device(bytes)) => {
+                            self.shared.load.metrics.blocks_on_device.inc();
+                            self.kv.push_device_write(bytes).is_ok()
+                        }
+                        None => false,
+                    };
+                    if pushed {
                         self.filling.push(Filling {
                             block: first + at,
                             frames: frames.clone(),
@@ -269,7 +282,9 @@ impl Sequence {
         for lease in ready.chunk_by(|a, b| a.frames.is_same(&b.frames)) {
             let positions: Vec<usize> = lease.iter().map(|filling| filling.position).collect();
             for filling in lease {
+                // One of the two, wherever it lies.
                 self.kv.freeze(filling.block);
+                self.kv.freeze_on_device(filling.block);
                 leased[filling.block - self.sealed] = true;
             }
             let (sealed, guards) = attached.seal(&lease[0].frames, &positions).await;
@@ -288,14 +303,15 @@ impl Sequence {
     async fn seal_copy(&self, attached: &Attached, index: usize, bytes: &ReadBytes) {
         let parent = index.checked_sub(1).map(|index| self.keys[index]);
         let Some(frames) = attached.lease_write(&self.keys[index..=index], parent).await else { return };
-        let Some(mut target) = frames.take(0).await else { return };
-        target.copy_from(&bytes.to_vec());
+        if !frames.fill(0, &bytes.to_vec()).await {
+            return;
+        }
         let (sealed, _) = attached.seal(&frames, &[0]).await;
         self.shared.load.metrics.blocks_sealed.inc_by(sealed as u64);
     }
 
     fn fences_hold(&self) -> bool {
-        self.prefix.as_ref().is_none_or(PrefixLease::is_valid) && self.written.iter().all(ReadBlock::is_valid)
+        self.prefix.as_ref().is_none_or(PrefixLease::is_valid) && self.written.iter().all(Leased::is_valid)
     }
 
     /// Forgets all blocks and begins again from the tokens.

@@ -8,15 +8,17 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use terrace_client::{
-    ClientError, Connector, Durability, Outcome, ReadBlock, ReadLease, ReadOptions, SealOutcome, Session,
-    Space, Target, WriteLease, WriteOptions,
+    ClientError, Connector, DeviceReadLease, DeviceWriteLease, Durability, Leased, Outcome, ReadOptions,
+    Reserved, SealOutcome, Session, Space, Target, WriteOptions,
 };
 use terrace_core::{Purpose, SpaceManifest};
+use terrace_gpudirect::kernels::KernelBytes;
 use tokio::time::timeout;
 
 use crate::kernels::leased::{read_leased, write_leased};
 use crate::kernels::memory::{ReadBytes, WriteBytes};
 use crate::service::args::WorkerArgs;
+use crate::service::device::StoreDevice;
 
 // How long a prompt waits for blocks to come from NVMe. A block of SmolLM2 takes
 // well under a millisecond to load and 50 to compute.
@@ -42,6 +44,7 @@ struct Inner {
     connector: Connector,
     manifest: SpaceManifest,
     purpose: Purpose,
+    device: Option<Arc<StoreDevice>>,
     current: Mutex<Option<Attached>>,
 }
 
@@ -50,7 +53,12 @@ impl Store {
     ///
     /// # Errors
     /// If the manifest is refused.
-    pub(crate) fn new(args: &WorkerArgs, manifest: &SpaceManifest, purpose: Purpose) -> anyhow::Result<Self> {
+    pub(crate) fn new(
+        args: &WorkerArgs,
+        manifest: &SpaceManifest,
+        purpose: Purpose,
+        device: Option<Arc<StoreDevice>>,
+    ) -> anyhow::Result<Self> {
         manifest.validate()?;
         let Some(socket) = args.socket.clone() else {
             tracing::warn!("no --socket: every prompt is computed");
@@ -68,6 +76,7 @@ impl Store {
             connector: Connector::new(target),
             manifest: manifest.clone(),
             purpose,
+            device,
             current: Mutex::new(None),
         };
         Ok(Self { inner: Some(Arc::new(inner)) })
@@ -109,7 +118,18 @@ impl Inner {
     async fn open(&self) -> Result<Attached, ClientError> {
         let session = self.connector.session().await?;
         let space = session.open_space(&self.manifest).await?;
-        let attached = Attached { session, space: Arc::new(space), purpose: self.purpose };
+        let device = match &self.device {
+            None => None,
+            Some(device) => match session.add_device(Arc::clone(&device.memory)) {
+                Ok(number) => Some(OnDevice { number, device: Arc::clone(device) }),
+                Err(error @ ClientError::OtherDevice { .. }) => {
+                    tracing::info!(%error, "blocks lie in host memory");
+                    None
+                }
+                Err(error) => return Err(error),
+            },
+        };
+        let attached = Attached { session, space: Arc::new(space), purpose: self.purpose, device };
         *self.current.lock().unwrap_or_else(PoisonError::into_inner) = Some(attached.clone());
         Ok(attached)
     }
@@ -121,29 +141,49 @@ pub(crate) struct Attached {
     session: Session,
     space: Arc<Space>,
     purpose: Purpose,
+    device: Option<OnDevice>,
+}
+
+/// The device that computes, in this session.
+#[derive(Clone)]
+struct OnDevice {
+    /// The daemon's number of it.
+    number: u32,
+    device: Arc<StoreDevice>,
+}
+
+/// Memory of a block, where it is.
+pub(crate) enum Place<B> {
+    Host(B),
+    Device(KernelBytes),
 }
 
 /// A leased prefix.
 pub(crate) struct PrefixLease {
-    blocks: Vec<ReadBlock>,
+    blocks: Vec<Leased>,
+    device: Option<OnDevice>,
 }
 
 impl PrefixLease {
     /// The blocks' bytes, in order.
-    pub(crate) fn blocks(&self) -> impl Iterator<Item = ReadBytes> + '_ {
-        self.blocks.iter().map_while(read_leased)
+    pub(crate) fn blocks(&self) -> impl Iterator<Item = Place<ReadBytes>> + '_ {
+        self.blocks.iter().map_while(|block| match block {
+            Leased::Host(block) => read_leased(block).map(Place::Host),
+            Leased::Device(block) => self.device.as_ref()?.device.read(block).map(Place::Device),
+        })
     }
 
     /// Whether everything that was read from them until now was right.
     pub(crate) fn is_valid(&self) -> bool {
-        self.blocks.iter().all(ReadBlock::is_valid)
+        self.blocks.iter().all(Leased::is_valid)
     }
 }
 
 /// Leased frames to be filled. The lease lives as long as any of their bytes.
 #[derive(Clone)]
 pub(crate) struct WriteFrames {
-    lease: Arc<tokio::sync::Mutex<WriteLease>>,
+    lease: Arc<tokio::sync::Mutex<DeviceWriteLease>>,
+    device: Option<OnDevice>,
 }
 
 impl WriteFrames {
@@ -153,11 +193,24 @@ impl WriteFrames {
     }
 
     /// The bytes of the frame at `index`, if it was granted. To be taken once.
-    pub(crate) async fn take(&self, index: usize) -> Option<WriteBytes> {
+    pub(crate) async fn take(&self, index: usize) -> Option<Place<WriteBytes>> {
         let lease = self.lease.lock().await;
-        let block = lease.block(u32::try_from(index).ok()?)?;
         let owner: Arc<dyn Any + Send + Sync> = Arc::new(self.clone());
-        write_leased(block, owner)
+        match lease.block(u32::try_from(index).ok()?)? {
+            Reserved::Host(block) => write_leased(block, owner).map(Place::Host),
+            Reserved::Device(block) => self.device.as_ref()?.device.write(block, owner).map(Place::Device),
+        }
+    }
+
+    /// Fills the frame at `index`, if it was granted.
+    pub(crate) async fn fill(&self, index: u32, bytes: &[u8]) -> bool {
+        let mut lease = self.lease.lock().await;
+        let filled = match lease.block_mut(index) {
+            None => return false,
+            Some(Reserved::Host(block)) => block.write(bytes),
+            Some(Reserved::Device(block)) => block.write(bytes),
+        };
+        filled.inspect_err(|error| tracing::debug!(%error, "a frame was not filled")).is_ok()
     }
 }
 
@@ -165,10 +218,16 @@ impl Attached {
     /// Leases the longest prefix of `keys` that is there in time.
     pub(crate) async fn lease_prefix(&self, keys: &[[u8; 16]]) -> Option<PrefixLease> {
         let options = ReadOptions { ttl: None, wait: PROMOTE_WAIT, purpose: self.purpose };
-        let lease = said(timeout(CALL_MAX, self.session.lease_read(&self.space, keys, options)).await)?;
-        let ReadLease { grants, .. } = lease;
-        let blocks: Vec<ReadBlock> = grants.into_iter().map_while(Outcome::into_granted).collect();
-        (!blocks.is_empty()).then_some(PrefixLease { blocks })
+        let (session, space) = (&self.session, &self.space);
+        let lease = async {
+            match &self.device {
+                None => session.lease_read(space, keys, options).await.map(DeviceReadLease::from),
+                Some(on) => session.lease_read_on(on.number, space, keys, options).await,
+            }
+        };
+        let DeviceReadLease { grants, .. } = said(timeout(CALL_MAX, lease).await)?;
+        let blocks: Vec<Leased> = grants.into_iter().map_while(Outcome::into_granted).collect();
+        (!blocks.is_empty()).then(|| PrefixLease { blocks, device: self.device.clone() })
     }
 
     /// Leases frames for blocks. Some of them may be had, or none.
@@ -179,15 +238,22 @@ impl Attached {
     ) -> Option<WriteFrames> {
         let options = WriteOptions { ttl: None, wait: FRAMES_WAIT };
         let parent = parent.as_ref().map(<[u8; 16]>::as_slice);
-        let lease =
-            said(timeout(CALL_MAX, self.session.lease_write(&self.space, keys, parent, options)).await)?;
+        let (session, space) = (&self.session, &self.space);
+        let lease = async {
+            match &self.device {
+                None => session.lease_write(space, keys, parent, options).await.map(DeviceWriteLease::from),
+                Some(on) => session.lease_write_on(on.number, space, keys, parent, options).await,
+            }
+        };
+        let lease = said(timeout(CALL_MAX, lease).await)?;
         lease.id()?;
-        Some(WriteFrames { lease: Arc::new(tokio::sync::Mutex::new(lease)) })
+        let lease = Arc::new(tokio::sync::Mutex::new(lease));
+        Some(WriteFrames { lease, device: self.device.clone() })
     }
 
     /// Publishes filled frames of one lease, and returns guards to go on reading
     /// them, which also say whether the store kept them.
-    pub(crate) async fn seal(&self, frames: &WriteFrames, indexes: &[usize]) -> (usize, Vec<ReadBlock>) {
+    pub(crate) async fn seal(&self, frames: &WriteFrames, indexes: &[usize]) -> (usize, Vec<Leased>) {
         let indexes: Vec<u32> = indexes.iter().filter_map(|index| u32::try_from(*index).ok()).collect();
         let mut lease = frames.lease.lock().await;
         let outcomes =
