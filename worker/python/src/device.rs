@@ -5,15 +5,15 @@
 //! and nothing here computes.
 
 use std::os::fd::IntoRawFd;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use pyo3::exceptions::{PyAttributeError, PyBufferError};
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyTuple};
 use terrace_core::ByteCount;
-use terrace_gpudirect::{Chunk, Cuda, Device as Memory, DeviceError, HostOnly};
+use terrace_gpudirect::{Chunk, Cuda, Device as Memory, DeviceBytes, DeviceError, HostOnly};
 
-use crate::dlpack::{ElementType, Hold, Place, View, duplicate};
+use crate::dlpack::{ElementType, Guard, Hold, Place, View, duplicate};
 use crate::errors::{closed, device, invalid};
 use crate::owned::Owned;
 
@@ -102,11 +102,16 @@ impl Device {
 }
 
 impl Device {
+    /// # Errors
+    /// `ForkedError`.
+    pub(crate) fn memory(&self) -> PyResult<Arc<dyn Memory>> {
+        Ok(Arc::clone(self.memory.here()?))
+    }
+
     fn chunk(&self, made: Result<Arc<Chunk>, DeviceError>) -> PyResult<DeviceChunk> {
         let memory = Arc::clone(self.memory.here()?);
         let chunk = made.map_err(device)?;
-        let place = Place::of(memory.info().kind, memory.info().ordinal);
-        Ok(DeviceChunk { inner: Owned::new(Inner { chunk, place, _memory: memory }) })
+        Ok(DeviceChunk { inner: Owned::new(Inner { chunk, _memory: memory }) })
     }
 }
 
@@ -120,7 +125,6 @@ pub(crate) struct DeviceChunk {
 #[derive(Debug)]
 struct Inner {
     chunk: Arc<Chunk>,
-    place: Place,
     _memory: Arc<dyn Memory>,
 }
 
@@ -148,39 +152,66 @@ impl DeviceChunk {
         readonly: bool,
         lease: Option<Py<PyAny>>,
     ) -> PyResult<DeviceBlock> {
-        let inner = self.inner.here()?;
-        let length = inner.chunk.bytes().get();
+        let chunk = &self.inner.here()?.chunk;
+        let length = chunk.bytes().get();
         if nbytes == 0 || offset.checked_add(nbytes).is_none_or(|end| end > length) {
             return Err(invalid(format!("{nbytes} bytes at {offset} of a chunk of {length}")));
         }
+        let part = DeviceBytes::new(Arc::clone(chunk), offset, ByteCount::new(nbytes)).map_err(device)?;
+        Layout::new(dtype, shape)?.block(&part, readonly, Guard::Caller(lease))
+    }
+}
+
+/// How the bytes of a block are looked at.
+#[derive(Clone, Debug)]
+pub(crate) struct Layout {
+    element: (&'static str, u8, u8, Option<&'static str>),
+    shape: Option<Vec<i64>>,
+}
+
+impl Layout {
+    /// # Errors
+    /// A type that is not known.
+    pub(crate) fn new(dtype: &str, shape: Option<Vec<i64>>) -> PyResult<Self> {
         let element = ELEMENTS.iter().find(|(name, ..)| *name == dtype);
-        let (name, code, bits, letters) =
-            *element.ok_or_else(|| invalid(format!("dtype {dtype:?}; try uint8, float16 or bfloat16")))?;
+        let element =
+            element.ok_or_else(|| invalid(format!("dtype {dtype:?}; try uint8, float16 or bfloat16")))?;
+        Ok(Self { element: *element, shape })
+    }
+
+    /// A part of a chunk as an object of Python.
+    ///
+    /// # Errors
+    /// Bytes that are none of this type and shape.
+    pub(crate) fn block(&self, part: &DeviceBytes, read_only: bool, guard: Guard) -> PyResult<DeviceBlock> {
+        let (name, code, bits, letters) = self.element;
+        let (nbytes, offset) = (part.bytes().get(), part.offset());
         let size = i64::from(bits / 8);
         let bytes = i64::try_from(nbytes).map_err(|_| invalid("longer than memory"))?;
-        let shape = shape.unwrap_or_else(|| vec![bytes / size]);
+        let shape = self.shape.clone().unwrap_or_else(|| vec![bytes / size]);
         let elements = shape
             .iter()
             .try_fold(1i64, |product, side| product.checked_mul(*side).filter(|product| *product > 0));
         if elements.and_then(|elements| elements.checked_mul(size)) != Some(bytes) {
             return Err(invalid(format!("{nbytes} bytes are no {name} of shape {shape:?}")));
         }
-        if !(inner.chunk.address() + offset).is_multiple_of(u64::from(bits / 8)) {
+        if !part.address().is_multiple_of(u64::from(bits / 8)) {
             return Err(invalid(format!("{name} at {offset}")));
         }
-        let hold = Hold { chunk: Arc::clone(&inner.chunk), _lease: lease };
+        let chunk = part.chunk();
+        let hold = Arc::new(Owned::new(Hold { chunk: Arc::clone(chunk), guard }));
         let element = ElementType { code, bits, lanes: 1 };
-        let hold = Arc::new(Owned::new(hold));
-        let view = View { hold, offset, place: inner.place, element, shape, read_only: readonly };
-        Ok(DeviceBlock { view: std::sync::Mutex::new(Some(view)), nbytes, name, letters })
+        let place = Place::of(chunk.kind(), chunk.device());
+        let view = View { hold, offset, place, element, shape, read_only };
+        Ok(DeviceBlock { view: Arc::new(Mutex::new(Some(view))), nbytes, name, letters })
     }
 }
 
 /// A part of a chunk; see the package's stubs.
 #[pyclass(frozen, module = "terrace_kv")]
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct DeviceBlock {
-    view: std::sync::Mutex<Option<View>>,
+    view: Arc<Mutex<Option<View>>>,
     nbytes: u64,
     name: &'static str,
     letters: Option<&'static str>,
@@ -190,10 +221,46 @@ impl DeviceBlock {
     /// # Errors
     /// `ClosedError`, `ForkedError`.
     fn view(&self) -> PyResult<View> {
-        let view = self.view.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        let view = view.clone().ok_or_else(|| closed("block"))?;
+        let view = self.lock().clone().ok_or_else(|| closed("block"))?;
         view.hold.here()?;
         Ok(view)
+    }
+
+    // Only ever locked for a moment.
+    fn lock(&self) -> MutexGuard<'_, Option<View>> {
+        self.view.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Refuses further use.
+    pub(crate) fn end(&self) {
+        let view = self.lock().take();
+        drop(view);
+    }
+
+    /// Whether what was read until now was the block; `None` if it was closed.
+    pub(crate) fn is_valid(&self) -> Option<bool> {
+        let view = self.view().ok()?;
+        view.hold.here().ok().map(|hold| hold.guard.is_valid())
+    }
+
+    /// Capsules and tensors of it.
+    pub(crate) fn tensors(&self) -> usize {
+        self.lock().as_ref().map_or(0, |view| Arc::strong_count(&view.hold) - 1)
+    }
+
+    /// Whether it is open, and consumers may store into it.
+    pub(crate) fn is_writable(&self) -> bool {
+        self.lock().as_ref().is_some_and(|view| !view.read_only)
+    }
+
+    /// Consumers are told not to store from now on.
+    pub(crate) fn freeze(&self) {
+        self.lock().iter_mut().for_each(|view| view.read_only = true);
+    }
+
+    /// Consumers may store again: it was not sealed.
+    pub(crate) fn thaw(&self) {
+        self.lock().iter_mut().for_each(|view| view.read_only = false);
     }
 }
 
@@ -225,14 +292,19 @@ impl DeviceBlock {
 
     /// Refuses further use. Tensors that exist keep the memory and the lease.
     fn close(&self) {
-        let view = self.view.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take();
-        drop(view);
+        self.end();
+    }
+
+    /// Whether what was read until now was the block's, or the frame is still ours.
+    #[getter]
+    fn valid(&self) -> PyResult<bool> {
+        Ok(self.view()?.hold.here()?.guard.is_valid())
     }
 
     /// Whether `close` was called.
     #[getter]
     fn closed(&self) -> bool {
-        self.view.lock().unwrap_or_else(std::sync::PoisonError::into_inner).is_none()
+        self.lock().is_none()
     }
 
     /// DLPack's device type and number.

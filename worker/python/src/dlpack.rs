@@ -12,8 +12,10 @@ use std::sync::Arc;
 use pyo3::exceptions::PyBufferError;
 use pyo3::ffi;
 use pyo3::prelude::*;
+use terrace_client::DeviceBlock;
 use terrace_gpudirect::{Chunk, DeviceKind};
 
+use crate::on_device::Writing;
 use crate::owned::Owned;
 
 const PLAIN: &CStr = c"dltensor";
@@ -102,8 +104,29 @@ pub(crate) fn duplicate(descriptor: i32) -> std::io::Result<OwnedFd> {
 #[derive(Debug)]
 pub(crate) struct Hold {
     pub(crate) chunk: Arc<Chunk>,
-    /// Whatever grants the block: kept, never looked at.
-    pub(crate) _lease: Option<Py<PyAny>>,
+    pub(crate) guard: Guard,
+}
+
+/// What grants a block.
+#[derive(Debug)]
+pub(crate) enum Guard {
+    /// Whatever the caller named, or nothing: kept, never looked at.
+    Caller(#[allow(dead_code, reason = "kept for its end")] Option<Py<PyAny>>),
+    /// A read lease.
+    Read(DeviceBlock),
+    /// A write lease, and the position in it.
+    Write(Arc<Writing>, u32),
+}
+
+impl Guard {
+    /// Whether what was read until now was the block, or the frame is still ours.
+    pub(crate) fn is_valid(&self) -> bool {
+        match self {
+            Self::Caller(_) => true,
+            Self::Read(block) => block.is_valid(),
+            Self::Write(writing, index) => writing.is_valid(*index).unwrap_or(true),
+        }
+    }
 }
 
 /// A block, described for a consumer.

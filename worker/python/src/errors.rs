@@ -62,7 +62,11 @@ fn from_client(error: &ClientError) -> PyErr {
         | ClientError::Unpaired { .. }
         | ClientError::WrongLength { .. }
         | ClientError::NotWritable { .. }
+        | ClientError::UnknownDevice { .. }
+        | ClientError::OtherDevice { .. }
         | ClientError::Lane(_) => InvalidArgument::new_err(text),
+        ClientError::Device(error) => device(error.clone()),
+        ClientError::Block(error) => bad_block(*error),
         ClientError::Map(_) | ClientError::Protocol { .. } => ProtocolError::new_err(text),
     }
 }

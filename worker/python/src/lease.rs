@@ -30,15 +30,20 @@ fn words<B>(outcome: &Outcome<B>) -> (&'static str, Option<&'static str>) {
 
 /// Outcomes and reasons, one a key.
 #[derive(Debug)]
-struct Words {
-    outcomes: Vec<&'static str>,
-    reasons: Vec<Option<&'static str>>,
+pub(crate) struct Words {
+    pub(crate) outcomes: Vec<&'static str>,
+    pub(crate) reasons: Vec<Option<&'static str>>,
 }
 
 impl Words {
-    fn of<B>(grants: &[Outcome<B>]) -> Self {
+    pub(crate) fn of<B>(grants: &[Outcome<B>]) -> Self {
         let (outcomes, reasons) = grants.iter().map(words).unzip();
         Self { outcomes, reasons }
+    }
+
+    /// Keys granted from the first one on without a gap.
+    pub(crate) fn prefix(&self) -> usize {
+        self.outcomes.iter().take_while(|outcome| **outcome == "granted").count()
     }
 }
 
@@ -122,7 +127,7 @@ impl ReadLease {
     /// Blocks granted from the first key on without a gap.
     #[getter]
     fn prefix(&self) -> usize {
-        self.words.outcomes.iter().take_while(|outcome| **outcome == "granted").count()
+        self.words.prefix()
     }
 
     /// Whether everything read until now of all blocks was theirs.

@@ -13,6 +13,7 @@ mod device;
 mod dlpack;
 mod errors;
 mod lease;
+mod on_device;
 mod owned;
 mod results;
 mod runtime;
@@ -31,6 +32,8 @@ mod native {
     use crate::device::{Device, DeviceBlock, DeviceChunk, open_device};
     #[pymodule_export]
     use crate::lease::{AsyncReadLease, AsyncWriteLease, ReadLease, WriteLease};
+    #[pymodule_export]
+    use crate::on_device::{AsyncDeviceReadLease, AsyncDeviceWriteLease, DeviceReadLease, DeviceWriteLease};
     #[pymodule_export]
     use crate::results::{BlockMatch, Event, Events, Match, Prefetched, SnapshotPart};
     #[pymodule_export]

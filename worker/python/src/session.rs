@@ -11,10 +11,14 @@ use terrace_client::{
     ComputeCost, ReadOptions, Session as Client, Space as ClientSpace, Target, Transport, WriteOptions,
 };
 
+use terrace_core::ByteCount;
+
 use crate::arguments::{Keys, Manifest, Payload, durability, match_mode, purpose, span};
 use crate::block::Block;
+use crate::device::{Device, Layout};
 use crate::errors::invalid;
 use crate::lease::{ReadLease, WriteLease};
+use crate::on_device::{DeviceReadLease, DeviceWriteLease, Terms, without_host_frames};
 use crate::owned::Owned;
 use crate::results::{Match, Prefetched, seal_word};
 use crate::runtime::{Engine, Mode, done};
@@ -118,6 +122,12 @@ impl Spaces<'_> {
 
 fn number(py: Python<'_>, value: impl Into<u64>) -> PyResult<Py<PyAny>> {
     Ok(value.into().into_pyobject(py)?.into_any().unbind())
+}
+
+impl Calls {
+    fn terms(&self, dtype: &str, shape: Option<Vec<i64>>) -> PyResult<Terms> {
+        Ok(Terms { layout: Layout::new(dtype, shape)?, engine: Arc::clone(&self.engine), mode: self.mode })
+    }
 }
 
 #[pymethods]
@@ -248,6 +258,79 @@ impl Calls {
         let (engine, mode) = (Arc::clone(&self.engine), self.mode);
         let call = async move { Ok(session.lease_write(&space, &keys, parent.as_deref(), options).await?) };
         self.engine.run(py, mode, call, move |py, lease| WriteLease::wrap(py, lease, engine, mode))
+    }
+
+    /// Pins blocks for reading in the daemon's memory on a device.
+    #[pyo3(signature = (device, space, keys, *, wait=0.0, ttl=None, purpose="prefill", dtype="uint8", shape=None))]
+    #[allow(clippy::too_many_arguments, reason = "keyword arguments of Python")]
+    fn lease_read_on<'py>(
+        &self,
+        py: Python<'py>,
+        device: &Bound<'py, Device>,
+        space: &Bound<'py, Space>,
+        keys: Keys,
+        wait: f64,
+        ttl: Option<f64>,
+        purpose: &str,
+        dtype: &str,
+        shape: Option<Vec<i64>>,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        let (session, space) = (self.session.here()?.clone(), space.get().space.clone());
+        let ttl = ttl.map(|ttl| span("ttl", ttl)).transpose()?;
+        let options = ReadOptions { ttl, wait: span("wait", wait)?, purpose: self::purpose(purpose)? };
+        let terms = self.terms(dtype, shape)?;
+        let memory = device.get().memory()?;
+        let call = async move {
+            let number = session.add_device(memory)?;
+            Ok(session.lease_read_on(number, &space, &keys, options).await?)
+        };
+        self.engine.run(py, self.mode, call, move |py, lease| DeviceReadLease::wrap(py, lease, &terms))
+    }
+
+    /// Reserves frames for blocks in the daemon's memory on a device, each the child of the one before it.
+    #[pyo3(signature = (device, space, keys, *, parent=None, wait=0.0, ttl=None, dtype="uint8", shape=None))]
+    #[allow(clippy::too_many_arguments, reason = "keyword arguments of Python")]
+    fn lease_write_on<'py>(
+        &self,
+        py: Python<'py>,
+        device: &Bound<'py, Device>,
+        space: &Bound<'py, Space>,
+        keys: Keys,
+        parent: Option<PyBackedBytes>,
+        wait: f64,
+        ttl: Option<f64>,
+        dtype: &str,
+        shape: Option<Vec<i64>>,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        let (session, space) = (self.session.here()?.clone(), space.get().space.clone());
+        let ttl = ttl.map(|ttl| span("ttl", ttl)).transpose()?;
+        let options = WriteOptions { ttl, wait: span("wait", wait)? };
+        let terms = self.terms(dtype, shape)?;
+        let memory = device.get().memory()?;
+        let call = async move {
+            let number = session.add_device(memory)?;
+            let lease = session.lease_write_on(number, &space, &keys, parent.as_deref(), options).await?;
+            Ok(without_host_frames(lease).await?)
+        };
+        self.engine.run(py, self.mode, call, move |py, lease| DeviceWriteLease::wrap(py, lease, &terms))
+    }
+
+    /// Says how many bytes of a device the caller needs in all; answers how many the daemon leaves free.
+    #[pyo3(signature = (device, nbytes, *, wait=0.0))]
+    fn shrink<'py>(
+        &self,
+        py: Python<'py>,
+        device: &Bound<'py, Device>,
+        nbytes: u64,
+        wait: f64,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        let session = self.session.here()?.clone();
+        let (memory, wait) = (device.get().memory()?, span("wait", wait)?);
+        let call = async move {
+            let number = session.add_device(memory)?;
+            Ok(session.shrink(number, ByteCount::new(nbytes), wait).await?.get())
+        };
+        self.engine.run(py, self.mode, call, number)
     }
 
     /// Copies blocks out; `None` is a miss.

@@ -29,6 +29,8 @@ from ._errors import (
 )
 from ._manifest import SpaceManifest
 from ._native import (
+    AsyncDeviceReadLease,
+    AsyncDeviceWriteLease,
     AsyncReadLease,
     AsyncSession,
     AsyncStream,
@@ -38,6 +40,8 @@ from ._native import (
     Device,
     DeviceBlock,
     DeviceChunk,
+    DeviceReadLease,
+    DeviceWriteLease,
     Event,
     Events,
     Match,
@@ -57,6 +61,8 @@ from ._native import (
 )
 
 __all__ = [
+    "AsyncDeviceReadLease",
+    "AsyncDeviceWriteLease",
     "AsyncReadLease",
     "AsyncSession",
     "AsyncStream",
@@ -71,6 +77,8 @@ __all__ = [
     "DeviceBlock",
     "DeviceChunk",
     "DeviceFailed",
+    "DeviceReadLease",
+    "DeviceWriteLease",
     "Event",
     "Events",
     "ForkedError",

@@ -140,6 +140,10 @@ class DeviceBlock:
     @property
     def closed(self) -> bool:
         """Whether ``close`` was called."""
+    @property
+    def valid(self) -> bool:
+        """Of a leased block: whether everything that was read until now was the block's, or the frame is still
+        ours. Ask when the work that reads it has ended (``torch.cuda.synchronize()``)."""
     def close(self) -> None:
         """Refuses further use. Tensors that exist keep the memory and the lease."""
     def __dlpack_device__(self) -> tuple[int, int]: ...
@@ -229,6 +233,41 @@ class Session(_Session):
 
         Raises :class:`Unsupported` over gRPC; use ``write`` there.
         """
+    def lease_read_on(
+        self,
+        device: Device,
+        space: Space,
+        keys: Sequence[bytes],
+        *,
+        wait: float = 0.0,
+        ttl: float | None = None,
+        purpose: Literal["prefill", "decode"] = "prefill",
+        dtype: str = "uint8",
+        shape: Sequence[int] | None = None,
+    ) -> DeviceReadLease:
+        """Pins blocks in the daemon's memory on a device, for tensors of ``dtype`` and ``shape`` (``None``: flat).
+
+        What does not come to the device within ``wait`` seconds is granted in host memory, if it is there.
+        :class:`InvalidArgument` if the daemon owns no memory of the device."""
+    def lease_write_on(
+        self,
+        device: Device,
+        space: Space,
+        keys: Sequence[bytes],
+        *,
+        parent: bytes | None = None,
+        wait: float = 0.0,
+        ttl: float | None = None,
+        dtype: str = "uint8",
+        shape: Sequence[int] | None = None,
+    ) -> DeviceWriteLease:
+        """Reserves frames in the daemon's memory on a device, each block the child of the one before it.
+
+        A key that the device has no room for is ``elsewhere``: write it by :meth:`write`."""
+    def shrink(self, device: Device, nbytes: int, *, wait: float = 0.0) -> int:
+        """Says how many bytes of the device the caller needs in all, in place of what the session said before, and
+        waits up to ``wait`` seconds until they are free. Answers how many the daemon leaves free now, to all who asked.
+        It holds until the session ends."""
     def read(self, space: Space, keys: Sequence[bytes], *, wait: float = 5.0) -> list[Block | None]:
         """Copies blocks out over either transport, each compared with its checksum; ``None`` is a miss.
 
@@ -335,6 +374,31 @@ class AsyncSession(_Session):
 
         Raises :class:`Unsupported` over gRPC; use ``write`` there.
         """
+    def lease_read_on(
+        self,
+        device: Device,
+        space: Space,
+        keys: Sequence[bytes],
+        *,
+        wait: float = 0.0,
+        ttl: float | None = None,
+        purpose: Literal["prefill", "decode"] = "prefill",
+        dtype: str = "uint8",
+        shape: Sequence[int] | None = None,
+    ) -> Future[AsyncDeviceReadLease]: ...
+    def lease_write_on(
+        self,
+        device: Device,
+        space: Space,
+        keys: Sequence[bytes],
+        *,
+        parent: bytes | None = None,
+        wait: float = 0.0,
+        ttl: float | None = None,
+        dtype: str = "uint8",
+        shape: Sequence[int] | None = None,
+    ) -> Future[AsyncDeviceWriteLease]: ...
+    def shrink(self, device: Device, nbytes: int, *, wait: float = 0.0) -> Future[int]: ...
     def read(self, space: Space, keys: Sequence[bytes], *, wait: float = 5.0) -> Future[list[Block | None]]:
         """Copies blocks out over either transport, each compared with its checksum; ``None`` is a miss.
 
@@ -513,6 +577,89 @@ class AsyncReadLease(ReadLease):
     """A :class:`ReadLease` whose ``release`` is awaited."""
 
     def release(self) -> Future[None]: ...  # type: ignore[override]
+
+class DeviceReadLease:
+    """Blocks pinned for reading on a device. Ends when it and its blocks are closed or collected and no tensor is
+    left.
+
+    As a context manager it checks all blocks at its end and closes them: end the work that reads them before.
+    """
+
+    @property
+    def id(self) -> int | None:
+        """The daemon's number of the lease; ``None`` when nothing was granted."""
+    @property
+    def blocks(self) -> list[DeviceBlock | Block | None]:
+        """One entry a key: on the device, else in host memory, else ``None``."""
+    @property
+    def outcomes(self) -> list[str]:
+        """``granted``, ``promoting``, ``missing`` or ``throttled``, one a key."""
+    @property
+    def reasons(self) -> list[str | None]:
+        """Why a key is ``missing``."""
+    @property
+    def prefix(self) -> int:
+        """Blocks granted from the first key on without a gap, wherever they are."""
+    @property
+    def valid(self) -> bool:
+        """Whether everything read until now of all blocks was theirs."""
+    def check(self) -> None:
+        """Raises :class:`StaleBlock` unless ``valid``."""
+    def close(self) -> None:
+        """Closes every block; the lease ends with the last tensor."""
+    def release(self) -> None:
+        """Closes every block and waits until the daemon knows. :class:`BufferInUse` while a tensor exists."""
+    def __enter__(self) -> Self: ...
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None: ...
+    def __len__(self) -> int: ...
+    def __iter__(self) -> Iterator[DeviceBlock | Block | None]: ...
+
+class AsyncDeviceReadLease(DeviceReadLease):
+    """A :class:`DeviceReadLease` whose ``release`` is awaited."""
+
+    def release(self) -> Future[None]: ...  # type: ignore[override]
+
+class DeviceWriteLease:
+    """Frames reserved for writing on a device. What is not sealed goes back when it and its blocks are closed or
+    collected and no tensor is left."""
+
+    @property
+    def id(self) -> int | None:
+        """The daemon's number of the lease; ``None`` when nothing was granted."""
+    @property
+    def blocks(self) -> list[DeviceBlock | None]:
+        """One frame a key, ``None`` where none was granted on the device. ``readonly`` once it is sealed."""
+    @property
+    def outcomes(self) -> list[str]:
+        """``granted``, ``exists``, ``elsewhere`` (the device has no room), ``missing`` or ``throttled``, one a key."""
+    @property
+    def reasons(self) -> list[str | None]:
+        """Why a key is ``missing``."""
+    def seal(
+        self, indexes: Sequence[int] | None = None, *, durability: Literal["readable", "durable"] = "readable"
+    ) -> list[str]:
+        """Publishes the blocks at these positions (all that are not sealed) with the checksums of what is in them,
+        which a kernel computes on a GPU. One word a block, as of :meth:`WriteLease.seal`.
+
+        End the work that stores into them before (``torch.cuda.synchronize()``). :class:`BufferInUse` while a tensor
+        of one exists. What holds a block by ``__cuda_array_interface__`` is not seen."""
+    def close(self) -> None:
+        """Gives back what is not sealed and unpins the rest, with the last tensor of a frame."""
+    def __enter__(self) -> Self: ...
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None: ...
+    def __len__(self) -> int: ...
+    def __iter__(self) -> Iterator[DeviceBlock | None]: ...
+
+class AsyncDeviceWriteLease(DeviceWriteLease):
+    """A :class:`DeviceWriteLease` whose ``seal`` is awaited."""
+
+    def seal(  # type: ignore[override]
+        self, indexes: Sequence[int] | None = None, *, durability: Literal["readable", "durable"] = "readable"
+    ) -> Future[list[str]]: ...
 
 class WriteLease:
     """Frames reserved for writing. What is not sealed goes back when it and its blocks are closed or collected
