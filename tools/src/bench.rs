@@ -10,6 +10,7 @@ mod catalog;
 mod control;
 mod eviction;
 mod fair;
+mod hbm;
 mod index;
 mod local;
 mod media;
@@ -46,6 +47,9 @@ pub(crate) struct Options {
     /// Directory for the temporary state; it should lie on the device to be measured
     #[arg(long)]
     dir: Option<PathBuf>,
+    /// Device of `hbm`: cuda:0 for example; host-only runs it over host memory, which says nothing of a device
+    #[arg(long, default_value = "cuda:0")]
+    device: String,
     /// Directory of recorded traffic, for eviction, admission and route
     #[arg(long, env = "TERRACE_TRACES", default_value = "../shared/traces")]
     traces: PathBuf,
@@ -79,6 +83,11 @@ enum Suite {
     Catalog,
     /// Hits on recorded traffic: the default policy against least recently used
     Eviction,
+    /// A lease of 128 blocks in device memory by another process: no byte moves
+    Hbm,
+    /// The reading process of `hbm`
+    #[value(hide = true)]
+    HbmClient,
     /// Bytes written to Nvme on recorded traffic: learned admission against writing all
     Admission,
     /// Simulated time to first token: the router's placement against block-count cost; its overhead
@@ -192,6 +201,8 @@ pub(crate) async fn run(options: Options, format: Format) -> anyhow::Result<Exit
         Suite::Restart => restart::run(&options).await?,
         Suite::Worker => worker::run(&options)?,
         Suite::Lease => control::run(&options).await?,
+        Suite::Hbm => hbm::run(&options).await?,
+        Suite::HbmClient => return hbm::serve().await.map(|()| ExitCode::SUCCESS),
         Suite::Eviction => eviction::eviction(&options.traces)?,
         Suite::Admission => eviction::admission(&options.traces)?,
         Suite::Route => route::run(&options.traces)?,

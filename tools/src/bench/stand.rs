@@ -123,6 +123,19 @@ impl Daemon {
     /// # Errors
     /// When it does not.
     pub(super) async fn start(dir: &Path, pinned_bytes: &str, nvme_bytes: &str) -> anyhow::Result<Self> {
+        Self::start_with(dir, pinned_bytes, nvme_bytes, "").await
+    }
+
+    /// As [`Self::start`], with more lines of its configuration.
+    ///
+    /// # Errors
+    /// As there.
+    pub(super) async fn start_with(
+        dir: &Path,
+        pinned_bytes: &str,
+        nvme_bytes: &str,
+        more: &str,
+    ) -> anyhow::Result<Self> {
         let [grpc, metrics]: [SocketAddr; 2] = ports::free()?;
         let config = dir.join("terraced.toml");
         let socket = dir.join("lane.sock");
@@ -132,7 +145,7 @@ impl Daemon {
             .write(&config)?;
         let mut text = std::fs::read_to_string(&config)?;
         text.push_str(&format!(
-            "[[tenant]]\nname = \"default\"\n[[tenant]]\nname = \"{ISOLATED}\"\nwindows = \"isolated\"\n"
+            "[[tenant]]\nname = \"default\"\n[[tenant]]\nname = \"{ISOLATED}\"\nwindows = \"isolated\"\n{more}"
         ));
         std::fs::write(&config, text)?;
         let process = spawn(dir, &config)?;

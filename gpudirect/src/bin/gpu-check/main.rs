@@ -99,7 +99,6 @@ fn measure(options: &Options, rows: &mut Rows) {
             for name in links::NAMES.iter().chain(kernels::NAMES).chain(share::NAMES).chain(storage::NAMES) {
                 rows.skip(name, &error.to_string());
             }
-            rest(rows);
             return;
         }
     };
@@ -110,14 +109,4 @@ fn measure(options: &Options, rows: &mut Rows) {
     kernels::measure(options, rows, until, links.map(|links| links.within_device));
     share::measure(&device, rows, until);
     storage::measure(&device, &options.dir, rows, until, links.map(|links| links.to_device));
-    rest(rows);
-}
-
-/// What other programs measure, so that nobody takes its absence for a pass.
-fn rest(rows: &mut Rows) {
-    rows.skip("lease_hbm_128_p50", "needs a daemon with the Hbm tier; no benchmark of that is written yet");
-    rows.skip(
-        "first_token_8192",
-        "needs PyTorch on this machine and blocks by the Python package; not written yet",
-    );
 }
