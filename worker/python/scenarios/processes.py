@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 START_SECONDS = 300.0
+# Less than a block, and no divisor of its length on the device.
+DAMAGE_STRIDE = 256 << 10
 
 
 class Terraced:
@@ -59,6 +61,20 @@ class Terraced:
             self.process.send_signal(signal.SIGKILL)
             self.process.wait()
             self.process = None
+
+    def damage(self) -> int:
+        """Turns a byte round every 256 KiB of what is on the device, at least one in each block; answers how many."""
+        assert self.process is None, "the device belongs to a daemon that runs"
+        turned = 0
+        with (self._folder / "nvme0.dat").open("r+b") as device:
+            for at in range(DAMAGE_STRIDE, device.seek(0, os.SEEK_END), DAMAGE_STRIDE):
+                device.seek(at)
+                page = device.read(4096)
+                if any(page):
+                    device.seek(at)
+                    device.write(bytes([page[0] ^ 0xFF]))
+                    turned += 1
+        return turned
 
     def spaces(self) -> list[dict[str, Any]]:
         """Each space with what it holds."""

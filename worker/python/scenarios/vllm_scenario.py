@@ -18,7 +18,7 @@ from load import fixed_rate, never_repeats
 from processes import Terraced, Up, Vllm
 from prompts import prompt
 
-PARTS = "ttft,overhead,rate,shared,daemon,restart,worker,hybrid"
+PARTS = "ttft,overhead,rate,shared,daemon,corrupt,restart,worker,hybrid"
 PROMPT_TOKENS = 880
 ROUNDS = 5
 RATIO_MIN = 8.0
@@ -182,6 +182,32 @@ class Story:
             check(time.monotonic() < deadline, "no hits after terraced was started again")
         say("terraced restarted", hit_seconds=round(seconds, 4))
 
+    def corrupted(self, server: Vllm) -> None:
+        """Every block on the device is damaged while terraced is away: none is served, the text is that of before, and
+        what is computed again is stored and loaded again."""
+        stored = server.counters().get(STORED, 0)
+        self.ask(server, 9, "computed")
+        self.stored(server, stored)
+        # Longer than a block waits before it is written.
+        time.sleep(2)
+        self.terraced.kill()
+        turned = self.terraced.damage()
+        self.terraced.start()
+        # Longer than a connector leaves a daemon alone that was gone.
+        time.sleep(2)
+        server.reset()
+        found, stored = hits(server), server.counters().get(STORED, 0)
+        seconds = self.ask(server, 9, "computed")
+        served = hits(server) - found
+        self.stored(server, stored)
+        server.reset()
+        self.ask(server, 9, "cached")
+        again = hits(server) - found - served
+        say("corrupted", bytes_turned=turned, seconds=round(seconds, 4), tokens_from_store=served, tokens_after=again)
+        check(turned > 0, "nothing was on the device")
+        check(served == 0, "tokens of damaged blocks came from the store")
+        check(again > 0, "what was computed again was not stored again")
+
     def restarts(self) -> None:
         second = self.server("second")
         self.first_request_hits(second, "vllm killed and started again")
@@ -248,7 +274,7 @@ class Story:
 
     def run(self, parts: set[str]) -> None:
         self.terraced.start()
-        if parts & {"ttft", "overhead", "rate", "shared", "daemon", "restart"}:
+        if parts & {"ttft", "overhead", "rate", "shared", "daemon", "corrupt", "restart"}:
             self.with_smol(parts)
         if "worker" in parts:
             self.built_in_worker()
@@ -275,6 +301,8 @@ class Story:
                 first.ask(prompt(seed, PROMPT_TOKENS))
         if "daemon" in parts:
             self.daemon_dies(first)
+        if "corrupt" in parts:
+            self.corrupted(first)
         first.kill()
         if "restart" in parts:
             self.restarts()

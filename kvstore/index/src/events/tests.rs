@@ -163,7 +163,11 @@ fn what_we_publish_is_read_back() {
     let long: Vec<u64> = (0..70_000).collect();
     for blocks in [numbers, long] {
         let encoded = encode(0.0, &[Move::Removed { blocks: &blocks, medium: Medium::Disk }], None);
-        assert_eq!((encoded[0], encoded.last()), (0x93, Some(&0xc0)), "Dynamo's decoder wants the rank, if only nil");
+        assert_eq!(
+            (encoded[0], encoded.last()),
+            (0x93, Some(&0xc0)),
+            "Dynamo's decoder wants the rank, if only nil"
+        );
         let events = decode(&encoded).unwrap().events;
         assert_eq!(events, [Event::Removed { blocks, tiers: TierSet::NVME, group: None }]);
     }
