@@ -4,6 +4,8 @@
 //! input; nothing under the lock waits; a request is answered once, or its
 //! receiver learns that the session is gone. Decides nothing.
 
+mod memory;
+
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
@@ -12,13 +14,13 @@ use std::time::{Duration, Instant};
 use tokio::sync::{Notify, mpsc, oneshot};
 
 use terrace_core::{
-    ChunkId, ClientId, Config, Core, Done, Effect, Fault, FrameRef, Input, Limit, Locality, Memory, Micros,
-    Notice, Now, OpId, Reply, Request, RequestId, SessionId, TenantId,
+    ChunkId, ClientId, Config, Core, Done, Effect, Fault, Input, Limit, Locality, Micros, Notice, Now, OpId,
+    Reply, Request, RequestId, SessionId, TenantId,
 };
 use terrace_media::{Access, ChunkMemory, Complete, Media, MediaOp};
 
 use crate::events::EventLogs;
-use crate::hbm::{Copying, Finish, Hbm, TellLost};
+use crate::hbm::{Finish, Hbm, TellLost};
 use crate::rates::{OpKind, Rates};
 use crate::spaces::Spaces;
 
@@ -350,12 +352,7 @@ impl Engine {
             let took = Duration::from_micros(self.now().since(started).get());
             self.rates.observe(kind, took, bytes, outcome.as_ref().err().copied());
         }
-        if let Some(chunk) = state.making.remove(&op)
-            && outcome == Ok(Done::ChunkCreated)
-            && let Some(memory) = self.media.chunk(chunk)
-        {
-            self.hbm.register(&memory);
-        }
+        self.show_devices(&mut state, op, &outcome);
         let catalog_failed = matches!(outcome, Err(Fault::Catalog));
         self.handle(&mut state, Input::OpDone { op, outcome });
         if catalog_failed {
@@ -387,12 +384,7 @@ impl Engine {
     fn perform(&self, state: &mut State, effect: Effect) {
         match effect {
             Effect::Reply { session, request, reply } => {
-                if let Some(mailbox) = state.mailboxes.get_mut(&session)
-                    && let Some(waiting) = mailbox.pending.remove(&request)
-                {
-                    // Nobody waits any more: the answer is dropped, the lease ends with its session.
-                    let _ = waiting.send(reply);
-                }
+                answer(state, session, request, reply);
             }
             Effect::EndSession { session } => {
                 // Its notices end, and with them its connection.
@@ -400,11 +392,7 @@ impl Engine {
             }
             Effect::Notify { session, notice } => notify(state, session, notice),
             Effect::SetFences { fences } => {
-                for (frame, fence) in fences {
-                    if !self.hbm.set_fence(frame, fence) {
-                        self.media.set_fence(frame, fence);
-                    }
-                }
+                fences.into_iter().for_each(|(frame, fence)| self.set_fence(frame, fence));
             }
             Effect::CloseWindow { op, chunk } => {
                 self.note(state, OpKind::CloseWindow, 0, op);
@@ -420,15 +408,7 @@ impl Engine {
             Effect::CreateChunk { op, chunk, tenant: _, owner, frame_bytes, frames, memory } => {
                 self.note(state, OpKind::CreateChunk, frame_bytes.get() * u64::from(frames), op);
                 let access = if owner.is_some() { Access::Window } else { Access::Pool };
-                match memory {
-                    Memory::Hbm(gpu) => self.hbm.create(op, gpu, (chunk, frame_bytes, frames), &self.finish),
-                    Memory::Pinned => {
-                        if !self.hbm.is_off() {
-                            state.making.insert(op, chunk);
-                        }
-                        self.media.start(MediaOp::CreateChunk { op, chunk, access, frame_bytes, frames });
-                    }
-                }
+                self.create_chunk(state, op, memory, (chunk, access), (frame_bytes, frames));
             }
             Effect::DropChunk { op, chunk } => {
                 self.note(state, OpKind::DropChunk, 0, op);
@@ -465,12 +445,7 @@ impl Engine {
             }
             Effect::Copy { op, source, target, expect } => {
                 self.note(state, OpKind::Copy, expect.length.get(), op);
-                let end = |frame: FrameRef| (frame, self.media.chunk(frame.chunk));
-                let devices = !self.hbm.is_off();
-                let copying = || Copying { op, source: end(source), target: end(target), expect };
-                if !(devices && self.hbm.copy(copying())) {
-                    self.media.start(MediaOp::Copy { op, source, target, expect });
-                }
+                self.copy(op, source, target, expect);
             }
             Effect::Scrub { op, source, source_offset, expect } => {
                 let bytes = expect.length.get();
@@ -488,20 +463,14 @@ impl Engine {
     fn note(&self, state: &mut State, kind: OpKind, bytes: u64, op: OpId) {
         state.running.insert(op, (kind, self.now(), bytes));
     }
+}
 
-    fn drop_chunk(&self, op: OpId, chunk: ChunkId) {
-        if self.hbm.drop_chunk(op, chunk) {
-            return;
-        }
-        match self.media.chunk(chunk).filter(|_| !self.hbm.is_off()) {
-            // Devices let go of it first: what they know keeps the memory.
-            Some(memory) => {
-                let media = Arc::clone(&self.media);
-                let then = move || media.start(MediaOp::DropChunk { op, chunk });
-                self.hbm.forget(&memory, Box::new(then));
-            }
-            None => self.media.start(MediaOp::DropChunk { op, chunk }),
-        }
+fn answer(state: &mut State, session: SessionId, request: RequestId, reply: Arc<Reply>) {
+    if let Some(mailbox) = state.mailboxes.get_mut(&session)
+        && let Some(waiting) = mailbox.pending.remove(&request)
+    {
+        // Nobody waits any more: the answer is dropped, the lease ends with its session.
+        let _ = waiting.send(reply);
     }
 }
 

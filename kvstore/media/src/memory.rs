@@ -264,6 +264,9 @@ impl ChunkMemory {
 
     /// Its payloads, for a device that copies to and from them. Keeps the memory: a chunk whose bytes somebody
     /// keeps is not given back.
+    ///
+    /// # Panics
+    /// Never: what is mapped fits the address space.
     pub fn host_bytes(self: &Arc<Self>) -> HostBytes {
         let length = usize::try_from(self.mapping.bytes).expect("what is mapped fits the address space");
         // SAFETY: the mapping is readable and writable, lives as long as self, which is the owner, and is of memory
