@@ -76,7 +76,16 @@ struct Worker {
 impl Worker {
     fn start(folder: &Path, role: &str, device: &str, socket: bool) -> Self {
         let mut command = Command::new(program("terrace-worker"));
-        command.args([role, "--name", &format!("{role}-{device}"), "--device", device, "--threads", "1", "--model"]);
+        command.args([
+            role,
+            "--name",
+            &format!("{role}-{device}"),
+            "--device",
+            device,
+            "--threads",
+            "1",
+            "--model",
+        ]);
         command.arg(folder.join("tiny.gguf")).env("RUST_LOG", "info").env("NO_COLOR", "1");
         if socket {
             command.arg("--socket").arg(folder.join("lane.sock"));
@@ -90,7 +99,8 @@ impl Worker {
 
     /// Tokens from the cache, and those that follow the prompt.
     async fn generate(&self, tokens: &[u32]) -> (u32, Vec<u32>) {
-        let request = GenerateRequest { tokens: tokens.to_vec(), tokens_max: 20, ..GenerateRequest::default() };
+        let request =
+            GenerateRequest { tokens: tokens.to_vec(), tokens_max: 20, ..GenerateRequest::default() };
         let mut parts = self.client().await.generate(request).await.unwrap().into_inner();
         let (mut cached, mut found) = (None, Vec::new());
         while let Some(response) = parts.message().await.unwrap() {
@@ -128,7 +138,8 @@ async fn blocks_stay_on_the_device_and_have_the_same_bits() {
     let first = Worker::start(folder, "prefill", "host-only", true);
     let request = PrefillRequest { tokens: prompt.clone(), ..PrefillRequest::default() };
     let computed = first.client().await.prefill(request).await.unwrap().into_inner();
-    assert_eq!((computed.cached_tokens, computed.computed_tokens), (0, 100));
+    // What is no whole block is for who goes on.
+    assert_eq!((computed.cached_tokens, computed.computed_tokens), (0, 96));
     assert_eq!(first.metric("terrace_worker_blocks_on_device_total").await, 6, "filled in place");
     assert_eq!(first.metric("terrace_worker_blocks_sealed_total").await, 6);
     drop(first);

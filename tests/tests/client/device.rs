@@ -5,7 +5,8 @@ use std::time::Duration;
 
 use terrace_client::wire::Tier;
 use terrace_client::{
-    ClientError, Durability, Leased, Outcome, ReadOptions, Reserved, SealOutcome, Session, Space, WriteOptions,
+    ClientError, Durability, Leased, Outcome, ReadOptions, Reserved, SealOutcome, Session, Space,
+    WriteOptions,
 };
 use terrace_core::ByteCount;
 use terrace_gpudirect::{Device, HostOnly};
