@@ -231,7 +231,7 @@ pub struct Hot {
 /// `GET /admin/hot`: the warmest prefixes of the index.
 ///
 /// # Errors
-/// 400 for a limit that is none.
+/// 400 for a limit that is none, 500 if the index is broken.
 pub async fn hot(
     State(router): State<Arc<Router>>,
     Query(hot): Query<Hot>,
@@ -246,7 +246,10 @@ pub async fn hot(
     let parents = hot.parents.unwrap_or(false);
     // Looks at the whole index.
     let found = tokio::task::spawn_blocking(move || looking.index.warmest(limit, parents)).await;
-    let found = found.expect("nothing panics while it looks");
+    let found = found.map_err(|error| {
+        tracing::error!(%error, "looking for warm prefixes panicked");
+        ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, "the index could not be looked at; please report it")
+    })?;
     let prefixes = found.iter().map(|(stretch, holders)| {
         let [hbm, pinned, nvme] = stretch.tiers;
         let first = stretch.first.to_bytes();

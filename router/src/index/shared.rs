@@ -233,12 +233,12 @@ mod tests {
         let key = |number: usize| Key::from_alias(number as u64);
         let (own, other) = (HolderId(0), HolderId(1));
         let mut expected = vec![TierSet::NONE; 300];
-        for number in 0..300 {
+        for (number, expected) in expected.iter_mut().enumerate() {
             let parent = (number > 0).then(|| key(number - 1));
             if number % 7 != 3 && number % 50 != 9 {
                 let tiers = if number % 2 == 0 { TierSet::PINNED } else { TierSet::NVME };
                 blocks.store(own, tiers, parent, &[key(number)]).unwrap();
-                expected[number] = tiers;
+                *expected = tiers;
             } else if number % 7 == 3 {
                 blocks.store(other, TierSet::HBM, parent, &[key(number)]).unwrap();
             }
