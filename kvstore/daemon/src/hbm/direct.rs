@@ -2,7 +2,8 @@
 //!
 //! Promises: a read that is not taken, fails, or brings other bytes is told to the
 //! core as such, which then takes the way through Pinned; where the self-test
-//! found that way quicker for a size, nothing is given to cuFile.
+//! found that way quicker for a size, nothing is given to cuFile. Where it found
+//! cuFile quicker, jobs are given in the manner that it found quickest.
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -25,7 +26,7 @@ const LIMITS: FileLimits = FileLimits { threads: 4, jobs_max: 256, silence_max: 
 const READ_WITHIN: Duration = Duration::from_secs(5);
 /// Sizes that the self-test tries, and how long it may take.
 const SIZES: [u64; 4] = [64 * KIB, 360 * KIB, 2 * MIB, 8 * MIB];
-const MEASURE_WITHIN: Duration = Duration::from_secs(8);
+const MEASURE_WITHIN: Duration = Duration::from_secs(12);
 
 /// cuFile over one device.
 pub(crate) struct Direct {
@@ -52,7 +53,7 @@ impl Direct {
         if wanted == UseGds::Off {
             return Err(DeviceError::Unsupported { what: "cuFile, because `hbm.gds` is off".to_owned() });
         }
-        let gds = Gds::open(device, Submission::Calls, LIMITS, Arc::clone(landing) as Arc<dyn Ends>)?;
+        let gds = Gds::open(device, LIMITS, Arc::clone(landing) as Arc<dyn Ends>)?;
         let open = |path: &PathBuf| {
             let opened = gds.open_to_read(path);
             opened
@@ -77,9 +78,10 @@ impl Direct {
             _ if self.always => "for all blocks".to_owned(),
             None => "not yet measured".to_owned(),
             Some(choice) => {
-                let quicker = choice.rates.iter().filter(|rate| rate.is_direct());
-                let sizes: Vec<String> =
-                    quicker.map(|rate| format!("{} KiB", rate.block.get() / KIB)).collect();
+                let quicker = choice.rates.iter().filter_map(|rate| Some((rate.block, rate.choice()?)));
+                let sizes: Vec<String> = quicker
+                    .map(|(block, way)| format!("{} KiB by {}", block.get() / KIB, way.label()))
+                    .collect();
                 if sizes.is_empty() { "slower at every size, not used".to_owned() } else { sizes.join(", ") }
             }
         };
@@ -91,8 +93,12 @@ impl Direct {
         (self.reads.load(Ordering::Relaxed), self.fallen_back.load(Ordering::Relaxed))
     }
 
-    fn takes(&self, bytes: ByteCount) -> bool {
-        self.always || self.choice.get().is_some_and(|choice| choice.is_direct(bytes))
+    /// How a block is read by the library, if at all.
+    fn way(&self, bytes: ByteCount) -> Option<Submission> {
+        if self.always {
+            return Some(Submission::Calls);
+        }
+        self.choice.get().and_then(|choice| choice.submission(bytes))
     }
 
     /// Starts a read, or answers that it was not started.
@@ -105,7 +111,7 @@ impl Direct {
         landing: &Arc<Landing>,
     ) {
         let file = self.files.get(usize::from(source.get())).and_then(Option::as_ref);
-        let (Some(file), true) = (file, self.takes(expect.length)) else {
+        let (Some(file), Some(submission)) = (file, self.way(expect.length)) else {
             return landing.check(Check::Answer(op, Err(Fault::NotStarted)));
         };
         let whole = expect.length.round_up(PAGE_BYTES).unwrap_or(expect.length);
@@ -127,8 +133,8 @@ impl Direct {
         self.reads.fetch_add(1, Ordering::Relaxed);
         let submitted = bytes.and_then(|bytes| {
             let (operation, file) = (FileOperation::Read, Arc::clone(file));
-            let job =
-                FileJob { id, operation, file, offset: offset + PAGE_BYTES, bytes, within: READ_WITHIN };
+            let (offset, within) = (offset + PAGE_BYTES, READ_WITHIN);
+            let job = FileJob { id, operation, submission, file, offset, bytes, within };
             self.gds.submit(job).map_err(|refused| refused.error)
         });
         if let Err(error) = submitted {
@@ -144,7 +150,7 @@ fn measure(
 ) -> Result<(), DeviceError> {
     let sizes = SIZES.map(ByteCount::new);
     super::gpu::spawn("hbm-measure".to_owned(), move || {
-        match measure_files(&device, &folder, &sizes, Submission::Calls, MEASURE_WITHIN) {
+        match measure_files(&device, &folder, &sizes, MEASURE_WITHIN) {
             // There is one self-test in a life.
             Ok(found) => drop(choice.set(found)),
             Err(error) => tracing::warn!(%error, "cuFile could not be measured and is not used"),
