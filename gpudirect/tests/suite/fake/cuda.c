@@ -365,6 +365,7 @@ int cuMemsetD8Async(unsigned long long target, unsigned char value, size_t bytes
   return move(target, 0, bytes, 1, stream);
 }
 int cuMemcpyHtoDAsync_v2(unsigned long long target, const void *source, size_t bytes, void *stream) {
+  if (fault("slow_copy")) usleep(1000);
   if (!on_device(target, bytes) || !whole((unsigned long)source, bytes)) return INVALID_VALUE;
   return move(target, (unsigned long)source, bytes, 0, stream);
 }

@@ -33,7 +33,7 @@ pub(crate) struct Direct {
     gds: Gds,
     files: Vec<Option<Arc<GdsFile>>>,
     /// Absent until the self-test has ended: nothing is read this way before.
-    choice: Arc<OnceLock<FileChoice>>,
+    choice: Arc<OnceLock<Result<FileChoice, DeviceError>>>,
     always: bool,
     reads: AtomicU64,
     fallen_back: Arc<AtomicU64>,
@@ -77,13 +77,8 @@ impl Direct {
         let sizes = match self.choice.get() {
             _ if self.always => "for all blocks".to_owned(),
             None => "not yet measured".to_owned(),
-            Some(choice) => {
-                let quicker = choice.rates.iter().filter_map(|rate| Some((rate.block, rate.choice()?)));
-                let sizes: Vec<String> = quicker
-                    .map(|(block, way)| format!("{} KiB by {}", block.get() / KIB, way.label()))
-                    .collect();
-                if sizes.is_empty() { "slower at every size, not used".to_owned() } else { sizes.join(", ") }
-            }
+            Some(Err(error)) => format!("not measured and not used ({error})"),
+            Some(Ok(choice)) => sizes(choice),
         };
         format!("cuFile {mode}: {sizes}")
     }
@@ -98,7 +93,7 @@ impl Direct {
         if self.always {
             return Some(Submission::Calls);
         }
-        self.choice.get().and_then(|choice| choice.submission(bytes))
+        self.choice.get()?.as_ref().ok()?.submission(bytes)
     }
 
     /// Starts a read, or answers that it was not started.
@@ -143,17 +138,33 @@ impl Direct {
     }
 }
 
+/// The sizes that go by cuFile, and how; or why none does.
+fn sizes(choice: &FileChoice) -> String {
+    let quicker = choice.rates.iter().filter_map(|rate| Some((rate.block, rate.choice()?)));
+    let sizes: Vec<String> =
+        quicker.map(|(block, way)| format!("{} KiB by {}", block.get() / KIB, way.label())).collect();
+    if !sizes.is_empty() {
+        return sizes.join(", ");
+    }
+    let errors = choice.rates.iter().flat_map(|rate| &rate.direct);
+    match errors.filter_map(|(_, rate)| rate.as_ref().err()).next() {
+        Some(error) if choice.rates.iter().all(|rate| rate.best().is_none()) => format!("not used ({error})"),
+        Some(_) | None => "slower at every size, not used".to_owned(),
+    }
+}
+
 fn measure(
     device: Arc<dyn Device>,
     folder: PathBuf,
-    choice: Arc<OnceLock<FileChoice>>,
+    choice: Arc<OnceLock<Result<FileChoice, DeviceError>>>,
 ) -> Result<(), DeviceError> {
     let sizes = SIZES.map(ByteCount::new);
     super::gpu::spawn("hbm-measure".to_owned(), move || {
-        match measure_files(&device, &folder, &sizes, MEASURE_WITHIN) {
-            // There is one self-test in a life.
-            Ok(found) => drop(choice.set(found)),
-            Err(error) => tracing::warn!(%error, "cuFile could not be measured and is not used"),
+        let found = measure_files(&device, &folder, &sizes, MEASURE_WITHIN);
+        if let Err(error) = &found {
+            tracing::warn!(%error, "cuFile could not be measured and is not used");
         }
+        // There is one self-test in a life.
+        drop(choice.set(found));
     })
 }
