@@ -8,6 +8,7 @@
 mod common;
 mod driver;
 mod faults;
+mod looked;
 mod lost;
 mod ways;
 
