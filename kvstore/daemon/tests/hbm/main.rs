@@ -4,6 +4,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a test ends there, and says where")]
 
+mod apart;
 #[path = "../common/mod.rs"]
 mod common;
 mod driver;
