@@ -7,12 +7,15 @@
 //! others: which blocks lie where, and when this way is worth taking
 //! ([`crate::measure_files`]).
 //!
-//! cuFile's calls wait, so some threads of ours make them: one job each, or a
-//! batch each ([`Submission`]). A thread whose call hangs is not replaced; when all
+//! cuFile's calls wait, so some threads of ours make them: one job each, a batch
+//! each, or some jobs on a stream each ([`Submission`]). A thread whose call hangs is not replaced; when all
 //! hang, everything is refused.
 
 mod library;
+mod log;
 mod measure;
+mod run;
+mod stream;
 mod table;
 
 use std::fs::File;
@@ -26,8 +29,9 @@ use crate::device::{Chunk, Device, DeviceKind};
 use crate::error::DeviceError;
 use crate::span::DeviceBytes;
 
-pub use library::{GdsInfo, log_to};
+pub use library::GdsInfo;
 use library::{Handle, Library};
+pub use log::log_to;
 pub use measure::{FileChoice, FileRate, measure_files};
 use table::{Table, Told};
 
@@ -35,6 +39,9 @@ use table::{Table, Told};
 const OPEN_WITHIN: Duration = Duration::from_secs(20);
 /// What one batch may hold: the library's own limit is 128.
 const BATCH_JOBS_MAX: usize = 32;
+/// What one stream is given at once. They run one after the other there, so that many would keep other streams idle.
+const STREAM_JOBS_MAX: usize = 4;
+const PAGE_BYTES: u64 = 4096;
 
 /// Which way.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -45,13 +52,38 @@ pub enum FileOperation {
     Write,
 }
 
-/// How jobs are given to the library.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// How a job is given to the library.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Submission {
     /// One call a job, some threads at once.
     Calls,
     /// Several jobs of one direction by one submission.
     Batches,
+    /// Some jobs at once in the order of a CUDA stream, one stream a thread. Whole pages only.
+    /// Old libraries have no such calls ([`Gds::offers`]).
+    Streams,
+}
+
+impl Submission {
+    /// All of them, the plainest first.
+    pub const ALL: [Self; 3] = [Self::Calls, Self::Batches, Self::Streams];
+
+    /// For logs and tables.
+    pub fn label(self) -> &'static str {
+        match self {
+            Self::Calls => "calls",
+            Self::Batches => "batches",
+            Self::Streams => "streams",
+        }
+    }
+
+    fn jobs_max(self) -> usize {
+        match self {
+            Self::Calls => 1,
+            Self::Batches => BATCH_JOBS_MAX,
+            Self::Streams => STREAM_JOBS_MAX,
+        }
+    }
 }
 
 /// Every limit of the engine.
@@ -80,6 +112,8 @@ pub struct FileJob {
     pub id: JobId,
     /// Which way.
     pub operation: FileOperation,
+    /// How it is given to the library.
+    pub submission: Submission,
     /// Registered with the same engine.
     pub file: Arc<GdsFile>,
     /// First byte in the file, a multiple of 4 KiB as O_DIRECT wants it.
@@ -156,7 +190,6 @@ impl Gds {
     /// stand-in or without a place for the log, [`DeviceError::Hung`], or what the library says.
     pub fn open(
         device: &Arc<dyn Device>,
-        submission: Submission,
         limits: FileLimits,
         ends: Arc<dyn Ends>,
     ) -> Result<Self, DeviceError> {
@@ -180,16 +213,27 @@ impl Gds {
         for number in 0..limits.threads.max(1) {
             let (device, library, shared) = (Arc::clone(device), Arc::clone(&library), Arc::clone(&shared));
             crate::copies::spawn(format!("cufile-{number}"), move || {
-                run(&*device, &library, &shared, submission, number);
+                run::run(&*device, &library, &shared, number);
             })?;
         }
-        crate::copies::spawn("cufile-watch".to_owned(), move || watch(&shared))?;
+        crate::copies::spawn("cufile-watch".to_owned(), move || run::watch(&shared))?;
         Ok(gds)
     }
 
     /// What the library says of itself.
     pub fn info(&self) -> &GdsInfo {
         self.library.info()
+    }
+
+    /// Whether the library can be given jobs so.
+    ///
+    /// # Errors
+    /// [`DeviceError::Unsupported`] for streams, by a library before 1.7.
+    pub fn offers(&self, submission: Submission) -> Result<(), DeviceError> {
+        match submission {
+            Submission::Calls | Submission::Batches => Ok(()),
+            Submission::Streams => self.library.streams().map(drop),
+        }
     }
 
     /// Lets the library know a file, opened with O_DIRECT.
@@ -223,13 +267,11 @@ impl Gds {
     /// Takes a job. Nothing waits.
     ///
     /// # Errors
-    /// The job, with [`DeviceError::Throttled`], [`DeviceError::BadJob`] or [`DeviceError::Hung`].
+    /// The job, with [`DeviceError::Throttled`], [`DeviceError::BadJob`] or [`DeviceError::Hung`]; with
+    /// [`DeviceError::Unsupported`] what [`Self::offers`] says.
     pub fn submit(&self, job: FileJob) -> Result<(), FileRefused> {
-        if i64::try_from(job.offset).is_err() || job.bytes.bytes().get() == 0 {
-            return Err(FileRefused {
-                job,
-                error: DeviceError::BadJob { detail: "no bytes, or no such offset" },
-            });
+        if let Err(error) = well_formed(&job).and_then(|()| self.offers(job.submission)) {
+            return Err(FileRefused { job, error });
         }
         let refused = self.shared.lock().enqueue(job, Instant::now());
         if let Err(refused) = refused {
@@ -269,71 +311,16 @@ impl Drop for Prepared {
     }
 }
 
-/// One thread of the library's callers.
-fn run(device: &dyn Device, library: &Library, shared: &Shared, submission: Submission, number: usize) {
-    let most = match submission {
-        Submission::Calls => 1,
-        Submission::Batches => BATCH_JOBS_MAX,
-    };
-    // A lost device shows at the first job.
-    let bound = device.bind_thread();
-    loop {
-        let taken = {
-            let mut table = shared.lock();
-            loop {
-                let taken = table.take(number, most, Instant::now());
-                if !taken.is_empty() {
-                    break taken;
-                }
-                if table.closing {
-                    drop(table);
-                    shared.alarm.notify_all();
-                    return;
-                }
-                table = shared.work.wait(table).unwrap_or_else(PoisonError::into_inner);
-            }
-        };
-        let results = match (&bound, submission) {
-            (Err(error), _) => vec![Err(error.clone()); taken.len()],
-            (Ok(()), Submission::Calls) => taken.iter().map(|(_, job)| library.call(job)).collect(),
-            (Ok(()), Submission::Batches) => library.batch(&taken),
-        };
-        {
-            let mut table = shared.lock();
-            for ((key, job), result) in taken.into_iter().zip(results) {
-                table.finish(key, job, result);
-            }
-            table.rested(number);
-        }
-        shared.tell();
+fn well_formed(job: &FileJob) -> Result<(), DeviceError> {
+    if i64::try_from(job.offset).is_err() || job.bytes.bytes().get() == 0 {
+        return Err(DeviceError::BadJob { detail: "no bytes, or no such offset" });
     }
-}
-
-/// Ends waits. Never calls the library.
-fn watch(shared: &Shared) {
-    loop {
-        let next = {
-            let mut table = shared.lock();
-            if table.closing && table.under_way() == 0 {
-                return;
-            }
-            table.expire(Instant::now())
-        };
-        shared.tell();
-        let table = shared.lock();
-        if !table.told.is_empty() {
-            continue;
-        }
-        let now = Instant::now();
-        let next = next.into_iter().chain(table.next_deadline()).min();
-        match next {
-            Some(at) if at <= now => {}
-            Some(at) => {
-                drop(shared.alarm.wait_timeout(table, at - now).unwrap_or_else(PoisonError::into_inner))
-            }
-            None => drop(shared.alarm.wait(table).unwrap_or_else(PoisonError::into_inner)),
-        }
+    let numbers = [job.offset, job.bytes.offset(), job.bytes.bytes().get()];
+    let are_pages = numbers.iter().all(|number| number.is_multiple_of(PAGE_BYTES));
+    if job.submission == Submission::Streams && !are_pages {
+        return Err(DeviceError::BadJob { detail: "a stream takes whole pages" });
     }
+    Ok(())
 }
 
 /// Whether the folder's files can be given to the library at all: O_DIRECT must work there.

@@ -51,6 +51,7 @@ pub enum Fault {
 #[derive(Debug)]
 pub struct HostOnly {
     info: DeviceInfo,
+    alone: bool,
     shared: Arc<Shared>,
     worker: Option<std::thread::JoinHandle<()>>,
 }
@@ -125,7 +126,14 @@ impl HostOnly {
             granularity: ByteCount::new(GRANULARITY),
             rdma_capable: false,
         };
-        Ok(Self { info, shared, worker: Some(worker) })
+        Ok(Self { info, alone: false, shared, worker: Some(worker) })
+    }
+
+    /// As a device that reaches no other one, for want of a link between them.
+    #[must_use]
+    pub fn alone(mut self) -> Self {
+        self.alone = true;
+        self
     }
 
     /// Makes something go wrong.
@@ -248,7 +256,7 @@ impl Device for HostOnly {
     }
 
     fn reaches(&self, other: &DeviceInfo) -> bool {
-        other.kind == DeviceKind::HostOnly
+        !self.alone && other.kind == DeviceKind::HostOnly
     }
 }
 

@@ -5,13 +5,13 @@
 
 use std::ffi::{CStr, c_int, c_uint, c_void};
 use std::os::fd::RawFd;
-use std::path::Path;
 use std::sync::Arc;
 
+use super::log::LOG;
+use super::stream::StreamFunctions;
 use super::{FileJob, FileOperation};
 use crate::error::DeviceError;
 
-const LOG: &str = "CUFILE_LOGFILE_PATH";
 const NAMES: [&CStr; 2] = [c"libcufile.so.0", c"libcufile.so"];
 /// Another engine of this process opened it; it is never closed.
 const ALREADY_OPEN: c_int = 5026;
@@ -25,7 +25,7 @@ const NVME: c_uint = 1 << 4 | 1 << 11;
 
 #[derive(Clone, Copy, Debug)]
 #[repr(C)]
-struct Status {
+pub(super) struct Status {
     error: c_int,
     cuda_error: c_int,
 }
@@ -103,6 +103,7 @@ struct Functions {
     batch_status:
         unsafe extern "C" fn(*mut c_void, c_uint, *mut c_uint, *mut Event, *mut libc::timespec) -> Status,
     batch_destroy: unsafe extern "C" fn(*mut c_void),
+    streams: Result<StreamFunctions, DeviceError>,
 }
 
 /// What the library says of itself.
@@ -135,6 +136,12 @@ unsafe impl Send for Handle {}
 // SAFETY: as above.
 unsafe impl Sync for Handle {}
 
+impl Handle {
+    pub(super) fn raw(&self) -> *mut c_void {
+        self.raw
+    }
+}
+
 impl Drop for Handle {
     fn drop(&mut self) {
         // SAFETY: registered once by us; jobs keep their file, so no call has it.
@@ -142,26 +149,7 @@ impl Drop for Handle {
     }
 }
 
-/// Sets where the library writes its log, unless the environment says so already.
-/// Must be called at the very start of a program.
-///
-/// # Errors
-/// [`DeviceError::Unsupported`] when other threads run, which may be reading the environment.
-pub fn log_to(folder: &Path) -> Result<(), DeviceError> {
-    if std::env::var_os(LOG).is_some() {
-        return Ok(());
-    }
-    let threads = std::fs::read_dir("/proc/self/task").map(Iterator::count);
-    if !matches!(threads, Ok(1)) {
-        let what = format!("setting {LOG} while other threads run; set it where the program is started");
-        return Err(DeviceError::Unsupported { what });
-    }
-    // SAFETY: this is the only thread of the process, so nobody reads the environment meanwhile.
-    unsafe { std::env::set_var(LOG, folder.join("cufile.log")) };
-    Ok(())
-}
-
-fn failed(call: &'static str, status: Status) -> Result<(), DeviceError> {
+pub(super) fn failed(call: &'static str, status: Status) -> Result<(), DeviceError> {
     match status {
         Status { error: 0, cuda_error: 0 } => Ok(()),
         Status { error, cuda_error } => {
@@ -174,7 +162,7 @@ fn failed(call: &'static str, status: Status) -> Result<(), DeviceError> {
 ///
 /// # Safety
 /// `F` must be the type of the function.
-unsafe fn function<F: Copy>(library: *mut c_void, name: &CStr) -> Result<F, DeviceError> {
+pub(super) unsafe fn function<F: Copy>(library: *mut c_void, name: &CStr) -> Result<F, DeviceError> {
     const { assert!(size_of::<F>() == size_of::<*mut c_void>(), "a function is a pointer") };
     // SAFETY: the library is loaded, and the name ends with a zero.
     let found = unsafe { libc::dlsym(library, name.as_ptr()) };
@@ -208,6 +196,7 @@ fn load() -> Result<Functions, DeviceError> {
             batch_submit: function(library, c"cuFileBatchIOSubmit")?,
             batch_status: function(library, c"cuFileBatchIOGetStatus")?,
             batch_destroy: function(library, c"cuFileBatchIODestroy")?,
+            streams: StreamFunctions::find(library),
         })
     }
 }
@@ -243,6 +232,11 @@ impl Library {
             direct_bytes_max: (properties.direct_bytes_max as u64).saturating_mul(1024),
         };
         Ok(Self { functions, info })
+    }
+
+    /// Its calls in the order of a stream; not there in old libraries.
+    pub(super) fn streams(&self) -> Result<StreamFunctions, DeviceError> {
+        self.functions.streams.clone()
     }
 
     pub(super) fn info(&self) -> &GdsInfo {
@@ -370,15 +364,15 @@ fn request(index: usize, job: &FileJob) -> Request {
 }
 
 /// A job in the library's terms: the start of the chunk, which may be prepared, and an offset.
-struct Parts {
-    base: *mut c_void,
-    device_offset: i64,
-    file_offset: i64,
-    bytes: usize,
+pub(super) struct Parts {
+    pub(super) base: *mut c_void,
+    pub(super) device_offset: i64,
+    pub(super) file_offset: i64,
+    pub(super) bytes: usize,
 }
 
 impl Parts {
-    fn of(job: &FileJob) -> Self {
+    pub(super) fn of(job: &FileJob) -> Self {
         Self {
             base: pointer(job.bytes.chunk().address()),
             device_offset: i64::try_from(job.bytes.offset()).expect("a chunk is shorter than 8 EiB"),

@@ -1,5 +1,5 @@
-//! What the two ways from a file to the device can do here, by block size: cuFile,
-//! and reading into pinned memory and copying. Measured once, at start, on a file
+//! What the ways from a file to the device can do here, by block size: cuFile in
+//! each manner of giving it jobs, and reading into pinned memory and copying. Measured once, at start, on a file
 //! of its own; every wait has a deadline, so a start is never held up by it.
 
 use std::fs::File;
@@ -12,27 +12,27 @@ use std::time::{Duration, Instant};
 
 use terrace_core::{ByteCount, IoClass, MIB};
 
-use super::{FileJob, FileLimits, FileOperation, Gds, Submission, open_direct};
+use super::{FileJob, FileLimits, FileOperation, Gds, PAGE_BYTES, Submission, open_direct};
 use crate::copies::{Copies, CopyLimits, Ends, Job, JobId};
 use crate::device::{Chunk, Device};
 use crate::error::DeviceError;
 use crate::host_bytes::HostBytes;
 use crate::pinned::Pinned;
 use crate::span::{DeviceBytes, Piece, Span};
+use crate::waited::{copy_in, copy_out};
 
 /// Read once by each way and size: 0.05 s on a drive of 2.5 GB/s.
 const FILE_BYTES: u64 = 128 * MIB;
 /// Readers of the bounce, and callers of the library.
 const THREADS: usize = 8;
-const PAGE_BYTES: u64 = 4096;
 
-/// The two ways at one block size.
+/// The ways at one block size.
 #[derive(Clone, Debug, PartialEq)]
 pub struct FileRate {
     /// Block size.
     pub block: ByteCount,
-    /// By cuFile, in bytes a second; or why not.
-    pub direct: Result<f64, DeviceError>,
+    /// By cuFile, in bytes a second, or why not; as [`Submission::ALL`] has them.
+    pub direct: Vec<(Submission, Result<f64, DeviceError>)>,
     /// By pinned memory, in bytes a second; or why not.
     pub bounce: Result<f64, DeviceError>,
     /// Into pinned memory and no further: what the drive allows.
@@ -40,13 +40,22 @@ pub struct FileRate {
 }
 
 impl FileRate {
-    /// Whether cuFile is the better way.
-    pub fn is_direct(&self) -> bool {
-        match (&self.direct, &self.bounce) {
-            (Ok(direct), Ok(bounce)) => direct > bounce,
-            (Ok(_), Err(_)) => true,
-            (Err(_), _) => false,
-        }
+    /// What cuFile does when it is given jobs so.
+    pub fn by(&self, submission: Submission) -> Option<f64> {
+        let found = self.direct.iter().find(|(of, _)| *of == submission);
+        found.and_then(|(_, rate)| rate.as_ref().ok()).copied()
+    }
+
+    /// The quickest manner of cuFile. Of equal ones the plainest.
+    pub fn best(&self) -> Option<(Submission, f64)> {
+        let rates = self.direct.iter().filter_map(|(of, rate)| Some((*of, *rate.as_ref().ok()?)));
+        rates.reduce(|best, next| if next.1 > best.1 { next } else { best })
+    }
+
+    /// How cuFile is given jobs, if it is the better way.
+    pub fn choice(&self) -> Option<Submission> {
+        let bounce = self.bounce.as_ref().map_or(0.0, |rate| *rate);
+        self.best().filter(|(_, rate)| *rate > bounce).map(|(submission, _)| submission)
     }
 }
 
@@ -58,11 +67,11 @@ pub struct FileChoice {
 }
 
 impl FileChoice {
-    /// Whether a block goes by cuFile: what the largest measured size that is not
-    /// larger says, or the smallest.
-    pub fn is_direct(&self, block: ByteCount) -> bool {
+    /// How a block goes by cuFile, or that it does not: what the largest measured size
+    /// that is not larger says, or the smallest.
+    pub fn submission(&self, block: ByteCount) -> Option<Submission> {
         let fits = self.rates.iter().filter(|rate| rate.block <= block).max_by_key(|rate| rate.block);
-        fits.or_else(|| self.rates.iter().min_by_key(|rate| rate.block)).is_some_and(FileRate::is_direct)
+        fits.or_else(|| self.rates.iter().min_by_key(|rate| rate.block)).and_then(FileRate::choice)
     }
 }
 
@@ -84,7 +93,7 @@ impl Tally {
         while ends.0 < jobs {
             let now = Instant::now();
             if now >= until {
-                return Err(ends.1.take().unwrap_or(DeviceError::Late(Duration::ZERO)));
+                return Err(DeviceError::Late(Duration::ZERO));
             }
             ends = self.changed.wait_timeout(ends, until - now).unwrap_or_else(PoisonError::into_inner).0;
         }
@@ -144,21 +153,52 @@ struct Course {
     scratch: Scratch,
     chunk: Arc<Chunk>,
     memory: HostBytes,
-    until: Instant,
 }
 
-/// Measures both ways on a file in `folder`, for blocks of these sizes (multiples
+/// One manner of giving jobs to cuFile, with threads of its own: one that hangs takes none from the others.
+struct Manner {
+    submission: Submission,
+    tally: Arc<Tally>,
+    gds: Result<Gds, DeviceError>,
+}
+
+impl Manner {
+    fn open(device: &Arc<dyn Device>, submission: Submission) -> Self {
+        let tally = Arc::new(Tally::default());
+        let limits = FileLimits { threads: THREADS, jobs_max: 1 << 16, silence_max: Duration::from_secs(5) };
+        let gds = Gds::open(device, limits, Arc::clone(&tally) as Arc<dyn Ends>);
+        let gds = gds.and_then(|gds| gds.offers(submission).map(|()| gds));
+        Self { submission, tally, gds }
+    }
+
+    /// At most half of the time that is left goes to it. One that was late once is late for good: what it still does
+    /// would be counted among what comes later.
+    fn measure(&mut self, course: &Course, block: ByteCount, until: Instant) -> Result<f64, DeviceError> {
+        let now = Instant::now();
+        let until = now + until.saturating_duration_since(now) / 2;
+        let gds = self.gds.as_ref().map_err(DeviceError::clone)?;
+        let rate = course.direct(gds, (&self.tally, self.submission), block, until);
+        if let Err(
+            error @ (DeviceError::Late(_) | DeviceError::Hung { .. } | DeviceError::Throttled { .. }),
+        ) = &rate
+        {
+            self.gds = Err(error.clone());
+        }
+        rate
+    }
+}
+
+/// Measures all ways on a file in `folder`, for blocks of these sizes (multiples
 /// of 4 KiB, at most 64 MiB). Takes about as long as `time` at worst. What
 /// fails or is late is the other way's gain.
 ///
 /// # Errors
-/// [`DeviceError`] when neither way can be tried: no room for a file of 128 MiB, no
+/// [`DeviceError`] when none can be tried: no room for a file of 128 MiB, no
 /// O_DIRECT there, or no memory.
 pub fn measure_files(
     device: &Arc<dyn Device>,
     folder: &Path,
     blocks: &[ByteCount],
-    submission: Submission,
     time: Duration,
 ) -> Result<FileChoice, DeviceError> {
     let until = Instant::now() + time;
@@ -166,26 +206,24 @@ pub fn measure_files(
     let chunk = device.create(ByteCount::new(64 * MIB))?;
     let memory =
         HostBytes::anonymous(chunk.bytes()).map_err(|error| io_error("memory to measure", &error))?;
-    let course = Course { device: Arc::clone(device), scratch, chunk, memory, until };
+    let course = Course { device: Arc::clone(device), scratch, chunk, memory };
     let pinned = Arc::new(Pinned::new(Arc::clone(device), crate::pinned::SLICE_BYTES));
     pinned.add(&course.memory);
     let tally = Arc::new(Tally::default());
-    let files = Arc::new(Tally::default());
     let copies = Copies::start(
         Arc::clone(device),
         Arc::clone(&pinned),
         CopyLimits::ONE_LINK,
         Arc::clone(&tally) as Arc<dyn Ends>,
     )?;
-    let limits = FileLimits { threads: THREADS, jobs_max: 1 << 16, silence_max: Duration::from_secs(5) };
-    let gds = Gds::open(device, submission, limits, Arc::clone(&files) as Arc<dyn Ends>);
+    let mut manners = Submission::ALL.map(|submission| Manner::open(device, submission));
     let mut choice = FileChoice::default();
     for block in blocks.iter().copied().filter(|block| fits(*block, course.chunk.bytes())) {
-        let direct =
-            gds.as_ref().map_err(DeviceError::clone).and_then(|gds| course.direct(gds, &files, block));
-        let bounce = course.bounce(Some((&copies, &*tally)), block);
-        let read = course.bounce(None, block);
-        choice.rates.push(FileRate { block, direct, bounce, read });
+        let read = course.bounce(None, block, until);
+        let bounce = course.bounce(Some((&copies, &*tally)), block, until);
+        let direct = manners.iter_mut();
+        let direct = direct.map(|manner| (manner.submission, manner.measure(&course, block, until)));
+        choice.rates.push(FileRate { block, direct: direct.collect(), bounce, read });
     }
     Ok(choice)
 }
@@ -203,47 +241,56 @@ impl Course {
             .collect()
     }
 
-    fn direct(&self, gds: &Gds, tally: &Tally, block: ByteCount) -> Result<f64, DeviceError> {
+    fn direct(
+        &self,
+        gds: &Gds,
+        (tally, submission): (&Tally, Submission),
+        block: ByteCount,
+        until: Instant,
+    ) -> Result<f64, DeviceError> {
         let file = self.scratch.file.try_clone().map_err(|error| io_error("dup", &error))?;
         let file = gds.file(file)?;
         // Without it, the library copies once more; that is then what it can do here.
         let _prepared = gds.prepare(&self.chunk);
         let blocks = self.blocks(block);
+        let last = blocks.last().copied().unwrap_or_default();
+        self.blank(last.1, block, until)?;
         let began = Instant::now();
         for (index, (offset, slot)) in blocks.iter().enumerate() {
             let job = FileJob {
                 id: JobId(index as u64),
                 operation: FileOperation::Read,
+                submission,
                 file: Arc::clone(&file),
                 offset: *offset,
                 bytes: DeviceBytes::new(Arc::clone(&self.chunk), *slot, block)?,
-                within: self.until.saturating_duration_since(began),
+                within: until.saturating_duration_since(began),
             };
             gds.submit(job).map_err(|refused| refused.error)?;
         }
-        tally.wait(blocks.len(), self.until)?;
+        tally.wait(blocks.len(), until)?;
         let seconds = began.elapsed().as_secs_f64();
-        let last = blocks.last().copied().unwrap_or_default();
-        self.verify(last, block)?;
+        self.verify(last, block, until)?;
         Ok(rate(blocks.len(), block, seconds))
     }
 
+    /// Takes away what another way left in a slot: a way that moves nothing must not look right.
+    fn blank(&self, slot: u64, block: ByteCount, until: Instant) -> Result<(), DeviceError> {
+        let target = DeviceBytes::new(Arc::clone(&self.chunk), slot, block)?;
+        let zeros = vec![0; usize::try_from(block.get()).unwrap_or(0)];
+        copy_in(&*self.device, &zeros, &target, until.saturating_duration_since(Instant::now()))
+    }
+
     /// Whether a block arrived as it lies in the file: a way that is quick and wrong is none.
-    fn verify(&self, (offset, slot): (u64, u64), block: ByteCount) -> Result<(), DeviceError> {
-        let target = self.memory.part(0, block)?;
+    fn verify(
+        &self,
+        (offset, slot): (u64, u64),
+        block: ByteCount,
+        until: Instant,
+    ) -> Result<(), DeviceError> {
         let source = DeviceBytes::new(Arc::clone(&self.chunk), slot, block)?;
-        let pieces: Arc<[Piece]> = vec![Piece::new(Span::Device(source), Span::Host(target.clone()))?].into();
-        let lane =
-            crate::device::Lane { direction: crate::span::Direction::DeviceToHost, class: IoClass::Prefetch };
-        let mut mark = self.device.start(lane, pieces)?;
-        while !mark.ended()? {
-            if Instant::now() > self.until {
-                return Err(DeviceError::Late(Duration::ZERO));
-            }
-            std::thread::sleep(Duration::from_micros(50));
-        }
-        let mut bytes = vec![0; target.len()];
-        target.copy_to(&mut bytes);
+        let mut bytes = vec![0; usize::try_from(block.get()).unwrap_or(0)];
+        copy_out(&*self.device, &source, &mut bytes, until.saturating_duration_since(Instant::now()))?;
         let start = usize::try_from(offset % MIB).unwrap_or(0);
         let expected = self.scratch.bytes.iter().cycle().skip(start).take(bytes.len());
         if bytes.iter().eq(expected) {
@@ -254,7 +301,12 @@ impl Course {
     }
 
     /// Reads, and copies if there is an engine for it.
-    fn bounce(&self, engine: Option<(&Copies, &Tally)>, block: ByteCount) -> Result<f64, DeviceError> {
+    fn bounce(
+        &self,
+        engine: Option<(&Copies, &Tally)>,
+        block: ByteCount,
+        until: Instant,
+    ) -> Result<f64, DeviceError> {
         let copies = engine.map(|(copies, _)| copies);
         let blocks = self.blocks(block);
         let next = AtomicUsize::new(0);
@@ -263,7 +315,7 @@ impl Course {
         let began = Instant::now();
         std::thread::scope(|scope| {
             let reads: Vec<_> = (0..readers)
-                .map(|_| scope.spawn(|| self.read_and_copy(copies, &blocks, &next, block)))
+                .map(|_| scope.spawn(|| self.read_and_copy(copies, (&blocks, &next), block, until)))
                 .collect();
             let results = reads.into_iter().map(|read| {
                 read.join()
@@ -272,7 +324,7 @@ impl Course {
             results.collect::<Result<Vec<_>, _>>()
         })?;
         if let Some((_, tally)) = engine {
-            tally.wait(blocks.len(), self.until)?;
+            tally.wait(blocks.len(), until)?;
         }
         Ok(rate(blocks.len(), block, began.elapsed().as_secs_f64()))
     }
@@ -282,12 +334,12 @@ impl Course {
     fn read_and_copy(
         &self,
         copies: Option<&Copies>,
-        blocks: &[(u64, u64)],
-        next: &AtomicUsize,
+        (blocks, next): (&[(u64, u64)], &AtomicUsize),
         block: ByteCount,
+        until: Instant,
     ) -> Result<(), DeviceError> {
         while let Some((offset, slot)) = blocks.get(next.fetch_add(1, Ordering::Relaxed)).copied() {
-            if Instant::now() > self.until {
+            if Instant::now() > until {
                 return Err(DeviceError::Late(Duration::ZERO));
             }
             let memory = self.memory.part(slot, block)?;
@@ -298,10 +350,10 @@ impl Course {
                 id: JobId(offset),
                 class: IoClass::PrefillFetch,
                 pieces: vec![Piece::new(Span::Host(memory), Span::Device(target))?],
-                within: self.until.saturating_duration_since(Instant::now()),
+                within: until.saturating_duration_since(Instant::now()),
             };
             while let Err(refused) = copies.submit(job) {
-                if !matches!(refused.error, DeviceError::Throttled { .. }) || Instant::now() > self.until {
+                if !matches!(refused.error, DeviceError::Throttled { .. }) || Instant::now() > until {
                     return Err(refused.error);
                 }
                 job = refused.job;

@@ -77,14 +77,16 @@ impl Table {
         Err(Box::new(FileRefused { job, error }))
     }
 
-    /// What a thread does next: up to `most` jobs of the first one's direction, oldest first.
-    pub(super) fn take(&mut self, thread: usize, most: usize, now: Instant) -> Vec<(u64, FileJob)> {
+    /// What a thread does next, oldest first: jobs that are given as the first one is, and go the same way, as many
+    /// as can be given so at once.
+    pub(super) fn take(&mut self, thread: usize, now: Instant) -> Vec<(u64, FileJob)> {
         let mut taken: Vec<(u64, FileJob)> = Vec::new();
-        while taken.len() < most {
+        while taken.first().is_none_or(|(_, first)| taken.len() < first.submission.jobs_max()) {
             let Some(key) = self.queue.front() else { break };
             let entry = self.entries.get_mut(key).expect("what is queued is in the table");
             let next = entry.job.as_ref().expect("what is queued has its job");
-            if taken.first().is_some_and(|(_, first)| first.operation != next.operation) {
+            let way = |job: &FileJob| (job.submission, job.operation);
+            if taken.first().is_some_and(|(_, first)| way(first) != way(next)) {
                 break;
             }
             taken.push((*key, entry.job.take().expect("it was there a line above")));

@@ -4,7 +4,7 @@
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use terrace_core::{ByteCount, MIB};
 use terrace_gpudirect::{
@@ -34,6 +34,7 @@ fn live() -> String {
 }
 
 struct Bench {
+    submission: Submission,
     device: Arc<dyn Device>,
     gds: Gds,
     log: Arc<Log>,
@@ -44,7 +45,7 @@ struct Bench {
 fn bench(submission: Submission) -> Bench {
     let device: Arc<dyn Device> = Arc::new(Cuda::open(0).unwrap());
     let log = Arc::new(Log::default());
-    let gds = Gds::open(&device, submission, LIMITS, Arc::clone(&log) as Arc<dyn Ends>).unwrap();
+    let gds = Gds::open(&device, LIMITS, Arc::clone(&log) as Arc<dyn Ends>).unwrap();
     assert!(gds.info().is_direct && gds.info().module_version == (2, 25));
     assert_eq!(gds.info().direct_bytes_max, 16 * MIB);
     let path = fake::scratch().join(format!("blocks-{}", std::process::id()));
@@ -58,7 +59,7 @@ fn bench(submission: Submission) -> Bench {
     file.write_all_at(unsafe { std::slice::from_raw_parts(memory.as_ptr(), memory.len()) }, 0).unwrap();
     let file = gds.file(file).unwrap();
     let chunk = device.create(CHUNK).unwrap();
-    Bench { device, gds, log, file, chunk }
+    Bench { submission, device, gds, log, file, chunk }
 }
 
 impl Bench {
@@ -70,8 +71,8 @@ impl Bench {
         within: Duration,
     ) -> Result<(), DeviceError> {
         let bytes = DeviceBytes::new(Arc::clone(&self.chunk), offset, ByteCount::new(BLOCK)).unwrap();
-        let file = Arc::clone(&self.file);
-        let job = FileJob { id: JobId(id), operation, file, offset, bytes, within };
+        let (submission, file) = (self.submission, Arc::clone(&self.file));
+        let job = FileJob { id: JobId(id), operation, submission, file, offset, bytes, within };
         self.gds.submit(job).map_err(|refused| {
             assert!(refused.job.id == JobId(id), "a refused job comes back");
             refused.error
@@ -86,9 +87,14 @@ impl Bench {
 
     /// Ends everything, and expects nothing to be left.
     fn end(self) {
-        let Self { device: _, gds, log: _, file, chunk: _ } = self;
+        let Self { gds, file, .. } = self;
         drop((file, gds));
-        assert_eq!(live(), "handles=0 buffers=0 batches=0");
+        // Threads end, and their streams with them, after the engine.
+        let began = Instant::now();
+        while live() != "handles=0 buffers=0 batches=0 streams=0" {
+            assert!(began.elapsed() < SOON, "{}", live());
+            std::thread::yield_now();
+        }
     }
 }
 
@@ -127,6 +133,7 @@ fn fails(submission: Submission) {
     let words = match submission {
         Submission::Calls => ["file_error", "file_short"],
         Submission::Batches => ["file_error", "no_submit"],
+        Submission::Streams => ["file_error", "no_submit"],
     };
     for (id, word) in (0..).zip(words) {
         faults(word);
@@ -144,6 +151,83 @@ fn fails(submission: Submission) {
     bench.submit(9, FileOperation::Read, 0, SOON).unwrap();
     bench.log.answer(9).unwrap();
     bench.log.release(9);
+    bench.end();
+}
+
+/// What streams can do wrong: none at all, half moved, nothing told, one of several not taken, and a driver that says
+/// late that a stream has passed.
+fn streams_fail() {
+    let bench = bench(Submission::Streams);
+    for (id, word) in [(1, "no_stream"), (2, "file_short"), (3, "untold")] {
+        faults(word);
+        bench.submit(id, FileOperation::Read, 0, SOON).unwrap();
+        let error = bench.log.answer(id).unwrap_err();
+        assert!(matches!(error, DeviceError::Driver { .. }), "{word}: {error}");
+        bench.log.release(id);
+    }
+    // Both threads wait for a driver that does not say that their streams have passed.
+    faults("hold");
+    for id in [10, 11] {
+        bench.submit(id, FileOperation::Read, 0, Duration::from_millis(50)).unwrap();
+        assert!(matches!(bench.log.answer(id), Err(DeviceError::Late(_))), "the driver does not hold");
+        assert!(!bench.log.is_released(id), "the stream has not passed it");
+    }
+    faults("");
+    bench.log.release(10);
+    bench.log.release(11);
+    // One of two is not taken: the other one is as it should be.
+    faults("no_second_submit");
+    bench.submit(20, FileOperation::Read, 0, SOON).unwrap();
+    bench.submit(21, FileOperation::Read, BLOCK, SOON).unwrap();
+    bench.log.answer(20).unwrap();
+    assert!(matches!(bench.log.answer(21), Err(DeviceError::Driver { call: "cuFileReadAsync", .. })));
+    faults("");
+    let unaligned = DeviceBytes::new(Arc::clone(&bench.chunk), 0, ByteCount::new(100)).unwrap();
+    let (operation, submission, file) = (FileOperation::Read, Submission::Streams, Arc::clone(&bench.file));
+    let job =
+        FileJob { id: JobId(30), operation, submission, file, offset: 0, bytes: unaligned, within: SOON };
+    let refused = bench.gds.submit(job).unwrap_err();
+    assert!(matches!(refused.error, DeviceError::BadJob { .. }), "{}", refused.error);
+    drop(refused);
+    bench.log.release(20);
+    bench.log.release(21);
+    bench.end();
+}
+
+/// A driver that is lost under a transfer does not end it: the library does.
+fn a_lost_stream() {
+    let bench = bench(Submission::Streams);
+    faults("hold");
+    bench.submit(1, FileOperation::Read, 0, Duration::from_millis(50)).unwrap();
+    assert!(matches!(bench.log.answer(1), Err(DeviceError::Late(_))));
+    faults("hold lost");
+    bench.submit(2, FileOperation::Read, 0, Duration::from_millis(100)).unwrap();
+    // The second thread has no stream from a lost driver, which ends its job at once.
+    bench.log.answer(2).unwrap_err();
+    bench.log.release(2);
+    assert!(!bench.log.is_released(1), "nobody said that the library is done with it");
+    let kept = bench.device.replace(Arc::clone(&bench.chunk)).unwrap_err();
+    assert!(matches!(kept.error, DeviceError::InUse { .. }));
+    faults("");
+    bench.log.release(1);
+    bench.end();
+}
+
+/// A library before 1.7 serves calls and batches, and says why it has no streams.
+fn old() {
+    let bench = bench(Submission::Streams);
+    bench.gds.offers(Submission::Calls).unwrap();
+    bench.gds.offers(Submission::Batches).unwrap();
+    let refused = bench.submit(1, FileOperation::Read, 0, SOON).unwrap_err();
+    assert!(
+        matches!(&refused, DeviceError::Unsupported { what } if what.contains("no cuFileReadAsync")),
+        "{refused}"
+    );
+    let blocks = [ByteCount::new(BLOCK)];
+    let choice = measure_files(&bench.device, &fake::scratch(), &blocks, SOON).unwrap();
+    let rate = &choice.rates[0];
+    assert!(rate.by(Submission::Calls).is_some() && rate.by(Submission::Batches).is_some(), "{rate:?}");
+    assert_eq!(rate.by(Submission::Streams), None);
     bench.end();
 }
 
@@ -177,22 +261,35 @@ fn measures() {
     let device: Arc<dyn Device> = Arc::new(Cuda::open(0).unwrap());
     let folder = &fake::scratch();
     let blocks = [ByteCount::new(BLOCK), ByteCount::new(2 * MIB)];
-    for submission in [Submission::Calls, Submission::Batches] {
-        let choice = measure_files(&device, folder, &blocks, submission, SOON).unwrap();
-        for rate in &choice.rates {
-            assert!(rate.direct.as_ref().is_ok_and(|rate| *rate > 1e6), "{rate:?}");
-            assert!(rate.bounce.as_ref().is_ok_and(|rate| *rate > 1e6), "{rate:?}");
-            assert_eq!(choice.is_direct(rate.block), rate.is_direct());
+    let choice = measure_files(&device, folder, &blocks, SOON).unwrap();
+    for rate in &choice.rates {
+        for submission in Submission::ALL {
+            assert!(rate.by(submission).is_some_and(|rate| rate > 1e6), "{rate:?}");
         }
-        assert_eq!(choice.is_direct(ByteCount::new(4096)), choice.rates[0].is_direct());
+        let bounce = *rate.bounce.as_ref().unwrap();
+        assert!(bounce > 1e6, "{rate:?}");
+        let (best, direct) = rate.best().unwrap();
+        assert!(Submission::ALL.iter().all(|of| rate.by(*of) <= Some(direct)), "{rate:?}");
+        assert_eq!(choice.submission(rate.block), Some(best).filter(|_| direct > bounce));
     }
-    // A way that is quick and wrong, one that fails, and one that hangs: each time the other one is taken.
-    for word in ["file_lies", "file_error", "file_hang", "no_handle", "no_module"] {
+    assert_eq!(choice.submission(ByteCount::new(4096)), choice.rates[0].choice());
+    // Ways that are quick and wrong or quick and idle, one that fails, and one that hangs: each time the other one is taken.
+    for word in ["file_lies", "file_idle", "file_error", "file_hang", "no_handle", "no_module"] {
         faults(word);
         let time = if word == "file_hang" { Duration::from_secs(3) } else { SOON };
-        let choice = measure_files(&device, folder, &blocks[1..], Submission::Calls, time).unwrap();
-        assert!(choice.rates[0].direct.is_err(), "{word}: {choice:?}");
-        assert!(!choice.is_direct(blocks[1]), "{word}: {choice:?}");
+        let choice = measure_files(&device, folder, &blocks[1..], time).unwrap();
+        assert!(choice.rates[0].direct.iter().all(|(_, rate)| rate.is_err()), "{word}: {choice:?}");
+        assert!(choice.rates[0].bounce.is_ok(), "{word}: {choice:?}");
+        assert_eq!(choice.submission(blocks[1]), None, "{word}: {choice:?}");
+        faults("");
+    }
+    // Only one manner fails: the others are still measured.
+    for (word, broken) in [("no_stream", Submission::Streams), ("no_batch", Submission::Batches)] {
+        faults(word);
+        let choice = measure_files(&device, folder, &blocks[1..], SOON).unwrap();
+        for submission in Submission::ALL {
+            assert_eq!(choice.rates[0].by(submission).is_none(), submission == broken, "{word}: {choice:?}");
+        }
         faults("");
     }
 }
@@ -202,15 +299,19 @@ fn measures() {
 fn in_child() {
     let Some(part) = fake::part() else { return };
     match part.as_str() {
-        "files-move" => [Submission::Calls, Submission::Batches].into_iter().for_each(moves),
-        "files-fail" => [Submission::Calls, Submission::Batches].into_iter().for_each(fails),
+        "files-move" => Submission::ALL.into_iter().for_each(moves),
+        "files-fail" => Submission::ALL.into_iter().for_each(fails),
         "files-hang-calls" => hangs(Submission::Calls),
         "files-hang-batches" => hangs(Submission::Batches),
+        "files-hang-streams" => hangs(Submission::Streams),
+        "files-streams" => streams_fail(),
+        "files-lost" => a_lost_stream(),
+        "files-old" => old(),
         "files-measure" => measures(),
         "no-files" => {
             let device: Arc<dyn Device> = Arc::new(Cuda::open(0).unwrap());
             let ends = Arc::new(Log::default()) as Arc<dyn Ends>;
-            let refused = Gds::open(&device, Submission::Calls, LIMITS, ends).unwrap_err();
+            let refused = Gds::open(&device, LIMITS, ends).unwrap_err();
             assert!(matches!(refused, DeviceError::NoDriver { .. }), "{refused}");
         }
         _ => return,
@@ -235,6 +336,21 @@ fn failed_transfers_leave_nothing() {
 fn a_hanging_library_keeps_chunks_and_nobody_waiting() {
     fake::run("files::in_child", "files-hang-calls", Driver::Fake);
     fake::run("files::in_child", "files-hang-batches", Driver::Fake);
+    fake::run("files::in_child", "files-hang-streams", Driver::Fake);
+}
+
+/// A stream could end a transfer that its library still runs, or one failure take others with it: refuse, shorten, hold,
+/// lose the driver, and see each answered as it is and released when it may be.
+#[test]
+fn streams_end_nothing_that_goes_on() {
+    fake::run("files::in_child", "files-streams", Driver::Fake);
+    fake::run("files::in_child", "files-lost", Driver::Fake);
+}
+
+/// An old library could be refused as a whole, or called where it has nothing.
+#[test]
+fn an_old_library_has_no_streams_and_serves() {
+    fake::run("files::in_child", "files-old", Driver::Fake);
 }
 
 /// The self-test could choose a way that lies, fails or hangs.
@@ -250,7 +366,7 @@ fn without_the_library_there_is_an_answer() {
     fake::run("files::in_child", "no-files", Driver::Fake);
     let device: Arc<dyn Device> = Arc::new(HostOnly::new(0, CHUNK).unwrap());
     let ends = Arc::new(Log::default()) as Arc<dyn Ends>;
-    let refused = Gds::open(&device, Submission::Calls, LIMITS, ends).unwrap_err();
+    let refused = Gds::open(&device, LIMITS, ends).unwrap_err();
     assert!(matches!(refused, DeviceError::Unsupported { .. }), "{refused}");
     if std::env::var_os("CUFILE_LOGFILE_PATH").is_none() {
         let refused = log_to(Path::new("somewhere")).unwrap_err();

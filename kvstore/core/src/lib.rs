@@ -62,5 +62,6 @@ pub use state::disk::DATA_START;
 pub use state::space::{HEADER_PAGE_BYTES, frame_bytes};
 pub use units::{BlockCount, ByteCount, GIB, KIB, MIB, Micros, Now, TokenCount};
 pub use view::{
-    BlockView, Counters, DeviceView, GpuView, LeaseView, PinnedView, SnapshotEntry, SpaceView, TierViews,
+    BlockView, Counters, DeviceView, GpuView, HbmCopyView, LeaseView, PinnedView, SnapshotEntry, SpaceView,
+    TierViews,
 };

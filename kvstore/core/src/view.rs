@@ -7,7 +7,7 @@ use crate::ids::{
     TenantId,
 };
 use crate::state::block::{Block, BlockIndex, Nvme};
-use crate::state::chunk::{ChunkKind, FrameCounts, FrameState};
+use crate::state::chunk::{ChunkKind, Frame, FrameCounts, FrameState};
 use crate::state::disk::SlotState;
 use crate::state::session::LeaseKind;
 use crate::units::{ByteCount, Micros, Now};
@@ -114,14 +114,14 @@ pub struct BlockView {
     pub fence: Option<Fence>,
     /// Its bytes were compared with the checksum since they arrived.
     pub verified: bool,
-    /// Leases that pin it.
+    /// Leases that pin its frame in Pinned.
     pub pins: u32,
     /// Operations that read from its frame.
     pub busy: u32,
     /// The Nvme copy, and its byte offset on the device.
     pub disk: Option<(DiskFrame, u64)>,
     /// Its copies in Hbm.
-    pub hbm: Vec<(GpuId, FrameRef)>,
+    pub hbm: Vec<HbmCopyView>,
     /// Frames being filled for it.
     pub filling: u32,
     /// Children known; of them in Pinned; of them in Nvme.
@@ -138,6 +138,21 @@ pub struct BlockView {
     pub leases: Vec<LeaseId>,
     /// Why it is where it is, in words.
     pub explanation: &'static str,
+}
+
+/// A block's copy on a device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HbmCopyView {
+    /// The device.
+    pub gpu: GpuId,
+    /// Where.
+    pub frame: FrameRef,
+    /// Its fence.
+    pub fence: Fence,
+    /// Its bytes were compared with the checksum since they arrived.
+    pub verified: bool,
+    /// Leases that pin it.
+    pub pins: u32,
 }
 
 /// Pinned, or one device of Hbm.
@@ -270,10 +285,9 @@ impl Core {
         let entry = self.blocks.at(index);
         let space = self.spaces.at(entry.space);
         let cell = entry.pinned.and_then(|frame| self.chunks.frame(frame));
-        let (pins, verified) = match cell.map(|cell| cell.state) {
-            Some(FrameState::Sealed { pins, verified, .. }) => (pins, verified),
-            Some(_) | None => (0, false),
-        };
+        let (pins, verified) = cell.map_or((0, false), sealed);
+        let hbm = self.hbm_copies(index);
+        let leases_hold = pins > 0 || hbm.iter().any(|copy| copy.pins > 0);
         let (disk, sequence) = match entry.nvme {
             Nvme::Sealed { frame, sequence } => Some((frame, sequence)).unzip(),
             Nvme::None | Nvme::Writing { .. } | Nvme::Committing { .. } | Nvme::Deleting => (None, None),
@@ -290,24 +304,25 @@ impl Core {
             pins,
             busy: cell.map_or(0, |cell| cell.busy),
             disk: disk.map(|frame| (frame, self.disks.offset(frame, space.frame_bytes))),
-            hbm: self.hbm_copies(index),
+            leases: self.leases_of(entry, &hbm),
+            hbm,
             filling: entry.filling.into(),
             children: entry.children,
             children_pinned: entry.children_pinned,
             children_nvme: entry.children_nvme,
             idle: entry.idle(self.now),
             retained_until: self.retained.get(&index).map(|retained| retained.until),
-            leases: self.leases_of(entry),
-            explanation: explain(entry, pins),
+            explanation: explain(entry, leases_hold),
         })
     }
 
-    fn leases_of(&self, block: &Block) -> Vec<LeaseId> {
-        let Some(frame) = block.pinned else { return Vec::new() };
+    fn leases_of(&self, block: &Block, on_devices: &[HbmCopyView]) -> Vec<LeaseId> {
+        let frames: Vec<FrameRef> =
+            block.pinned.into_iter().chain(on_devices.iter().map(|copy| copy.frame)).collect();
         let holds = self
             .leases
             .iter()
-            .filter(|(_, lease)| lease.items.iter().flatten().any(|held| held.frame == frame));
+            .filter(|(_, lease)| lease.items.iter().flatten().any(|held| frames.contains(&held.frame)));
         holds.map(|(id, _)| *id).take(64).collect()
     }
 
@@ -332,8 +347,13 @@ impl Core {
         }
     }
 
-    fn hbm_copies(&self, index: BlockIndex) -> Vec<(GpuId, FrameRef)> {
-        let copy = |gpu| self.gpus.at(gpu).entries.of(index)?.frame.map(|frame| (gpu, frame));
+    fn hbm_copies(&self, index: BlockIndex) -> Vec<HbmCopyView> {
+        let copy = |gpu| {
+            let frame = self.gpus.at(gpu).entries.of(index)?.frame?;
+            let cell = self.chunks.frame(frame)?;
+            let (pins, verified) = sealed(cell);
+            Some(HbmCopyView { gpu, frame, fence: cell.fence, verified, pins })
+        };
         self.blocks.at(index).hbm.iter().filter_map(copy).collect()
     }
 
@@ -542,9 +562,19 @@ pub struct SnapshotEntry {
     pub tiers: Residence,
 }
 
-fn explain(block: &Block, pins: u32) -> &'static str {
+/// Pins of a sealed frame, and whether it is verified.
+fn sealed(cell: &Frame) -> (u32, bool) {
+    match cell.state {
+        FrameState::Sealed { pins, verified, .. } => (pins, verified),
+        FrameState::Free | FrameState::Filling { .. } | FrameState::Evicting | FrameState::Quarantined => {
+            (0, false)
+        }
+    }
+}
+
+fn explain(block: &Block, is_leased: bool) -> &'static str {
     let tiers = block.residence();
-    if pins > 0 {
+    if is_leased {
         "leased: it is not evicted before its leases end"
     } else if block.is_retained() {
         "retained: it is evicted after all blocks that are not"
@@ -558,6 +588,8 @@ fn explain(block: &Block, pins: u32) -> &'static str {
         "a leaf: it is evicted from Pinned when no other leaf of its space is worth less"
     } else if tiers.nvme {
         "in Nvme: it is promoted when it is leased"
+    } else if !tiers.hbm.is_empty() {
+        "in Hbm alone: it is copied to Pinned before its frame is taken"
     } else if block.filling > 0 {
         "being filled: it is readable when it is sealed"
     } else {

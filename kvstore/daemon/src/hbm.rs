@@ -29,6 +29,7 @@ pub(crate) use chunk::HbmChunk;
 pub(crate) use gpu::Activity;
 use gpu::Gpu;
 use landing::{Place, Transfer};
+use maker::Snapshot;
 
 /// Copies to and from one device at one time: enough to fill a link with blocks of some hundred KiB.
 const COPIES_IN_FLIGHT: u32 = 64;
@@ -278,6 +279,12 @@ impl Hbm {
             None => works.transfer(transfer),
         }
         true
+    }
+
+    /// The bytes of a frame on a device and its fence after they were read; `None` if it is gone. Waits, some seconds
+    /// at worst.
+    pub(crate) fn snapshot(&self, gpu: GpuId, frame: FrameRef, length: ByteCount) -> Option<Snapshot> {
+        self.opened(gpu)?.snapshot(frame, length)
     }
 
     /// Host memory that was made for the pool: devices learn it, each in its own time.

@@ -1,6 +1,7 @@
 // cuFile for tests, built as libcufile.so.0, over the driver of cuda.c: device memory is host memory, so a transfer is a
 // pread or a pwrite. What goes wrong is read from the file $FAKE_CUDA before each call.
 #define _GNU_SOURCE
+#include <dlfcn.h>
 #include <fcntl.h>
 #include <pthread.h>
 #include <stdio.h>
@@ -14,7 +15,7 @@ typedef struct { int error, cuda_error; } status;
 static const status OK = { 0, 0 };
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static int opened;
-static long handles, buffers, batches;
+static long handles, buffers, batches, streams;
 
 static int fault(const char *word) {
   const char *path = getenv("FAKE_CUDA");
@@ -68,13 +69,24 @@ status cuFileBufRegister(const void *base, size_t length, int flags) {
 }
 status cuFileBufDeregister(const void *base) { (void)base; count(&buffers, -1); return OK; }
 
-static ssize_t move(void *handle, char *base, size_t size, off_t file, off_t device, int write) {
-  while (fault("file_hang")) usleep(1000);
+// Not what the file has there, whoever else lies about the same byte meanwhile.
+static void lie(int fd, char *byte, off_t file) {
+  char *page = NULL;
+  if (posix_memalign((void **)&page, 4096, 4096)) abort();
+  if (pread(fd, page, 4096, file) > 0) *byte = page[0] ^ 1;
+  free(page);
+}
+static ssize_t move_now(void *handle, char *base, size_t size, off_t file, off_t device, int write) {
   if (fault("file_error")) return -5030;
+  if (fault("file_idle")) return size;
   int fd = *(int *)handle;
   ssize_t moved = write ? pwrite(fd, base + device, size, file) : pread(fd, base + device, size, file);
-  if (moved > 0 && !write && fault("file_lies")) base[device] ^= 1;
+  if (moved > 0 && !write && fault("file_lies")) lie(fd, base + device, file);
   return moved > 0 && fault("file_short") ? moved / 2 : moved;
+}
+static ssize_t move(void *handle, char *base, size_t size, off_t file, off_t device, int write) {
+  while (fault("file_hang")) usleep(1000);
+  return move_now(handle, base, size, file, device, write);
 }
 ssize_t cuFileRead(void *h, void *base, size_t size, off_t file, off_t device) { return move(h, base, size, file, device, 0); }
 ssize_t cuFileWrite(void *h, const void *base, size_t size, off_t file, off_t device) { return move(h, (char *)base, size, file, device, 1); }
@@ -83,7 +95,7 @@ struct request { unsigned mode; void *base; off_t file, device; size_t size; voi
 struct event { void *cookie; unsigned status; size_t result; };
 struct batch { unsigned most, count, done; struct request requests[128]; };
 status cuFileBatchIOSetUp(void **batch, unsigned most) {
-  if (!most || most > 128) return (status){ 5022, 0 };
+  if (!most || most > 128 || fault("no_batch")) return (status){ 5022, 0 };
   struct batch *b = calloc(1, sizeof *b);
   b->most = most;
   *batch = b;
@@ -113,8 +125,47 @@ status cuFileBatchIOGetStatus(void *batch, unsigned least, unsigned *count_of, s
 }
 void cuFileBatchIODestroy(void *batch) { free(batch); count(&batches, -1); }
 
+// In the order of a stream of the driver beside this library. Numbers are read when the transfer is given, as whoever
+// registers a stream as this one allows, and once more when it happens: they must be there and be the same.
+status cuFileStreamRegister(void *stream, unsigned flags) {
+  if (!stream || flags != 15) return (status){ 5022, 0 };
+  if (fault("no_stream")) return (status){ 5030, 0 };
+  count(&streams, 1);
+  return OK;
+}
+status cuFileStreamDeregister(void *stream) { (void)stream; count(&streams, -1); return OK; }
+struct order { void *handle; char *base; size_t *size_at, size; off_t *file_at, *device_at, file, device; ssize_t *moved; int write; };
+static int perform(void *with) {
+  struct order *o = with;
+  if (fault("file_hang")) return 0;
+  ssize_t moved = -5022;
+  if (*o->size_at == o->size && *o->file_at == o->file && *o->device_at == o->device)
+    moved = move_now(o->handle, o->base, o->size, o->file, o->device, o->write);
+  if (!fault("untold")) __atomic_store_n(o->moved, moved, __ATOMIC_RELEASE);
+  free(o);
+  return 1;
+}
+static status give(void *h, void *base, size_t *size, off_t *file, off_t *device, ssize_t *moved, void *stream, int write) {
+  if (fault("no_submit") || (fault("no_second_submit") && *file)) return (status){ 5030, 0 };
+  if (*size % 4096 || *file % 4096 || *device % 4096) return (status){ 5022, 0 };
+  void *driver = dlopen("libcuda.so", RTLD_NOW | RTLD_NOLOAD);
+  int (*launch)(void *, int (*)(void *), void *) = driver ? dlsym(driver, "fake_launch") : NULL;
+  if (!launch) return (status){ 5001, 0 };
+  struct order *o = malloc(sizeof *o);
+  *o = (struct order){ h, base, size, *size, file, device, *file, *device, moved, write };
+  int failed = launch(stream, perform, o);
+  if (failed) free(o);
+  return (status){ 0, failed };
+}
+status cuFileReadAsync(void *h, void *base, size_t *size, off_t *file, off_t *device, ssize_t *moved, void *stream) {
+  return give(h, base, size, file, device, moved, stream, 0);
+}
+status cuFileWriteAsync(void *h, void *base, size_t *size, off_t *file, off_t *device, ssize_t *moved, void *stream) {
+  return give(h, base, size, file, device, moved, stream, 1);
+}
+
 void fake_files_live(char *text, size_t length) {
   pthread_mutex_lock(&lock);
-  snprintf(text, length, "handles=%ld buffers=%ld batches=%ld", handles, buffers, batches);
+  snprintf(text, length, "handles=%ld buffers=%ld batches=%ld streams=%ld", handles, buffers, batches, streams);
   pthread_mutex_unlock(&lock);
 }

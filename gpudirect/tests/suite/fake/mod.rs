@@ -66,6 +66,13 @@ fn cufile() -> Option<&'static Path> {
     BUILT.get_or_init(|| built("fake-cufile", "cufile.c", "libcufile.so.0", &[])).as_deref()
 }
 
+/// One before 1.7, for parts whose names begin with "files-old".
+fn old_cufile() -> Option<&'static Path> {
+    static BUILT: OnceLock<Option<PathBuf>> = OnceLock::new();
+    let options = ["-DcuFileReadAsync=cuFileReadAsync_later"];
+    BUILT.get_or_init(|| built("fake-cufile-old", "cufile.c", "libcufile.so.0", &options)).as_deref()
+}
+
 /// Which driver a part finds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Driver {
@@ -93,7 +100,7 @@ pub(crate) fn command(test: &str, part: &str, driver_kind: Driver) -> Option<Com
     let mut folders = folder.as_os_str().to_owned();
     if part.starts_with("files") {
         folders.push(":");
-        folders.push(cufile()?);
+        folders.push(if part.starts_with("files-old") { old_cufile()? } else { cufile()? });
     }
     command.env("LD_LIBRARY_PATH", folders).env("CUFILE_LOGFILE_PATH", folder.join("cufile.log"));
     command.stdin(Stdio::null());

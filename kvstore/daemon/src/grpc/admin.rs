@@ -267,8 +267,9 @@ impl AdminService for Admin {
     async fn stat_block(&self, request: Request<v1::StatBlockRequest>) -> Answer<v1::StatBlockResponse> {
         let block = convert::block_id(&request.get_ref().block_id)?;
         let view = self.service.engine().view(|core| core.stat(block));
-        let facts = self.service.engine().media().facts();
-        Ok(Response::new(view.map_or_else(Default::default, |view| verify::stat(&view, &facts))))
+        let engine = self.service.engine();
+        let (facts, hbm) = (engine.media().facts(), engine.hbm());
+        Ok(Response::new(view.map_or_else(Default::default, |view| verify::stat(&view, &facts, hbm))))
     }
 
     async fn verify_block(

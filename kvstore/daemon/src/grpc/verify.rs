@@ -3,20 +3,31 @@
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-use terrace_core::{BlockHeader, BlockId, BlockView, Checksum, Checksummer, Fence, FrameRef};
+use terrace_core::{BlockHeader, BlockId, BlockView, Checksum, Checksummer, Fence, FrameRef, HbmCopyView};
 use terrace_lane::fold;
 use terrace_media::{MediaFacts, PAGE_BYTES, decode_header};
 use terrace_proto::v1;
 
 use crate::convert;
 use crate::engine::Engine;
+use crate::hbm::Hbm;
 
 /// Bytes read from a device at once.
 const PIECE_BYTES: usize = 1 << 20;
 
 /// A block for the wire.
-pub(super) fn stat(view: &BlockView, facts: &MediaFacts) -> v1::StatBlockResponse {
-    let mut copies = Vec::new();
+pub(super) fn stat(view: &BlockView, facts: &MediaFacts, hbm: &Hbm) -> v1::StatBlockResponse {
+    let on_devices = view.hbm.iter().map(|copy| v1::BlockCopy {
+        tier: v1::Tier::Hbm.into(),
+        device: hbm.name(copy.gpu),
+        chunk: copy.frame.chunk.get(),
+        frame: copy.frame.index,
+        offset: 0,
+        state: "sealed".to_owned(),
+        verified: copy.verified,
+        pins: copy.pins,
+    });
+    let mut copies: Vec<_> = on_devices.collect();
     if let Some(frame) = view.frame.filter(|_| view.tiers.pinned) {
         copies.push(v1::BlockCopy {
             tier: v1::Tier::Pinned.into(),
@@ -69,6 +80,10 @@ pub(super) fn verify(engine: &Engine, block: BlockId) -> Vec<v1::VerifiedCopy> {
     let Some(view) = engine.view(|core| core.stat(block)) else { return Vec::new() };
     let Some(header) = view.header else { return Vec::new() };
     let mut copies = Vec::new();
+    for copy in &view.hbm {
+        let found = in_hbm(engine.hbm(), copy, &header);
+        copies.push(verified(v1::Tier::Hbm, &header, found));
+    }
     if let (Some(frame), Some(fence), true) = (view.frame, view.fence, view.tiers.pinned) {
         let found = in_memory(engine, frame, fence, &header);
         copies.push(verified(v1::Tier::Pinned, &header, found));
@@ -107,6 +122,17 @@ fn verified(tier: v1::Tier, header: &BlockHeader, found: Result<Checksum, String
         found: found.get(),
         detail,
     }
+}
+
+/// What another client may have stored since is what is found: device memory has no write protection.
+fn in_hbm(hbm: &Hbm, copy: &HbmCopyView, header: &BlockHeader) -> Result<Checksum, String> {
+    let moved = || "it moved while it was read; ask again".to_owned();
+    let taken = hbm.snapshot(copy.gpu, copy.frame, header.length).ok_or_else(moved)?;
+    let failed = |error| format!("cannot read {}: {error}", hbm.name(copy.gpu));
+    let (bytes, fence) = taken.map_err(failed)?;
+    let mut summer = Checksummer::new(header.block, header.length, header.generation);
+    fold::update(&mut summer, &bytes);
+    if fence == copy.fence { Ok(summer.finish()) } else { Err(moved()) }
 }
 
 fn in_memory(

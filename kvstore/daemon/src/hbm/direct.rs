@@ -2,7 +2,8 @@
 //!
 //! Promises: a read that is not taken, fails, or brings other bytes is told to the
 //! core as such, which then takes the way through Pinned; where the self-test
-//! found that way quicker for a size, nothing is given to cuFile.
+//! found that way quicker for a size, nothing is given to cuFile. Where it found
+//! cuFile quicker, jobs are given in the manner that it found quickest.
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -25,14 +26,14 @@ const LIMITS: FileLimits = FileLimits { threads: 4, jobs_max: 256, silence_max: 
 const READ_WITHIN: Duration = Duration::from_secs(5);
 /// Sizes that the self-test tries, and how long it may take.
 const SIZES: [u64; 4] = [64 * KIB, 360 * KIB, 2 * MIB, 8 * MIB];
-const MEASURE_WITHIN: Duration = Duration::from_secs(8);
+const MEASURE_WITHIN: Duration = Duration::from_secs(12);
 
 /// cuFile over one device.
 pub(crate) struct Direct {
     gds: Gds,
     files: Vec<Option<Arc<GdsFile>>>,
     /// Absent until the self-test has ended: nothing is read this way before.
-    choice: Arc<OnceLock<FileChoice>>,
+    choice: Arc<OnceLock<Result<FileChoice, DeviceError>>>,
     always: bool,
     reads: AtomicU64,
     fallen_back: Arc<AtomicU64>,
@@ -52,7 +53,7 @@ impl Direct {
         if wanted == UseGds::Off {
             return Err(DeviceError::Unsupported { what: "cuFile, because `hbm.gds` is off".to_owned() });
         }
-        let gds = Gds::open(device, Submission::Calls, LIMITS, Arc::clone(landing) as Arc<dyn Ends>)?;
+        let gds = Gds::open(device, LIMITS, Arc::clone(landing) as Arc<dyn Ends>)?;
         let open = |path: &PathBuf| {
             let opened = gds.open_to_read(path);
             opened
@@ -76,12 +77,8 @@ impl Direct {
         let sizes = match self.choice.get() {
             _ if self.always => "for all blocks".to_owned(),
             None => "not yet measured".to_owned(),
-            Some(choice) => {
-                let quicker = choice.rates.iter().filter(|rate| rate.is_direct());
-                let sizes: Vec<String> =
-                    quicker.map(|rate| format!("{} KiB", rate.block.get() / KIB)).collect();
-                if sizes.is_empty() { "slower at every size, not used".to_owned() } else { sizes.join(", ") }
-            }
+            Some(Err(error)) => format!("not measured and not used ({error})"),
+            Some(Ok(choice)) => sizes(choice),
         };
         format!("cuFile {mode}: {sizes}")
     }
@@ -91,8 +88,12 @@ impl Direct {
         (self.reads.load(Ordering::Relaxed), self.fallen_back.load(Ordering::Relaxed))
     }
 
-    fn takes(&self, bytes: ByteCount) -> bool {
-        self.always || self.choice.get().is_some_and(|choice| choice.is_direct(bytes))
+    /// How a block is read by the library, if at all.
+    fn way(&self, bytes: ByteCount) -> Option<Submission> {
+        if self.always {
+            return Some(Submission::Calls);
+        }
+        self.choice.get()?.as_ref().ok()?.submission(bytes)
     }
 
     /// Starts a read, or answers that it was not started.
@@ -105,7 +106,7 @@ impl Direct {
         landing: &Arc<Landing>,
     ) {
         let file = self.files.get(usize::from(source.get())).and_then(Option::as_ref);
-        let (Some(file), true) = (file, self.takes(expect.length)) else {
+        let (Some(file), Some(submission)) = (file, self.way(expect.length)) else {
             return landing.check(Check::Answer(op, Err(Fault::NotStarted)));
         };
         let whole = expect.length.round_up(PAGE_BYTES).unwrap_or(expect.length);
@@ -127,8 +128,8 @@ impl Direct {
         self.reads.fetch_add(1, Ordering::Relaxed);
         let submitted = bytes.and_then(|bytes| {
             let (operation, file) = (FileOperation::Read, Arc::clone(file));
-            let job =
-                FileJob { id, operation, file, offset: offset + PAGE_BYTES, bytes, within: READ_WITHIN };
+            let (offset, within) = (offset + PAGE_BYTES, READ_WITHIN);
+            let job = FileJob { id, operation, submission, file, offset, bytes, within };
             self.gds.submit(job).map_err(|refused| refused.error)
         });
         if let Err(error) = submitted {
@@ -137,17 +138,33 @@ impl Direct {
     }
 }
 
+/// The sizes that go by cuFile, and how; or why none does.
+fn sizes(choice: &FileChoice) -> String {
+    let quicker = choice.rates.iter().filter_map(|rate| Some((rate.block, rate.choice()?)));
+    let sizes: Vec<String> =
+        quicker.map(|(block, way)| format!("{} KiB by {}", block.get() / KIB, way.label())).collect();
+    if !sizes.is_empty() {
+        return sizes.join(", ");
+    }
+    let errors = choice.rates.iter().flat_map(|rate| &rate.direct);
+    match errors.filter_map(|(_, rate)| rate.as_ref().err()).next() {
+        Some(error) if choice.rates.iter().all(|rate| rate.best().is_none()) => format!("not used ({error})"),
+        Some(_) | None => "slower at every size, not used".to_owned(),
+    }
+}
+
 fn measure(
     device: Arc<dyn Device>,
     folder: PathBuf,
-    choice: Arc<OnceLock<FileChoice>>,
+    choice: Arc<OnceLock<Result<FileChoice, DeviceError>>>,
 ) -> Result<(), DeviceError> {
     let sizes = SIZES.map(ByteCount::new);
     super::gpu::spawn("hbm-measure".to_owned(), move || {
-        match measure_files(&device, &folder, &sizes, Submission::Calls, MEASURE_WITHIN) {
-            // There is one self-test in a life.
-            Ok(found) => drop(choice.set(found)),
-            Err(error) => tracing::warn!(%error, "cuFile could not be measured and is not used"),
+        let found = measure_files(&device, &folder, &sizes, MEASURE_WITHIN);
+        if let Err(error) = &found {
+            tracing::warn!(%error, "cuFile could not be measured and is not used");
         }
+        // There is one self-test in a life.
+        drop(choice.set(found));
     })
 }

@@ -6,19 +6,22 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use terrace_core::{BlockHeader, ByteCount, ChunkId, DeviceId, Done, Fault, GpuId, IoClass, OpId};
+use terrace_core::{BlockHeader, ByteCount, ChunkId, DeviceId, Done, Fault, FrameRef, GpuId, IoClass, OpId};
 use terrace_gpudirect::{
     Copies, CopyCounts, CopyLimits, Device, DeviceError, HostBytes, Job, Piece, Pinned, SLICE_BYTES, Sums,
 };
 
 use super::direct::Direct;
 use super::landing::{self, Check, Landing, Next, Place, Transfer};
-use super::maker::{Last, Maker, Wish};
+use super::maker::{Last, Maker, Snapshot, Wish};
 use super::{Finish, Table};
 use crate::config::UseGds;
 
 /// A copy that takes longer is a failure. Its frames stay taken until the device is done with them.
 const COPY_WITHIN: Duration = Duration::from_secs(10);
+
+/// A payload that is only looked at; chunks that are made before it take some milliseconds each.
+const SNAPSHOT_WITHIN: Duration = Duration::from_secs(5);
 
 /// Longest wait for a driver when the daemon ends.
 const END_WITHIN: Duration = Duration::from_secs(3);
@@ -152,6 +155,14 @@ impl Gpu {
 
     pub(crate) fn drop_chunk(&self, op: OpId, chunk: ChunkId) {
         self.wish(Wish::Drop { op, chunk });
+    }
+
+    /// A frame's payload, read out. Waits for what the thread that makes chunks does before.
+    pub(crate) fn snapshot(&self, frame: FrameRef, length: ByteCount) -> Option<Snapshot> {
+        let (answer, answered) = channel();
+        self.wish(Wish::Read { frame, length, answer });
+        let late = || Some(Err(DeviceError::Late(SNAPSHOT_WITHIN)));
+        answered.recv_timeout(SNAPSHOT_WITHIN).unwrap_or_else(|_| late())
     }
 
     pub(crate) fn register(&self, memory: HostBytes) {

@@ -3,12 +3,12 @@
 //! device is still there.
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::mpsc::{Receiver, RecvTimeoutError};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use terrace_core::{ByteCount, ChunkId, Done, Fault, GpuId, OpId};
-use terrace_gpudirect::{Device, DeviceError, HostBytes, Pinned};
+use terrace_core::{ByteCount, ChunkId, Done, Fault, Fence, FrameRef, GpuId, OpId};
+use terrace_gpudirect::{Device, DeviceError, HostBytes, Pinned, copy_out};
 
 use super::chunk::HbmChunk;
 use super::landing::Landing;
@@ -16,6 +16,8 @@ use super::{Finish, Table};
 
 /// How often a device that nobody uses is looked at.
 const LOOK: Duration = Duration::from_secs(1);
+/// A payload is read out in milliseconds. A device that takes longer has other troubles, and chunks to be made.
+const READ_WITHIN: Duration = Duration::from_secs(1);
 
 /// Runs what it holds when its last copy goes.
 pub(crate) struct Last(Mutex<Option<Box<dyn FnOnce() + Send>>>);
@@ -34,10 +36,14 @@ impl Drop for Last {
     }
 }
 
+/// A frame's payload and its fence; or why the device did not give it.
+pub(crate) type Snapshot = Result<(Vec<u8>, Fence), DeviceError>;
+
 /// What the thread is asked to do, in order.
 pub(crate) enum Wish {
     Create { op: OpId, chunk: ChunkId, frame_bytes: ByteCount, frames: u32 },
     Drop { op: OpId, chunk: ChunkId },
+    Read { frame: FrameRef, length: ByteCount, answer: Sender<Option<Snapshot>> },
     Register(HostBytes),
     Forget(HostBytes, Arc<Last>),
     Stop,
@@ -76,6 +82,10 @@ impl Maker {
                     let outcome = self.drop_chunk(chunk);
                     let _ = self.count();
                     (self.finish)(op, outcome);
+                }
+                Ok(Wish::Read { frame, length, answer }) => {
+                    // Whoever asked may have gone.
+                    let _ = answer.send(self.read(frame, length));
                 }
                 Ok(Wish::Register(memory)) => {
                     let added = self.pinned.add(&memory);
@@ -116,6 +126,17 @@ impl Maker {
                 Err(Fault::NoMemory)
             }
         }
+    }
+
+    /// A frame's payload as it is now; `None` if its chunk is gone. On this thread, because a chunk that somebody
+    /// reads cannot be dropped. The fence is that after the read: a frame that changed meanwhile has a younger one.
+    fn read(&self, frame: FrameRef, length: ByteCount) -> Option<Snapshot> {
+        let held = self.table.find(frame.chunk)?;
+        let payload = held.payload(frame.index, length).and_then(|source| {
+            let mut bytes = vec![0; usize::try_from(length.get()).unwrap_or(0)];
+            copy_out(&*self.device, &source, &mut bytes, READ_WITHIN).map(|()| bytes)
+        });
+        Some(payload.map(|bytes| (bytes, held.fences.fence(frame.index))))
     }
 
     /// The memory goes when nobody maps it any more, here or elsewhere. What other processes keep is missing on the

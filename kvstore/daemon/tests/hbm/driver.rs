@@ -253,3 +253,44 @@ async fn files_are_read_straight_into_the_device() {
     drop((lane, writer));
     assert_no_leak(&daemon).await;
 }
+
+/// The self-test could choose a way that is slower or wrong, or its choice could not be the one that reads take. Make
+/// the way through host memory slow, and then cuFile wrong: what `info` says was chosen must be how blocks come.
+#[tokio::test(flavor = "multi_thread")]
+async fn reads_go_the_way_that_the_self_test_chose() {
+    let folder = folder();
+    let Some(driver) = Driver::build(folder.path()) else { return };
+    assert!(built(folder.path(), "cufile.c", "libcufile.so.0"));
+    let extra = format!("admission = \"all\"\n{CUDA}gds = \"auto\"\n");
+    let names = keys(6);
+    driver.fail("no_module");
+    let daemon = driver.start(&extra);
+    assert!(device(&daemon, 0).await.note.contains("no cuFile"), "{}", device(&daemon, 0).await.note);
+    let mut writer = Lane::on_device(folder.path(), 0).await;
+    let (_window, written) = writer.write(&names).await;
+    assert!(all_on(&written, 0));
+    daemon.persisted().await;
+    daemon.kill();
+    // Blocks of 256 KiB go as those of 64 KiB were found to go best.
+    for (fault, chosen, direct_reads) in
+        [("slow_copy", "64 KiB by", 6), ("file_lies", "other bytes arrived", 0)]
+    {
+        driver.fail(fault);
+        let daemon = driver.start(&extra);
+        let found =
+            until(&daemon, "the end of the self-test", |found| !found.note.contains("not yet measured"))
+                .await;
+        assert!(found.note.contains(chosen), "{fault}: {}", found.note);
+        driver.fail("");
+        let mut lane = Lane::on_device(folder.path(), 0).await;
+        let read = lane.lease(LeaseKind::Read, &names).await;
+        assert!(all_on(&read, 0), "{fault}: {:?}", places(&read));
+        assert_exact(&mut lane, &read, &names).await;
+        let activity = device(&daemon, 0).await.activity.unwrap();
+        let reads = (activity.direct_reads_total, activity.direct_reads_fallen_back_total);
+        assert_eq!(reads, (direct_reads, 0), "{fault}: {}", found.note);
+        drop(lane);
+        assert_no_leak(&daemon).await;
+    }
+    drop(writer);
+}

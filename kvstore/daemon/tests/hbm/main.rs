@@ -4,10 +4,12 @@
 
 #![allow(clippy::unwrap_used, reason = "a test ends there, and says where")]
 
+mod apart;
 #[path = "../common/mod.rs"]
 mod common;
 mod driver;
 mod faults;
+mod looked;
 mod lost;
 mod ways;
 
