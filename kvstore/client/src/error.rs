@@ -191,6 +191,18 @@ impl ClientError {
         Self::from_code(code, error.message)
     }
 
+    /// Of a hello. A daemon of another version says which one it speaks, if anything; which one is spoken here, and what
+    /// to do, is added.
+    pub(crate) fn at_hello(self, spoken: &str) -> Self {
+        match self {
+            Self::Refused { code: code @ (Code::FailedPrecondition | Code::Unimplemented), message } => {
+                let advice = "use a client and a terraced of one release";
+                Self::Refused { code, message: format!("{message}; this client speaks {spoken}: {advice}") }
+            }
+            other => other,
+        }
+    }
+
     fn from_code(code: Code, message: String) -> Self {
         match code {
             Code::ResourceExhausted => Self::Throttled { message },

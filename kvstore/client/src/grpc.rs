@@ -79,7 +79,9 @@ impl GrpcLink {
             client: target.client_name.clone(),
         };
         opening.send(hello).await.map_err(|_| ClientError::Disconnected)?;
-        let mut notices = client.session(ReceiverStream::new(requests)).await?.into_inner();
+        let notices = client.session(ReceiverStream::new(requests)).await;
+        let mut notices =
+            notices.map_err(|status| ClientError::from(status).at_hello("terrace.v1"))?.into_inner();
         let first = notices.message().await?.ok_or(ClientError::Disconnected)?;
         let Some(Notice::Opened(facts)) = first.notice else {
             return Err(ClientError::Protocol { detail: "a session that opens with a notice" });

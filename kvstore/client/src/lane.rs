@@ -113,9 +113,14 @@ impl LaneLink {
         };
         writer.queue(&LaneRequest { id: 1, op: Some(Op::Hello(hello)) }, Vec::new())?;
         writer.flush().await?;
-        let first = reader.next().await?.ok_or(ClientError::Disconnected)?;
+        let first = reader.next().await?.ok_or_else(|| ClientError::Unreachable {
+            address: path.display().to_string(),
+            detail: "it closed the connection at hello".to_owned(),
+        })?;
         let facts = match first.message.result {
-            Some(Answer::Error(error)) => return Err(ClientError::refused(error)),
+            Some(Answer::Error(error)) => {
+                return Err(ClientError::refused(error).at_hello(&format!("lane version {LANE_VERSION}")));
+            }
             Some(Answer::Session(session)) => match session.notice {
                 Some(Notice::Opened(opened)) => opened,
                 _ => return Err(ClientError::Protocol { detail: "a session that opens with a notice" }),

@@ -48,7 +48,7 @@ def wire(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     options = [f"--proto_path={protos}", f"--python_out={folder}", f"--grpc_python_out={folder}"]
     assert protoc.main(["protoc", *options, *files]) == 0
     sys.path.insert(0, str(folder))
-    from terrace.v1 import admin_pb2, admin_pb2_grpc, block_pb2, block_pb2_grpc, common_pb2
+    from terrace.v1 import admin_pb2, admin_pb2_grpc, block_pb2, block_pb2_grpc, common_pb2, lane_pb2
 
     return SimpleNamespace(
         admin=admin_pb2,
@@ -56,6 +56,7 @@ def wire(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
         block=block_pb2,
         block_grpc=block_pb2_grpc,
         common=common_pb2,
+        lane=lane_pb2,
     )
 
 

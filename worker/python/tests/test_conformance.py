@@ -1,5 +1,6 @@
 """One set of cases that every connector passes. What an engine gets is the right block or a miss, whatever happens."""
 
+import importlib
 import itertools
 import logging
 import os
@@ -16,6 +17,7 @@ from types import SimpleNamespace
 import pytest
 from conftest import PATIENCE, Daemon, wait_for
 from connectors import CONNECTORS, Connector, Numbers, Shared
+from other_version import OURS, THEIRS, OtherVersion
 from terrace_kv import _engine, _versions
 
 pytestmark = pytest.mark.filterwarnings("default")
@@ -366,8 +368,11 @@ class Heard(logging.Handler):
 
 
 @pytest.fixture
-def heard() -> Iterator[list[str]]:
+def heard(kind: type[Connector]) -> Iterator[list[str]]:
     handler = Heard()
+    if kind.engine:
+        # An engine sets its loggers up when it is first imported, and takes handlers away.
+        importlib.import_module(f"terrace_kv.{kind.engine}")
     names = ("terrace_kv", "vllm", "sglang.terrace_kv", "lmcache.terrace_kv")
     for name in names:
         logging.getLogger(name).addHandler(handler)
@@ -411,6 +416,40 @@ def test_wrong_socket(make: Make, folder: Path, heard: list[str], what: str) -> 
         stop.set()
         thread.join()
         listener.close()
+
+
+@pytest.mark.parametrize("how", ["refuses", "unreadable", "hangs_up"])
+def test_a_daemon_of_another_version(
+    kind: type[Connector], folder: Path, wire: SimpleNamespace, heard: list[str], how: str
+) -> None:
+    """The daemon was upgraded and the engine was not: it starts, says what to do, and finds the right daemon when that
+    comes."""
+    where = folder / "lane.sock"
+    with OtherVersion(where, wire, how) as other:
+        connector = kind(where)
+        misses(connector)
+        assert set(other.asked) == {OURS}
+    told = [line for line in heard if f"no terraced at {where}" in line]
+    assert told
+    assert "goes on without" in told[0]
+    if how == "refuses":
+        assert f"this daemon speaks {THEIRS}" in told[0]
+        assert f"this client speaks lane version {OURS}: use a client and a terraced of one release" in told[0]
+    elif how == "unreadable":
+        assert "are client and daemon of one version?" in told[0]
+    else:
+        assert "it closed the connection at hello" in told[0]
+    right_one = Daemon(folder, wire)
+    try:
+
+        def stored() -> bool:
+            connector.put(ALL)
+            return never_wrong(connector, ALL) == N
+
+        wait_for(stored, "the daemon of this version")
+    finally:
+        connector.close()
+        right_one.kill()
 
 
 def test_a_version_that_was_not_tried(

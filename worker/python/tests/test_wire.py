@@ -4,9 +4,11 @@ Nothing of the package is used but to look from the other side. Identities and c
 Python, so that a slip in the documents or in the daemon shows.
 """
 
+import socket
 import struct
 import threading
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +16,7 @@ import grpc
 import pytest
 import terrace_kv
 from conftest import BLOCK_BYTES, PATIENCE, Daemon, keys, manifest, payload
+from other_version import FAILED_PRECONDITION, OURS, THEIRS, frame, receive
 
 # ---- BLAKE3 of one chunk (up to 1,024 bytes), from its specification.
 
@@ -249,6 +252,36 @@ def test_the_key_chain(client: Client) -> None:
         key = derived("terrace 2026 prefix chain v1", key + struct.pack("<2I", *tokens[at : at + 2]))[:16]
         expected.append(key)
     assert terrace_kv.chain_keys(tokens[:5], 2) == expected
+
+
+def test_another_lane_version_is_refused(daemon: Daemon, wire: SimpleNamespace) -> None:
+    """A client of another release is taken for one of this: it is told what this daemon speaks, no session opens."""
+    for version in (0, THEIRS):
+        hello = wire.lane.LaneRequest(id=7, hello=wire.lane.LaneHello(version=version, client="of another release"))
+        with socket.socket(socket.AF_UNIX) as stream:
+            stream.settimeout(PATIENCE)
+            stream.connect(str(daemon.socket))
+            stream.sendall(frame(hello.SerializeToString()))
+            answer = wire.lane.LaneResponse.FromString(receive(stream))
+            assert answer.id == 7
+            assert answer.error.code == FAILED_PRECONDITION
+            assert f"lane version {version} is not spoken here; this daemon speaks {OURS}" in answer.error.message
+            assert receive(stream) == b"", "it goes on talking"
+    assert daemon.info().sessions == 0
+
+
+def test_a_server_of_another_contract() -> None:
+    """Over gRPC, whoever answers knows no terrace.v1: the error says so and what to do."""
+    server = grpc.server(ThreadPoolExecutor(1))
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        with pytest.raises(terrace_kv.Refused) as caught:
+            terrace_kv.connect(None, f"http://127.0.0.1:{port}", client_name="test")
+        assert caught.value.code == "Unimplemented"
+        assert "this client speaks terrace.v1: use a client and a terraced of one release" in str(caught.value)
+    finally:
+        server.stop(None)
 
 
 def test_without_a_session_nothing_is_answered(client: Client) -> None:
