@@ -16,7 +16,12 @@ pytest.importorskip("sglang", reason="SGLang is not installed: its backend is no
 
 from sglang.srt.environ import envs  # noqa: E402
 from sglang.srt.mem_cache import hicache_storage  # noqa: E402
-from sglang.srt.mem_cache.hicache_storage import HiCacheFile, HiCacheStorageConfig, HiCacheStorageExtraInfo  # noqa: E402
+from sglang.srt.mem_cache.hicache_storage import (  # noqa: E402
+    HiCacheFile,
+    HiCacheStorage,
+    HiCacheStorageConfig,
+    HiCacheStorageExtraInfo,
+)
 from test_sglang import PAGE, Pool, backend, indices, names  # noqa: E402
 
 if not hasattr(hicache_storage, "PoolTransfer"):
@@ -54,7 +59,9 @@ def server(socket: Path, **changes: Any) -> SimpleNamespace:
     store = backend(socket, pools.kv, **changes)
     for name in ("kv", "indexer", "mamba"):
         store.register_mem_host_pool_v2(getattr(pools, name), PoolName(name))
-    store.on_host_pools_registered()
+    if hasattr(HiCacheStorage, "on_host_pools_registered"):
+        # Controllers tell from 0.5.23 on.
+        store.on_host_pools_registered()
     pools.store = store
     return pools
 
@@ -149,8 +156,12 @@ def test_hits_are_those_of_sglangs_file_backend(daemon: Daemon, folder: Path) ->
             PoolTransfer(name=PoolName.MAMBA, keys=keys[: 1 + turn % 3], hit_policy=PoolHitPolicy.TRAILING_PAGES),
         ]
         ours, file = (store.batch_exists_v2(keys, asked) for store in (one.store, theirs))
-        assert ours.kv_hit_pages == file.kv_hit_pages, turn
-        assert getattr(ours, "restorable_prefix_pages", None) == getattr(file, "restorable_prefix_pages", None), turn
+        restorable = getattr(file, "restorable_prefix_pages", None)
+        if restorable is None:
+            # Before 0.5.23 it takes the least of what each pool reaches, where another pool need not have a state.
+            assert ours.kv_hit_pages <= file.kv_hit_pages, turn
+        else:
+            assert (ours.kv_hit_pages, ours.restorable_prefix_pages) == (file.kv_hit_pages, restorable), turn
         if file.kv_hit_pages:
             assert ours.extra_pool_hit_pages == file.extra_pool_hit_pages, turn
         lengths.add(ours.kv_hit_pages)

@@ -33,7 +33,7 @@ def fold(there: Mapping[str, Sequence[bool]], transfers: Sequence[Any]) -> Any:
             hits[transfer.name] = max(fine)
         restorable = [length for length in restorable if length in fine]
     result = PoolTransferResult(restorable[-1] if restorable else 0, hits)
-    # Before 0.5.23 there is one boundary and no set of them.
+    # Older releases have one boundary and no set of them.
     if any(field.name == "restorable_prefix_pages" for field in dataclasses.fields(PoolTransferResult)):
         result.restorable_prefix_pages = restorable
     return result

@@ -1,10 +1,12 @@
 """Versions of engines that the connectors were run with. Everything that differs between versions is told here."""
 
+import dataclasses
 import importlib.metadata
+import inspect
 from typing import Any
 
 SUPPORTED: dict[str, tuple[str, ...]] = {
-    "vllm": ("0.31", "0.32"),
+    "vllm": ("0.30", "0.31", "0.32"),
     "lmcache": ("0.5",),
     "sglang": ("0.5",),
 }
@@ -45,3 +47,14 @@ def sglang_shard(config: Any) -> tuple[int, int]:
 def sglang_writes(config: Any) -> bool:
     """Whether this rank stores what others have as well. Before 0.5.23 that is rank 0 of those with equal caches."""
     return not config.is_mla_model or config.tp_rank == sglang_shard(config)[0]
+
+
+def vllm_tier_arguments(base: type, backpressure_detector: Any) -> tuple[Any, ...]:
+    """What a tier's base class takes beyond its three arguments; vLLM tells tiers of back-pressure from 0.31 on."""
+    told = "backpressure_detector" in inspect.signature(base.__init__).parameters
+    return (backpressure_detector,) if told else ()
+
+
+def vllm_job_result(kind: type, *values: Any) -> Any:
+    """What became of a tier's job; before 0.31 without its last value, the bytes moved."""
+    return kind(*values[: len(dataclasses.fields(kind))])

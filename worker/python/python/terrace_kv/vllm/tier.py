@@ -24,7 +24,7 @@ from .._background import Background
 from .._engine import Store, StoreSpace, Target
 from .._manifest import SpaceManifest
 from .._native import Block
-from .._versions import advice, installed
+from .._versions import advice, installed, vllm_job_result, vllm_tier_arguments
 
 logger = init_logger("vllm.terrace_kv")
 
@@ -58,13 +58,16 @@ class TerraceTier(SecondaryTierManager):
         model_fingerprint: str = "",
         **where: Any,
     ) -> None:
-        super().__init__(offloading_spec, primary_kv_view, tier_type, backpressure_detector)
+        more = vllm_tier_arguments(SecondaryTierManager, backpressure_detector)
+        super().__init__(offloading_spec, primary_kv_view, tier_type, *more)
         if told := advice("vllm", installed("vllm")):
             logger.warning("terrace: %s", told)
-        self._rows = np.frombuffer(primary_kv_view.cast("B"), np.uint8).reshape(-1, self.block_size_bytes)
+        assert primary_kv_view.strides is not None
+        self._chunk_bytes = primary_kv_view.strides[0]
+        self._rows = np.frombuffer(primary_kv_view.cast("B"), np.uint8).reshape(-1, self._chunk_bytes)
         self._wait = wait_seconds
         store = Store(Target.of(where, "vllm tier"), logger)
-        self._space = StoreSpace(store, manifest(offloading_spec, self.block_size_bytes, model_fingerprint))
+        self._space = StoreSpace(store, manifest(offloading_spec, self._chunk_bytes, model_fingerprint))
         self._lock = threading.Condition()
         self._asked: dict[bytes, Asked] = {}
         self._keys_of: dict[str, set[bytes]] = {}
@@ -154,14 +157,14 @@ class TerraceTier(SecondaryTierManager):
     def _end(self, job: TransferJob, keys: list[bytes], good: list[bool], seconds: float) -> None:
         loaded = [key for key, fine in zip(keys, good, strict=True) if fine]
         partly = loaded if job.is_promotion and not all(good) else None
-        moved = len(loaded) * self.block_size_bytes
+        moved = len(loaded) * self._chunk_bytes
         with self._lock:
             for key, fine in zip(keys, good, strict=True):
                 asked = self._asked.get(key)
                 if asked is not None and job.is_promotion and not fine:
                     # Not promised again to those who still ask.
                     asked.result, asked.block = LookupResult.MISS, None
-            self._finished.append(JobResult(job.job_id, all(good), partly, seconds, moved))
+            self._finished.append(vllm_job_result(JobResult, job.job_id, all(good), partly, seconds, moved))
             self._running -= 1
             self._lock.notify_all()
 
