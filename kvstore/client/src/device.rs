@@ -22,11 +22,10 @@ use terrace_proto::v1::lane_response::Result as Answer;
 use terrace_proto::v1::{self, HbmDevice, Shrink, Tier};
 
 use crate::chunks::Mapped;
-use crate::convert::{parent_to_wire, purpose_to_wire};
 use crate::device_read::DeviceReadLease;
 use crate::device_write::DeviceWriteLease;
 use crate::error::ClientError;
-use crate::lease::{Frame, Lease, Wanted, lease, millis};
+use crate::lease::{Frame, Lease, lease, millis};
 use crate::read::ReadOptions;
 use crate::session::{Prefetched, Session};
 use crate::space::Space;
@@ -72,16 +71,7 @@ impl Session {
     ) -> Result<DeviceReadLease, ClientError> {
         let lane = self.lane("lease_read_on")?;
         lane.chunks.device(number)?;
-        let wanted = Wanted {
-            space,
-            kind: v1::LeaseKind::Read,
-            keys: self.keys(space, keys)?,
-            parent: bytes::Bytes::new(),
-            ttl: options.ttl,
-            wait: options.wait,
-            purpose: purpose_to_wire(options.purpose),
-            device: Some(number),
-        };
+        let wanted = self.to_read(space, keys, options, Some(number))?;
         let (held, outcomes) = lease(lane, wanted).await?;
         DeviceReadLease::new(held, outcomes)
     }
@@ -101,16 +91,7 @@ impl Session {
     ) -> Result<DeviceWriteLease, ClientError> {
         let lane = self.lane("lease_write_on")?;
         lane.chunks.device(number)?;
-        let wanted = Wanted {
-            space,
-            kind: v1::LeaseKind::Write,
-            keys: self.keys(space, keys)?,
-            parent: parent_to_wire(parent)?,
-            ttl: options.ttl,
-            wait: options.wait,
-            purpose: v1::LeasePurpose::Unspecified,
-            device: Some(number),
-        };
+        let wanted = self.to_write(space, keys, parent, options, Some(number))?;
         let (held, outcomes) = lease(lane, wanted).await?;
         DeviceWriteLease::new(held, outcomes)
     }

@@ -423,6 +423,47 @@ impl Session {
         Ok(Match { prefix, blocks: blocks.collect() })
     }
 
+    /// What a read lease asks for, on a device of the daemon's or in host memory.
+    pub(crate) fn to_read<'a>(
+        &self,
+        space: &'a Space,
+        keys: &[impl AsRef<[u8]>],
+        options: ReadOptions,
+        device: Option<u32>,
+    ) -> Result<Wanted<'a>, ClientError> {
+        Ok(Wanted {
+            space,
+            kind: v1::LeaseKind::Read,
+            keys: self.keys(space, keys)?,
+            parent: bytes::Bytes::new(),
+            ttl: options.ttl,
+            wait: options.wait,
+            purpose: purpose_to_wire(options.purpose),
+            device,
+        })
+    }
+
+    /// The same of a write lease.
+    pub(crate) fn to_write<'a>(
+        &self,
+        space: &'a Space,
+        keys: &[impl AsRef<[u8]>],
+        parent: Option<&[u8]>,
+        options: WriteOptions,
+        device: Option<u32>,
+    ) -> Result<Wanted<'a>, ClientError> {
+        Ok(Wanted {
+            space,
+            kind: v1::LeaseKind::Write,
+            keys: self.keys(space, keys)?,
+            parent: parent_to_wire(parent)?,
+            ttl: options.ttl,
+            wait: options.wait,
+            purpose: v1::LeasePurpose::Unspecified,
+            device,
+        })
+    }
+
     /// Pins blocks for reading in place. When cancelled, what was granted is released.
     ///
     /// # Errors
@@ -434,16 +475,7 @@ impl Session {
         options: ReadOptions,
     ) -> Result<ReadLease, ClientError> {
         let lane = self.lane("lease_read")?;
-        let wanted = Wanted {
-            space,
-            kind: v1::LeaseKind::Read,
-            keys: self.keys(space, keys)?,
-            parent: bytes::Bytes::new(),
-            ttl: options.ttl,
-            wait: options.wait,
-            purpose: purpose_to_wire(options.purpose),
-            device: None,
-        };
+        let wanted = self.to_read(space, keys, options, None)?;
         let (held, outcomes) = lease(lane, wanted).await?;
         ReadLease::new(held, outcomes)
     }
@@ -461,16 +493,7 @@ impl Session {
         options: WriteOptions,
     ) -> Result<WriteLease, ClientError> {
         let lane = self.lane("lease_write")?;
-        let wanted = Wanted {
-            space,
-            kind: v1::LeaseKind::Write,
-            keys: self.keys(space, keys)?,
-            parent: parent_to_wire(parent)?,
-            ttl: options.ttl,
-            wait: options.wait,
-            purpose: v1::LeasePurpose::Unspecified,
-            device: None,
-        };
+        let wanted = self.to_write(space, keys, parent, options, None)?;
         let (held, outcomes) = lease(lane, wanted).await?;
         WriteLease::new(held, outcomes)
     }
