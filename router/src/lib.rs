@@ -61,8 +61,6 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     let listener = tokio::net::TcpListener::bind(config.listen)
         .await
         .with_context(|| format!("cannot listen on {}; choose another --listen", config.listen))?;
-    let address = listener.local_addr().context("cannot tell the address listened on")?;
-    tracing::info!(%address, daemons = config.grpc.join(","), "router listens");
     serve(config, listener, async move {
         tokio::select! {
             _ = terminate.recv() => {}
@@ -75,7 +73,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
 /// Serves on a listener until `stop` ends; see [`run`].
 ///
 /// # Errors
-/// When the model file cannot be used.
+/// When the model file cannot be used, or nothing can be published.
 pub async fn serve(
     config: Config,
     listener: tokio::net::TcpListener,
@@ -87,6 +85,9 @@ pub async fn serve(
     {
         let _ = router.publisher.set(publisher);
     }
+    // Whoever waits for this line may use every door at once.
+    let address = listener.local_addr().context("cannot tell the address listened on")?;
+    tracing::info!(%address, daemons = router.config.grpc.join(","), "router listens");
     let observer = tokio::spawn(signals::follow(Arc::clone(&router)));
     let reporter = tokio::spawn(signals::report(Arc::clone(&router)));
     let (stopping, stopped) = tokio::sync::oneshot::channel::<()>();
