@@ -31,7 +31,7 @@ pub(crate) fn run(options: &Options, format: Format) -> anyhow::Result<ExitCode>
     options.check()?;
     let mut runs = Vec::new();
     for file in &options.files {
-        let trace = options.replay.trace(file)?;
+        let trace = options.trace(file)?;
         let setting = options.setting(&trace)?;
         let jobs = jobs(&options.policy, &options.event_delay);
         let progress = super::store::progress_bar(jobs.len() * trace.asks.len());

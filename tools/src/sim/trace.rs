@@ -22,6 +22,8 @@ const BLOCKS_MAX: usize = 1 << 30;
 const TOKENS_MAX: u64 = 1 << 31;
 /// First bytes of a zstd frame.
 const ZSTD_MAGIC: [u8; 4] = [0x28, 0xb5, 0x2f, 0xfd];
+/// Whether a session is drawn is told in steps of one in so many.
+const DRAWS: f64 = 1_000_000.0;
 /// Block sizes that are tried when the caller names none.
 const TOKENS_PER_BLOCK: [u32; 10] = [16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192];
 
@@ -218,6 +220,55 @@ impl Trace {
         Ok(Self { name, asks, tokens_per_block, has_sessions, numbers, ids })
     }
 
+    /// So many times its sessions: further ones do what the recorded ones do, begin at other times of the same span, and
+    /// share blocks among themselves as those do, but none with them. Of a part of a time, sessions are drawn.
+    ///
+    /// # Errors
+    /// When requests name no sessions, or there would be more blocks than can be counted.
+    pub(crate) fn with_sessions(self, times: f64) -> anyhow::Result<Self> {
+        ensure!(self.has_sessions, "{}: requests name no sessions, which --sessions needs", self.name);
+        let copies = whole(times.ceil());
+        let blocks = self.numbers.len().checked_mul(copies as usize);
+        ensure!(
+            blocks.is_some_and(|blocks| blocks <= BLOCKS_MAX),
+            "{}: more than {BLOCKS_MAX} blocks in all prompts of so many sessions; use a smaller --sessions or --limit",
+            self.name
+        );
+        let distinct = u32::try_from(self.ids.len()).context("too many distinct blocks")?;
+        let span = self.asks.iter().filter(|ask| !ask.follows).map(|ask| ask.at).max().unwrap_or(0) + 1;
+        let (mut asks, mut sessions) = (Vec::new(), Vec::new());
+        let (mut numbers, mut ids) = (Vec::new(), Vec::new());
+        for copy in 0..copies {
+            let base = copy.checked_mul(distinct).context("too many distinct blocks")?;
+            ids.extend((0u64..).zip(&self.ids).map(|(number, &id)| match copy {
+                0 => id,
+                copy => block_id(spread(u64::from(copy)) ^ number),
+            }));
+            let share = whole((times - f64::from(copy)).clamp(0.0, 1.0) * DRAWS);
+            // Copies begin between each other, so that as many begin at any time as did.
+            let later = u128::from(span) * u128::from(copy) / u128::from(copies);
+            for (place, first) in self.asks.iter().enumerate().filter(|(_, ask)| !ask.follows) {
+                if u64::from(share) <= spread(place as u64) % u64::from(whole(DRAWS)) {
+                    continue;
+                }
+                let start = (u128::from(first.at) + later) % u128::from(span);
+                let start = u64::try_from(start).unwrap_or(0);
+                let mut next = Some(first);
+                while let Some(ask) = next {
+                    let begin = numbers.len();
+                    numbers.extend(self.numbers(ask).iter().map(|number| base + number));
+                    let at = start + (ask.at - first.at);
+                    asks.push(Ask { at, next: None, follows: false, begin, end: numbers.len(), ..*ask });
+                    sessions.push(Some(Session::Number(u64::from(copy) << 32 | place as u64)));
+                    next = ask.next.and_then(|next| self.asks.get(next as usize));
+                }
+            }
+        }
+        ensure!(!asks.is_empty(), "{}: so few sessions are none", self.name);
+        order(&mut asks, &mut sessions);
+        Ok(Self { asks, numbers, ids, ..self })
+    }
+
     /// Distinct blocks.
     pub(crate) fn distinct(&self) -> u64 {
         self.ids.len() as u64
@@ -253,6 +304,15 @@ impl Trace {
     pub(crate) fn tokens(&self, ask: &Ask, blocks: usize) -> u64 {
         (blocks as u64 * u64::from(self.tokens_per_block)).min(ask.input)
     }
+}
+
+#[expect(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "callers' numbers are not negative and small"
+)]
+fn whole(number: f64) -> u32 {
+    number as u32
 }
 
 /// By time, and each request knows the next one of its session.

@@ -1,6 +1,6 @@
 //! The command line of `sim route`, checked.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{bail, ensure};
 use clap::Args;
@@ -12,6 +12,7 @@ use crate::sim::size::Size;
 use crate::sim::trace::Trace;
 
 const GB: f64 = 1e9;
+const SESSIONS_MAX: f64 = 64.0;
 
 /// Replay a trace against workers behind a router
 #[derive(Clone, Debug, Args)]
@@ -55,6 +56,9 @@ pub(crate) struct Options {
     /// Sessions start at this share of their recorded start; closed loop only
     #[arg(long, value_name = "SHARE", default_value_t = 1.0)]
     pub(crate) starts: f64,
+    /// So many times the recorded sessions, each with blocks of its own and another start; closed loop only
+    #[arg(long, value_name = "TIMES", default_value_t = 1.0)]
+    pub(crate) sessions: f64,
     /// Tokens a second of one answer
     #[arg(long, value_name = "TOKENS", default_value_t = 40.0)]
     pub(crate) decode_rate: f64,
@@ -105,10 +109,27 @@ impl Options {
         }
         ensure!((1..=4096).contains(&self.workers), "--workers is {}: allowed are 1 to 4096", self.workers);
         ensure!(self.threads != Some(0), "--threads is 0: it must be 1 or more");
+        let sessions = self.sessions;
+        ensure!(
+            sessions > 0.0 && sessions <= SESSIONS_MAX,
+            "--sessions is {sessions}: it must be more than 0 and at most {SESSIONS_MAX}"
+        );
+        if sessions.total_cmp(&1.0).is_ne() && self.open_loop {
+            bail!("--sessions adds sessions, which --open-loop takes apart: use --speed");
+        }
         if self.starts < 1.0 && self.open_loop {
             bail!("--starts moves sessions, which --open-loop takes apart: use --speed");
         }
         Ok(())
+    }
+
+    /// The trace that is replayed.
+    ///
+    /// # Errors
+    /// When it cannot be read, or has no sessions to add to.
+    pub(crate) fn trace(&self, file: &Path) -> anyhow::Result<Trace> {
+        let trace = self.replay.trace(file)?;
+        if self.sessions.total_cmp(&1.0).is_eq() { Ok(trace) } else { trace.with_sessions(self.sessions) }
     }
 
     /// The cluster and its traffic; the delay comes with each replay.

@@ -93,3 +93,46 @@ fn ids_become_spread_blocks() {
     let ones: u32 = (0..1000).map(|id| block_id(id).as_u128().count_ones()).sum();
     assert!((63_000..65_000).contains(&ones), "{ones} of 128,000 bits are set");
 }
+
+/// Further sessions must be as many as asked for and alike, each chained in itself, and take no hits from the recorded
+/// ones, nor those from them: one and a half times three sessions, of which two share a block.
+#[test]
+fn further_sessions_are_alike_and_share_nothing_with_the_recorded() {
+    let line = |at: u64, session: u64, ids: &[u64]| {
+        let input = ids.len() * 16;
+        format!(
+            r#"{{"timestamp": {at}, "input_length": {input}, "output_length": 1, "hash_ids": {ids:?}, "session_id": {session}}}"#
+        )
+    };
+    let text =
+        [line(0, 1, &[7]), line(50, 2, &[7, 8]), line(70, 1, &[7, 9]), line(90, 3, &[5, 6])].join("\n");
+    let recorded = read(&text).unwrap();
+    let twice = read(&text).unwrap().with_sessions(2.0).unwrap();
+    assert_eq!((twice.asks.len(), twice.distinct()), (8, 10));
+    let starts = |trace: &Trace| {
+        let firsts = trace.asks.iter().filter(|ask| !ask.follows);
+        firsts.map(|ask| (ask.at, trace.blocks(ask).len())).collect::<Vec<_>>()
+    };
+    assert_eq!(starts(&recorded), [(0, 1), (50_000, 2), (90_000, 2)]);
+    // The span is 90,001 us: copies begin 45,000 us later, and from its end on at its beginning.
+    assert_eq!(starts(&twice), [(0, 1), (4_999, 2), (44_999, 2), (45_000, 1), (50_000, 2), (90_000, 2)]);
+    let old: Vec<BlockId> = recorded.ids().to_vec();
+    let mut of_copies = 0;
+    for ask in &twice.asks {
+        let blocks = twice.blocks(ask);
+        let known = blocks.iter().filter(|block| old.contains(block)).count();
+        assert!(known == 0 || known == blocks.len(), "a prompt is recorded or a copy");
+        of_copies += usize::from(known == 0);
+        if let Some(next) = ask.next {
+            let next = &twice.asks[next as usize];
+            assert_eq!((next.at - ask.at, next.follows), (70_000, true));
+            assert_eq!(twice.blocks(next)[0], blocks[0], "a session goes on with its own blocks");
+        }
+    }
+    assert_eq!(of_copies, 4);
+    let many = read(&text).unwrap().with_sessions(20.5).unwrap();
+    let sessions = many.asks.iter().filter(|ask| !ask.follows).count();
+    assert!((60..=63).contains(&sessions), "{sessions} sessions");
+    assert!(read(GOOD).unwrap().with_sessions(2.0).is_err(), "no sessions");
+    assert!(read(&text).unwrap().with_sessions(1e-9).is_err(), "none is drawn");
+}
