@@ -32,6 +32,8 @@ const SLOT_MAGIC: &[u8; 8] = b"TERRSLT1";
 const VERSION: u16 = 1;
 const FLAG_PARENT: u16 = 1;
 const FRAME_CRC_AT: usize = 112;
+/// Bytes of a frame header; the rest of its page is zero.
+pub(crate) const FRAME_HEADER_BYTES: usize = FRAME_CRC_AT + 8;
 const SLOT_FIXED: usize = 96;
 /// Longest manifest that is kept.
 pub const MANIFEST_BYTES_MAX: usize = 3072;
@@ -69,8 +71,14 @@ pub enum BadHeader {
 /// # Panics
 /// If the page is shorter than 4096 bytes.
 pub fn encode_header(header: &BlockHeader, page: &mut [u8]) {
-    let page = &mut page[..PAGE];
-    page.fill(0);
+    let (named, rest) = page[..PAGE].split_at_mut(FRAME_HEADER_BYTES);
+    named.copy_from_slice(&header_bytes(header));
+    rest.fill(0);
+}
+
+/// The bytes of a header page that say something.
+pub(crate) fn header_bytes(header: &BlockHeader) -> [u8; FRAME_HEADER_BYTES] {
+    let mut page = [0; FRAME_HEADER_BYTES];
     page[..8].copy_from_slice(FRAME_MAGIC);
     page[8..10].copy_from_slice(&VERSION.to_le_bytes());
     let flags = if header.parent.is_some() { FLAG_PARENT } else { 0 };
@@ -86,7 +94,8 @@ pub fn encode_header(header: &BlockHeader, page: &mut [u8]) {
     page[96..104].copy_from_slice(&header.generation.to_le_bytes());
     page[104..112].copy_from_slice(&header.write_sequence.to_le_bytes());
     let crc = crc(&page[..FRAME_CRC_AT]);
-    page[FRAME_CRC_AT..FRAME_CRC_AT + 8].copy_from_slice(&crc.to_le_bytes());
+    page[FRAME_CRC_AT..].copy_from_slice(&crc.to_le_bytes());
+    page
 }
 
 /// Reads a header page. Any bytes may be given.
@@ -100,7 +109,7 @@ pub fn decode_header(page: &[u8]) -> Result<BlockHeader, BadHeader> {
     let parent = id_at(page, 64);
     let length = u64_at(page, 80);
     let named = flags == FLAG_PARENT || (flags == 0 && parent == [0; 16]);
-    let rest_is_zero = is_zero(&page[12..16]) && is_zero(&page[FRAME_CRC_AT + 8..]);
+    let rest_is_zero = is_zero(&page[12..16]) && is_zero(&page[FRAME_HEADER_BYTES..]);
     if !named || !rest_is_zero || length == 0 || length > BLOCK_BYTES_MAX {
         return Err(BadHeader::Field);
     }

@@ -22,7 +22,7 @@ use crate::chunks::{ChunkMaker, ChunkTable, Wish, Wishes};
 use crate::commit::{Answer, Commits, Committer, Job};
 use crate::device::{AlignedPages, DeviceChanged, IoBuffer, IoOp, IoRequest, PagePool};
 use crate::facts;
-use crate::header::{SlotHeader, decode_header, encode_header};
+use crate::header::{SlotHeader, decode_header, encode_header, header_bytes};
 use crate::memory::{ChunkMemory, Holders, PAGE_BYTES};
 use crate::open::{OpenedCatalog, check_config, lock_directory, open_catalog};
 use crate::slots::{IO_PATIENCE, SYNC_PATIENCE, Slots};
@@ -703,19 +703,18 @@ fn verified(memory: &ChunkMemory, index: u32, expect: &BlockHeader) -> Result<Do
 
 /// Is what came from the device the block that was asked for?
 fn arrived(memory: &ChunkMemory, index: u32, expect: &BlockHeader) -> Result<Done, Fault> {
+    if memory.header_is(index, &header_bytes(expect)).map_err(|_| Fault::Checksum)? {
+        return verified(memory, index, expect);
+    }
     let mut page = [0u8; 4096];
     memory.copy_header(index, &mut page).map_err(|_| Fault::Checksum)?;
     match decode_header(&page) {
-        Ok(found) if found == *expect => verified(memory, index, expect),
         Ok(found) => {
             tracing::warn!(expected = %expect.block, found = %found.block, "another block's header page");
-            Err(Fault::Checksum)
         }
-        Err(error) => {
-            tracing::warn!(block = %expect.block, %error, "damaged header page");
-            Err(Fault::Checksum)
-        }
+        Err(error) => tracing::warn!(block = %expect.block, %error, "damaged header page"),
     }
+    Err(Fault::Checksum)
 }
 
 fn bounce(

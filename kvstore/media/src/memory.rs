@@ -18,6 +18,7 @@ use terrace_gpudirect::HostBytes;
 use terrace_lane::fold;
 
 use crate::fences::FencePages;
+use crate::header::FRAME_HEADER_BYTES;
 use crate::memfd::{Blank, Mapping, holders, probe, reopen, seal};
 
 /// Size and alignment of a header page, and of everything that O_DIRECT touches.
@@ -335,6 +336,21 @@ impl ChunkMemory {
             std::ptr::write_bytes(behind, 0, usize::try_from(rest).unwrap_or(0));
         }
         Ok(())
+    }
+
+    /// Whether a frame's header page holds these bytes, and zeros behind them.
+    pub(crate) fn header_is(
+        &self,
+        index: u32,
+        bytes: &[u8; FRAME_HEADER_BYTES],
+    ) -> Result<bool, OutsideFrame> {
+        const REST: [u8; 4096 - FRAME_HEADER_BYTES] = [0; 4096 - FRAME_HEADER_BYTES];
+        let header = self.frame(index)?;
+        // SAFETY: the page is inside the frame, and both ranges inside the page. A comparison of bytes by address makes no
+        // reference to memory that others may write.
+        let named = unsafe { libc::memcmp(header.cast(), bytes.as_ptr().cast(), bytes.len()) };
+        let rest = unsafe { libc::memcmp(header.add(bytes.len()).cast(), REST.as_ptr().cast(), REST.len()) };
+        Ok(named == 0 && rest == 0)
     }
 
     /// Copies a frame's header page out.

@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, mpsc};
 use std::time::{Duration, Instant};
 
 use common::*;
-use terrace_core::{BlockHeader, Done, Fault, IoClass, Via};
+use terrace_core::{BlockHeader, ByteCount, Done, Fault, IoClass, Via};
 use terrace_media::{
     Access, Backend, BlockIo, FaultyDevice, Injected, IoOp, MediaConfig, MediaOp, VolatileDevice,
     decode_header,
@@ -46,6 +46,16 @@ fn prepared(store: &Store, number: u8) -> BlockHeader {
     let bytes = payload(number);
     store.fill(frame(1, 0), &bytes);
     header(number, &bytes)
+}
+
+/// Block `number` of its own bytes in the frame of its number, on disk too.
+fn prepared_in(store: &mut Store, number: u8) -> BlockHeader {
+    let bytes = payload(number);
+    let at = u32::from(number);
+    store.fill(frame(1, at), &bytes);
+    let block = header(number, &bytes);
+    assert_eq!(store.write(frame(1, at), disk(0, at), block, Via::Direct), Ok(Done::Plain));
+    block
 }
 
 /// A write that did less or other than it said must be found out by the read:
@@ -192,6 +202,67 @@ fn every_bit_of_a_header_page_counts() {
     assert_eq!(store.read(disk(0, 1), frame(1, 5), block), Ok(Done::Plain));
 }
 
+/// Blocks that lie behind each other are read together: a device that damages or fails such a read must cost no more
+/// than the block it hurt, and every block must come into its own frame.
+#[test]
+fn neighbours_that_are_read_together_fail_alone() {
+    for backend in BACKENDS {
+        let folder = folder();
+        let (mut store, device) = faulty(&folder, backend);
+        let blocks: Vec<BlockHeader> = (0..6).map(|number| prepared_in(&mut store, number)).collect();
+        let third = 2 * FRAME_BYTES + 4096 + 77;
+        let cases = [
+            (Injected::Slow(1), None),
+            (Injected::BitFlip(third), Some(3)),
+            (Injected::Fail(Fault::Device), None),
+            (Injected::Short(FRAME_BYTES), None),
+        ];
+        for (fault, lost) in cases {
+            for number in 0..6 {
+                store.fill(frame(1, number), &payload(100));
+            }
+            let answers = read_together(&mut store, &device, &blocks, fault);
+            for (number, answer) in (0u8..).zip(answers) {
+                if Some(number) == lost {
+                    assert_eq!(answer, Err(Fault::Checksum), "{backend:?}: the damaged block");
+                    continue;
+                }
+                assert_eq!(answer, Ok(Done::Plain), "{backend:?}: block {number} with {fault:?}");
+                assert_eq!(store.payload(frame(1, u32::from(number))), payload(number));
+            }
+        }
+    }
+}
+
+/// Reads blocks that lie behind each other: the first alone, and the next four in one I/O, which meets the fault.
+fn read_together(
+    store: &mut Store,
+    device: &FaultyDevice,
+    blocks: &[BlockHeader],
+    fault: Injected,
+) -> Vec<Result<Done, Fault>> {
+    device.hold();
+    store.media.set_bytes_in_flight_max(ByteCount::new(4096));
+    let ops: Vec<_> = (0u32..)
+        .zip(blocks)
+        .map(|(index, expect)| {
+            let (op, source, target) = (store.op(), disk(0, index), frame(1, index));
+            let (source_offset, class) = (store.offset(source), IoClass::PrefillFetch);
+            store.media.start(MediaOp::Read { op, source, source_offset, target, expect: *expect, class });
+            op
+        })
+        .collect();
+    // From when the first ends there is room for sixteen, of which a quarter is the longest run.
+    store.media.set_bytes_in_flight_max(ByteCount::new(16 * FRAME_BYTES));
+    device.inject(IoOp::Read, Injected::Slow(1));
+    device.inject(IoOp::Read, fault);
+    device.release();
+    let mut answers: Vec<_> = ops.iter().map(|_| store.answer()).collect();
+    answers.sort_by_key(|(op, _)| *op);
+    assert!(answers.iter().map(|(op, _)| op).eq(&ops), "each is answered once");
+    answers.into_iter().map(|(_, answer)| answer).collect()
+}
+
 /// Failures that a device admits must arrive as what they are.
 #[test]
 fn admitted_failures_keep_their_kind() {
@@ -210,7 +281,7 @@ fn admitted_failures_keep_their_kind() {
         device: terrace_core::DeviceId::new(0),
         slot: 1,
         space: space(),
-        frame_bytes: terrace_core::ByteCount::new(FRAME_BYTES),
+        frame_bytes: ByteCount::new(FRAME_BYTES),
     });
     assert_eq!(carve, Err(Fault::NoSpace));
 }

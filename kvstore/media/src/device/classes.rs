@@ -47,6 +47,18 @@ pub(super) const fn is_background(class: IoClass) -> bool {
     }
 }
 
+/// What the device may get now, in bytes.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Room {
+    pub(super) bytes: u64,
+    /// The same for a background class.
+    pub(super) background: u64,
+    /// Longest run of requests that are picked together.
+    pub(super) run: u64,
+    /// The device has enough to do: a run may wait for room for all of it.
+    pub(super) may_wait: bool,
+}
+
 struct Entry<T> {
     item: T,
     bytes: u64,
@@ -95,21 +107,42 @@ impl<T> ClassQueues<T> {
         self.waiting += 1;
     }
 
-    /// The next request, if `room` has room for it. `background` says how large
-    /// a request of a background class may be now.
-    pub(super) fn pick(&mut self, now: Instant, room: u64, background: u64) -> Option<(IoClass, T)> {
-        let place = self.choose(now, background)?;
+    /// The next request, if there is room for it, and those behind it that `joins` the one before: a run, which one
+    /// I/O can move. Appended to `run`; `None` is nothing.
+    pub(super) fn pick(
+        &mut self,
+        now: Instant,
+        room: Room,
+        joins: impl Fn(&T, &T) -> bool,
+        run: &mut Vec<T>,
+    ) -> Option<IoClass> {
+        let place = self.choose(now, room.background)?;
         let class = IoClass::ALL[place];
         let lane = &mut self.lanes[place];
-        if lane.entries.front()?.bytes > room {
+        let mut ends = lane.entries.front()?.bytes;
+        if ends > room.bytes {
             return None;
         }
-        let entry = lane.entries.pop_front()?;
+        let free = if is_background(class) { room.bytes.min(room.background) } else { room.bytes };
+        let mut count = 1;
+        for (entry, next) in lane.entries.iter().zip(lane.entries.range(1..)) {
+            if ends + next.bytes > room.run || !joins(&entry.item, &next.item) {
+                break;
+            }
+            if ends + next.bytes > free {
+                if room.may_wait {
+                    return None;
+                }
+                break;
+            }
+            (ends, count) = (ends + next.bytes, count + 1);
+        }
         self.clock = self.clock.max(lane.pass);
-        lane.pass = lane.pass.max(self.clock) + entry.bytes.max(1) * (SCALE / terms(class).0);
+        lane.pass = lane.pass.max(self.clock) + ends.max(1) * (SCALE / terms(class).0);
         self.picks = self.picks.wrapping_add(1);
-        self.waiting -= 1;
-        Some((class, entry.item))
+        self.waiting -= count;
+        run.extend(lane.entries.drain(..count).map(|entry| entry.item));
+        Some(class)
     }
 
     fn choose(&self, now: Instant, background: u64) -> Option<usize> {
@@ -168,6 +201,20 @@ mod tests {
 
     const ALL: u64 = u64::MAX;
 
+    /// The next request by itself.
+    fn pick<T>(
+        queues: &mut ClassQueues<T>,
+        now: Instant,
+        bytes: u64,
+        background: u64,
+    ) -> Option<(IoClass, T)> {
+        let mut run = Vec::new();
+        let room = Room { bytes, background, run: 0, may_wait: false };
+        let class = queues.pick(now, room, |_, _| true, &mut run)?;
+        assert_eq!(run.len(), 1, "no run was asked for");
+        Some((class, run.remove(0)))
+    }
+
     fn filled(of_each: u32) -> (ClassQueues<IoClass>, Instant) {
         let (mut queues, now) = (ClassQueues::new(), Instant::now());
         for class in IoClass::ALL {
@@ -183,7 +230,7 @@ mod tests {
         let (mut queues, now) = filled(1000);
         let mut counts = [0u64; CLASSES];
         for _ in 0..63 * 8 {
-            let (class, _) = queues.pick(now, ALL, ALL).unwrap();
+            let (class, _) = pick(&mut queues, now, ALL, ALL).unwrap();
             counts[rank(class)] += 1;
         }
         for class in IoClass::ALL {
@@ -198,10 +245,10 @@ mod tests {
         let (mut queues, now) = (ClassQueues::new(), Instant::now());
         (0..100).for_each(|number| queues.push(IoClass::Persistence, 1 << 20, None, now, number));
         for expected in 0..50 {
-            assert_eq!(queues.pick(now, ALL, ALL), Some((IoClass::Persistence, expected)));
+            assert_eq!(pick(&mut queues, now, ALL, ALL), Some((IoClass::Persistence, expected)));
         }
         queues.push(IoClass::DecodeFetch, 1 << 20, None, now, 1000);
-        assert_eq!(queues.pick(now, ALL, ALL), Some((IoClass::DecodeFetch, 1000)));
+        assert_eq!(pick(&mut queues, now, ALL, ALL), Some((IoClass::DecodeFetch, 1000)));
         assert_eq!(queues.len(), 50);
     }
 
@@ -217,7 +264,7 @@ mod tests {
         for _ in 0..100 {
             queues.push(IoClass::DecodeFetch, 4096, None, later, ());
         }
-        let classes: Vec<_> = (0..40).map(|_| queues.pick(later, ALL, ALL).unwrap().0).collect();
+        let classes: Vec<_> = (0..40).map(|_| pick(&mut queues, later, ALL, ALL).unwrap().0).collect();
         let scrubs = classes.iter().filter(|class| **class == IoClass::Scrub).count();
         assert!((10..=12).contains(&scrubs), "{classes:?}");
     }
@@ -227,11 +274,15 @@ mod tests {
     fn room_is_kept() {
         let (mut queues, now) = (ClassQueues::new(), Instant::now());
         queues.push(IoClass::Scrub, 8192, None, now, 1);
-        assert_eq!(queues.pick(now, ALL, 4096), None, "no room for a background one");
+        assert_eq!(pick(&mut queues, now, ALL, 4096), None, "no room for a background one");
         queues.push(IoClass::Demotion, 65_536, None, now, 2);
         queues.push(IoClass::Demotion, 4096, None, now, 3);
-        assert_eq!(queues.pick(now, 4096, 4096), None, "a small one does not pass the large one before it");
-        assert_eq!(queues.pick(now, 65_536, 0), Some((IoClass::Demotion, 2)));
+        assert_eq!(
+            pick(&mut queues, now, 4096, 4096),
+            None,
+            "a small one does not pass the large one before it"
+        );
+        assert_eq!(pick(&mut queues, now, 65_536, 0), Some((IoClass::Demotion, 2)));
     }
 
     /// What is promoted goes as its new class; what is cancelled does not go; what runs is neither.
@@ -243,7 +294,7 @@ mod tests {
             queues.push(IoClass::Prefetch, 4096, tag(number), now, number);
         }
         assert!(queues.promote(OpId::new(3), IoClass::DecodeFetch, now));
-        assert_eq!(queues.pick(now, ALL, ALL), Some((IoClass::DecodeFetch, 3)));
+        assert_eq!(pick(&mut queues, now, ALL, ALL), Some((IoClass::DecodeFetch, 3)));
         assert!(!queues.promote(OpId::new(3), IoClass::DecodeFetch, now), "it runs");
         assert!(queues.promote(OpId::new(2), IoClass::Scrub, now), "never less urgent");
         assert_eq!(queues.cancel(OpId::new(1)), Some(1));
@@ -251,5 +302,32 @@ mod tests {
         assert_eq!(queues.lengths(), [0, 0, 0, 1, 0, 0]);
         assert_eq!(queues.drain(), vec![2]);
         assert_eq!(queues.len(), 0);
+    }
+
+    /// A run must not pass a gap, the longest run, the room, or another class; and while the device has enough to do it
+    /// waits for room for all of it, or reading a prompt would go on one by one as it began.
+    #[test]
+    fn neighbours_go_together() {
+        let (mut queues, now) = (ClassQueues::new(), Instant::now());
+        for number in [1, 2, 3, 4, 6, 7, 20, 21] {
+            queues.push(IoClass::PrefillFetch, 10, None, now, number);
+        }
+        queues.push(IoClass::Prefetch, 10, None, now, 5);
+        let mut next = |bytes, run, may_wait| {
+            let mut items = Vec::new();
+            let room = Room { bytes, background: ALL, run, may_wait };
+            queues.pick(now, room, |one, two| one + 1 == *two, &mut items).map(|_| items)
+        };
+        assert_eq!(next(9, 40, false), None, "no room for one");
+        assert_eq!(next(20, 40, true), None, "it waits for room for four");
+        assert_eq!(next(20, 30, false), Some(vec![1, 2]), "as many as there is room for");
+        assert_eq!(next(ALL, ALL, true), Some(vec![3, 4]), "6 is no neighbour");
+        assert_eq!(next(ALL, 10, true), Some(vec![6]), "no longer than allowed");
+        let rest: Vec<_> = (0..3).map(|_| next(ALL, ALL, true).unwrap()).collect();
+        assert!(
+            rest.contains(&vec![7]) && rest.contains(&vec![20, 21]) && rest.contains(&vec![5]),
+            "{rest:?}"
+        );
+        assert_eq!((next(ALL, ALL, true), queues.len()), (None, 0));
     }
 }

@@ -86,6 +86,8 @@ pub enum IoBuffer {
     Nothing,
     /// A frame of a chunk, from its header page on.
     Frame(Arc<ChunkMemory>, u32),
+    /// So many frames of a chunk from one on, which lie behind each other.
+    Frames(Arc<ChunkMemory>, u32, u32),
     /// Pages of our own.
     Pages(AlignedPages),
 }
@@ -96,7 +98,21 @@ impl IoBuffer {
         match self {
             Self::Nothing => Some((std::ptr::null_mut(), 0)),
             Self::Frame(memory, index) => Some((memory.frame(*index).ok()?, memory.frame_bytes().get())),
+            Self::Frames(memory, first, count) => {
+                memory.frame(first.checked_add(count.checked_sub(1)?)?).ok()?;
+                Some((memory.frame(*first).ok()?, memory.frame_bytes().get() * u64::from(*count)))
+            }
             Self::Pages(pages) => Some((pages.pointer(), pages.bytes())),
+        }
+    }
+
+    /// Whether `next` is the frame that lies behind this one.
+    fn is_followed_by(&self, next: &Self) -> bool {
+        match (self, next) {
+            (Self::Frame(memory, index), Self::Frame(other, behind)) => {
+                Arc::ptr_eq(memory, other) && index.checked_add(1) == Some(*behind)
+            }
+            _ => false,
         }
     }
 
@@ -104,7 +120,7 @@ impl IoBuffer {
     pub fn into_pages(self) -> Option<AlignedPages> {
         match self {
             Self::Pages(pages) => Some(pages),
-            Self::Nothing | Self::Frame(..) => None,
+            Self::Nothing | Self::Frame(..) | Self::Frames(..) => None,
         }
     }
 }

@@ -4,15 +4,16 @@
 //! Promises: every request is answered once. What the device has is never
 //! called back: its buffer stays with it until it answers, however late. What it
 //! does not have yet can be promoted or taken back, and is taken back when the
-//! device is given up. Nothing is answered from inside `submit`, `promote` or
-//! `cancel`, because their callers hold locks.
+//! device is given up. Reads of neighbours that wait together go as one; if that
+//! fails, each goes by itself. Nothing is answered from inside `submit`,
+//! `promote` or `cancel`, because their callers hold locks.
 
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use terrace_core::{DeviceId, Fault, IoClass, OpId};
 
-use super::classes::{ClassQueues, is_background};
+use super::classes::{ClassQueues, Room, is_background};
 use super::health::{Health, Standing};
 use super::later;
 use super::{AlignedPages, BlockIo, IoBuffer, IoDone, IoFacts, IoOp, IoRequest};
@@ -24,6 +25,11 @@ const REQUESTS_MAX: usize = 65_536;
 const RUNNING_MAX: usize = 128;
 /// Background classes leave this part of the bytes to the others.
 const BACKGROUND_PART: u64 = 2;
+/// Longest run of requests that the device gets as one: where each request costs the same to tell, fewer cost less, and
+/// beyond this size that is nothing.
+const RUN_BYTES_MAX: u64 = 3 << 19;
+/// The device has at least so many runs at once.
+const RUN_PART: u64 = 4;
 /// What is not answered after so many patiences is taken for stuck.
 const STUCK_PATIENCES: u32 = 3;
 /// A look that comes this part of a patience after the last one was kept from coming: the process stood still, or had
@@ -101,6 +107,8 @@ struct State {
     bytes_background: u64,
     bytes_max: u64,
     health: Health,
+    /// Empty; keeps its memory.
+    run: Vec<IoRequest>,
     /// To be answered by the watch.
     refused: Vec<(IoRequest, Fault)>,
     probing: bool,
@@ -140,6 +148,7 @@ impl Scheduler {
             bytes_background: 0,
             bytes_max: bytes_max.max(PAGE_BYTES),
             health: Health::new(),
+            run: Vec::new(),
             refused: Vec::new(),
             probing: false,
             looked: Instant::now(),
@@ -261,6 +270,7 @@ impl Inner {
         // Mostly one, as one ends and another begins.
         let mut first = None;
         let mut rest = Vec::new();
+        let mut run = std::mem::take(&mut state.run);
         while state.running.len() - state.vacant.len() < RUNNING_MAX {
             let idle = state.bytes_running == 0;
             let room = if idle { u64::MAX } else { state.bytes_max.saturating_sub(state.bytes_running) };
@@ -269,15 +279,63 @@ impl Inner {
                 0 => u64::MAX,
                 held => of_background.saturating_sub(held),
             };
-            let Some((_, request)) = state.queues.pick(Instant::now(), room, background) else { break };
+            let room = Room {
+                bytes: room,
+                background,
+                run: RUN_BYTES_MAX.min(state.bytes_max / RUN_PART),
+                may_wait: state.bytes_running > state.bytes_max / 2,
+            };
+            if state.queues.pick(Instant::now(), room, joins, &mut run).is_none() {
+                break;
+            }
+            let Some(request) = self.join(&mut run) else { break };
             let request = self.begin(&mut state, request, false);
             match first {
                 None => first = Some(request),
                 Some(_) => rest.push(request),
             }
         }
+        state.run = run;
         drop(state);
         first.into_iter().chain(rest).for_each(|request| self.io.submit(request));
+    }
+
+    /// One I/O for a run of requests; it leaves the vector empty.
+    fn join(self: &Arc<Self>, run: &mut Vec<IoRequest>) -> Option<IoRequest> {
+        if run.len() < 2 {
+            return run.pop();
+        }
+        let parts: Vec<IoRequest> = std::mem::take(run);
+        let first = &parts[0];
+        let IoBuffer::Frame(memory, index) = &first.buffer else { unreachable!("only frames join") };
+        let count = u32::try_from(parts.len()).expect("a run is short");
+        let buffer = IoBuffer::Frames(Arc::clone(memory), *index, count);
+        let bytes = parts.iter().map(|part| part.bytes).sum();
+        let (op, offset, class) = (first.op, first.offset, first.class);
+        let inner = Arc::clone(self);
+        let done = move |buffer: IoBuffer, outcome: Result<(), Fault>| {
+            drop(buffer);
+            match outcome {
+                Ok(()) => parts.into_iter().for_each(|part| (part.done)(part.buffer, Ok(()))),
+                Err(fault) => inner.separate(parts, fault),
+            }
+        };
+        Some(IoRequest { op, offset, bytes, buffer, class, done: Box::new(done) })
+    }
+
+    /// A run failed: the device is asked for each of it by itself, so that none fails for its neighbours.
+    fn separate(self: &Arc<Self>, parts: Vec<IoRequest>, fault: Fault) {
+        for part in parts {
+            let mut state = self.lock();
+            if !state.health.is_well() {
+                drop(state);
+                (part.done)(part.buffer, Err(fault));
+                continue;
+            }
+            let request = self.begin(&mut state, part, false);
+            drop(state);
+            self.io.submit(request);
+        }
     }
 
     /// Notes that the device gets a request.
@@ -435,6 +493,16 @@ impl Inner {
             .unwrap_or_else(PoisonError::into_inner);
         drop(state);
     }
+}
+
+/// Can one I/O read both? They lie behind each other on the device and in memory.
+fn joins(one: &IoRequest, next: &IoRequest) -> bool {
+    let fills = match &one.buffer {
+        IoBuffer::Frame(memory, _) => memory.frame_bytes().get() == one.bytes,
+        IoBuffer::Nothing | IoBuffer::Frames(..) | IoBuffer::Pages(_) => false,
+    };
+    let reads = one.op == IoOp::Read && next.op == IoOp::Read;
+    fills && reads && one.offset + one.bytes == next.offset && one.buffer.is_followed_by(&next.buffer)
 }
 
 fn observe(health: &mut Health, ended: &Running, took: Duration, outcome: Result<(), Fault>) {

@@ -184,7 +184,9 @@ impl Rig<'_> {
         match answer {
             (place, IoBuffer::Pages(pages), Ok(())) => Ok((place, pages)),
             (_, _, Err(_)) => Err("an I/O failed"),
-            (_, IoBuffer::Nothing | IoBuffer::Frame(..), Ok(())) => Err("a buffer is lost"),
+            (_, IoBuffer::Nothing | IoBuffer::Frame(..) | IoBuffer::Frames(..), Ok(())) => {
+                Err("a buffer is lost")
+            }
         }
     }
 }

@@ -256,7 +256,7 @@ impl Ring {
 
     /// The table slot of a frame's chunk, registered now if need be.
     fn register(&mut self, buffer: &IoBuffer) -> Option<u16> {
-        let IoBuffer::Frame(memory, _) = buffer else { return None };
+        let (IoBuffer::Frame(memory, _) | IoBuffer::Frames(memory, ..)) = buffer else { return None };
         if let Some(slot) = self.registered.get(&memory.id()) {
             return Some(*slot);
         }

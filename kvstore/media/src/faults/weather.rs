@@ -129,11 +129,12 @@ impl Clouds {
         }
     }
 
-    /// A read of this place is about to lie.
-    pub(super) fn read_harmed(&mut self, offset: u64, page: &[u8]) {
-        let placed = self.placed.get(&offset).map(|(block, _)| *block);
+    /// A read of this place, or of several behind it, is about to lie.
+    pub(super) fn read_harmed(&mut self, offset: u64, pages: &[u8]) {
+        let placed = self.placed.range(offset..offset + pages.len() as u64).map(|(_, (block, _))| *block);
         self.harmed.extend(placed);
-        self.harmed.extend(decode_header(page).map(|header| header.block));
+        let headers = pages.chunks_exact(4096).filter_map(|page| decode_header(page).ok());
+        self.harmed.extend(headers.map(|header| header.block));
     }
 }
 
