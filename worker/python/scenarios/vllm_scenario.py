@@ -15,15 +15,13 @@ from pathlib import Path
 
 from figures import check, figure, say
 from load import fixed_rate, never_repeats
-from processes import Terraced, Up, Vllm
+from processes import PATIENCE, Terraced, Up, Vllm
 from prompts import prompt
 
 PARTS = "ttft,overhead,rate,shared,daemon,corrupt,restart,worker,hybrid"
 PROMPT_TOKENS = 880
 ROUNDS = 5
 RATIO_MIN = 8.0
-# Blocks that are on their way into the store; every wait ends long before.
-PATIENCE = 60.0
 EXTERNAL_HITS = "vllm:external_prefix_cache_hits_total"
 STORED = "vllm:terrace_blocks_stored_total"
 
