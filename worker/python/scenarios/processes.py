@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 START_SECONDS = 300.0
+# Blocks that are on their way into the store; every wait ends long before.
+PATIENCE = 60.0
 # Less than a block, and no divisor of its length on the device.
 DAMAGE_STRIDE = 256 << 10
 
@@ -40,8 +42,9 @@ class Terraced:
         log = self._folder / "terraced.log"
         with log.open("ab") as out:
             offset = out.tell()
+            # Engines compute on the same processors, and its copies to the device can wait.
             self.process = subprocess.Popen(
-                [self._program, "--config", self._folder / "terraced.toml"],
+                ["nice", "-n", "10", self._program, "--config", self._folder / "terraced.toml"],
                 stdout=out,
                 stderr=out,
                 env={**os.environ, "RUST_LOG": "info"},
@@ -140,11 +143,45 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-class Vllm:
+class Server:
+    """An engine's server, with all its processes."""
+
+    def __init__(self, command: list[str], log: Path, settings: dict[str, str]) -> None:
+        self._log = log
+        with log.open("wb") as out:
+            self.process = subprocess.Popen(
+                command, stdout=out, stderr=out, env={**os.environ, **settings}, start_new_session=True
+            )
+
+    def serves(self) -> bool:
+        """Whether it answers requests."""
+        raise NotImplementedError
+
+    def wait(self) -> float:
+        """Until it serves; answers how long that took."""
+        began = time.monotonic()
+        while True:
+            with contextlib.suppress(OSError):
+                if self.serves():
+                    return time.monotonic() - began
+            if self.process.poll() is not None or time.monotonic() > began + START_SECONDS:
+                raise RuntimeError(f"the server does not start; see {self._log}")
+            time.sleep(0.25)
+
+    def log_text(self) -> str:
+        return self._log.read_text(errors="replace")
+
+    def kill(self) -> None:
+        """kill -9 of the server and all its processes."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+class Vllm(Server):
     """vLLM's OpenAI server. ``connector`` is its ``--kv-transfer-config``, or ``None`` for plain vLLM."""
 
     def __init__(self, model: Path, log: Path, connector: dict[str, Any] | None) -> None:
-        self._log = log
         self._port = free_port()
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
         command += ["--served-model-name", "smol", "--host", "127.0.0.1", "--port", str(self._port)]
@@ -163,23 +200,10 @@ class Vllm:
             # that are compared must compute with the same.
             "VLLM_CPU_NUM_OF_RESERVED_CPU": "1",
         }
-        with log.open("wb") as out:
-            self.process = subprocess.Popen(
-                command, stdout=out, stderr=out, env={**os.environ, **settings}, start_new_session=True
-            )
+        super().__init__(command, log, settings)
 
-    def wait(self) -> float:
-        """Until it serves; answers how long that took."""
-        began = time.monotonic()
-        while True:
-            try:
-                if self._call("GET", "/health")[0] == 200:
-                    return time.monotonic() - began
-            except OSError:
-                pass
-            if self.process.poll() is not None or time.monotonic() > began + START_SECONDS:
-                raise RuntimeError(f"vLLM does not start; see {self._log}")
-            time.sleep(0.25)
+    def serves(self) -> bool:
+        return self._call("GET", "/health")[0] == 200
 
     def _call(self, method: str, path: str, body: Any = None) -> tuple[int, bytes]:
         connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=120)
@@ -231,12 +255,3 @@ class Vllm:
             return first, text
         finally:
             connection.close()
-
-    def log_text(self) -> str:
-        return self._log.read_text(errors="replace")
-
-    def kill(self) -> None:
-        """kill -9 of the server and all its processes."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()

@@ -15,15 +15,13 @@ from pathlib import Path
 
 from figures import check, figure, say
 from load import fixed_rate, never_repeats
-from processes import Terraced, Up, Vllm
+from processes import PATIENCE, Terraced, Up, Vllm
 from prompts import prompt
 
 PARTS = "ttft,overhead,rate,shared,daemon,corrupt,restart,worker,hybrid"
 PROMPT_TOKENS = 880
 ROUNDS = 5
 RATIO_MIN = 8.0
-# Blocks that are on their way into the store; every wait ends long before.
-PATIENCE = 60.0
 EXTERNAL_HITS = "vllm:external_prefix_cache_hits_total"
 STORED = "vllm:terrace_blocks_stored_total"
 
@@ -112,6 +110,18 @@ class Story:
         figure("vllm_ttft_own_cache", own, "s")
         reached = figure("vllm_ttft_hit", hit, "s", limit=cold, bar=RATIO_MIN, higher_is_better=False)
         check(reached, "a hit is not fast enough")
+
+    def come_from_the_store(self, server: Vllm, seeds: range) -> None:
+        """Has prompts computed and stored, until they are loaded."""
+        deadline = time.monotonic() + PATIENCE
+        for seed in seeds:
+            while True:
+                server.reset()
+                before = hits(server)
+                server.ask(prompt(seed, PROMPT_TOKENS), tokens=1)
+                if hits(server) - before > PROMPT_TOKENS // 2:
+                    break
+                check(time.monotonic() < deadline, f"prompt {seed} is not loaded")
 
     def first_request_hits(self, server: Vllm, name: str, seed: int = 0) -> None:
         before = hits(server)
@@ -296,13 +306,14 @@ class Story:
             plain.kill()
         if "shared" in parts:
             self.shared(first)
-        if parts & {"daemon", "restart"}:
-            for seed in range(3):
-                first.ask(prompt(seed, PROMPT_TOKENS))
         if "daemon" in parts:
+            self.come_from_the_store(first, range(3))
             self.daemon_dies(first)
         if "corrupt" in parts:
             self.corrupted(first)
+        if "restart" in parts:
+            # Again: whatever was on the device before is damaged by now.
+            self.come_from_the_store(first, range(3))
         first.kill()
         if "restart" in parts:
             self.restarts()

@@ -90,6 +90,10 @@ class TerraceConnector(KVConnectorBase_V1, SupportsHMA):
         super().bind_connector_metadata(connector_metadata)
         self.handle_preemptions(connector_metadata)
 
+    def has_connector_metadata(self) -> bool:
+        # vLLM asks before it tells of each layer: there is something to wait for only where layers wait.
+        return self._options.load == "layers" and super().has_connector_metadata()
+
     def _orders(self) -> Orders:
         orders = self._connector_metadata
         return orders if isinstance(orders, Orders) else Orders()

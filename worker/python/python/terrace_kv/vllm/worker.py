@@ -16,6 +16,10 @@ from .options import Options
 from .orders import Load, Orders, Run, Save
 from .threads import unbound
 
+SAVE_AFTER_SECONDS = 0.01
+"""What a step made full is stored so much later: its tokens go out first. Else a request would wait for the processor
+and the interpreter that its own blocks are being stored with."""
+
 
 @dataclass(frozen=True)
 class Part:
@@ -33,8 +37,13 @@ class Saving:
         self.block_ids = frozenset(save.run.block_ids)
         self._pieces = pieces
         self._event = event
+        self._due = time.monotonic() + SAVE_AFTER_SECONDS
         self._lock = threading.Lock()
         self._revoked = False
+
+    def wait(self) -> None:
+        """Until it may begin."""
+        time.sleep(max(0.0, self._due - time.monotonic()))
 
     def give(self, index: int, frame: Any) -> bool:
         with self._lock:
@@ -221,6 +230,7 @@ class WorkerSide:
                 self._saved(saving)
 
     def _save(self, saving: Saving, space: StoreSpace) -> None:
+        saving.wait()
         began, save = time.monotonic(), saving.save
         try:
             space.put(save.run.keys, saving.give, parent=save.parent)
