@@ -55,20 +55,26 @@ impl Homes {
         workers: impl IntoIterator<Item = &'a Worker>,
         daemons: usize,
     ) -> Vec<Candidate> {
-        workers.into_iter().map(|worker| self.candidate(worker, daemons)).collect()
+        let homes = self.lock();
+        workers.into_iter().map(|worker| placed(&homes, worker, daemons)).collect()
     }
 
     /// One of [`Homes::candidates`].
     pub fn candidate(&self, worker: &Worker, daemons: usize) -> Candidate {
-        let daemon = self.lock().get(&worker.load.name).copied().unwrap_or(0).min(daemons.saturating_sub(1));
-        let space = worker.candidate.space * daemons + daemon;
-        Candidate { view: space, space, ..worker.candidate.clone() }
+        placed(&self.lock(), worker, daemons)
     }
 
     fn lock(&self) -> MutexGuard<'_, BTreeMap<String, usize>> {
         // The map is replaced or extended as a whole.
         self.by_worker.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// A worker for the placement, with the view of its own daemon.
+fn placed(homes: &BTreeMap<String, usize>, worker: &Worker, daemons: usize) -> Candidate {
+    let daemon = homes.get(&worker.load.name).copied().unwrap_or(0).min(daemons.saturating_sub(1));
+    let space = worker.candidate.space * daemons + daemon;
+    Candidate { view: space, space, ..worker.candidate.clone() }
 }
 
 #[cfg(test)]

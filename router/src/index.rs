@@ -247,9 +247,9 @@ impl Daemon {
         let mut found = terrace_index::Found::new();
         self.blocks.find(&ids, &mut found);
         let Some(held) = found.held(holder) else { return Ok(View::default()) };
-        // What prompts begin with stays when memory runs out.
+        // What prompts begin with stays when memory runs out. One prompt's part in that is not worth waiting for.
         let prefix = &ids[..held.prefix[2] as usize];
-        self.blocks.touch(holder, prefix).expect("the index was made for all daemons' holders");
+        self.blocks.touch_unless_busy(holder, prefix).expect("the index was made for all daemons' holders");
         let on_devices = view::on_devices(&found, holder).next();
         let seconds = match on_devices {
             Some((start, end)) => open.nvme_seconds(&space, &keys[start as usize..end as usize]).await,

@@ -351,6 +351,38 @@ async fn bad_requests_have_their_own_status() {
     assert_eq!((status, &body["model"]), (200, &json!("tiny-test")));
 }
 
+/// Ten million tokens could be hashed, looked up and placed before anybody asks how many there are, or none be taken for
+/// a prompt that is cached whole: refused with the limit, where the body is too long and where only the prompt is.
+#[tokio::test]
+async fn a_prompt_of_ten_million_tokens_or_none_is_refused() {
+    let million = "1,".repeat(10_000_000);
+    let long = format!("{{\"model\": \"tiny-test\", \"prompt\": [{}1]}}", million);
+    let none = json!({"model": "tiny-test", "prompt": []}).to_string();
+    let small = Fleet::start(&[(Decode, &[])], &[]).await;
+    let large = Fleet::start(&[(Decode, &[])], &["--body-bytes-max", "67108864"]).await;
+    let cases = [
+        (&small, &long, 413, "4194304 bytes, which is the limit"),
+        (&large, &long, 400, "context is 512 tokens"),
+        (&large, &none, 400, "empty"),
+    ];
+    for (fleet, body, expected, word) in cases {
+        let began = std::time::Instant::now();
+        let (status, _, text) = fleet.post("/v1/completions", body.clone()).await;
+        assert_eq!(status, expected, "{text}");
+        let body: Value = serde_json::from_str(&text).unwrap();
+        assert!(body["error"]["message"].as_str().unwrap().contains(word), "{text}");
+        assert!(
+            text.len() < 1000 && began.elapsed() < DEADLINE,
+            "{} bytes, {:?}",
+            text.len(),
+            began.elapsed()
+        );
+        assert_eq!(fleet.workers[0].calls.load(Ordering::SeqCst), 0);
+        assert_eq!(fleet.ask(&json!({})).await.0, 200, "the router goes on");
+        fleet.workers[0].calls.store(0, Ordering::SeqCst);
+    }
+}
+
 /// The pages that tools and operators read, with the id that a caller chose.
 #[tokio::test]
 async fn pages_can_be_read() {

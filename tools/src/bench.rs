@@ -50,7 +50,7 @@ pub(crate) struct Options {
     /// Device of `hbm`: cuda:0 for example; host-only runs it over host memory, which says nothing of a device
     #[arg(long, default_value = "cuda:0")]
     device: String,
-    /// Directory of recorded traffic, for eviction, admission and route
+    /// Directory of recorded traffic, for eviction, admission, route and index
     #[arg(long, env = "TERRACE_TRACES", default_value = "../shared/traces")]
     traces: PathBuf,
 }
@@ -210,7 +210,7 @@ pub(crate) async fn run(options: Options, format: Format) -> anyhow::Result<Exit
         Suite::LocalClient => return local::client::serve().await.map(|()| ExitCode::SUCCESS),
         Suite::LocalBareGrpc => return local::serve_bare().await.map(|()| ExitCode::SUCCESS),
         Suite::Table => table::run()?,
-        Suite::Index => index::run()?,
+        Suite::Index => index::run(&options.traces)?,
         Suite::Media => media::run(&options).await?,
         Suite::Catalog => catalog::run(&options).await?,
     };

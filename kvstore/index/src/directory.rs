@@ -72,14 +72,37 @@ pub(crate) struct Directory {
     /// Buckets in use in the low half; a bucket's number is the hash's low bits. The high half counts the
     /// times that entries moved within a bucket.
     shape: AtomicU64,
+    tags: Tags,
+}
+
+/// What becomes of tags as the table grows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Tags {
+    /// They become the hash's high bits, so that few look-ups are misled by them. Keys are read then.
+    Change,
+    /// They stay, and say less the larger the table is.
+    Stay,
 }
 
 impl Directory {
-    pub(crate) fn new(buckets_max: u64) -> Self {
-        let buckets = Slab::new(buckets_max.min(1 << 31));
+    pub(crate) fn new(buckets_max: u64, tags: Tags) -> Self {
+        let most = match tags {
+            Tags::Change => 1 << 31,
+            Tags::Stay => 1 << (FIRST_BITS + u16::BITS),
+        };
+        let buckets = Slab::new(buckets_max.min(most));
         let first = buckets.grow().expect("a slab has room for one segment");
         assert!(first.end >= 1 << FIRST_BITS, "a segment of buckets has fewer than a tag needs");
-        Self { buckets, shape: AtomicU64::new(u64::from(first.end)) }
+        Self { buckets, shape: AtomicU64::new(u64::from(first.end)), tags }
+    }
+
+    /// The bucket and the tag of a hash while `count` buckets are in use.
+    #[inline]
+    fn home_of(&self, hash: u32, count: u32) -> (u32, u16) {
+        match self.tags {
+            Tags::Change => home_of(hash, count),
+            Tags::Stay => (bucket_of(hash, count), tag_of(hash, FIRST_BITS)),
+        }
     }
 
     fn count(&self) -> u32 {
@@ -100,7 +123,7 @@ impl Directory {
     ) -> Option<T> {
         loop {
             let shape = self.shape.load(Ordering::Acquire);
-            let (number, tag) = home_of(hash, low_of(shape));
+            let (number, tag) = self.home_of(hash, low_of(shape));
             let bucket = self.buckets.at(number);
             for (kept, place) in bucket.tags.iter().zip(&bucket.places) {
                 if kept.load(Ordering::Relaxed) == tag {
@@ -133,10 +156,21 @@ impl Directory {
         self.buckets.at(bucket_of(hash, self.count())).overflow.load(Ordering::Relaxed)
     }
 
+    /// The bucket that a hash belongs to now.
+    #[inline]
+    pub(crate) fn bucket(&self, hash: u32) -> u32 {
+        bucket_of(hash, self.count())
+    }
+
+    /// By how much a bucket's number is shifted to get one of so many bits.
+    pub(crate) fn shift(&self, bits: u32) -> u32 {
+        self.count().next_power_of_two().ilog2().saturating_sub(bits)
+    }
+
     /// A place that a key of this hash may be at. Overflow is not looked at.
     #[inline]
     pub(crate) fn guess(&self, hash: u32) -> Option<u32> {
-        let (number, tag) = home_of(hash, self.count());
+        let (number, tag) = self.home_of(hash, self.count());
         let bucket = self.buckets.at(number);
         let mut entries = bucket.tags.iter().zip(&bucket.places);
         entries.find_map(|(kept, place)| {
@@ -147,7 +181,7 @@ impl Directory {
 
     /// Adds an entry. May take one extent.
     pub(crate) fn insert(&self, pool: &Pool, free: &mut FreeExtents, hash: u32, place: u32) {
-        let (number, tag) = home_of(hash, self.count());
+        let (number, tag) = self.home_of(hash, self.count());
         put(self.buckets.at(number), pool, free, (tag, place));
     }
 
@@ -184,6 +218,12 @@ impl Directory {
         entries
     }
 
+    /// Whether so many entries are many.
+    #[inline]
+    pub(crate) fn is_full(&self, entries: u64) -> bool {
+        entries > u64::from(self.count()) * u64::from(LOAD)
+    }
+
     /// Splits a bucket if there are so many entries that it pays. `grow` says whether memory may be taken,
     /// `hash_at` what the hash of the key at a place is.
     pub(crate) fn keep_up(
@@ -195,7 +235,7 @@ impl Directory {
         hash_at: impl Fn(u32) -> u32,
     ) {
         let count = self.count();
-        if entries <= u64::from(count) * u64::from(LOAD) {
+        if !self.is_full(entries) {
             return;
         }
         if count == self.buckets.items()
@@ -216,7 +256,8 @@ impl Directory {
     fn split(&self, pool: &Pool, free: &mut FreeExtents, count: u32, hash_at: impl Fn(u32) -> u32) {
         let (old, new) = (self.buckets.at(bucket_of(count, count)), self.buckets.at(count));
         let level = count.ilog2();
-        if level + 1 == HIGH_LEVEL {
+        let changes = self.tags == Tags::Change;
+        if changes && level + 1 == HIGH_LEVEL {
             let mut before = Vec::new();
             each(old, pool, |slot| before.extend(Some(slot).filter(|slot| slot.entry().1 != 0)));
             for (_, place) in before.iter().map(Slot::entry) {
@@ -227,8 +268,11 @@ impl Directory {
             fence(Ordering::Release);
             before.iter().for_each(Slot::clear);
         } else {
-            let first = if level < HIGH_LEVEL { FIRST_BITS } else { HIGH_BITS };
+            let first = if !changes || level < HIGH_LEVEL { FIRST_BITS } else { HIGH_BITS };
             let moves = |(tag, place): (u16, u32)| place != 0 && tag >> (level - first) & 1 == 1;
+            if old.overflow.load(Ordering::Relaxed) == 0 {
+                return self.split_own(old, new, moves);
+            }
             each(old, pool, |slot| {
                 if moves(slot.entry()) {
                     put(new, pool, free, slot.entry());
@@ -243,6 +287,22 @@ impl Directory {
             });
         }
         self.shorten(old, pool, free);
+    }
+
+    /// A split of a bucket without overflow, which most are. The new one is empty.
+    fn split_own(&self, old: &Bucket, new: &Bucket, moves: impl Fn((u16, u32)) -> bool) {
+        let (mut taken, mut gone) = (0, [false; SLOTS]);
+        for (slot, gone) in own(old).zip(&mut gone) {
+            let entry = slot.entry();
+            *gone = moves(entry);
+            if *gone {
+                Slot::Own(&new.places[taken], &new.tags[taken]).set(entry);
+                taken += 1;
+            }
+        }
+        self.shape.fetch_add(1, Ordering::Release);
+        fence(Ordering::Release);
+        own(old).zip(gone).filter(|(_, gone)| *gone).for_each(|(slot, _)| slot.clear());
     }
 
     /// Frees the overflow of a bucket whose own slots can take all of it: copies, says so, then unlinks.
@@ -337,12 +397,17 @@ fn bucket_of(hash: u32, count: u32) -> u32 {
 
 /// The bucket and the tag of a hash while `count` buckets are in use.
 #[inline]
-#[expect(clippy::cast_possible_truncation, reason = "a tag is a part of the hash")]
 fn home_of(hash: u32, count: u32) -> (u32, u16) {
     let bucket = bucket_of(hash, count);
     let half = 1 << (HIGH_LEVEL - 1);
     let is_high = count >= 2 * half || count > half && (bucket >= half || bucket < count - half);
-    (bucket, (hash >> if is_high { HIGH_BITS } else { FIRST_BITS }) as u16)
+    (bucket, tag_of(hash, if is_high { HIGH_BITS } else { FIRST_BITS }))
+}
+
+#[inline]
+#[expect(clippy::cast_possible_truncation, reason = "a tag is a part of the hash")]
+const fn tag_of(hash: u32, first: u32) -> u16 {
+    (hash >> first) as u16
 }
 
 /// An entry as overflow keeps it: tag in the high half, place in the low.

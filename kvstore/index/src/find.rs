@@ -5,8 +5,7 @@ use std::sync::atomic::Ordering;
 
 use crate::ids::{HolderId, Key, SizeClass, Tier};
 use crate::run::{
-    EXTENT_KEYS, EXTENT_RECORDS, Next, Place, RECORD_WORDS, RUN_BLOCKS, Run, Tables, chain_of, holder_of,
-    size_of_record,
+    EXTENT_RECORDS, Next, Place, RECORD_WORDS, RUN_BLOCKS, Run, Tables, chain_of, holder_of, size_of_record,
 };
 
 /// Readings before a run that was reused meanwhile counts as gone.
@@ -220,21 +219,23 @@ fn read(tables: &Tables, prompt: &[Key], found: &mut Found) -> Result<(), usize>
     let mut ahead = Ahead { count: 0, at: 0, places: [(0, Place::of(0)); AHEAD] };
     let mut start = 0;
     while start < prompt.len() {
-        let place = ahead.next(start).or_else(|| {
+        let place = ahead.next(start).map(|place| (place, Trust::Chain)).or_else(|| {
             let place = tables.guess(prompt[start])?;
             ahead.look(tables, prompt.len(), (start, place));
-            Some(place)
+            Some((place, Trust::Nothing))
         });
-        let hint = place.map(|place| {
+        let hint = place.map(|(place, trust)| {
             let seen = tables.runs.at(place.run).fence.load(Ordering::Acquire);
-            (place, seen, matched(tables, place, &prompt[start..]))
+            (place, seen, matched(tables, place, &prompt[start..], trust))
         });
         let (place, seen, count) = match hint {
             Some(found) if found.2 > 0 => found,
             _ => {
-                let Some((place, seen)) = tables.locate(prompt[start]) else { break };
+                // What a prompt goes on with is found behind the block before it, or begins a run.
+                let inner = || if start == 0 { tables.locate_inner(prompt[start]) } else { None };
+                let Some((place, seen)) = tables.locate(prompt[start]).or_else(inner) else { break };
                 ahead.look(tables, prompt.len(), (start, place));
-                (place, seen, matched(tables, place, &prompt[start..]).max(1))
+                (place, seen, matched(tables, place, &prompt[start..], Trust::Chain).max(1))
             }
         };
         let run = tables.runs.at(place.run);
@@ -299,15 +300,13 @@ impl Ahead {
     /// Follows the runs from a known place on.
     fn look(&mut self, tables: &Tables, blocks: usize, (mut start, mut place): (usize, Place)) {
         (self.count, self.at) = (0, 1);
-        let mut words = [(0, 0, 0, 0); AHEAD];
+        let mut words = [(0, 0, 0); AHEAD];
         while self.count < AHEAD && start < blocks {
             let run = tables.runs.at(place.run);
-            let last = run.end().saturating_sub(1);
-            let keys = run.keys[(last / EXTENT_KEYS) as usize].load(Ordering::Acquire);
             let (records, holders) = chain_of(run.chain.load(Ordering::Acquire));
             // The last of them that the first extent can have.
             let word = (holders.clamp(1, EXTENT_RECORDS) as usize - 1) * RECORD_WORDS;
-            words[self.count] = (keys, last as usize % EXTENT_KEYS as usize * 2, records, word);
+            words[self.count] = (place.run, records, word);
             self.places[self.count] = (start, place);
             self.count += 1;
             let next = run.next.load(Ordering::Acquire);
@@ -317,23 +316,37 @@ impl Ahead {
             start += (RUN_BLOCKS - place.position) as usize;
             place = Place { run: next, position: 0 };
         }
-        let loaded = words[..self.count].iter().fold(0, |sum, (keys, key, records, record)| {
-            let pool = &tables.pool;
-            sum ^ pool.load(*keys, *key) ^ pool.load(*records, 0) ^ pool.load(*records, *record)
+        let loaded = words[..self.count].iter().fold(0, |sum, (run, records, record)| {
+            let last = tables.runs.at(*run).last[0].load(Ordering::Relaxed);
+            sum ^ last ^ tables.pool.load(*records, 0) ^ tables.pool.load(*records, *record)
         });
         black_box(loaded);
     }
 }
 
+/// What is known of a place before its keys are compared.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Trust {
+    /// If the prompt goes on in this run, it does so from this position on.
+    Chain,
+    Nothing,
+}
+
 /// Blocks of the prompt that the run has from `place` on, all of them live.
 #[inline]
-fn matched(tables: &Tables, place: Place, prompt: &[Key]) -> u32 {
+fn matched(tables: &Tables, place: Place, prompt: &[Key], trust: Trust) -> u32 {
     let run = tables.runs.at(place.run);
-    let live = run_of_ones(run.live.load(Ordering::Acquire) >> place.position);
+    let all = run.live.load(Ordering::Acquire);
+    let live = run_of_ones(all >> place.position);
     let most = live.min(u32::try_from(prompt.len()).unwrap_or(u32::MAX));
     let is_here = |count: u32| tables.key(run, place.position + count) == Some(prompt[count as usize]);
-    // Keys are chained: where one is equal, all before it are, and where one differs, all after it do.
-    if most == 0 || is_here(most - 1) {
+    if most == 0 {
+        return 0;
+    }
+    // Keys are chained: where one is equal, all before it are, and where one differs, all after it do. A block that
+    // is just being added may be the last one already, so this says nothing of positions.
+    let is_last = trust == Trust::Chain && all >> (place.position + most - 1) == 1;
+    if is_last && run.ends_with(prompt[most as usize - 1]) || is_here(most - 1) {
         return most;
     }
     if !is_here(0) {

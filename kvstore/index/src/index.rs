@@ -1,13 +1,16 @@
 //! The index as its callers see it: changes take turns, look-ups take none.
 
-use std::sync::{Mutex, MutexGuard};
+use std::sync::{Mutex, MutexGuard, TryLockError};
 
-use crate::directory::Directory;
+use crate::directory::{Directory, Tags};
 use crate::find::{Found, find};
-use crate::ids::{BYTES_MIN, HOLDERS_MAX, HolderId, Key, Limits, Refused, SizeClass, TierSet};
+use crate::ids::{BYTES_MIN, HOLDERS_MAX, HolderId, Key, Limits, Refused, SizeClass, Tier, TierSet};
 use crate::pool::{Extent, Pool, Slab};
 use crate::run::{RUNS_MAX, Run, Tables};
-use crate::write::{BATCH, Writer};
+use crate::write::{After, BATCH, Writer};
+
+/// Blocks that are asked for one by one in one turn.
+const BLOCKS_ASKED_FOR: usize = 2_048;
 
 /// Who holds what. Shared by any number of threads; see the crate's promises.
 #[derive(Debug)]
@@ -40,7 +43,8 @@ impl Index {
         let tables = Tables {
             pool: Pool::new(most(size_of::<Extent>()).min(u64::from(u32::MAX))),
             runs: Slab::new(most(size_of::<Run>()).min(RUNS_MAX)),
-            directory: Directory::new(most(64)),
+            directory: Directory::new(most(64), Tags::Change),
+            inner: Directory::new(most(64), Tags::Stay),
         };
         Self { limits, tables, writer: Mutex::new(Writer::new(limits.bytes)) }
     }
@@ -158,10 +162,43 @@ impl Index {
         Ok(())
     }
 
+    /// [`Index::touch`] if nobody is changing the index, for callers that must not wait. Whether it was done.
+    ///
+    /// # Errors
+    /// [`Refused::Holder`] if the holder's number is too large.
+    ///
+    /// # Panics
+    /// If a writer panicked before.
+    pub fn touch_unless_busy(&self, holder: HolderId, prompt: &[Key]) -> Result<bool, Refused> {
+        self.check(holder)?;
+        let mut writer = match self.writer.try_lock() {
+            Ok(writer) => writer,
+            Err(TryLockError::WouldBlock) => return Ok(false),
+            Err(TryLockError::Poisoned(_)) => self.guard(),
+        };
+        writer.clock = writer.clock.wrapping_add(1);
+        writer.touch(&self.tables, holder, prompt);
+        Ok(true)
+    }
+
     /// Fills `found` with what is held of `prompt`, which begins at token 0. Ends at the first block that
-    /// nobody holds. Never waits for a writer.
+    /// nobody holds. Never waits for a writer. A piece that begins later, behind a block that is held, may be
+    /// found or not.
     pub fn find(&self, prompt: &[Key], found: &mut Found) {
         find(&self.tables, prompt, found);
+    }
+
+    /// The fastest tier in which `holder` has each of these blocks, if it has it. They need not follow each other. Takes
+    /// turns with changes, a few thousand blocks in each.
+    ///
+    /// # Panics
+    /// If a writer panicked before.
+    pub fn fastest(&self, holder: HolderId, blocks: &[Key]) -> Vec<Option<Tier>> {
+        let mut found = Vec::with_capacity(blocks.len());
+        for part in blocks.chunks(BLOCKS_ASKED_FOR) {
+            self.guard().fastest(&self.tables, holder, part, &mut found);
+        }
+        found
     }
 
     /// What it holds and takes.
@@ -220,15 +257,40 @@ impl Changes<'_> {
         parent: Option<Key>,
         blocks: &[Key],
     ) -> Result<u64, Refused> {
+        self.put(holder, (tiers, size), parent.map_or(After::Unknown, After::Block), blocks)
+    }
+
+    /// [`Index::store_sized`] of blocks of which the first is a prompt's first. Saves to look for it behind all blocks
+    /// that are known.
+    ///
+    /// # Errors
+    /// [`Refused::Holder`] if the holder's number is too large.
+    pub fn store_start(
+        &mut self,
+        holder: HolderId,
+        tiers: TierSet,
+        size: SizeClass,
+        blocks: &[Key],
+    ) -> Result<u64, Refused> {
+        self.put(holder, (tiers, size), After::Start, blocks)
+    }
+
+    fn put(
+        &mut self,
+        holder: HolderId,
+        (tiers, size): (TierSet, SizeClass),
+        mut after: After,
+        blocks: &[Key],
+    ) -> Result<u64, Refused> {
         self.index.check(holder)?;
         if tiers.is_empty() {
             return Ok(0);
         }
         self.writer.clock = self.writer.clock.wrapping_add(1);
-        let (mut before, mut added) = (parent, 0);
+        let mut added = 0;
         for batch in blocks.chunks(BATCH) {
-            added += self.writer.store(&self.index.tables, (holder, tiers, size), before, batch);
-            before = batch.last().copied();
+            added += self.writer.store(&self.index.tables, (holder, tiers, size), after, batch);
+            after = batch.last().map_or(after, |last| After::Block(*last));
         }
         Ok(added)
     }

@@ -10,7 +10,9 @@
 //! is just being moved; it never names a holder for a block that the holder did not have.
 //!
 //! Leaves to others: where events come from and in which order they are applied, what a holder is, and
-//! what it costs to fetch from it. Keys are those of a chain: equal keys mean equal tokens before them too.
+//! what it costs to fetch from it. Keys are those of a chain: equal keys mean equal tokens before them too. Who says that
+//! a block goes on from another than it does may have it remembered twice, and one of the two until it is cleared or
+//! forgotten.
 
 mod crowd;
 mod directory;
@@ -19,8 +21,10 @@ mod find;
 pub mod hashes;
 mod ids;
 mod index;
+mod listing;
 mod plan;
 mod pool;
+mod recent;
 mod run;
 mod snapshot;
 mod stream;

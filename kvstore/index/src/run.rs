@@ -23,12 +23,10 @@ pub(crate) const EXTENT_RECORDS: u32 = 4;
 pub(crate) type Record = [AtomicU64; RECORD_WORDS];
 const _: () = assert!(EXTENT_RECORDS as usize * RECORD_WORDS == Extent::WORDS);
 
-/// One cache line a run.
+/// Two cache lines a run, next to each other: all that a look-up needs of a run that one holder has whole.
 #[derive(Debug, Default)]
-#[repr(align(64))]
+#[repr(C, align(128))]
 pub(crate) struct Run {
-    /// Extents of eight keys each.
-    pub(crate) keys: [AtomicU32; KEY_EXTENTS],
     /// Blocks that somebody holds.
     pub(crate) live: AtomicU64,
     /// The first extent of records, and the records in the chain, those without a holder included.
@@ -36,13 +34,19 @@ pub(crate) struct Run {
     pub(crate) fence: AtomicU32,
     /// The last extent of records, for the writer.
     pub(crate) tail: AtomicU32,
-    /// Records that have a holder, for the writer.
+    /// Records in the chain that have a holder, for the writer.
     pub(crate) holders: AtomicU32,
     /// The run that probably goes on from the last block of this one; 0 if none was seen.
     pub(crate) next: AtomicU32,
+    /// The first record; without a holder at times.
+    pub(crate) first: Record,
+    /// Extents of eight keys each.
+    pub(crate) keys: [AtomicU32; KEY_EXTENTS],
+    /// The key of the last live block, both halves; for a moment that of one that is just becoming it, or was it.
+    pub(crate) last: [AtomicU64; 2],
 }
 
-const _: () = assert!(size_of::<Run>() == 64);
+const _: () = assert!(size_of::<Run>() == 128);
 
 /// Where a block is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -66,12 +70,15 @@ impl Place {
 pub(crate) struct Tables {
     pub(crate) pool: Pool,
     pub(crate) runs: Slab<Run>,
+    /// Where the blocks are that follow none in their run: a look-up gets to all others from these.
     pub(crate) directory: Directory,
+    /// Where others are, as far as somebody may ask for them by their keys alone.
+    pub(crate) inner: Directory,
 }
 
 impl Tables {
     pub(crate) fn bytes(&self) -> u64 {
-        self.pool.bytes() + self.runs.bytes() + self.directory.bytes()
+        self.pool.bytes() + self.runs.bytes() + self.directory.bytes() + self.inner.bytes()
     }
 
     /// The key in a slot, whether its block is live or not; none if the slot never held one.
@@ -95,16 +102,34 @@ impl Tables {
         words[at + 1].store(key.high, Ordering::Relaxed);
     }
 
-    /// Where a live block is, and the run's fence from before.
+    /// Where a live block is, and the run's fence from before, if it is one that the first directory has.
     #[inline]
     pub(crate) fn locate(&self, key: Key) -> Option<(Place, u32)> {
-        self.directory.find(&self.pool, key.hash(), |bits| {
+        self.locate_in(&self.directory, key)
+    }
+
+    /// The same of the other directory.
+    pub(crate) fn locate_inner(&self, key: Key) -> Option<(Place, u32)> {
+        self.locate_in(&self.inner, key)
+    }
+
+    #[inline]
+    fn locate_in(&self, directory: &Directory, key: Key) -> Option<(Place, u32)> {
+        directory.find(&self.pool, key.hash(), |bits| {
             let place = Place::of(bits);
             let run = self.runs.at(place.run);
             let seen = run.fence.load(Ordering::Acquire);
             let live = run.live.load(Ordering::Acquire) >> place.position & 1 == 1;
             (live && self.key(run, place.position) == Some(key)).then_some((place, seen))
         })
+    }
+
+    /// Whether a place holds this block, and it lives.
+    #[inline]
+    pub(crate) fn is_at(&self, place: Place, key: Key) -> bool {
+        let run = self.runs.at(place.run);
+        run.live.load(Ordering::Relaxed) >> place.position & 1 == 1
+            && self.key(run, place.position) == Some(key)
     }
 
     /// Where a block probably is; to be compared with its key.
@@ -116,6 +141,14 @@ impl Tables {
     /// Calls `act` with the words of every record, those without a holder included, until it says stop.
     #[inline]
     pub(crate) fn each_record(&self, run: &Run, mut act: impl FnMut(&Record) -> Next) {
+        if matches!(act(&run.first), Next::Go) {
+            self.each_in_chain(run, act);
+        }
+    }
+
+    /// The records behind the first.
+    #[inline]
+    pub(crate) fn each_in_chain(&self, run: &Run, mut act: impl FnMut(&Record) -> Next) {
         let (mut extent, mut left) = chain_of(run.chain.load(Ordering::Acquire));
         while extent != 0 {
             let (records, _) = self.pool.at(extent).as_chunks::<RECORD_WORDS>();
@@ -129,7 +162,7 @@ impl Tables {
         }
     }
 
-    /// The record of a holder.
+    /// The record of a holder, if it is in the chain.
     #[inline]
     pub(crate) fn record(&self, run: &Run, holder: HolderId) -> Option<&Record> {
         let (mut extent, mut left) = chain_of(run.chain.load(Ordering::Acquire));
@@ -176,6 +209,20 @@ impl Run {
         if self.next.load(Ordering::Relaxed) != next {
             self.next.store(next, Ordering::Release);
         }
+    }
+
+    /// Notes the key of the last live block.
+    #[inline]
+    pub(crate) fn set_last(&self, key: Key) {
+        self.last[0].store(key.low, Ordering::Relaxed);
+        self.last[1].store(key.high, Ordering::Relaxed);
+    }
+
+    /// Whether the last live block is this one. No may be wrong for a moment.
+    #[inline]
+    pub(crate) fn ends_with(&self, key: Key) -> bool {
+        let [low, high] = &self.last;
+        low.load(Ordering::Relaxed) == key.low && high.load(Ordering::Relaxed) == key.high
     }
 
     /// The position after the last live block.

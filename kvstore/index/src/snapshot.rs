@@ -11,8 +11,8 @@ use std::sync::atomic::Ordering;
 
 use crate::ids::{HolderId, Key, Limits};
 use crate::index::Index;
-use crate::run::{Next, RECORD_WORDS, Tables, holder_of};
-use crate::write::{Writer, all_of};
+use crate::run::{EXTENT_RECORDS, Next, Place, RECORD_WORDS, Tables, holder_of};
+use crate::write::{EXTENTS_READY, RUNS_READY, Writer, all_of};
 
 const MAGIC: u64 = u64::from_le_bytes(*b"TRCIDX01");
 const WORD_BYTES: usize = 8;
@@ -71,7 +71,10 @@ impl Index {
         for number in 1..self.tables.runs.items() {
             if self.tables.runs.at(number).live.load(Ordering::Relaxed) != 0 {
                 words[3] += 1;
-                words.extend([u64::from(number), u64::from(writer.parent(number))]);
+                words.extend([
+                    u64::from(number),
+                    u64::from(writer.parent(number).map_or(0, |place| place.run)),
+                ]);
                 put_run(&self.tables, number, &mut words);
             }
         }
@@ -204,22 +207,18 @@ impl Reader<'_> {
 }
 
 impl Writer {
-    /// The run that a run goes on from, or 0.
-    pub(crate) fn parent(&self, number: u32) -> u32 {
-        let note = self.notes[number as usize];
-        if self.notes[note.parent as usize].birth == note.parent_birth { note.parent } else { 0 }
-    }
-
     /// Makes a run of a snapshot. None if a block of it is in the index already. Number and life of the run.
     fn restore(&mut self, tables: &Tables, image: &Image) -> Option<(u32, u32)> {
-        self.reserve(tables, image.records.len());
+        let records = image.records.len().div_ceil(EXTENT_RECORDS as usize);
+        self.reserve(tables, RUNS_READY, EXTENTS_READY + records);
         let number = self.open(tables, None).run;
         let mut left = image.live;
         for key in &image.keys {
             if tables.locate(*key).is_some() {
                 return None;
             }
-            self.put(tables, crate::run::Place { run: number, position: left.trailing_zeros() }, *key);
+            // All of them are listed, so that a block that comes twice is seen.
+            self.put_listed(tables, Place { run: number, position: left.trailing_zeros() }, *key);
             left &= left - 1;
         }
         for words in &image.records {
@@ -239,7 +238,9 @@ impl Writer {
             self.notes[0].children -= 1;
             self.notes[parent.0 as usize].children += 1;
             let note = &mut self.notes[child.0 as usize];
-            (note.parent, note.parent_birth) = parent;
+            // The block is not in a snapshot: probably the last.
+            let place = Place { run: parent.0, position: tables.runs.at(parent.0).end().max(1) - 1 };
+            (note.parent, note.parent_birth) = (place.bits(), parent.1);
             tables.runs.at(parent.0).set_next(child.0);
         }
     }

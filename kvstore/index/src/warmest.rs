@@ -104,7 +104,7 @@ impl Index {
         let (heat, entries) = self.rank(number, writer.clock)?;
         let mut stretch = Stretch {
             number,
-            parent: writer.parent(number),
+            parent: writer.parent(number).map_or(0, |place| place.run),
             first,
             blocks: live.count_ones(),
             entries,

@@ -1,11 +1,14 @@
 //! The writer's side: what changes runs, and what it forgets to stay within the limit.
 
+use std::collections::VecDeque;
 use std::hint::black_box;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::crowd::{CROWDED, Crowd};
-use crate::ids::{HolderId, Key, SizeClass, TierSet};
+use crate::ids::{HolderId, Key, SizeClass, Tier, TierSet};
+use crate::listing::{Kind, unlisted_max};
 use crate::pool::{FreeExtents, Pool};
+use crate::recent::Recent;
 use crate::run::{
     EXTENT_RECORDS, Next, Place, RECORD_WORDS, RUN_BLOCKS, Record, Run, Tables, about, age_at, chain_of,
     chain_word, heat_at, holder_of, in_tiers, used,
@@ -14,33 +17,57 @@ use crate::run::{
 /// Blocks applied between two looks at the free lists.
 pub(crate) const BATCH: usize = 64;
 /// Free runs before a batch: each block could open one.
-const RUNS_READY: usize = BATCH + 1;
+pub(crate) const RUNS_READY: usize = BATCH + 1;
 /// Free extents before a batch: for each block one of keys, of records and of the directory; and a
 /// record chain that is packed.
-const EXTENTS_READY: usize = 4 * BATCH;
+pub(crate) const EXTENTS_READY: usize = 4 * BATCH;
 /// Runs without a successor that are compared when one must go.
 const CANDIDATES: usize = 8;
 /// Runs looked at for them.
 const LOOKED_AT_MAX: u32 = 4_096;
 
+/// What comes before the blocks of a batch.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum After {
+    /// Nothing: the first is a prompt's first.
+    Start,
+    /// This block, known or not.
+    Block(Key),
+    /// Nobody says.
+    Unknown,
+}
+
 /// What only the writer knows of a run.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Note {
-    /// The run that this one goes on from; 0 if none, or if that is gone.
+    /// Where the block is that this run goes on from, as a place's bits; 0 if there is none, or if it is gone.
     pub(crate) parent: u32,
     pub(crate) parent_birth: u32,
     /// Runs that go on from this one.
     pub(crate) children: u32,
     /// Counts the lives of this number.
     pub(crate) birth: u32,
+    /// Blocks that each directory has. Every live block that the one of beginnings lacks follows a live block in its
+    /// run; every one that both lack is in a run that waits.
+    pub(crate) listed: [u64; 2],
+    /// Whether this number waits for its blocks to be listed, in this life or in an earlier one.
+    pub(crate) waits: bool,
 }
 
 /// The writer's own state. One at a time changes the tables.
 #[derive(Debug, Default)]
 pub(crate) struct Writer {
-    extents: FreeExtents,
+    pub(crate) extents: FreeExtents,
     runs: Vec<u32>,
     pub(crate) notes: Vec<Note>,
+    /// Runs that have, or had, blocks which no directory has, oldest first.
+    pub(crate) unlisted: VecDeque<u32>,
+    pub(crate) unlisted_max: usize,
+    /// Entries of the inner directory that are to be taken out of it: hashes, and places' bits.
+    pub(crate) gone: Vec<(u32, u32)>,
+    pub(crate) recent: Recent,
+    /// Entries of each directory.
+    pub(crate) listed: [u64; 2],
     /// The run that is looked at next when one must go.
     hand: u32,
     /// Operations so far; wraps.
@@ -49,7 +76,7 @@ pub(crate) struct Writer {
     pub(crate) entries: u64,
     pub(crate) records: u64,
     pub(crate) evicted: u64,
-    bytes_max: u64,
+    pub(crate) bytes_max: u64,
     crowd: Crowd,
 }
 
@@ -62,31 +89,38 @@ struct Part {
 
 impl Writer {
     pub(crate) fn new(bytes_max: u64) -> Self {
-        Self { bytes_max, ..Self::default() }
+        Self {
+            bytes_max,
+            unlisted_max: unlisted_max(bytes_max),
+            recent: Recent::new(bytes_max),
+            ..Self::default()
+        }
     }
 
     /// Bytes of the writer's own lists.
     pub(crate) fn bytes(&self) -> u64 {
         let lists = self.notes.capacity() * size_of::<Note>()
-            + (self.runs.capacity() + self.extents.capacity()) * size_of::<u32>();
-        lists as u64 + self.crowd.bytes()
+            + (self.runs.capacity() + self.extents.capacity()) * size_of::<u32>()
+            + self.unlisted.capacity() * size_of::<u32>()
+            + self.gone.capacity() * size_of::<(u32, u32)>();
+        lists as u64 + self.recent.bytes() + self.crowd.bytes()
     }
 
-    /// Adds `tiers` to what `holder` has of at most [`BATCH`] blocks that follow `before`. New entries.
+    /// Adds `tiers` to what `holder` has of at most [`BATCH`] blocks that come `after` others. New entries.
     pub(crate) fn store(
         &mut self,
         tables: &Tables,
         (holder, tiers, size): (HolderId, TierSet, SizeClass),
-        before: Option<Key>,
+        after: After,
         blocks: &[Key],
     ) -> u64 {
-        self.reserve(tables, 0);
-        let mut at = before.and_then(|key| tables.locate(key)).map(|(place, _)| place);
+        let (mut at, first) = self.place_before(tables, after, blocks);
         let mut part = Part::default();
         let mut added = 0;
         let mut is_warm = false;
         for (number, key) in blocks.iter().enumerate() {
-            let place = match self.known(tables, at, *key) {
+            let found = first.filter(|_| number == 0);
+            let place = match found.or_else(|| self.known(tables, at, *key)) {
                 Some(place) => place,
                 None => {
                     // Most blocks after a new one are new: their cache misses overlap.
@@ -110,7 +144,37 @@ impl Writer {
             part.mask |= 1 << place.position;
             at = Some(place);
         }
+        if let Some((last, key)) = at.zip(blocks.last()) {
+            self.note(tables, *key, last);
+        }
         added + self.hold(tables, (holder, tiers, size), part)
+    }
+
+    /// Where the block before a batch is, and where its first one is, if that is known and not behind the other. Makes
+    /// all ready that the batch may need.
+    fn place_before(
+        &mut self,
+        tables: &Tables,
+        after: After,
+        blocks: &[Key],
+    ) -> (Option<Place>, Option<Place>) {
+        let before = match after {
+            After::Block(key) => Some(key),
+            After::Start | After::Unknown => None,
+        };
+        let mut place = before.and_then(|key| self.seek(tables, key));
+        let mut first = None;
+        if place.is_none() && !matches!(after, After::Start) {
+            first = blocks.first().and_then(|key| self.seek(tables, *key));
+        }
+        if self.unlisted.len() > self.unlisted_max {
+            self.list_all(tables);
+        }
+        self.reserve(tables, RUNS_READY, EXTENTS_READY);
+        // Something was perhaps forgotten for the sake of this batch.
+        place = place.zip(before).filter(|(place, key)| tables.is_at(*place, *key)).map(|(place, _)| place);
+        first = first.filter(|place| tables.is_at(*place, blocks[0]));
+        (place, first)
     }
 
     /// Where a live block is, if it is. Most blocks follow the one before.
@@ -139,8 +203,28 @@ impl Writer {
         place
     }
 
-    /// Makes a block live in a slot that has none.
-    pub(crate) fn put(&mut self, tables: &Tables, place: Place, key: Key) {
+    /// Makes a block live in a slot that has none, and lists it unless it can be found behind the one before it.
+    fn put(&mut self, tables: &Tables, place: Place, key: Key) {
+        let live = self.make_live(tables, place, key);
+        let follows = place.position > 0 && live >> (place.position - 1) & 1 == 1;
+        if !follows {
+            return self.list(tables, Kind::First, (key.hash(), place));
+        }
+        let note = &mut self.notes[place.run as usize];
+        if !note.waits {
+            note.waits = true;
+            self.unlisted.push_back(place.run);
+        }
+    }
+
+    /// Makes a block live in a slot that has none, and lists it.
+    pub(crate) fn put_listed(&mut self, tables: &Tables, place: Place, key: Key) {
+        self.make_live(tables, place, key);
+        self.list(tables, Kind::First, (key.hash(), place));
+    }
+
+    /// The live blocks of the run then.
+    fn make_live(&mut self, tables: &Tables, place: Place, key: Key) -> u64 {
         let run = tables.runs.at(place.run);
         let slot = &run.keys[(place.position / 8) as usize];
         if slot.load(Ordering::Relaxed) == 0 {
@@ -151,17 +235,12 @@ impl Writer {
         }
         tables.set_key(run, place.position, key);
         let live = run.live.load(Ordering::Relaxed) | 1 << place.position;
+        if live >> place.position == 1 {
+            run.set_last(key);
+        }
         run.live.store(live, Ordering::Release);
-        tables.directory.insert(&tables.pool, &mut self.extents, key.hash(), place.bits());
         self.blocks += 1;
-        let (own, most) = (self.bytes(), self.bytes_max);
-        let has_room = |bytes| tables.bytes() + own + bytes <= most;
-        let hash_at = |bits| {
-            let place = Place::of(bits);
-            let key = tables.key(tables.runs.at(place.run), place.position);
-            key.expect("what the directory points to has a key").hash()
-        };
-        tables.directory.keep_up(&tables.pool, &mut self.extents, self.blocks, has_room, hash_at);
+        live
     }
 
     /// The slot after `at`, if the run ends there, or if the slot held this very block before.
@@ -180,11 +259,18 @@ impl Writer {
     pub(crate) fn open(&mut self, tables: &Tables, at: Option<Place>) -> Place {
         let run = self.runs.pop().expect("a batch begins only with enough free runs");
         assert!(tables.runs.at(run).live.load(Ordering::Relaxed) == 0, "a free run has no live block");
-        let parent = at.map_or(0, |place| place.run);
-        let parent_birth = self.notes[parent as usize].birth;
-        self.notes[parent as usize].children += 1;
+        let parent = at.unwrap_or(Place::of(0));
+        let above = &mut self.notes[parent.run as usize];
+        above.children += 1;
+        let parent_birth = above.birth;
         let note = &mut self.notes[run as usize];
-        *note = Note { parent, parent_birth, children: 0, birth: note.birth };
+        *note = Note {
+            parent: parent.bits(),
+            parent_birth,
+            birth: note.birth,
+            waits: note.waits,
+            ..Note::default()
+        };
         Place { run, position: 0 }
     }
 
@@ -221,6 +307,9 @@ impl Writer {
     #[inline]
     fn record<'a>(&self, tables: &'a Tables, number: u32, holder: HolderId) -> Option<&'a Record> {
         let run = tables.runs.at(number);
+        if holder_of(run.first[0].load(Ordering::Relaxed)) == Some(holder) {
+            return Some(&run.first);
+        }
         let (_, count) = chain_of(run.chain.load(Ordering::Relaxed));
         if count <= CROWDED {
             return tables.record(run, holder);
@@ -233,10 +322,14 @@ impl Writer {
     /// A record for a holder that has none in this run.
     pub(crate) fn admit<'a>(&mut self, tables: &'a Tables, number: u32, word: u64) -> &'a Record {
         let run = tables.runs.at(number);
+        self.records += 1;
+        if run.first[0].load(Ordering::Relaxed) == 0 {
+            run.first[0].store(word, Ordering::Release);
+            return &run.first;
+        }
         let (first, count) = chain_of(run.chain.load(Ordering::Relaxed));
         let holders = run.holders.load(Ordering::Relaxed);
         run.holders.store(holders + 1, Ordering::Relaxed);
-        self.records += 1;
         if holders < count
             && let Some((record, place)) = vacant(tables, first, count)
         {
@@ -263,7 +356,7 @@ impl Writer {
         records[slot][0].store(word, Ordering::Relaxed);
         run.chain.store(chain_word(head, count + 1), Ordering::Release);
         if count == CROWDED {
-            self.list(tables, number);
+            self.list_records(tables, number);
         } else if let Some(holder) = holder_of(word).filter(|_| count > CROWDED) {
             self.crowd.insert(number, holder, (tail, count % EXTENT_RECORDS));
         }
@@ -271,7 +364,7 @@ impl Writer {
     }
 
     /// Notes where the records of a run are that has become crowded.
-    fn list(&mut self, tables: &Tables, number: u32) {
+    fn list_records(&mut self, tables: &Tables, number: u32) {
         let (mut extent, mut left) = chain_of(tables.runs.at(number).chain.load(Ordering::Relaxed));
         while left > 0 {
             let (records, _) = tables.pool.at(extent).as_chunks::<RECORD_WORDS>();
@@ -293,28 +386,90 @@ impl Writer {
         tiers: TierSet,
         blocks: &[Key],
     ) -> u64 {
-        let (mut part, mut removed) = (Part::default(), 0);
+        let mut removed = 0;
+        let mut at = None;
+        for batch in blocks.chunks(BATCH) {
+            let mut part = Part::default();
+            self.reserve(tables, 0, EXTENTS_READY);
+            for key in batch {
+                let Some(place) = self.near(tables, at, *key).or_else(|| self.seek(tables, *key)) else {
+                    continue;
+                };
+                if place.run != part.run {
+                    removed += self.release(tables, holder, tiers, part);
+                    part = Part { run: place.run, mask: 0 };
+                }
+                part.mask |= 1 << place.position;
+                at = Some(place);
+            }
+            // Most blocks go from the last to the first.
+            if let Some((before, key)) = at.and_then(|place| self.before(tables, place)) {
+                self.note(tables, key, before);
+            }
+            removed += self.release(tables, holder, tiers, part);
+        }
+        removed
+    }
+
+    /// For each block the fastest tier in which `holder` has it.
+    pub(crate) fn fastest(
+        &mut self,
+        tables: &Tables,
+        holder: HolderId,
+        blocks: &[Key],
+        found: &mut Vec<Option<Tier>>,
+    ) {
         let mut at = None;
         for key in blocks {
-            let Some(place) = near(tables, at, *key).or_else(|| tables.locate(*key).map(|(place, _)| place))
-            else {
-                continue;
-            };
-            if place.run != part.run {
-                removed += self.release(tables, holder, tiers, part);
-                part = Part { run: place.run, mask: 0 };
-            }
-            part.mask |= 1 << place.position;
-            at = Some(place);
+            let place = self.near(tables, at, *key).or_else(|| self.seek(tables, *key));
+            at = place.or(at);
+            let held = place.zip(place.and_then(|place| self.record(tables, place.run, holder)));
+            found.push(held.and_then(|(place, record)| {
+                let has = |word: &AtomicU64| word.load(Ordering::Relaxed) >> place.position & 1 == 1;
+                Tier::ALL.into_iter().zip(&record[1..]).find(|(_, word)| has(word)).map(|(tier, _)| tier)
+            }));
         }
-        removed + self.release(tables, holder, tiers, part)
+    }
+
+    /// The block that the one at `place` goes on from, if it lives.
+    fn before(&self, tables: &Tables, place: Place) -> Option<(Place, Key)> {
+        let before = match place.position.checked_sub(1) {
+            Some(position) => Place { run: place.run, position },
+            None => self.parent(place.run)?,
+        };
+        let run = tables.runs.at(before.run);
+        let lives = run.live.load(Ordering::Relaxed) >> before.position & 1 == 1;
+        tables.key(run, before.position).filter(|_| lives).map(|key| (before, key))
+    }
+
+    /// Where the block is, or was, that a run goes on from; none if that run is gone.
+    pub(crate) fn parent(&self, number: u32) -> Option<Place> {
+        let note = self.notes[number as usize];
+        let place = Place::of(note.parent);
+        let is_here = place.run != 0 && self.notes[place.run as usize].birth == note.parent_birth;
+        is_here.then_some(place)
+    }
+
+    /// The slot before or after `at`, or what the run goes on from, if it holds this block.
+    fn near(&self, tables: &Tables, at: Option<Place>, key: Key) -> Option<Place> {
+        let Place { run, position } = at?;
+        let before = match position.checked_sub(1) {
+            Some(position) => Some(Place { run, position }),
+            None => self.parent(run),
+        };
+        let after = Some(Place { run, position: position + 1 }).filter(|after| after.position < RUN_BLOCKS);
+        let is_here = |place: &Place| tables.is_at(*place, key);
+        before.filter(is_here).or_else(|| after.filter(is_here))
     }
 
     /// Takes all that a holder has. Entries that are gone.
     pub(crate) fn clear(&mut self, tables: &Tables, holder: HolderId) -> u64 {
-        (1..tables.runs.items())
-            .map(|run| self.release(tables, holder, TierSet::ALL, Part { run, mask: u64::MAX }))
-            .sum()
+        let mut removed = 0;
+        for run in 1..tables.runs.items() {
+            self.reserve(tables, 0, EXTENTS_READY);
+            removed += self.release(tables, holder, TierSet::ALL, Part { run, mask: u64::MAX });
+        }
+        removed
     }
 
     /// Clears bits of a holder in a run, and what nobody holds then. Entries that are gone.
@@ -333,11 +488,13 @@ impl Writer {
         let after = all_of(record);
         if after == 0 {
             record[0].store(0, Ordering::Release);
-            if chain_of(run.chain.load(Ordering::Relaxed)).1 > CROWDED {
-                self.crowd.remove(part.run, holder);
-            }
-            run.holders.store(run.holders.load(Ordering::Relaxed) - 1, Ordering::Relaxed);
             self.records -= 1;
+            if !std::ptr::eq(record, &run.first) {
+                if chain_of(run.chain.load(Ordering::Relaxed)).1 > CROWDED {
+                    self.crowd.remove(part.run, holder);
+                }
+                run.holders.store(run.holders.load(Ordering::Relaxed) - 1, Ordering::Relaxed);
+            }
         }
         let mut dead = before & !after;
         let removed = u64::from(dead.count_ones());
@@ -359,13 +516,20 @@ impl Writer {
     fn bury(&mut self, tables: &Tables, number: u32, dead: u64) {
         let run = tables.runs.at(number);
         let live = run.live.load(Ordering::Relaxed) & !dead;
-        run.live.store(live, Ordering::Release);
-        warm(tables, positions(dead).filter_map(|position| tables.key(run, position)));
-        for position in positions(dead) {
-            let key = tables.key(run, position).expect("a block that was live has a key");
-            tables.directory.remove(&tables.pool, key.hash(), Place { run: number, position }.bits());
-            self.blocks -= 1;
+        // First, so that a reader finds them all the time.
+        let listed = self.notes[number as usize].listed[Kind::First as usize];
+        for position in positions(live & !(live << 1) & !listed) {
+            let key = tables.key(run, position).expect("a live block has a key");
+            self.list(tables, Kind::First, (key.hash(), Place { run: number, position }));
         }
+        if dead > live {
+            // The last one goes.
+            let last = live.checked_ilog2().and_then(|position| tables.key(run, position));
+            run.set_last(last.unwrap_or(Key { low: 0, high: 0 }));
+        }
+        run.live.store(live, Ordering::Release);
+        self.blocks -= u64::from(dead.count_ones());
+        self.unlist(tables, number, dead);
         let kept = if live == 0 { 0 } else { run.end().div_ceil(8) as usize };
         if run.keys[kept..].iter().any(|slot| slot.load(Ordering::Relaxed) != 0) {
             run.move_fence();
@@ -391,16 +555,18 @@ impl Writer {
             self.crowd.clear(number);
         }
         run.chain.store(0, Ordering::Relaxed);
+        run.first.iter().for_each(|word| word.store(0, Ordering::Relaxed));
         run.tail.store(0, Ordering::Relaxed);
         run.holders.store(0, Ordering::Relaxed);
         run.next.store(0, Ordering::Relaxed);
         self.give_chain(&tables.pool, first);
         let note = self.notes[number as usize];
-        let parent = &mut self.notes[note.parent as usize];
+        let parent = &mut self.notes[Place::of(note.parent).run as usize];
         if parent.birth == note.parent_birth {
             parent.children -= 1;
         }
-        self.notes[number as usize] = Note { birth: note.birth.wrapping_add(1), ..Note::default() };
+        self.notes[number as usize] =
+            Note { birth: note.birth.wrapping_add(1), waits: note.waits, ..Note::default() };
         self.runs.push(number);
     }
 
@@ -423,7 +589,7 @@ impl Writer {
             return;
         }
         let mut kept = Vec::with_capacity(holders as usize);
-        tables.each_record(run, |record| {
+        tables.each_in_chain(run, |record| {
             if record[0].load(Ordering::Relaxed) != 0 {
                 kept.push([0, 1, 2, 3].map(|word| record[word].load(Ordering::Relaxed)));
             }
@@ -454,7 +620,7 @@ impl Writer {
             self.crowd.clear(number);
         }
         if holders > CROWDED {
-            self.list(tables, number);
+            self.list_records(tables, number);
         }
     }
 
@@ -474,14 +640,13 @@ impl Writer {
         }
     }
 
-    /// Makes sure that a batch, and so many records of one run beside it, find what they may need: makes it within the limit, else forgets the coldest.
-    pub(crate) fn reserve(&mut self, tables: &Tables, records: usize) {
-        while self.runs.len() < RUNS_READY {
+    /// Makes sure that there are so many free runs and extents: makes them within the limit, else forgets the coldest.
+    pub(crate) fn reserve(&mut self, tables: &Tables, runs: usize, extents: usize) {
+        while self.runs.len() < runs {
             if !self.grow_runs(tables) && !self.evict(tables) {
                 panic!("{} bytes hold less than one batch", self.bytes_max);
             }
         }
-        let extents = EXTENTS_READY + records.div_ceil(EXTENT_RECORDS as usize);
         while self.extents.len() < extents {
             let room = self.has_room(tables, tables.pool.segment_bytes());
             let grown = room && tables.pool.grow(&mut self.extents);
@@ -575,23 +740,12 @@ fn warm(tables: &Tables, keys: impl Iterator<Item = Key>) {
 }
 
 /// The positions of a mask's ones.
-fn positions(mut mask: u64) -> impl Iterator<Item = u32> {
+pub(crate) fn positions(mut mask: u64) -> impl Iterator<Item = u32> {
     std::iter::from_fn(move || {
         let position = mask.trailing_zeros();
         mask &= mask.checked_sub(1)?;
         Some(position)
     })
-}
-
-/// The slot after or before `at`, if it holds this block.
-fn near(tables: &Tables, at: Option<Place>, key: Key) -> Option<Place> {
-    let Place { run, position } = at?;
-    let here = tables.runs.at(run);
-    let live = here.live.load(Ordering::Relaxed);
-    let is_here = |position: &u32| live >> position & 1 == 1 && tables.key(here, *position) == Some(key);
-    let before = position.checked_sub(1).filter(is_here);
-    let found = before.or_else(|| Some(position + 1).filter(|after| *after < RUN_BLOCKS && is_here(after)));
-    found.map(|position| Place { run, position })
 }
 
 /// A record that has no holder.

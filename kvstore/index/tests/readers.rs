@@ -89,6 +89,9 @@ fn what_is_there_is_found_while_the_directory_grows() {
         scope.spawn(|| {
             for number in 0..CHAINS {
                 index.store(HolderId(1), TierSet::HBM, None, &chain(number)).expect("the holder is in range");
+                // What is looked for and not known makes the directory whole.
+                let other = [Key::from_alias(u64::MAX)];
+                index.remove(HolderId(1), TierSet::HBM, &other).expect("the holder is in range");
                 stored.store(number + 1, Ordering::Release);
             }
         });

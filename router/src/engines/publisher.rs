@@ -176,9 +176,13 @@ pub(super) fn apply(holders: &Holders, holder: &Holder, events: &[Event]) {
         for event in part {
             match event {
                 Event::Stored(stored) if is_first(&stored.group) => {
-                    let (parent, blocks) = (stored.parent.map(Key::from_alias), keys(&stored.blocks));
-                    let size = SizeClass::UNKNOWN;
-                    turn.store_sized(holder.id(), stored.tiers, size, parent, &blocks).expect(MADE);
+                    let (tiers, size, blocks) = (stored.tiers, SizeClass::UNKNOWN, keys(&stored.blocks));
+                    // Engines name a parent, but of a prompt's first block.
+                    let told = match stored.parent.map(Key::from_alias) {
+                        Some(parent) => turn.store_sized(holder.id(), tiers, size, Some(parent), &blocks),
+                        None => turn.store_start(holder.id(), tiers, size, &blocks),
+                    };
+                    told.expect(MADE);
                 }
                 Event::Removed { blocks, tiers, group } if is_first(group) => {
                     turn.remove(holder.id(), *tiers, &keys(blocks)).expect(MADE);

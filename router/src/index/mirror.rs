@@ -14,6 +14,8 @@ use terrace_index::{HolderId, Index, Key, SizeClass, Stream, TierSet, Verdict};
 /// Holders that one daemon takes: what is in use, and what is being loaded.
 pub(super) const HOLDERS: u32 = 2;
 const NONE: u32 = u32::MAX;
+/// Blocks that are changed before others have a turn.
+const BLOCKS_A_TURN: usize = 2_048;
 
 /// What others see of a mirror.
 #[derive(Debug)]
@@ -113,6 +115,8 @@ impl Mirror {
             changes.apply(block)?;
         }
         changes.flush();
+        // Before the turn of what follows.
+        drop(changes);
         if !piece.last {
             return Ok(Step::More);
         }
@@ -155,6 +159,7 @@ impl Mirror {
             break;
         }
         changes.flush();
+        drop(changes);
         let end = message.sequence + message.events.len() as u64;
         self.shown.applied.fetch_add(applied, Ordering::Relaxed);
         self.shown.behind.store(message.next_sequence.saturating_sub(end), Ordering::Relaxed);
@@ -189,9 +194,13 @@ impl Mirror {
     }
 }
 
-/// Changes to the index, with blocks that follow each other stored together.
+/// Changes to the index in one turn, or in several where there are many, with blocks that follow each other stored together.
 struct Changes<'a> {
     index: &'a Index,
+    /// None before the first change.
+    turn: Option<terrace_index::Changes<'a>>,
+    /// Blocks that this turn may still change.
+    left: usize,
     holder: HolderId,
     parent: Option<Key>,
     kind: (TierSet, SizeClass),
@@ -200,7 +209,18 @@ struct Changes<'a> {
 
 impl<'a> Changes<'a> {
     fn new(index: &'a Index, holder: HolderId) -> Self {
-        Self { index, holder, parent: None, kind: (TierSet::NONE, SizeClass::UNKNOWN), run: Vec::new() }
+        let kind = (TierSet::NONE, SizeClass::UNKNOWN);
+        Self { index, turn: None, left: 0, holder, parent: None, kind, run: Vec::new() }
+    }
+
+    /// The turn, for so many blocks more.
+    fn turn(&mut self, blocks: usize) -> &mut terrace_index::Changes<'a> {
+        if self.left < blocks {
+            self.turn = None;
+            self.left = BLOCKS_A_TURN;
+        }
+        self.left = self.left.saturating_sub(blocks);
+        self.turn.get_or_insert_with(|| self.index.changes())
     }
 
     fn apply(&mut self, event: &BlockEvent) -> Result<(), BadMessage> {
@@ -214,7 +234,8 @@ impl<'a> Changes<'a> {
                 self.flush();
                 let now = tiers(event);
                 let gone = TierSet::from_bits(TierSet::ALL.bits() & !now.bits());
-                let stored = self.index.store(self.holder, now, None, &[block]);
+                let (holder, size) = (self.holder, SizeClass::UNKNOWN);
+                let stored = self.turn(1).store_sized(holder, now, size, None, &[block]);
                 stored.expect("the index was made for all daemons' holders");
                 self.remove(gone.unwrap_or(TierSet::NONE), block);
             }
@@ -238,16 +259,23 @@ impl<'a> Changes<'a> {
         self.run.push(block);
     }
 
-    fn remove(&self, tiers: TierSet, block: Key) {
-        let removed = self.index.remove(self.holder, tiers, &[block]);
+    fn remove(&mut self, tiers: TierSet, block: Key) {
+        let holder = self.holder;
+        let removed = self.turn(1).remove(holder, tiers, &[block]);
         removed.expect("the index was made for all daemons' holders");
     }
 
     fn flush(&mut self) {
         let (tiers, size) = self.kind;
-        let stored = self.index.store_sized(self.holder, tiers, size, self.parent, &self.run);
+        let mut run = std::mem::take(&mut self.run);
+        if run.is_empty() {
+            return;
+        }
+        let (holder, parent) = (self.holder, self.parent);
+        let stored = self.turn(run.len()).store_sized(holder, tiers, size, parent, &run);
         stored.expect("the index was made for all daemons' holders");
-        self.run.clear();
+        run.clear();
+        self.run = run;
     }
 }
 

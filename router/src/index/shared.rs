@@ -169,24 +169,17 @@ impl Index {
     }
 }
 
-/// Adds what one holder has. A look-up ends at the first block that nobody has, so it begins again behind it.
+/// Adds what one holder has.
 fn scan(
     blocks: &terrace_index::Index,
     holder: terrace_index::HolderId,
     ids: &[Option<Key>],
     tiers: &mut [TierSet],
 ) {
-    let (mut found, mut start) = (Found::new(), 0);
-    while start < ids.len() {
-        let run: Vec<Key> = ids[start..].iter().map_while(|id| *id).collect();
-        blocks.find(&run, &mut found);
-        if let Some(slot) = found.holders().iter().position(|held| held.holder == holder) {
-            for span in found.spans().iter().filter(|span| span.held as usize == slot) {
-                let held = &mut tiers[start + span.start as usize..start + span.end as usize];
-                held.iter_mut().for_each(|tiers| *tiers = tiers.with(TierSet::of(span.tier)));
-            }
-        }
-        start += found.blocks() as usize + 1;
+    let (places, known): (Vec<usize>, Vec<Key>) =
+        ids.iter().enumerate().filter_map(|(place, id)| id.map(|id| (place, id))).unzip();
+    for (place, tier) in places.into_iter().zip(blocks.fastest(holder, &known)) {
+        tiers[place] = tier.map_or(tiers[place], |tier| tiers[place].with(TierSet::of(tier)));
     }
 }
 

@@ -4,8 +4,10 @@
 //! Limits are what that index took on a quiet machine (docs/benchmarks/index.md), times the 1.2 that ours
 //! must be better by where it changes. Time in which the thread waited for a core is left out.
 
+mod day;
 pub(crate) mod load;
 
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Instant;
@@ -30,7 +32,7 @@ const DECODE_BYTES_MAX: f64 = 149.0;
 /// Memory of the index that forgets.
 const SMALL: u64 = 16 << 20;
 
-pub(super) fn run() -> anyhow::Result<Vec<Line>> {
+pub(super) fn run(traces: &Path) -> anyhow::Result<Vec<Line>> {
     let mut lines = Vec::new();
     for (shape, bytes_max, rounds) in [
         (load::REFERENCE, BYTES_MAX, ROUNDS),
@@ -41,6 +43,7 @@ pub(super) fn run() -> anyhow::Result<Vec<Line>> {
         measure(&shape, bytes_max, rounds, &mut lines)?;
     }
     lines.push(forgetting()?);
+    lines.extend(day::run(traces)?);
     Ok(lines)
 }
 

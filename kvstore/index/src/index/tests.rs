@@ -1,6 +1,7 @@
 //! The index against a model of maps and sets, under seeded random histories.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::atomic::Ordering;
 
 use super::*;
 use crate::crowd::CROWDED;
@@ -124,6 +125,27 @@ fn check_counts(index: &Index, model: &Model, story: &str) {
     let blocks: BTreeSet<Key> = model.0.keys().map(|(key, _)| *key).collect();
     assert_eq!(counts.entries, model.0.len() as u64, "{story}: entries");
     assert_eq!(counts.blocks, blocks.len() as u64, "{story}: blocks");
+    check_directory(index, story);
+}
+
+/// What the directory has: each block that was listed once, and every live block that follows none in its run.
+fn check_directory(index: &Index, story: &str) {
+    let (writer, tables) = (index.guard(), &index.tables);
+    let mut listed = [0; 2];
+    for number in 1..tables.runs.items() {
+        let live = tables.runs.at(number).live.load(Ordering::Relaxed);
+        let note = writer.notes[number as usize];
+        assert_eq!(note.is_listed() & !live, 0, "{story}: run {number} lists what is gone");
+        let lacking = live & !(live << 1) & !note.listed[0];
+        assert_eq!(lacking, 0, "{story}: run {number} does not list what begins");
+        assert!(live & !note.is_listed() == 0 || note.waits, "{story}: run {number} does not wait");
+        for (sum, mask) in listed.iter_mut().zip(note.listed) {
+            *sum += u64::from(mask.count_ones());
+        }
+    }
+    let entries = [&tables.directory, &tables.inner].map(|directory| directory.entries(&tables.pool));
+    listed[1] += writer.gone.len() as u64;
+    assert_eq!(entries, listed, "{story}: entries of the directories");
 }
 
 fn history(seed: u64, steps: usize, holders: u32) {
@@ -208,12 +230,56 @@ fn a_directory_that_has_grown_has_each_block_once() {
         index.store(HolderId(1), TierSet::HBM, None, &chain(number)).unwrap();
     }
     assert_eq!(index.counts().blocks, 2_750_000);
-    assert_eq!(index.tables.directory.entries(&index.tables.pool), 2_750_000, "each block once");
+    index.guard().list_all(&index.tables);
+    let tables = &index.tables;
+    let entries = [&tables.directory, &tables.inner].map(|directory| directory.entries(&tables.pool));
+    assert_eq!(entries[0] + entries[1], 2_750_000, "each block once");
     let mut found = Found::new();
     for number in 0..5_500 {
         index.find(&chain(number), &mut found);
         assert_eq!(found.blocks(), 500, "chain {number}");
     }
+}
+
+/// A block that the directory lacks could be taken for a new one by somebody who does not say what it goes on from, or
+/// not be found where it is to be removed: each is found by its key alone, in any order.
+#[test]
+fn a_block_is_found_by_its_key_alone() {
+    let chain: Vec<Key> = (0..1000).map(Key::from_alias).collect();
+    let index = Index::new(Limits { holders: HOLDERS, bytes: 8 << 20 });
+    index.changes().store_start(HolderId(1), TierSet::HBM, SizeClass::UNKNOWN, &chain).unwrap();
+    index.store(HolderId(2), TierSet::HBM, None, &chain[500..600]).unwrap();
+    index.store(HolderId(3), TierSet::HBM, Some(Key::from_alias(5_000)), &chain[7..9]).unwrap();
+    let counts = index.counts();
+    assert_eq!((counts.blocks, counts.entries), (1000, 1102), "nothing is there twice");
+    let asked = [999, 3, 550, 8, 501].map(|at| chain[at]);
+    let hbm = Some(Tier::Hbm);
+    assert_eq!(index.fastest(HolderId(2), &asked), [None, None, hbm, None, hbm]);
+    assert_eq!(index.fastest(HolderId(1), &[chain[4], Key::from_alias(5_001)]), [hbm, None]);
+    check_directory(&index, "found by keys");
+    let index = Index::new(Limits { holders: HOLDERS, bytes: 8 << 20 });
+    index.changes().store_start(HolderId(1), TierSet::HBM, SizeClass::UNKNOWN, &chain).unwrap();
+    for at in 0..1000 {
+        let removed = index.remove(HolderId(1), TierSet::ALL, &chain[at * 617 % 1000..][..1]);
+        assert_eq!(removed, Ok(1), "block {}", at * 617 % 1000);
+        check_directory(&index, "removed in any order");
+    }
+    assert_eq!(index.counts().blocks, 0);
+}
+
+/// Runs that wait to be listed could pile up without end where blocks come and go behind one that stays.
+#[test]
+fn what_comes_and_goes_behind_a_block_leaves_nothing() {
+    let chain: Vec<Key> = (0..2).map(Key::from_alias).collect();
+    let index = Index::new(Limits { holders: HOLDERS, bytes: 1 << 20 });
+    index.store(HolderId(1), TierSet::HBM, None, &chain[..1]).unwrap();
+    let before = index.counts().bytes;
+    for _ in 0..500_000 {
+        index.store(HolderId(1), TierSet::HBM, Some(chain[0]), &chain[1..]).unwrap();
+        index.remove(HolderId(1), TierSet::HBM, &chain[1..]).unwrap();
+    }
+    let grown = index.counts().bytes - before;
+    assert!(grown < 64 << 10, "{grown} bytes");
 }
 
 /// Where a run has many holders, a list says where their records are: it could keep a record that is gone or
@@ -277,7 +343,7 @@ fn what_is_warm_stays() {
     let kept = (2..3_000).filter(|number| {
         index.find(&chain(*number), &mut found);
         let begins = found.blocks() > 0;
-        let ends = index.tables.locate(chain(*number)[199]).is_some();
+        let ends = index.guard().seek(&index.tables, chain(*number)[199]).is_some();
         assert!(begins || !ends, "chain {number} lost its beginning before its end");
         begins
     });

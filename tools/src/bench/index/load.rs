@@ -110,7 +110,10 @@ pub(crate) fn store(
             let mut turn = index.changes();
             for event in events.chunks(shape.per_event) {
                 let size = SizeClass::UNKNOWN;
-                let stored = turn.store_sized(HolderId(worker), TierSet::HBM, size, parent, event);
+                let stored = match parent {
+                    Some(_) => turn.store_sized(HolderId(worker), TierSet::HBM, size, parent, event),
+                    None => turn.store_start(HolderId(worker), TierSet::HBM, size, event),
+                };
                 stored.expect("the load has fewer workers than the index may have");
                 parent = event.last().copied();
             }

@@ -3,7 +3,7 @@
 
 use std::collections::VecDeque;
 
-use terrace_index::{Found, HolderId, Index, Key, Limits, TierSet};
+use terrace_index::{Found, HolderId, Index, Key, Limits, SizeClass, TierSet};
 
 use crate::sim::trace::Trace;
 
@@ -61,7 +61,11 @@ impl Directory {
         let keys = |numbers: &[u32]| numbers.iter().map(|&n| self.keys[n as usize]).collect::<Vec<_>>();
         let holder = HolderId(event.holder);
         let parent = event.parent.map(|number| self.keys[number as usize]);
-        let stored = self.index.store(holder, TierSet::PINNED, parent, &keys(&event.stored));
+        let (tiers, blocks) = (TierSet::PINNED, keys(&event.stored));
+        let stored = match parent {
+            Some(_) => self.index.store(holder, tiers, parent, &blocks),
+            None => self.index.changes().store_start(holder, tiers, SizeClass::UNKNOWN, &blocks),
+        };
         let removed = self.index.remove(holder, TierSet::PINNED, &keys(&event.removed));
         stored.and(removed).expect("holders are numbered below the limit that the index was made with");
     }
