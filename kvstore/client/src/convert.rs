@@ -3,8 +3,7 @@
 use bytes::Bytes;
 
 use terrace_core::{
-    BlockId, ByteCount, Durability, MatchMode, MissReason, Purpose, SealOutcome, SpaceKind, SpaceManifest,
-    TokenCount,
+    ByteCount, Durability, MatchMode, MissReason, Purpose, SealOutcome, SpaceKind, SpaceManifest, TokenCount,
 };
 use terrace_proto::{KEY_BYTES_MAX, v1};
 
@@ -150,10 +149,6 @@ pub(crate) fn seals_from_wire(
 /// 16 bytes of a wire field.
 pub(crate) fn id_from_wire(bytes: &[u8], detail: &'static str) -> Result<[u8; 16], ClientError> {
     bytes.try_into().map_err(|_| ClientError::Protocol { detail })
-}
-
-pub(crate) fn block_from_wire(bytes: &[u8]) -> Result<BlockId, ClientError> {
-    Ok(BlockId::from_bytes(id_from_wire(bytes, "a block id that is not 16 bytes long")?))
 }
 
 #[cfg(test)]

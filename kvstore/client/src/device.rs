@@ -72,8 +72,8 @@ impl Session {
         let lane = self.lane("lease_read_on")?;
         lane.chunks.device(number)?;
         let wanted = self.to_read(space, keys, options, Some(number))?;
-        let (held, outcomes) = lease(lane, wanted).await?;
-        DeviceReadLease::new(held, outcomes)
+        let (lease, grants) = lease(lane, wanted, DeviceReadLease::block_of).await?;
+        Ok(DeviceReadLease { grants, lease })
     }
 
     /// As [`Session::lease_write`], in the memory of the daemon's device `number`; in host memory where the device
@@ -92,8 +92,8 @@ impl Session {
         let lane = self.lane("lease_write_on")?;
         lane.chunks.device(number)?;
         let wanted = self.to_write(space, keys, parent, options, Some(number))?;
-        let (held, outcomes) = lease(lane, wanted).await?;
-        DeviceWriteLease::new(held, outcomes)
+        let (lease, grants) = lease(lane, wanted, DeviceWriteLease::block_of).await?;
+        Ok(DeviceWriteLease { lease, grants })
     }
 
     /// Starts bringing blocks to the daemon's device `number`, and does not wait for them.

@@ -8,7 +8,7 @@ use terrace_lane::fold;
 
 use crate::device::{Granted, Where, place};
 use crate::error::ClientError;
-use crate::lease::{Frame, Lease, Outcome, granted_by};
+use crate::lease::{Frame, Lease, Outcome};
 use crate::read::{BadBlock, ReadBlock, ReadLease, Stale};
 
 /// Blocks pinned for reading, on a device where it had room in time. Dropping it, and every block taken out of it,
@@ -17,7 +17,7 @@ use crate::read::{BadBlock, ReadBlock, ReadLease, Stale};
 pub struct DeviceReadLease {
     /// One entry a key, in order.
     pub grants: Vec<Outcome<Leased>>,
-    lease: Option<Arc<Lease>>,
+    pub(crate) lease: Option<Arc<Lease>>,
 }
 
 /// A pinned block, where it is.
@@ -48,22 +48,15 @@ impl Leased {
 }
 
 impl DeviceReadLease {
-    pub(crate) fn new(lease: Option<Arc<Lease>>, outcomes: Vec<Outcome<Frame>>) -> Result<Self, ClientError> {
-        if outcomes.iter().any(|outcome| matches!(outcome, Outcome::Exists)) {
-            return Err(ClientError::Protocol { detail: "a read lease answered as a write lease" });
-        }
-        let block = |frame: Frame| {
-            let lease = granted_by(lease.as_ref())?;
-            Ok(match place(frame) {
-                Where::Host(frame) => Leased::Host(ReadBlock::new(frame, lease)?),
-                Where::Device(frame, mapping) => Leased::Device(DeviceBlock {
-                    granted: Granted::new(&frame, &mapping, lease)?,
-                    checksum: frame.checksum,
-                }),
-            })
-        };
-        let grants = outcomes.into_iter().map(|outcome| outcome.convert(block)).collect::<Result<_, _>>()?;
-        Ok(Self { grants, lease })
+    /// A guard of one block, wherever it is.
+    pub(crate) fn block_of(frame: Frame, lease: Arc<Lease>) -> Result<Leased, ClientError> {
+        Ok(match place(frame) {
+            Where::Host(frame) => Leased::Host(ReadBlock::new(frame, lease)?),
+            Where::Device(frame, mapping) => Leased::Device(DeviceBlock {
+                granted: Granted::new(&frame, &mapping, lease)?,
+                checksum: frame.checksum,
+            }),
+        })
     }
 
     /// The daemon's number of the lease; `None` when nothing was granted.

@@ -10,7 +10,7 @@ use crate::chunks::WriterToken;
 use crate::device::{COPY_WITHIN, Granted, Where, place};
 use crate::device_read::{DeviceBlock, Leased};
 use crate::error::ClientError;
-use crate::lease::{Frame, Lease, Outcome, granted_by};
+use crate::lease::{Frame, Lease, Outcome};
 use crate::write::{self, WriteBlock, WriteLease};
 
 /// Frames reserved for writing, on a device where it has room. Dropping it gives back what is not sealed, and unpins
@@ -18,7 +18,7 @@ use crate::write::{self, WriteBlock, WriteLease};
 #[derive(Debug)]
 pub struct DeviceWriteLease {
     // Before the grants: the lease ends before its windows go back.
-    lease: Option<Arc<Lease>>,
+    pub(crate) lease: Option<Arc<Lease>>,
     /// One entry a key, in order.
     pub grants: Vec<Outcome<Reserved>>,
 }
@@ -67,21 +67,17 @@ impl Reserved {
 }
 
 impl DeviceWriteLease {
-    pub(crate) fn new(lease: Option<Arc<Lease>>, outcomes: Vec<Outcome<Frame>>) -> Result<Self, ClientError> {
-        let block = |frame: Frame| {
-            let lease = granted_by(lease.as_ref())?;
-            Ok(match place(frame) {
-                Where::Host(frame) => Reserved::Host(Box::new(WriteBlock::new(frame, lease)?)),
-                Where::Device(frame, mapping) => {
-                    let granted = Granted::new(&frame, &mapping, lease)?;
-                    let none = ClientError::Protocol { detail: "a frame to write without its window" };
-                    let writer = Some(frame.writer.ok_or(none)?);
-                    Reserved::Device(DeviceWriteBlock { granted, sealed: None, writer })
-                }
-            })
-        };
-        let grants = outcomes.into_iter().map(|outcome| outcome.convert(block)).collect::<Result<_, _>>()?;
-        Ok(Self { lease, grants })
+    /// A guard of one frame, wherever it is.
+    pub(crate) fn block_of(frame: Frame, lease: Arc<Lease>) -> Result<Reserved, ClientError> {
+        Ok(match place(frame) {
+            Where::Host(frame) => Reserved::Host(Box::new(WriteBlock::new(frame, lease)?)),
+            Where::Device(frame, mapping) => {
+                let granted = Granted::new(&frame, &mapping, lease)?;
+                let none = ClientError::Protocol { detail: "a frame to write without its window" };
+                let writer = Some(frame.writer.ok_or(none)?);
+                Reserved::Device(DeviceWriteBlock { granted, sealed: None, writer })
+            }
+        })
     }
 
     /// The daemon's number of the lease; `None` when nothing was granted.

@@ -1,7 +1,8 @@
 //! The local transport: requests over the Unix socket, answers matched by id.
 //!
-//! A caller encodes its request and hands it to the kernel itself; a task takes
-//! over only when the kernel's buffer is full. Another task receives.
+//! A caller encodes its request, and hands it to the kernel itself if nobody else
+//! waits for an answer. A task takes over when others do, or when the kernel's
+//! buffer is full. Another task receives.
 
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
@@ -20,25 +21,28 @@ use terrace_proto::LANE_VERSION;
 use terrace_proto::v1::lane_request::Op;
 use terrace_proto::v1::lane_response::Result as Answer;
 use terrace_proto::v1::session_response::Notice;
-use terrace_proto::v1::{
-    GrantOutcome, LaneHello, LaneRequest, LaneResponse, LeaseKind, LeaseResponse, SessionOpened,
-};
+use terrace_proto::v1::{GrantOutcome, LaneHello, LaneRequest, LeaseKind, SessionOpened};
 
 use crate::chunks::{Chunks, WriterToken};
 use crate::error::ClientError;
 use crate::keeper::{Keeper, LeaseToken};
+use crate::keyed::{self, Answered, Grant, Keys};
 use crate::session::Target;
 use crate::status::Status;
 
 // Requests of one session that wait for their answers. Less than the 256 that
 // the daemon reads ahead by default, so that chores get through.
 const REQUESTS_IN_FLIGHT_MAX: usize = 192;
+// Requests are not gathered beyond this: the daemon may begin meanwhile.
+const GATHERED_BYTES_MAX: usize = 32 << 10;
 
 /// An answer with all that came with it. What a lease granted is owned here, so
 /// that an answer nobody waits for any more gives everything back.
 #[derive(Debug)]
 pub(crate) struct Delivered {
     pub(crate) answer: Answer,
+    /// The blocks of a `LeaseResponse`, which itself has none.
+    pub(crate) grants: Vec<Grant>,
     pub(crate) descriptors: Vec<OwnedFd>,
     /// Ends the lease of a `LeaseResponse` when dropped.
     pub(crate) lease: Option<LeaseToken>,
@@ -74,10 +78,23 @@ struct Caller {
     _permit: Option<OwnedSemaphorePermit>,
 }
 
+/// Whether other requests of the session wait for their answers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Company {
+    None,
+    Others,
+}
+
+/// What is asked. The keys of a look-up or a lease may be apart.
+struct Question {
+    op: Op,
+    keys: Option<Keys>,
+}
+
 /// A connection whose session is open, before its tasks run.
 pub(crate) struct Opened {
     pub(crate) link: Arc<LaneLink>,
-    pub(crate) reader: LaneReader<LaneResponse>,
+    pub(crate) reader: LaneReader<Answered>,
     pub(crate) facts: SessionOpened,
 }
 
@@ -136,7 +153,7 @@ impl LaneLink {
             status,
             answer_within: target.answer_within(),
         };
-        Ok(Opened { link: Arc::new(link), reader, facts })
+        Ok(Opened { link: Arc::new(link), reader: reader.reading(), facts })
     }
 
     /// Asks and waits for the answer. When cancelled, a lease that is granted
@@ -147,25 +164,35 @@ impl LaneLink {
 
     /// As [`LaneLink::call`], for an answer that may take `allowed` more.
     pub(crate) async fn call_within(&self, op: Op, allowed: Duration) -> Result<Delivered, ClientError> {
-        // Questions that were given up keep their permits until they are answered.
+        let permit = self.permit().await?;
+        self.ask(Question { op, keys: None }, Some(permit), allowed).await
+    }
+
+    /// As [`LaneLink::call`], for a look-up or a lease whose keys are apart.
+    pub(crate) async fn call_keyed(&self, op: Op, keys: Keys) -> Result<Delivered, ClientError> {
+        let permit = self.permit().await?;
+        self.ask(Question { op, keys: Some(keys) }, Some(permit), Duration::ZERO).await
+    }
+
+    /// Leave to have a request under way. Questions that were given up keep theirs until they are answered.
+    async fn permit(&self) -> Result<OwnedSemaphorePermit, ClientError> {
         let within = self.answer_within;
         let permit = timeout(within, Arc::clone(&self.in_flight).acquire_owned()).await;
-        let permit = permit.map_err(|_| ClientError::NoAnswer { waited: within })?;
-        self.ask(op, Some(permit.map_err(|_| ClientError::Disconnected)?), allowed).await
+        permit.map_err(|_| ClientError::NoAnswer { waited: within })?.map_err(|_| ClientError::Disconnected)
     }
 
     /// As [`LaneLink::call`], for the session's own chores: never behind callers that wait.
     pub(crate) async fn call_at_once(&self, op: Op) -> Result<Delivered, ClientError> {
-        self.ask(op, None, Duration::ZERO).await
+        self.ask(Question { op, keys: None }, None, Duration::ZERO).await
     }
 
     async fn ask(
         &self,
-        op: Op,
+        question: Question,
         permit: Option<OwnedSemaphorePermit>,
         allowed: Duration,
     ) -> Result<Delivered, ClientError> {
-        let (lease, allowed) = match &op {
+        let (lease, allowed) = match &question.op {
             Op::Lease(lease) => {
                 (Some(lease.kind()), allowed.saturating_add(Duration::from_millis(lease.wait_ms)))
             }
@@ -173,14 +200,15 @@ impl LaneLink {
         };
         let id = self.next_id.fetch_add(1, Ordering::Relaxed);
         let (answer, answered) = oneshot::channel();
-        {
+        let company = {
             let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
             if !waiting.open {
                 return Err(ClientError::Disconnected);
             }
             waiting.callers.insert(id, Caller { lease, answer, _permit: permit });
-        }
-        if let Err(error) = self.send(&LaneRequest { id, op: Some(op) }) {
+            if waiting.callers.len() > 1 { Company::Others } else { Company::None }
+        };
+        if let Err(error) = self.send(id, question, company) {
             self.waiting.lock().unwrap_or_else(PoisonError::into_inner).callers.remove(&id);
             return Err(error);
         }
@@ -191,9 +219,19 @@ impl LaneLink {
         }
     }
 
-    fn send(&self, request: &LaneRequest) -> Result<(), ClientError> {
+    /// Who asks alone hands his request to the kernel at once. With others on the way the task that sends does it, after
+    /// those that are about to ask as well: many go out by one call, and wake the daemon once.
+    fn send(&self, id: u64, Question { op, keys }: Question, company: Company) -> Result<(), ClientError> {
+        let encoded = keys.and_then(|keys| keyed::encode(id, &op, &keys));
         let mut writer = self.writer.lock().unwrap_or_else(PoisonError::into_inner);
-        writer.queue(request, Vec::new())?;
+        match encoded {
+            Some(message) => writer.queue_encoded(&message)?,
+            None => writer.queue(&LaneRequest { id, op: Some(op) }, Vec::new())?,
+        }
+        if company == Company::Others && writer.queued_bytes() < GATHERED_BYTES_MAX {
+            self.stuck.notify_one();
+            return Ok(());
+        }
         match writer.try_flush() {
             Ok(true) => Ok(()),
             Ok(false) => {
@@ -232,14 +270,14 @@ impl LaneLink {
     /// Receives until the connection ends; then the session is closed.
     pub(crate) async fn run_reader(
         self: Arc<Self>,
-        mut reader: LaneReader<LaneResponse>,
+        mut reader: LaneReader<Answered>,
         keeper: Arc<Keeper>,
         chunks: Arc<Chunks>,
     ) {
         loop {
             match reader.next().await {
-                Ok(Some(received)) if received.message.id == 0 => {
-                    if let Some(Answer::Session(session)) = received.message.result
+                Ok(Some(received)) if received.message.response.id == 0 => {
+                    if let Some(Answer::Session(session)) = received.message.response.result
                         && let Some(notice) = session.notice
                     {
                         take_notice(notice, &keeper, &chunks);
@@ -270,7 +308,7 @@ impl LaneLink {
 
     fn deliver(
         &self,
-        message: LaneResponse,
+        Answered { response: message, grants }: Answered,
         descriptors: Vec<OwnedFd>,
         keeper: &Arc<Keeper>,
         chunks: &Arc<Chunks>,
@@ -285,10 +323,12 @@ impl LaneLink {
             Some(Answer::Error(error)) => Err(ClientError::refused(error)),
             Some(answer) => {
                 let (lease, writers) = match &answer {
-                    Answer::Lease(granted) => own_grants(granted, caller.lease, keeper, chunks),
+                    Answer::Lease(granted) => {
+                        own_grants((granted.lease, &grants), caller.lease, keeper, chunks)
+                    }
                     _ => (None, Vec::new()),
                 };
-                Ok(Delivered { answer, descriptors, lease, writers })
+                Ok(Delivered { answer, grants, descriptors, lease, writers })
             }
         };
         // A caller that went away drops what was granted, which gives it back.
@@ -299,16 +339,16 @@ impl LaneLink {
 /// Makes what a lease granted ours before anything later on the socket is read:
 /// a recall that follows must already see the writers.
 fn own_grants(
-    granted: &LeaseResponse,
+    (lease, grants): (u64, &[Grant]),
     kind: Option<LeaseKind>,
     keeper: &Arc<Keeper>,
     chunks: &Arc<Chunks>,
 ) -> (Option<LeaseToken>, Vec<WriterToken>) {
-    let lease = (granted.lease != 0).then(|| LeaseToken::new(granted.lease, Arc::clone(keeper)));
+    let lease = (lease != 0).then(|| LeaseToken::new(lease, Arc::clone(keeper)));
     if kind != Some(LeaseKind::Write) {
         return (lease, Vec::new());
     }
-    let blocks = granted.blocks.iter().filter(|block| block.outcome() == GrantOutcome::Granted);
+    let blocks = grants.iter().filter(|block| block.outcome == GrantOutcome::Granted);
     (lease, blocks.map(|block| WriterToken::new(chunks, keeper, block.chunk)).collect())
 }
 

@@ -10,12 +10,13 @@ use terrace_core::{BlockId, ByteCount, Checksum, Fence, MissReason};
 use terrace_lane::{Access, Mapping};
 use terrace_proto::v1::lane_request::Op;
 use terrace_proto::v1::lane_response::Result as Answer;
-use terrace_proto::v1::{BlockGrant, GrantOutcome, LeaseKind, LeasePurpose, LeaseRequest, Tier};
+use terrace_proto::v1::{GrantOutcome, LeaseKind, LeasePurpose, LeaseRequest, Tier};
 
 use crate::chunks::{Mapped, WriterToken};
-use crate::convert::{block_from_wire, reason_from_wire};
+use crate::convert::reason_from_wire;
 use crate::error::ClientError;
 use crate::keeper::LeaseToken;
+use crate::keyed::{Grant, Keys};
 use crate::session::LaneSession;
 use crate::space::Space;
 
@@ -35,20 +36,6 @@ pub enum Outcome<B> {
 }
 
 impl<B> Outcome<B> {
-    /// The same outcome with the block as something else, if that can be had.
-    pub(crate) fn convert<T>(
-        self,
-        convert: impl FnOnce(B) -> Result<T, ClientError>,
-    ) -> Result<Outcome<T>, ClientError> {
-        match self.map(convert) {
-            Outcome::Granted(block) => Ok(Outcome::Granted(block?)),
-            Outcome::Promoting => Ok(Outcome::Promoting),
-            Outcome::Missing(reason) => Ok(Outcome::Missing(reason)),
-            Outcome::Throttled => Ok(Outcome::Throttled),
-            Outcome::Exists => Ok(Outcome::Exists),
-        }
-    }
-
     /// The same outcome with the block as something else.
     pub(crate) fn map<T>(self, convert: impl FnOnce(B) -> T) -> Outcome<T> {
         match self {
@@ -139,7 +126,7 @@ impl Lease {
 pub(crate) struct Wanted<'a> {
     pub(crate) space: &'a Space,
     pub(crate) kind: LeaseKind,
-    pub(crate) keys: Vec<Bytes>,
+    pub(crate) keys: Keys,
     pub(crate) parent: Bytes,
     pub(crate) ttl: Option<Duration>,
     pub(crate) wait: Duration,
@@ -161,35 +148,29 @@ pub(crate) struct Frame {
     pub(crate) writer: Option<WriterToken>,
 }
 
-impl Frame {
-    /// Its mapping in host memory.
-    pub(crate) fn in_host_memory(&self) -> Result<Arc<Mapping>, ClientError> {
-        match &self.mapping {
-            Mapped::Host(mapping) => Ok(Arc::clone(mapping)),
-            Mapped::Device(_) => {
-                Err(ClientError::Protocol { detail: "a frame on a device that nobody wanted" })
-            }
-        }
+/// A frame's mapping, which is in host memory.
+pub(crate) fn in_host_memory(mapping: Mapped) -> Result<Arc<Mapping>, ClientError> {
+    match mapping {
+        Mapped::Host(mapping) => Ok(mapping),
+        Mapped::Device(_) => Err(ClientError::Protocol { detail: "a frame on a device that nobody wanted" }),
     }
 }
 
-/// The lease of what was granted.
-pub(crate) fn granted_by(lease: Option<&Arc<Lease>>) -> Result<Arc<Lease>, ClientError> {
-    lease.cloned().ok_or(ClientError::Protocol { detail: "a granted block without a lease" })
-}
-
 /// Leases and maps what was granted.
-pub(crate) async fn lease(
+///
+/// `block` makes a guard of a frame.
+pub(crate) async fn lease<B>(
     session: &Arc<LaneSession>,
     wanted: Wanted<'_>,
-) -> Result<(Option<Arc<Lease>>, Vec<Outcome<Frame>>), ClientError> {
+    block: fn(Frame, Arc<Lease>) -> Result<B, ClientError>,
+) -> Result<(Option<Arc<Lease>>, Vec<Outcome<B>>), ClientError> {
     let ttl_ms = wanted.ttl.map_or(0, millis);
     let asked = wanted.keys.len();
     let request = LeaseRequest {
         request_id: session.keeper.request_id(),
         space: wanted.space.handle,
         kind: wanted.kind.into(),
-        keys: wanted.keys,
+        keys: Vec::new(),
         parent_key: wanted.parent,
         ttl_ms,
         want_tier: wanted.device.map_or(Tier::Unspecified, |_| Tier::Hbm).into(),
@@ -197,11 +178,11 @@ pub(crate) async fn lease(
         purpose: wanted.purpose.into(),
         want_device: wanted.device.unwrap_or(0),
     };
-    let delivered = session.link.call(Op::Lease(request)).await?;
+    let delivered = session.link.call_keyed(Op::Lease(request), wanted.keys).await?;
     let Answer::Lease(granted) = delivered.answer else {
         return Err(ClientError::Protocol { detail: "a lease was asked for" });
     };
-    if granted.blocks.len() != asked {
+    if delivered.grants.len() != asked {
         return Err(ClientError::Protocol { detail: "a lease that does not answer each key" });
     }
     let lease = delivered.lease.map(|token| {
@@ -214,27 +195,33 @@ pub(crate) async fn lease(
     let mut outcomes = Vec::with_capacity(asked);
     // The blocks of a lease are mostly neighbours.
     let mut last: Option<(u64, Mapped)> = None;
-    for grant in &granted.blocks {
-        let outcome = match grant.outcome() {
+    for grant in &delivered.grants {
+        let outcome = match grant.outcome {
             GrantOutcome::Unspecified => {
                 return Err(ClientError::Protocol { detail: "a block of a lease without an outcome" });
             }
             GrantOutcome::Promoting => Outcome::Promoting,
-            GrantOutcome::Missing => Outcome::Missing(reason_from_wire(grant.reason())),
+            GrantOutcome::Missing => Outcome::Missing(reason_from_wire(grant.reason)),
             GrantOutcome::Throttled => Outcome::Throttled,
-            GrantOutcome::Exists => Outcome::Exists,
-            GrantOutcome::Granted if lease.is_none() => {
-                return Err(ClientError::Protocol { detail: "a granted block without a lease" });
+            GrantOutcome::Exists if wanted.kind == LeaseKind::Read => {
+                return Err(ClientError::Protocol { detail: "a read lease answered as a write lease" });
             }
+            GrantOutcome::Exists => Outcome::Exists,
             GrantOutcome::Granted => {
+                let Some(lease) = &lease else {
+                    return Err(ClientError::Protocol { detail: "a granted block without a lease" });
+                };
                 let access = if wanted.kind == LeaseKind::Write { Access::Write } else { Access::Read };
                 let mapping = match &last {
                     Some((chunk, mapping)) if *chunk == grant.chunk => mapping.clone(),
-                    Some(_) | None => session.chunks.mapping(&session.link, grant.chunk, access).await?,
+                    Some(_) | None => {
+                        let mapping = session.chunks.mapping(&session.link, grant.chunk, access).await?;
+                        last = Some((grant.chunk, mapping.clone()));
+                        mapping
+                    }
                 };
-                last = Some((grant.chunk, mapping.clone()));
                 let frame = frame(mapping, wanted.space, granted.generation, grant, writers.next())?;
-                Outcome::Granted(frame)
+                Outcome::Granted(block(frame, Arc::clone(lease))?)
             }
         };
         outcomes.push(outcome);
@@ -246,7 +233,7 @@ fn frame(
     mapping: Mapped,
     space: &Space,
     generation: u64,
-    grant: &BlockGrant,
+    grant: &Grant,
     writer: Option<WriterToken>,
 ) -> Result<Frame, ClientError> {
     if grant.length != space.block_bytes().get() {
@@ -259,7 +246,7 @@ fn frame(
         fence: Fence::new(grant.fence),
         length: ByteCount::new(grant.length),
         checksum: Checksum::new(grant.checksum),
-        block: block_from_wire(&grant.block_id)?,
+        block: grant.block.ok_or(ClientError::Protocol { detail: "a block id that is not 16 bytes long" })?,
         generation,
         writer,
     })

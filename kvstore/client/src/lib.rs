@@ -30,6 +30,7 @@ mod device_write;
 mod error;
 mod grpc;
 mod keeper;
+mod keyed;
 mod lane;
 mod lease;
 mod read;

@@ -5,10 +5,10 @@ use std::sync::atomic::{self, Ordering};
 use std::time::Duration;
 
 use terrace_core::{BlockId, ByteCount, Checksum, Fence, Purpose};
-use terrace_lane::{Mapping, SharedBytes};
+use terrace_lane::SharedBytes;
 
 use crate::error::ClientError;
-use crate::lease::{Frame, Lease, Outcome, granted_by};
+use crate::lease::{Frame, Lease, Outcome, in_host_memory};
 
 /// How to lease for reading.
 #[derive(Clone, Copy, Debug, Default)]
@@ -38,16 +38,6 @@ pub struct ReadLease {
 }
 
 impl ReadLease {
-    pub(crate) fn new(lease: Option<Arc<Lease>>, outcomes: Vec<Outcome<Frame>>) -> Result<Self, ClientError> {
-        let exists = |outcome: &Outcome<Frame>| matches!(outcome, Outcome::Exists);
-        if outcomes.iter().any(exists) {
-            return Err(ClientError::Protocol { detail: "a read lease answered as a write lease" });
-        }
-        let block = |frame| ReadBlock::new(frame, granted_by(lease.as_ref())?);
-        let grants = outcomes.into_iter().map(|outcome| outcome.convert(block)).collect::<Result<_, _>>()?;
-        Ok(Self { grants, lease })
-    }
-
     /// The daemon's number of the lease; `None` when nothing was granted.
     pub fn id(&self) -> Option<u64> {
         self.lease.as_ref().map(|lease| lease.id())
@@ -81,7 +71,6 @@ impl ReadLease {
 #[derive(Clone, Debug)]
 pub struct ReadBlock {
     bytes: SharedBytes,
-    mapping: Arc<Mapping>,
     frame: u32,
     fence: Fence,
     checksum: Checksum,
@@ -108,13 +97,11 @@ pub enum BadBlock {
 
 impl ReadBlock {
     pub(crate) fn new(frame: Frame, lease: Arc<Lease>) -> Result<Self, ClientError> {
-        let mapping = frame.in_host_memory()?;
-        let bytes = mapping
-            .view(frame.offset, frame.length)
+        let bytes = in_host_memory(frame.mapping)?
+            .into_view(frame.offset, frame.length)
             .ok_or(ClientError::Protocol { detail: "a frame outside its chunk" })?;
         Ok(Self {
             bytes,
-            mapping,
             frame: frame.frame,
             fence: frame.fence,
             checksum: frame.checksum,
@@ -155,7 +142,8 @@ impl ReadBlock {
     pub fn is_valid(&self) -> bool {
         // What was read before must not be read after the fence.
         atomic::fence(Ordering::Acquire);
-        self.mapping.fence(self.frame) == Some(self.fence) && self.lease.is_usable()
+        let fence = self.bytes.mapping().and_then(|mapping| mapping.fence(self.frame));
+        fence == Some(self.fence) && self.lease.is_usable()
     }
 
     /// Copies the block out.

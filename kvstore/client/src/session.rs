@@ -19,13 +19,14 @@ use crate::convert::{keys_to_wire, mode_to_wire, parent_to_wire, purpose_to_wire
 use crate::error::ClientError;
 use crate::grpc::GrpcLink;
 use crate::keeper::{Keeper, return_one};
+use crate::keyed::Keys;
 use crate::lane::{LaneLink, Opened};
 use crate::lease::{Wanted, lease, millis};
-use crate::read::{ReadLease, ReadOptions};
+use crate::read::{ReadBlock, ReadLease, ReadOptions};
 use crate::space::Space;
 use crate::status::Status;
 use crate::stream::{EventStream, SnapshotStream};
-use crate::write::{WriteLease, WriteOptions};
+use crate::write::{WriteBlock, WriteLease, WriteOptions};
 
 /// How to reach a daemon, and as whom.
 #[derive(Clone, Default)]
@@ -325,6 +326,14 @@ impl Session {
         keys_to_wire(keys, self.inner.blocks_max)
     }
 
+    /// The same for a lease.
+    fn keys_of(&self, space: &Space, keys: &[impl AsRef<[u8]>]) -> Result<Keys, ClientError> {
+        if space.session != self.inner.number {
+            return Err(ClientError::ForeignSpace);
+        }
+        Keys::of(keys, self.inner.blocks_max)
+    }
+
     fn bundle(&self, spaces: &[&Space]) -> Result<Vec<u32>, ClientError> {
         if spaces.is_empty() {
             return Err(ClientError::EmptyBundle);
@@ -385,12 +394,18 @@ impl Session {
         keys: &[impl AsRef<[u8]>],
         mode: MatchMode,
     ) -> Result<(usize, Vec<bool>), ClientError> {
-        let request = v1::ExistsRequest {
-            spaces: self.bundle(spaces)?,
-            keys: keys_to_wire(keys, self.inner.blocks_max)?,
-            mode: mode_to_wire(mode),
+        let request =
+            v1::ExistsRequest { spaces: self.bundle(spaces)?, keys: Vec::new(), mode: mode_to_wire(mode) };
+        let wanted = Keys::of(keys, self.inner.blocks_max)?;
+        let answer = match &self.inner.backend {
+            Backend::Lane(lane) => lane.link.call_keyed(Op::Exists(request), wanted).await?.answer,
+            Backend::Grpc(link) => {
+                link.call(Op::Exists(v1::ExistsRequest { keys: wanted.to_wire(), ..request })).await?
+            }
         };
-        let answer = call!(self, Exists, request);
+        let Answer::Exists(answer) = answer else {
+            return Err(ClientError::Protocol { detail: "an answer to another question" });
+        };
         let bit = |at: usize| answer.present.get(at / 8).is_some_and(|byte| byte >> (at % 8) & 1 == 1);
         let prefix = usize::try_from(answer.prefix_blocks).unwrap_or(usize::MAX).min(keys.len());
         Ok((prefix, (0..keys.len()).map(bit).collect()))
@@ -434,7 +449,7 @@ impl Session {
         Ok(Wanted {
             space,
             kind: v1::LeaseKind::Read,
-            keys: self.keys(space, keys)?,
+            keys: self.keys_of(space, keys)?,
             parent: bytes::Bytes::new(),
             ttl: options.ttl,
             wait: options.wait,
@@ -455,7 +470,7 @@ impl Session {
         Ok(Wanted {
             space,
             kind: v1::LeaseKind::Write,
-            keys: self.keys(space, keys)?,
+            keys: self.keys_of(space, keys)?,
             parent: parent_to_wire(parent)?,
             ttl: options.ttl,
             wait: options.wait,
@@ -476,8 +491,8 @@ impl Session {
     ) -> Result<ReadLease, ClientError> {
         let lane = self.lane("lease_read")?;
         let wanted = self.to_read(space, keys, options, None)?;
-        let (held, outcomes) = lease(lane, wanted).await?;
-        ReadLease::new(held, outcomes)
+        let (lease, grants) = lease(lane, wanted, ReadBlock::new).await?;
+        Ok(ReadLease { grants, lease })
     }
 
     /// Reserves frames for blocks, each the child of the one before it, the
@@ -494,8 +509,8 @@ impl Session {
     ) -> Result<WriteLease, ClientError> {
         let lane = self.lane("lease_write")?;
         let wanted = self.to_write(space, keys, parent, options, None)?;
-        let (held, outcomes) = lease(lane, wanted).await?;
-        WriteLease::new(held, outcomes)
+        let (lease, grants) = lease(lane, wanted, WriteBlock::new).await?;
+        Ok(WriteLease { lease, grants })
     }
 
     /// Marks blocks as used; answers how many were present.

@@ -14,7 +14,7 @@ use crate::again;
 use crate::chunks::{Mapped, WriterToken};
 use crate::convert::{durability_to_wire, seals_from_wire};
 use crate::error::ClientError;
-use crate::lease::{Frame, Lease, Outcome, granted_by};
+use crate::lease::{Frame, Lease, Outcome, in_host_memory};
 use crate::read::ReadBlock;
 
 /// How to lease for writing.
@@ -38,12 +38,6 @@ pub struct WriteLease {
 }
 
 impl WriteLease {
-    pub(crate) fn new(lease: Option<Arc<Lease>>, outcomes: Vec<Outcome<Frame>>) -> Result<Self, ClientError> {
-        let block = |frame| WriteBlock::new(frame, granted_by(lease.as_ref())?);
-        let grants = outcomes.into_iter().map(|outcome| outcome.convert(block)).collect::<Result<_, _>>()?;
-        Ok(Self { lease, grants })
-    }
-
     /// The daemon's number of the lease; `None` when nothing was granted.
     pub fn id(&self) -> Option<u64> {
         self.lease.as_ref().map(|lease| lease.id())
@@ -211,7 +205,7 @@ struct Writer {
 impl WriteBlock {
     pub(crate) fn new(frame: Frame, lease: Arc<Lease>) -> Result<Self, ClientError> {
         let outside = ClientError::Protocol { detail: "a frame outside its chunk" };
-        let mapping = frame.in_host_memory()?;
+        let mapping = in_host_memory(frame.mapping)?;
         let view = mapping.view_mut(frame.offset, frame.length).ok_or(outside)?;
         let window =
             frame.writer.ok_or(ClientError::Protocol { detail: "a frame to write without its window" })?;

@@ -12,11 +12,13 @@ pub struct Checksum(u64);
 
 impl Checksum {
     /// Wraps a raw checksum.
+    #[inline]
     pub const fn new(raw: u64) -> Self {
         Self(raw)
     }
 
     /// The raw checksum, for the wire and the header page.
+    #[inline]
     pub const fn get(self) -> u64 {
         self.0
     }

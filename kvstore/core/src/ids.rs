@@ -11,16 +11,19 @@ macro_rules! hash_id {
 
         impl $name {
             /// From its 16 bytes, little-endian.
+            #[inline]
             pub const fn from_bytes(bytes: [u8; 16]) -> Self {
                 Self(u128::from_le_bytes(bytes))
             }
 
             /// Its 16 bytes, little-endian: the form on disk and on the wire.
+            #[inline]
             pub const fn to_bytes(self) -> [u8; 16] {
                 self.0.to_le_bytes()
             }
 
             /// The number itself, for hashing into tables: its bits are uniform.
+            #[inline]
             pub const fn as_u128(self) -> u128 {
                 self.0
             }
@@ -66,11 +69,13 @@ macro_rules! counter_id {
 
         impl $name {
             /// Wraps the raw number.
+            #[inline]
             pub const fn new(raw: $raw) -> Self {
                 Self(raw)
             }
 
             /// The raw number, for wire fields and metrics only.
+            #[inline]
             pub const fn get(self) -> $raw {
                 self.0
             }
@@ -99,6 +104,7 @@ macro_rules! dense_id {
 
             /// From a raw number of the wire or a counter.
             #[allow(clippy::cast_possible_truncation, reason = "numbers that do not fit were told apart before")]
+            #[inline]
             pub const fn new(raw: u64) -> Self {
                 if raw > <$raw>::MAX as u64 {
                     return Self::NOBODY;

@@ -30,11 +30,13 @@ pub struct Micros(u64);
 
 impl ByteCount {
     /// Wraps a raw length.
+    #[inline]
     pub const fn new(bytes: u64) -> Self {
         Self(bytes)
     }
 
     /// The raw length, for syscalls, wire fields and metrics only.
+    #[inline]
     pub const fn get(self) -> u64 {
         self.0
     }
@@ -47,11 +49,13 @@ impl ByteCount {
 
 impl BlockCount {
     /// Wraps a raw count.
+    #[inline]
     pub const fn new(blocks: u32) -> Self {
         Self(blocks)
     }
 
     /// The raw count.
+    #[inline]
     pub const fn get(self) -> u32 {
         self.0
     }
@@ -64,11 +68,13 @@ impl BlockCount {
 
 impl TokenCount {
     /// Wraps a raw count.
+    #[inline]
     pub const fn new(tokens: u32) -> Self {
         Self(tokens)
     }
 
     /// The raw count.
+    #[inline]
     pub const fn get(self) -> u32 {
         self.0
     }
@@ -86,21 +92,25 @@ impl TokenCount {
 
 impl Now {
     /// Wraps microseconds since the caller's origin.
+    #[inline]
     pub const fn from_micros(micros: u64) -> Self {
         Self(micros)
     }
 
     /// Microseconds since the caller's origin.
+    #[inline]
     pub const fn micros(self) -> u64 {
         self.0
     }
 
     /// This point moved forward; stops at the end of time.
+    #[inline]
     pub const fn after(self, span: Micros) -> Self {
         Self(self.0.saturating_add(span.0))
     }
 
     /// Time passed since `earlier`; zero if that is later than `self`.
+    #[inline]
     pub const fn since(self, earlier: Now) -> Micros {
         Micros(self.0.saturating_sub(earlier.0))
     }
@@ -108,21 +118,25 @@ impl Now {
 
 impl Micros {
     /// Wraps microseconds.
+    #[inline]
     pub const fn new(micros: u64) -> Self {
         Self(micros)
     }
 
     /// From milliseconds; saturates.
+    #[inline]
     pub const fn from_millis(millis: u64) -> Self {
         Self(millis.saturating_mul(1000))
     }
 
     /// The raw count.
+    #[inline]
     pub const fn get(self) -> u64 {
         self.0
     }
 
     /// Whole milliseconds, rounded down.
+    #[inline]
     pub const fn millis(self) -> u64 {
         self.0 / 1000
     }

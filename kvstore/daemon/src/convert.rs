@@ -185,7 +185,7 @@ pub(crate) fn manifest_to_wire(manifest: &SpaceManifest) -> v1::SpaceManifest {
 pub(crate) fn blocks(
     key: &TenantKey,
     space: SpaceId,
-    keys: &[Bytes],
+    keys: &[impl AsRef<[u8]>],
     limit: u32,
 ) -> Result<Vec<BlockId>, CallError> {
     if keys.len() > limit as usize {
@@ -194,17 +194,15 @@ pub(crate) fn blocks(
             keys.len()
         )));
     }
-    keys.iter().enumerate().map(|(index, bytes)| block(key, space, bytes, index)).collect()
-}
-
-fn block(key: &TenantKey, space: SpaceId, bytes: &[u8], index: usize) -> Result<BlockId, CallError> {
-    if bytes.is_empty() || bytes.len() > KEY_BYTES_MAX {
+    let lengths = || keys.iter().map(|key| key.as_ref().len());
+    if let Some((index, found)) =
+        lengths().enumerate().find(|&(_, found)| found == 0 || found > KEY_BYTES_MAX)
+    {
         return Err(CallError::invalid(format!(
-            "key {index} has {} bytes; a key has 1 to {KEY_BYTES_MAX}",
-            bytes.len()
+            "key {index} has {found} bytes; a key has 1 to {KEY_BYTES_MAX}"
         )));
     }
-    Ok(key.block_id(space, bytes))
+    Ok(terrace_lane::block_ids(key, space, keys))
 }
 
 /// The block before the first one, if it is named.

@@ -56,6 +56,9 @@ struct State {
     running: HashMap<OpId, (OpKind, Now, u64)>,
     /// Chunks of Pinned that are being made, where devices are to know them.
     making: HashMap<OpId, ChunkId>,
+    /// The request that the core is being asked, and its answer if that needs no wait.
+    at_hand: Option<(SessionId, RequestId)>,
+    answered: Option<Arc<Reply>>,
 }
 
 struct Mailbox {
@@ -128,6 +131,8 @@ impl Engine {
                 wakes_at: Now::default(),
                 running: HashMap::new(),
                 making: HashMap::new(),
+                at_hand: None,
+                answered: None,
             }),
             media,
             hbm,
@@ -202,22 +207,31 @@ impl Engine {
         }
     }
 
-    /// Asks the core. Dropping the future forgets the answer, not the request.
+    /// Asks the core, on the caller's own thread. What needs no wait is answered without one: no channel, no wake-up.
+    /// Dropping the future forgets the answer, not the request.
     ///
     /// # Errors
     /// [`Gone`].
-    pub async fn ask(&self, session: SessionId, op: Request) -> Result<Reply, Gone> {
+    pub async fn ask(&self, session: SessionId, op: Request) -> Result<Arc<Reply>, Gone> {
         let answer = {
             let mut state = self.state();
+            if !state.mailboxes.contains_key(&session) {
+                return Err(Gone);
+            }
             state.request_last += 1;
             let request = RequestId::new(state.request_last);
-            let (sender, answer) = oneshot::channel();
-            state.mailboxes.get_mut(&session).ok_or(Gone)?.pending.insert(request, sender);
+            state.at_hand = Some((session, request));
             self.handle(&mut state, Input::Request { session, request, op });
+            state.at_hand = None;
+            if let Some(reply) = state.answered.take() {
+                return Ok(reply);
+            }
+            let (sender, answer) = oneshot::channel();
+            // What the request led to may have ended the session.
+            state.mailboxes.get_mut(&session).ok_or(Gone)?.pending.insert(request, sender);
             answer
         };
-        // Copied here at most, and not by the core: it is remembered for repeats.
-        answer.await.map(Arc::unwrap_or_clone).map_err(|_| Gone)
+        answer.await.map_err(|_| Gone)
     }
 
     /// Asks the core, and lets the answer go.
@@ -236,9 +250,9 @@ impl Engine {
         let (session, _notices) = self.open_session(tenant, Locality::Streamed)?;
         let reply = self.ask(session, Request::Flush).await;
         self.close_session(session);
-        match reply {
-            Ok(Reply::Flushed { blocks, failed }) => Ok((blocks, failed)),
-            Ok(Reply::Throttled(limit)) => Err(limit),
+        match reply.as_deref() {
+            Ok(&Reply::Flushed { blocks, failed }) => Ok((blocks, failed)),
+            Ok(&Reply::Throttled(limit)) => Err(limit),
             Ok(other) => {
                 tracing::error!(?other, "a flush was answered by something else");
                 Ok((0, 0))
@@ -466,7 +480,9 @@ impl Engine {
 }
 
 fn answer(state: &mut State, session: SessionId, request: RequestId, reply: Arc<Reply>) {
-    if let Some(mailbox) = state.mailboxes.get_mut(&session)
+    if state.at_hand == Some((session, request)) {
+        state.answered = Some(reply);
+    } else if let Some(mailbox) = state.mailboxes.get_mut(&session)
         && let Some(waiting) = mailbox.pending.remove(&request)
     {
         // Nobody waits any more: the answer is dropped, the lease ends with its session.

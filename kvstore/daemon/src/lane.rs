@@ -4,6 +4,9 @@
 //! not in order; a session ends when its socket or its process does, whichever
 //! is first; whatever arrives, the daemon stays up.
 
+mod decode;
+pub(crate) mod encode;
+
 use std::future::Future;
 use std::num::NonZero;
 use std::os::fd::OwnedFd;
@@ -23,6 +26,7 @@ use terrace_proto::v1::{self, LaneRequest, LaneResponse, lane_request::Op, lane_
 use terrace_proto::{LANE_VERSION, MESSAGE_BYTES_MAX};
 
 use crate::convert::{self, CallError};
+use crate::lane::decode::{Asked, Keys};
 use crate::service::{Service, Shared};
 use crate::session::Session;
 use crate::tenant::Peer;
@@ -47,7 +51,17 @@ pub(crate) async fn stopped(stop: &mut Stop) {
     let _ = stop.wait_for(|stop| *stop).await;
 }
 
-type Answer = Pin<Box<dyn Future<Output = (LaneResponse, Vec<OwnedFd>)> + Send>>;
+type Answer = Pin<Box<dyn Future<Output = (Response, Vec<OwnedFd>)> + Send>>;
+
+/// A message on its way out.
+enum Response {
+    Wire(LaneResponse),
+    /// The answer to a lease, encoded already.
+    Encoded {
+        id: u64,
+        bytes: Vec<u8>,
+    },
+}
 
 /// Threads of the lane's own, each with an event loop of its own. What arrives on a connection is read, asked and
 /// answered by one of them: in a pool whose threads share their work, every socket that becomes readable wakes a second
@@ -141,6 +155,7 @@ async fn converse(
         Err(_) => return tracing::info!(pid, "lane connection said no hello"),
     };
     tracing::debug!(pid, session = %session.id, client = session.client, "lane session");
+    let reader = reader.reading();
     let mut talk = Talk { service, session, reader, writer, answers: FuturesUnordered::new() };
     let ended = tokio::select! {
         () = stopped(&mut stop) => Ok(()),
@@ -216,7 +231,7 @@ fn check_id(id: u64) -> Result<(), CallError> {
 struct Talk {
     service: Arc<Service>,
     session: Arc<Session>,
-    reader: LaneReader<LaneRequest>,
+    reader: LaneReader<Asked>,
     writer: LaneWriter<LaneResponse>,
     answers: FuturesUnordered<Answer>,
 }
@@ -238,24 +253,29 @@ impl Talk {
                     let Some(notice) = notice else { return Ok(()) };
                     let wire = convert::notice(&notice, |space| self.session.handle(space));
                     let response = LaneResponse { id: 0, result: Some(lane_response::Result::Session(wire)) };
-                    self.queue(&response, Vec::new())?;
+                    self.queue(&Response::Wire(response), Vec::new())?;
                 }
                 received = self.reader.next(), if may_read => {
                     let Some(received) = received? else { return Ok(()) };
-                    self.begin(received.message);
+                    self.begin(received.message)?;
                     let mut begun = 1;
                     // More of what came with it, so that a batch costs few wake-ups.
                     while begun < AT_ONCE && self.answers.len() < in_flight_max
                         && let Some(received) = self.reader.next_ready()?
                     {
-                        self.begin(received.message);
+                        self.begin(received.message)?;
                         begun += 1;
                     }
+                    // What was answered at once goes out in one piece; then others have this thread, and their sockets
+                    // are looked at.
+                    self.writer.try_flush()?;
+                    if begun == AT_ONCE {
+                        tokio::task::yield_now().await;
+                    }
+                    continue;
                 }
             }
-            // What the core answered at once goes out in one piece; then others have this thread, and their sockets
-            // are looked at.
-            let mut answered = 0;
+            let mut answered = 1;
             while answered < AT_ONCE
                 && let Some(Some((answer, descriptors))) = self.answers.next().now_or_never()
             {
@@ -269,32 +289,70 @@ impl Talk {
         }
     }
 
-    fn queue(&mut self, answer: &LaneResponse, descriptors: Vec<OwnedFd>) -> Result<(), LaneError> {
-        match self.writer.queue(answer, descriptors) {
+    fn queue(&mut self, answer: &Response, descriptors: Vec<OwnedFd>) -> Result<(), LaneError> {
+        let (id, queued) = match answer {
+            Response::Wire(answer) => (answer.id, self.writer.queue(answer, descriptors)),
+            Response::Encoded { id, bytes } => (*id, self.writer.queue_encoded(bytes)),
+        };
+        match queued {
             Err(error @ LaneError::MessageTooLong { .. }) => {
                 let refused = CallError::new(Code::OutOfRange, error.to_string());
                 let result = Some(lane_response::Result::Error((&refused).into()));
-                self.writer.queue(&LaneResponse { id: answer.id, result }, Vec::new())
+                self.writer.queue(&LaneResponse { id, result }, Vec::new())
             }
             other => other,
         }
     }
 
-    fn begin(&mut self, request: LaneRequest) {
+    /// Begins to answer. What needs no wait is answered here and now.
+    fn begin(&mut self, asked: Asked) -> Result<(), LaneError> {
         let (service, session) = (self.service.clone(), self.session.clone());
-        self.answers.push(Box::pin(async move {
-            let id = request.id;
+        let mut answer: Answer = Box::pin(async move {
+            let id = asked.request.id;
             let answered = match check_id(id) {
-                Ok(()) => answer(&service, &session, request.op).await,
+                Ok(()) => respond(&service, &session, asked).await,
                 Err(error) => Err(error),
             };
-            let (result, descriptors) = answered.unwrap_or_else(|error| {
+            answered.unwrap_or_else(|error| {
                 service.metrics().refused(error.code);
-                (lane_response::Result::Error((&error).into()), Vec::new())
-            });
-            (LaneResponse { id, result: Some(result) }, descriptors)
-        }));
+                let result = Some(lane_response::Result::Error((&error).into()));
+                (Response::Wire(LaneResponse { id, result }), Vec::new())
+            })
+        });
+        match (&mut answer).now_or_never() {
+            Some((answer, descriptors)) => self.queue(&answer, descriptors),
+            None => {
+                self.answers.push(answer);
+                Ok(())
+            }
+        }
     }
+}
+
+/// Those that name many keys, whose keys may be apart, and all others.
+async fn respond(
+    service: &Service,
+    session: &Session,
+    asked: Asked,
+) -> Result<(Response, Vec<OwnedFd>), CallError> {
+    let Asked { request: LaneRequest { id, op }, keys } = asked;
+    let apart = keys.as_ref().map(Keys::list);
+    let (result, descriptors) = match (op, apart) {
+        (Some(Op::Lease(wanted)), keys) => {
+            let answer = match keys {
+                Some(keys) => service.lease_of(session, &wanted, &keys).await?,
+                None => service.lease_of(session, &wanted, &wanted.keys).await?,
+            };
+            let bytes = encode::leased(id, &answer.leased()?);
+            return Ok((Response::Encoded { id, bytes }, Vec::new()));
+        }
+        (Some(Op::Exists(wanted)), Some(keys)) => {
+            let found = service.exists_of(session, &wanted, &keys).await?;
+            (lane_response::Result::Exists(found), Vec::new())
+        }
+        (op, _) => answer(service, session, op).await?,
+    };
+    Ok((Response::Wire(LaneResponse { id, result: Some(result) }), descriptors))
 }
 
 type Answered = Result<(lane_response::Result, Vec<OwnedFd>), CallError>;
@@ -308,6 +366,8 @@ async fn answer(service: &Service, session: &Session, op: Option<Op>) -> Answere
                 "this daemon does not know the request; is the client newer?",
             ));
         }
+        // Answered above without the generated message.
+        Some(Op::Lease(request)) => Wire::Lease(service.lease(session, request).await?),
         Some(Op::Hello(_)) => {
             return Err(CallError::new(
                 Code::FailedPrecondition,
@@ -317,7 +377,6 @@ async fn answer(service: &Service, session: &Session, op: Option<Op>) -> Answere
         Some(Op::OpenSpace(request)) => Wire::OpenSpace(service.open_space(session, request).await?),
         Some(Op::Exists(request)) => Wire::Exists(service.exists(session, request).await?),
         Some(Op::Match(request)) => Wire::Match(service.matched(session, request).await?),
-        Some(Op::Lease(request)) => Wire::Lease(service.lease(session, request).await?),
         Some(Op::Seal(request)) => Wire::Seal(service.seal(session, request).await?),
         Some(Op::Renew(request)) => Wire::Renew(service.renew(session, request).await?),
         Some(Op::Release(request)) => Wire::Release(service.release(session, request).await?),

@@ -20,6 +20,7 @@ use crate::config::Edges;
 use crate::convert::{self, CallError};
 use crate::engine::{Engine, Gone};
 use crate::hbm::HbmChunk;
+use crate::lane::encode;
 use crate::metrics::CallMetrics;
 use crate::session::{OpenSpace, Register, Session};
 use crate::spaces::{Full, Learned, frame_bytes};
@@ -58,8 +59,28 @@ pub struct Facts {
 /// A lease as the core granted it.
 pub(crate) struct Leased {
     pub(crate) lease: Option<LeaseId>,
-    pub(crate) ttl: Micros,
     pub(crate) grants: Vec<Grant>,
+}
+
+/// What the core said to a lease, and the space's generation.
+pub(crate) struct LeaseAnswer {
+    reply: Arc<Reply>,
+    generation: u64,
+}
+
+impl LeaseAnswer {
+    /// What was granted, or why nothing was.
+    pub(crate) fn leased(&self) -> Result<encode::Leased<'_>, CallError> {
+        let generation = self.generation;
+        match &*self.reply {
+            Reply::Leased { lease, ttl, blocks } => {
+                Ok(encode::Leased { lease: *lease, ttl: *ttl, generation, grants: blocks })
+            }
+            Reply::Throttled(limit) => Err((*limit).into()),
+            Reply::Refused(refusal) => Err((*refusal).into()),
+            other => Err(CallError::internal(&format!("reply {other:?} to a lease"))),
+        }
+    }
 }
 
 impl From<Gone> for CallError {
@@ -163,14 +184,15 @@ impl Service {
     }
 
     async fn ask(&self, session: &Session, op: Request) -> Result<Reply, CallError> {
-        Ok(self.engine.ask(session.id, op).await?)
+        // Copied here at most, and not by the core: it is remembered for repeats.
+        Ok(Arc::unwrap_or_clone(self.engine.ask(session.id, op).await?))
     }
 
     fn blocks(
         &self,
         session: &Session,
         space: u32,
-        keys: &[Bytes],
+        keys: &[impl AsRef<[u8]>],
     ) -> Result<(OpenSpace, Vec<BlockId>), CallError> {
         let open = session.space(space)?;
         let blocks = convert::blocks(&session.tenant.key, open.space, keys, self.facts.blocks_max)?;
@@ -248,8 +270,17 @@ impl Service {
         session: &Session,
         request: v1::ExistsRequest,
     ) -> Result<v1::ExistsResponse, CallError> {
-        let mode = request.mode();
-        let found = self.residences(session, &request.spaces, &request.keys, mode).await?;
+        self.exists_of(session, &request, &request.keys).await
+    }
+
+    /// As [`Self::exists`], with the keys apart.
+    pub(crate) async fn exists_of(
+        &self,
+        session: &Session,
+        request: &v1::ExistsRequest,
+        keys: &[impl AsRef<[u8]>],
+    ) -> Result<v1::ExistsResponse, CallError> {
+        let found = self.residences(session, &request.spaces, keys, request.mode()).await?;
         let mut present = vec![0u8; found.len().div_ceil(8)];
         for (index, _) in found.iter().enumerate().filter(|(_, place)| place.is_some()) {
             present[index / 8] |= 1 << (index % 8);
@@ -318,7 +349,7 @@ impl Service {
         &self,
         session: &Session,
         spaces: &[u32],
-        keys: &[Bytes],
+        keys: &[impl AsRef<[u8]>],
         mode: v1::MatchMode,
     ) -> Result<Vec<Option<Residence>>, CallError> {
         if spaces.is_empty() || spaces.len() > BUNDLE_MAX {
@@ -355,10 +386,27 @@ impl Service {
         session: &Session,
         request: v1::LeaseRequest,
     ) -> Result<v1::LeaseResponse, CallError> {
+        let answer = self.lease_of(session, &request, &request.keys).await?;
+        let leased = answer.leased()?;
+        Ok(v1::LeaseResponse {
+            lease: leased.lease.map_or(0, LeaseId::get),
+            ttl_ms: leased.ttl.millis(),
+            blocks: convert::grants(leased.grants),
+            generation: leased.generation,
+        })
+    }
+
+    /// As [`Self::lease`], with the keys apart, and not yet a message.
+    pub(crate) async fn lease_of(
+        &self,
+        session: &Session,
+        request: &v1::LeaseRequest,
+        keys: &[impl AsRef<[u8]>],
+    ) -> Result<LeaseAnswer, CallError> {
         let began = Instant::now();
         check_request_id(request.request_id)?;
         let want = convert::want(request.want_tier(), request.want_device)?;
-        let (open, blocks) = self.blocks(session, request.space, &request.keys)?;
+        let (open, blocks) = self.blocks(session, request.space, keys)?;
         let ttl = convert::ttl(request.ttl_ms);
         let (op, kind) = match request.kind() {
             v1::LeaseKind::Read => {
@@ -375,17 +423,16 @@ impl Service {
                 return Err(CallError::invalid("lease kind is not set; say READ or WRITE"));
             }
         };
-        let leased = self.leased(session, op).await?;
-        self.metrics.leased(kind, began.elapsed());
+        // It is remembered for repeats, and its grants are not copied.
+        let reply = self.engine.ask(session.id, op).await?;
+        if matches!(*reply, Reply::Leased { .. }) {
+            self.metrics.leased(kind, began.elapsed());
+        }
         // Somebody may have cleared it since this session opened it. What is granted here is not older: it would have
         // been cleared too.
         let generation = self.engine.spaces().generation(open.space);
-        Ok(v1::LeaseResponse {
-            lease: leased.lease.map_or(0, LeaseId::get),
-            ttl_ms: leased.ttl.millis(),
-            blocks: convert::grants(&leased.grants),
-            generation: generation.ok_or_else(|| CallError::internal("an open space is unknown"))?,
-        })
+        let generation = generation.ok_or_else(|| CallError::internal("an open space is unknown"))?;
+        Ok(LeaseAnswer { reply, generation })
     }
 
     /// A request id that no client may use.
@@ -409,7 +456,7 @@ impl Service {
 
     pub(crate) async fn leased(&self, session: &Session, op: Request) -> Result<Leased, CallError> {
         let reply = self.ask(session, op).await?;
-        expect!(reply, Reply::Leased { lease, ttl, blocks } => Leased { lease, ttl, grants: blocks })
+        expect!(reply, Reply::Leased { lease, ttl: _, blocks } => Leased { lease, grants: blocks })
     }
 
     pub(crate) async fn seal(

@@ -11,8 +11,8 @@ use std::marker::PhantomData;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
-use bytes::{Buf, BytesMut};
-use prost::Message;
+use bytes::{Buf, Bytes, BytesMut};
+use prost::{DecodeError, Message};
 use tokio::io::Interest;
 use tokio::net::UnixStream;
 
@@ -30,18 +30,32 @@ const LENGTH_BYTES: usize = 4;
 const RECEIVE_BYTES: usize = 64 << 10;
 
 /// A message of the lane, and how many descriptors travel with it.
-pub trait LaneMessage: Message + Default {
+pub trait LaneMessage: Sized {
+    /// What a frame holds. Its parts may stay in it.
+    ///
+    /// # Errors
+    /// It is not this message.
+    fn decode_frame(frame: Bytes) -> Result<Self, DecodeError>;
+
     /// Descriptors that belong to this message.
     fn descriptors(&self) -> usize;
 }
 
 impl LaneMessage for LaneRequest {
+    fn decode_frame(frame: Bytes) -> Result<Self, DecodeError> {
+        Self::decode(frame)
+    }
+
     fn descriptors(&self) -> usize {
         0
     }
 }
 
 impl LaneMessage for LaneResponse {
+    fn decode_frame(frame: Bytes) -> Result<Self, DecodeError> {
+        Self::decode(frame)
+    }
+
     fn descriptors(&self) -> usize {
         match self.result {
             // Data, then fences.
@@ -82,6 +96,13 @@ impl<M: LaneMessage> LaneReader<M> {
         }
     }
 
+    /// The same, of messages that are read in another way.
+    #[must_use]
+    pub fn reading<N: LaneMessage>(self) -> LaneReader<N> {
+        let Self { stream, scratch, buffer, descriptors, kind: _ } = self;
+        LaneReader { stream, scratch, buffer, descriptors, kind: PhantomData }
+    }
+
     /// The next message; `None` when the peer closed between two messages.
     /// Cancel-safe: nothing that has arrived is lost.
     ///
@@ -115,8 +136,18 @@ impl<M: LaneMessage> LaneReader<M> {
 
     fn receive(&mut self) -> Result<usize, LaneError> {
         let target = &mut self.scratch[..];
-        let arrived =
-            self.stream.try_io(Interest::READABLE, || syscall::receive(self.stream.as_fd(), target))?;
+        let (room, mut arrived) = (target.len(), None);
+        let tried = self.stream.try_io(Interest::READABLE, || {
+            let got = syscall::receive(self.stream.as_fd(), target)?;
+            // Less than there was room for is all there was, unless it ended at descriptors: the runtime is told so, in
+            // place of a second call that would only be told the same. What comes later makes it readable anew.
+            let drained = (1..room).contains(&got.bytes) && got.descriptors.is_empty();
+            arrived = Some(got);
+            if drained { Err(io::ErrorKind::WouldBlock.into()) } else { Ok(()) }
+        });
+        let Some(arrived) = arrived else {
+            return Err(tried.err().unwrap_or(io::ErrorKind::WouldBlock.into()).into());
+        };
         self.buffer.extend_from_slice(&self.scratch[..arrived.bytes]);
         self.descriptors.extend(arrived.descriptors);
         if arrived.cut || self.descriptors.len() > DESCRIPTORS_WAITING_MAX {
@@ -137,7 +168,8 @@ impl<M: LaneMessage> LaneReader<M> {
             return Ok(None);
         }
         self.buffer.advance(LENGTH_BYTES);
-        let message = M::decode(self.buffer.split_to(length))?;
+        // Parts of a message that is frozen are parts of it; of one that is not, each would be made so by itself.
+        let message = M::decode_frame(self.buffer.split_to(length).freeze())?;
         let wanted = message.descriptors();
         if self.descriptors.len() < wanted {
             return Err(LaneError::Descriptors { detail: "a message came without its descriptors" });
@@ -162,7 +194,7 @@ pub struct LaneWriter<M> {
     kind: PhantomData<fn(M)>,
 }
 
-impl<M: LaneMessage> LaneWriter<M> {
+impl<M: LaneMessage + Message> LaneWriter<M> {
     pub(crate) fn new(stream: Arc<UnixStream>) -> Self {
         Self { stream, buffer: BytesMut::new(), marks: VecDeque::new(), kind: PhantomData }
     }
@@ -186,6 +218,21 @@ impl<M: LaneMessage> LaneWriter<M> {
         }
         self.buffer.extend_from_slice(&prefix.to_le_bytes());
         message.encode(&mut self.buffer).expect("BytesMut grows as needed");
+        Ok(())
+    }
+
+    /// As [`LaneWriter::queue`] for a message without descriptors that the caller has encoded himself.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn queue_encoded(&mut self, message: &[u8]) -> Result<(), LaneError> {
+        let length = message.len();
+        let prefix = u32::try_from(length).ok().filter(|_| length <= MESSAGE_BYTES_MAX);
+        let Some(prefix) = prefix else {
+            return Err(LaneError::MessageTooLong { found: length, limit: MESSAGE_BYTES_MAX });
+        };
+        self.buffer.extend_from_slice(&prefix.to_le_bytes());
+        self.buffer.extend_from_slice(message);
         Ok(())
     }
 

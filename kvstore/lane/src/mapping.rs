@@ -147,8 +147,13 @@ impl Mapping {
 
     /// A readable view of `length` bytes from `offset`; `None` if that is not inside the chunk.
     pub fn view(self: &Arc<Self>, offset: u64, length: ByteCount) -> Option<SharedBytes> {
+        Arc::clone(self).into_view(offset, length)
+    }
+
+    /// The same, which takes the caller's reference over.
+    pub fn into_view(self: Arc<Self>, offset: u64, length: ByteCount) -> Option<SharedBytes> {
         let (start, length) = self.data.part(offset, length)?;
-        let owner: Arc<dyn Any + Send + Sync> = Arc::clone(self) as _;
+        let owner: Arc<dyn Any + Send + Sync> = self;
         // SAFETY: the range is inside the mapping, which lives as long as the owner.
         Some(unsafe { SharedBytes::from_raw(owner, start, length) })
     }

@@ -14,6 +14,7 @@ use terrace_core::{BlockId, ByteCount, Checksum, Checksummer};
 
 use crate::copy::{STREAM_BYTES_MIN, drain, stream};
 use crate::fold;
+use crate::mapping::Mapping;
 
 /// A readable piece of shared memory. Keeps the mapping alive.
 #[derive(Clone)]
@@ -43,6 +44,11 @@ impl SharedBytes {
     /// it) lives, and the memory behind them must not shrink.
     pub unsafe fn from_raw(owner: Arc<dyn Any + Send + Sync>, start: NonNull<u8>, length: usize) -> Self {
         Self { start, length, owner }
+    }
+
+    /// The chunk that it is a part of; `None` if it is something else's.
+    pub fn mapping(&self) -> Option<&Mapping> {
+        self.owner.downcast_ref()
     }
 
     /// Length in bytes.

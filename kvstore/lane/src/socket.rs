@@ -10,6 +10,7 @@ use std::os::unix::net::UnixStream as StdStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use prost::Message;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::net::{UnixListener, UnixStream};
@@ -174,7 +175,7 @@ impl LaneConnection<LaneResponse, LaneRequest> {
     }
 }
 
-impl<I: LaneMessage, O: LaneMessage> LaneConnection<I, O> {
+impl<I: LaneMessage, O: LaneMessage + Message> LaneConnection<I, O> {
     fn new(stream: UnixStream) -> Result<Self, LaneError> {
         let facts = stream.peer_cred()?;
         let pid = facts.pid().and_then(|pid| u32::try_from(pid).ok()).unwrap_or(0);

@@ -5,7 +5,9 @@
 //! it (tail-to-head LRU, which equals leaf-only LRU, so that the longest cached
 //! prefix is exactly the blocks that are in). That distance is measured among
 //! blocks sampled by their id and scaled up; when the sample is full, every second
-//! block of it is dropped. So the memory is fixed and the rate adapts.
+//! block of it is dropped. So the memory is fixed and the rate adapts. It starts where
+//! the first block's size says that it will end, so that a request costs a tier that
+//! has just begun to fill no more than a full one.
 
 use hashbrown::HashTable;
 
@@ -137,6 +139,10 @@ impl Curve {
         }
         self.path.clear();
         self.asked.add(Sums { tokens: asked.tokens, seconds: asked.seconds }, 1.0);
+        let mut blocks = blocks.peekable();
+        if let (true, Some(first)) = (self.entries.is_empty(), blocks.peek()) {
+            self.shift = self.shift.max(self.full_shift(first.size));
+        }
         for block in blocks {
             if block.key.leading_zeros() < self.shift || self.path.len() >= self.entries_max {
                 continue;
@@ -213,6 +219,13 @@ impl Curve {
 
     fn scale(&self) -> f64 {
         f64::from(self.shift).exp2()
+    }
+
+    /// The rate at which as many blocks of this size as the largest size holds fill the sample.
+    fn full_shift(&self, size: u64) -> u32 {
+        let blocks = self.sizes[CURVE_POINTS - 1] / size.max(1);
+        let times = blocks.div_ceil(self.entries_max as u64);
+        (0..64).find(|&shift| times <= 1 << shift).unwrap_or(63)
     }
 
     /// The smallest size that holds the block; `None` if none does.

@@ -106,7 +106,8 @@ fn what_no_size_would_hold_is_forgotten() {
 /// A client may name a block twice in one request: that is neither a hit nor a reason to fall over.
 #[test]
 fn a_block_named_twice_is_new_once() {
-    let mut curve = Curve::new(1000, 64);
+    // As many entries as the largest size has blocks, so that every block is sampled.
+    let mut curve = Curve::new(1000, 4000);
     curve.request(asked(3), [lookup(7), lookup(8), lookup(7)].into_iter());
     assert!(curve.points().iter().all(|point| point.token_hits == 0.0), "{:?}", curve.points());
     curve.request(asked(2), [lookup(7), lookup(7)].into_iter());
