@@ -219,26 +219,34 @@ fn read(tables: &Tables, prompt: &[Key], found: &mut Found) -> Result<(), usize>
     let mut ahead = Ahead { count: 0, at: 0, places: [(0, Place::of(0)); AHEAD] };
     let mut start = 0;
     while start < prompt.len() {
-        let place = ahead.next(start).map(|place| (place, Trust::Chain)).or_else(|| {
-            let place = tables.guess(prompt[start])?;
-            ahead.look(tables, prompt.len(), (start, place));
-            Some((place, Trust::Nothing))
+        let (next, guess) = (ahead.next(start), || tables.guess(prompt[start]));
+        let (hint, trust) =
+            next.map_or_else(|| (guess(), Trust::Nothing), |place| (Some(place), Trust::Chain));
+        let known = hint.and_then(|place| {
+            let run = tables.runs.at(place.run);
+            let seen = run.fence.load(Ordering::Acquire);
+            let count = matched(tables, run, place.position, &prompt[start..], trust);
+            (count > 0).then_some((run, place, seen, count))
         });
-        let hint = place.map(|(place, trust)| {
-            let seen = tables.runs.at(place.run).fence.load(Ordering::Acquire);
-            (place, seen, matched(tables, place, &prompt[start..], trust))
-        });
-        let (place, seen, count) = match hint {
-            Some(found) if found.2 > 0 => found,
-            _ => {
+        let (run, place, seen, count) = match known {
+            Some(known) => known,
+            None => {
                 // What a prompt goes on with is found behind the block before it, or begins a run.
                 let inner = || if start == 0 { tables.locate_inner(prompt[start]) } else { None };
                 let Some((place, seen)) = tables.locate(prompt[start]).or_else(inner) else { break };
-                ahead.look(tables, prompt.len(), (start, place));
-                (place, seen, matched(tables, place, &prompt[start..], Trust::Chain).max(1))
+                let run = tables.runs.at(place.run);
+                (
+                    run,
+                    place,
+                    seen,
+                    matched(tables, run, place.position, &prompt[start..], Trust::Chain).max(1),
+                )
             }
         };
-        let run = tables.runs.at(place.run);
+        // Not where the prompt leaves the run before its end: it goes on elsewhere.
+        if (next.is_none() || known.is_none()) && place.position + count == RUN_BLOCKS {
+            ahead.look(tables, prompt.len(), (start, place));
+        }
         let Some(count) = take(tables, run, (place.position, seen), (start, count), found)? else { break };
         start += count;
     }
@@ -332,20 +340,19 @@ enum Trust {
     Nothing,
 }
 
-/// Blocks of the prompt that the run has from `place` on, all of them live.
+/// Blocks of the prompt that the run has from a position on, all of them live.
 #[inline]
-fn matched(tables: &Tables, place: Place, prompt: &[Key], trust: Trust) -> u32 {
-    let run = tables.runs.at(place.run);
+fn matched(tables: &Tables, run: &Run, position: u32, prompt: &[Key], trust: Trust) -> u32 {
     let all = run.live.load(Ordering::Acquire);
-    let live = run_of_ones(all >> place.position);
+    let live = run_of_ones(all >> position);
     let most = live.min(u32::try_from(prompt.len()).unwrap_or(u32::MAX));
-    let is_here = |count: u32| tables.key(run, place.position + count) == Some(prompt[count as usize]);
+    let is_here = |count: u32| tables.key(run, position + count) == Some(prompt[count as usize]);
     if most == 0 {
         return 0;
     }
     // Keys are chained: where one is equal, all before it are, and where one differs, all after it do. A block that
     // is just being added may be the last one already, so this says nothing of positions.
-    let is_last = trust == Trust::Chain && all >> (place.position + most - 1) == 1;
+    let is_last = trust == Trust::Chain && all >> (position + most - 1) == 1;
     if is_last && run.ends_with(prompt[most as usize - 1]) || is_here(most - 1) {
         return most;
     }
