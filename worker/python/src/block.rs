@@ -7,10 +7,13 @@
 //! released: torch releases at once, and keeps the owner while it uses the memory.
 
 use std::ffi::c_int;
+use std::hint;
 use std::marker::PhantomData;
 use std::ops::Range;
 use std::ptr;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, Thread};
 
 use pyo3::buffer::PyUntypedBuffer;
 use pyo3::exceptions::PyBufferError;
@@ -248,6 +251,94 @@ impl<'span> Copy<'span> {
         // may store there meanwhile, in Python as here: the copy is then any mix, in u8.
         self.source.as_ref().is_some_and(|source| unsafe { source.copy_out(self.target.get()) }.is_ok())
     }
+}
+
+/// Looks before waiting: the last copy of another thread takes less than it costs to be woken.
+const SPINS: usize = 2000;
+
+/// Copies that several threads share. A thread takes the next one that nobody has: one that gets its processor late
+/// leaves the rest to the others, and one that gets it too late finds none, and nobody waits for it.
+struct Work {
+    /// Their targets are in place until the last one has ended.
+    copies: Vec<Copy<'static>>,
+    good: Vec<AtomicBool>,
+    next: AtomicUsize,
+    /// Copies that have not ended.
+    left: AtomicUsize,
+    /// Who waits for the last of them.
+    caller: Thread,
+}
+
+impl Work {
+    fn run(&self) {
+        loop {
+            let at = self.next.fetch_add(1, Ordering::Relaxed);
+            let Some(copy) = self.copies.get(at) else { break };
+            let _ended = Ended(self);
+            self.good[at].store(copy.run(), Ordering::Relaxed);
+        }
+    }
+
+    fn wait(&self) {
+        for _ in 0..SPINS {
+            if self.left.load(Ordering::Acquire) == 0 {
+                return;
+            }
+            hint::spin_loop();
+        }
+        while self.left.load(Ordering::Acquire) > 0 {
+            thread::park();
+        }
+    }
+}
+
+/// Counts a copy as ended, whatever became of it.
+struct Ended<'work>(&'work Work);
+
+impl Drop for Ended<'_> {
+    fn drop(&mut self) {
+        // What was stored before is seen by whoever sees the count.
+        if self.0.left.fetch_sub(1, Ordering::AcqRel) == 1 {
+            self.0.caller.unpark();
+        }
+    }
+}
+
+/// Returns only once every copy has ended: from then on nobody stores into a target.
+struct Waits<'work>(&'work Work);
+
+impl Drop for Waits<'_> {
+    fn drop(&mut self) {
+        self.0.wait();
+    }
+}
+
+/// Runs copies, whose targets do not overlap, on this thread and others; answers which are the block.
+pub(crate) fn copy_all(copies: Vec<Copy<'_>>, threads: usize) -> Vec<bool> {
+    // Their spans are held by our caller; this function ends, however it does, after the last copy, and none begins
+    // after that.
+    let unbound = |copy: Copy<'_>| Copy {
+        source: copy.source,
+        target: copy.target,
+        length: copy.length,
+        _span: PhantomData,
+    };
+    let work = Arc::new(Work {
+        good: copies.iter().map(|_| AtomicBool::new(false)).collect(),
+        next: AtomicUsize::new(0),
+        left: AtomicUsize::new(copies.len()),
+        caller: thread::current(),
+        copies: copies.into_iter().map(unbound).collect(),
+    });
+    let waits = Waits(&work);
+    for _ in 1..threads {
+        let work = Arc::clone(&work);
+        // Where there is no thread to be had, the others do it.
+        let _refused = thread::Builder::new().name("terrace-copy".into()).spawn(move || work.run());
+    }
+    work.run();
+    drop(waits);
+    work.good.iter().map(|good| good.load(Ordering::Relaxed)).collect()
 }
 
 /// A copy of the bytes of any contiguous buffer.

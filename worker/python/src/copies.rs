@@ -2,12 +2,9 @@
 //!
 //! Promises: every copy was compared with its block's checksum; nobody writes where two targets overlap at once.
 
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::thread;
-
 use pyo3::prelude::*;
 
-use crate::block::{Block, Copy, Span};
+use crate::block::{Block, Copy, Span, copy_all};
 use crate::errors::invalid;
 
 /// Below this a second thread costs more than it saves.
@@ -29,34 +26,16 @@ pub(crate) fn copy_blocks(
     let spans = targets.iter().map(Span::of).collect::<PyResult<Vec<_>>>()?;
     let pairs = blocks.iter().zip(&spans);
     let copies = pairs.map(|(block, span)| Copy::new(block.get(), span)).collect::<PyResult<Vec<_>>>()?;
-    Ok(py.detach(|| run(&copies, threads)))
+    Ok(py.detach(|| run(copies, threads)))
 }
 
-// Each thread takes the next block that nobody has: one that gets its processor late leaves the rest to the others.
-fn run(copies: &[Copy<'_>], threads: usize) -> Vec<bool> {
+fn run(copies: Vec<Copy<'_>>, threads: usize) -> Vec<bool> {
     let bytes: usize = copies.iter().map(|copy| copy.place().len()).sum();
     let threads = threads.clamp(1, THREADS_MAX).min(copies.len());
-    if threads < 2 || bytes < PARALLEL_BYTES_MIN || overlap(copies) {
-        return copies.iter().map(|copy| copy.run()).collect();
+    if threads < 2 || bytes < PARALLEL_BYTES_MIN || overlap(&copies) {
+        return copies.iter().map(Copy::run).collect();
     }
-    let good: Vec<AtomicBool> = copies.iter().map(|_| AtomicBool::new(false)).collect();
-    let next = AtomicUsize::new(0);
-    let work = || {
-        loop {
-            let at = next.fetch_add(1, Ordering::Relaxed);
-            let Some(copy) = copies.get(at) else { break };
-            good[at].store(copy.run(), Ordering::Relaxed);
-        }
-    };
-    thread::scope(|scope| {
-        for _ in 1..threads {
-            // Where there is no thread to be had, the others do it.
-            let _refused = thread::Builder::new().spawn_scoped(scope, work);
-        }
-        work();
-    });
-    // The end of the scope orders what its threads stored before this.
-    good.into_iter().map(AtomicBool::into_inner).collect()
+    copy_all(copies, threads)
 }
 
 fn overlap(copies: &[Copy<'_>]) -> bool {
