@@ -2,6 +2,7 @@
 //! them (header page, checksum, scheduler, completion), against a bare io_uring
 //! loop over the same memory, file and offsets, and against fio.
 //!
+//! Blocks are read in no order, and as prompts have them: some behind each other, which media reads together.
 //! Depth is what the device has at once, for all of them. Rounds are interleaved and medians are compared. A second bare
 //! loop compares what it reads with its checksum, as media does: what it loses against the first is the price of looking
 //! at the bytes on this machine, where the processor and the device share one memory. Write amplification is that of a
@@ -16,7 +17,7 @@ use terrace_core::{GIB, MIB};
 use terrace_media::bare::BareOp;
 
 use super::{Line, Options, blocks, median, stand};
-use rig::{Frames, Kind, Rig};
+use rig::{Kind, Pattern, Rig};
 
 /// Payloads that are measured: the block of a small model, and that of a large one.
 const BLOCKS: [u64; 2] = [blocks::MODEL_BLOCK_BYTES, 2 * MIB];
@@ -62,6 +63,11 @@ struct Rounds {
     fio: Vec<f64>,
     /// Media with as few frames as fio has buffers.
     few: Vec<f64>,
+    /// Media and the bare loop over the blocks of prompts.
+    prompts: Vec<f64>,
+    prompts_cpu: Vec<f64>,
+    prompts_bare: Vec<f64>,
+    prompts_bare_cpu: Vec<f64>,
 }
 
 fn one_size(dir: &std::path::Path, block_bytes: u64) -> anyhow::Result<Vec<Line>> {
@@ -79,17 +85,7 @@ fn one_size(dir: &std::path::Path, block_bytes: u64) -> anyhow::Result<Vec<Line>
             let known = lines.len();
             lines.extend(judge(&rounds, &format!("media_{name}_{}_{depth}", kind.label()), kind));
             if kind == Kind::Read {
-                let cpu = median(&rounds.media_cpu);
-                let cpu_name = format!("media_{name}_read_{depth}_cpu");
-                let bare = median(&rounds.bare_cpu);
-                let checked = median(&rounds.checked_cpu);
-                lines.push(Line::plain(&format!("{cpu_name}_bare"), bare, "s/GiB"));
-                lines.push(Line::plain(&format!("{cpu_name}_checked"), checked, "s/GiB"));
-                lines.push(if depth >= CPU_DEPTH {
-                    Line::at_most(&cpu_name, cpu, CPU_MAX + checksum, "s/GiB")
-                } else {
-                    Line::plain(&cpu_name, cpu, "s/GiB")
-                });
+                lines.extend(judge_cpu(&rounds, &name, depth, checksum));
             }
             say(&lines[known..]);
         }
@@ -102,28 +98,38 @@ fn compare(rig: &mut Rig, kind: Kind, depth: usize) -> anyhow::Result<Rounds> {
     let mut rounds = Rounds::default();
     let moved = float(count as u64 * rig.frame_bytes()) / float(GIB);
     let block = float(rig.frame_bytes()) / float(GIB);
+    let note = |(seconds, cpu): (f64, f64), rates: &mut Vec<f64>, cpus: &mut Vec<f64>| {
+        rates.push(moved / seconds);
+        cpus.push(cpu / block);
+    };
     for round in 0..ROUNDS {
         // Who goes first changes, so that nobody always finds what another left.
-        for turn in 0..5 {
-            match (round + turn) % 5 {
+        for turn in 0..7 {
+            let (reads, scattered) = (kind == Kind::Read, Pattern::Scattered);
+            match (round + turn) % 7 {
                 0 => {
-                    let (seconds, cpu) = rig.media((kind, Frames::All), depth, count, round)?;
-                    rounds.media.push(moved / seconds);
-                    rounds.media_cpu.push(cpu / block);
+                    let took = rig.media((kind, scattered), depth, count, round)?;
+                    note(took, &mut rounds.media, &mut rounds.media_cpu);
                 }
                 1 => {
-                    let (seconds, cpu) = rig.bare(kind.bare(), depth, count, round)?;
-                    rounds.bare.push(moved / seconds);
-                    rounds.bare_cpu.push(cpu / block);
+                    let took = rig.bare((kind.bare(), scattered), depth, count, round)?;
+                    note(took, &mut rounds.bare, &mut rounds.bare_cpu);
                 }
-                2 if kind == Kind::Read => {
-                    let (seconds, cpu) = rig.bare(BareOp::ReadChecked, depth, count, round)?;
-                    rounds.checked.push(moved / seconds);
-                    rounds.checked_cpu.push(cpu / block);
+                2 if reads => {
+                    let took = rig.bare((BareOp::ReadChecked, scattered), depth, count, round)?;
+                    note(took, &mut rounds.checked, &mut rounds.checked_cpu);
                 }
-                2 => {}
-                3 => {
-                    let (seconds, _) = rig.media((kind, Frames::Few), depth, count, round)?;
+                3 if reads => {
+                    let took = rig.media((kind, Pattern::Prompts), depth, count, round)?;
+                    note(took, &mut rounds.prompts, &mut rounds.prompts_cpu);
+                }
+                4 if reads => {
+                    let took = rig.bare((kind.bare(), Pattern::Prompts), depth, count, round)?;
+                    note(took, &mut rounds.prompts_bare, &mut rounds.prompts_bare_cpu);
+                }
+                2..=4 => {}
+                5 => {
+                    let (seconds, _) = rig.media((kind, Pattern::Few), depth, count, round)?;
                     rounds.few.push(moved / seconds);
                 }
                 _ => rounds.fio.extend(fio::run(rig, kind, depth)?),
@@ -131,6 +137,25 @@ fn compare(rig: &mut Rig, kind: Kind, depth: usize) -> anyhow::Result<Rounds> {
         }
     }
     Ok(rounds)
+}
+
+/// CPU seconds a GiB read of media, beside both bare loops, and of media over the blocks of prompts, beside the bare loop
+/// over the same.
+fn judge_cpu(rounds: &Rounds, name: &str, depth: usize, checksum: f64) -> Vec<Line> {
+    let scattered = format!("media_{name}_read_{depth}_cpu");
+    let prompts = format!("media_{name}_prompts_read_{depth}");
+    let at_most = |name: &str, cpus: &[f64]| match depth {
+        CPU_DEPTH.. => Line::at_most(name, median(cpus), CPU_MAX + checksum, "s/GiB"),
+        _ => Line::plain(name, median(cpus), "s/GiB"),
+    };
+    vec![
+        Line::plain(&format!("{scattered}_bare"), median(&rounds.bare_cpu), "s/GiB"),
+        Line::plain(&format!("{scattered}_checked"), median(&rounds.checked_cpu), "s/GiB"),
+        at_most(&scattered, &rounds.media_cpu),
+        Line::part_of_rounds(&prompts, &rounds.prompts, &rounds.prompts_bare, BARE_BAR, "GiB/s"),
+        Line::plain(&format!("{prompts}_cpu_bare"), median(&rounds.prompts_bare_cpu), "s/GiB"),
+        at_most(&format!("{prompts}_cpu"), &rounds.prompts_cpu),
+    ]
 }
 
 fn judge(rounds: &Rounds, name: &str, kind: Kind) -> Vec<Line> {

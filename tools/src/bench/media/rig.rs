@@ -23,6 +23,10 @@ const SLOTS: u32 = 16;
 /// Blocks that media is asked for at once, the daemon's default of `reads_in_flight`;
 /// what the device does not have yet waits in front of it.
 const ASKED: usize = 64;
+/// Blocks of a prompt that lie behind each other.
+const PROMPT_BLOCKS: usize = 16;
+/// Frames beyond the depth where there are few: what has arrived is looked at while the device has its depth.
+const LOOKED_AT: usize = 2;
 /// Bytes of the frames in memory. Several times the largest cache: where the device is a thread of a host, blocks that
 /// are read into the same few frames again and again never leave its cache.
 const MEMORY_BYTES: u64 = 512 * MIB;
@@ -41,12 +45,14 @@ pub(super) enum Kind {
     Write,
 }
 
-/// Which frames are used in turn.
+/// Which frames are used in turn, and which blocks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Frames {
-    /// All: what a full pool does.
-    All,
-    /// Twice the depth: as few as fio has buffers, and as many again for what is being looked at.
+pub(super) enum Pattern {
+    /// All frames, as a full pool does, and blocks in no order.
+    Scattered,
+    /// All frames; blocks as prompts have them, so many behind each other as they were written.
+    Prompts,
+    /// Blocks in no order, and few frames: as many as fio has buffers, and [`LOOKED_AT`] for what is being looked at.
     Few,
 }
 
@@ -225,12 +231,12 @@ impl Rig {
             }
         }
         let all = self.places.clone();
-        self.drive((Kind::Write, Frames::All), 16, all.len(), all)?;
+        self.drive((Kind::Write, Pattern::Scattered), 16, all.len(), all)?;
         Ok(())
     }
 
     /// Places in an order that differs from round to round.
-    fn some(&self, count: usize, round: usize) -> Vec<Place> {
+    fn some(&self, pattern: Pattern, count: usize, round: usize) -> Vec<Place> {
         let mut state = 0x9e37_79b9_7f4a_7c15u64.wrapping_mul(round as u64 + 1);
         let mut next = || {
             state ^= state << 13;
@@ -238,20 +244,26 @@ impl Rig {
             state ^= state << 17;
             state
         };
-        let places = self.places.len() as u64;
-        let pick = |number: u64| usize::try_from(number % places).unwrap_or(0);
-        (0..count).map(|_| self.places[pick(next())]).collect()
+        let run = if pattern == Pattern::Prompts { PROMPT_BLOCKS } else { 1 };
+        let starts = (self.places.len() - run + 1) as u64;
+        let mut places = Vec::with_capacity(count + run);
+        while places.len() < count {
+            let start = usize::try_from(next() % starts).unwrap_or(0);
+            places.extend_from_slice(&self.places[start..start + run]);
+        }
+        places.truncate(count);
+        places
     }
 
     /// Seconds of `count` blocks with the device at its depth throughout, and CPU seconds of the whole process for a block.
     pub(super) fn media(
         &mut self,
-        what: (Kind, Frames),
+        what: (Kind, Pattern),
         depth: usize,
         count: usize,
         round: usize,
     ) -> anyhow::Result<(f64, f64)> {
-        let queue = self.some(count + depth, round);
+        let queue = self.some(what.1, count + depth, round);
         let moved = super::float(queue.len() as u64);
         let before = cpu_time().as_secs_f64();
         let seconds = self.drive(what, depth, count, queue)?;
@@ -260,7 +272,7 @@ impl Rig {
 
     fn drive(
         &mut self,
-        (kind, frames): (Kind, Frames),
+        (kind, pattern): (Kind, Pattern),
         depth: usize,
         counted: usize,
         mut queue: Vec<Place>,
@@ -270,9 +282,9 @@ impl Rig {
         let count = queue.len();
         let first = self.op_last + 1;
         self.op_last += count as u64;
-        let (frames, asked) = match frames {
-            Frames::All => (self.frames, ASKED),
-            Frames::Few => (u32::try_from(2 * depth)?, 2 * depth),
+        let (frames, asked) = match pattern {
+            Pattern::Scattered | Pattern::Prompts => (self.frames, ASKED),
+            Pattern::Few => (u32::try_from(depth + LOOKED_AT)?, depth + LOOKED_AT),
         };
         {
             let mut state = self.pump.lock();
@@ -306,12 +318,13 @@ impl Rig {
     /// The same of a bare loop for as many blocks at the same places.
     pub(super) fn bare(
         &mut self,
-        op: BareOp,
+        (op, pattern): (BareOp, Pattern),
         depth: usize,
         count: usize,
         round: usize,
     ) -> anyhow::Result<(f64, f64)> {
-        let offsets: Vec<u64> = self.some(count + depth, round).iter().map(|place| place.offset).collect();
+        let offsets: Vec<u64> =
+            self.some(pattern, count + depth, round).iter().map(|place| place.offset).collect();
         let frames: Vec<(usize, u32)> = (0..self.frames).map(|frame| (0, frame)).collect();
         let expect = self.places[0].header;
         let mut ring = BareLoop::new(&self.path, vec![Arc::clone(&self.memory)])?;
@@ -326,7 +339,7 @@ impl Rig {
     pub(super) fn checksum_seconds_per_gib(&mut self) -> anyhow::Result<f64> {
         let mut rounds = Vec::new();
         for round in 0..CHECKSUM_ROUNDS {
-            self.bare(BareOp::Read, 4, self.frames as usize, round)?;
+            self.bare((BareOp::Read, Pattern::Scattered), 4, self.frames as usize, round)?;
             let before = cpu_time();
             for index in 0..self.frames {
                 let header = self.places[index as usize].header;
