@@ -346,9 +346,10 @@ impl ChunkMemory {
     ) -> Result<bool, OutsideFrame> {
         const REST: [u8; 4096 - FRAME_HEADER_BYTES] = [0; 4096 - FRAME_HEADER_BYTES];
         let header = self.frame(index)?;
-        // SAFETY: the page is inside the frame, and both ranges inside the page. A comparison of bytes by address makes no
-        // reference to memory that others may write.
+        // SAFETY: the page is inside the frame, and the range inside the page. A comparison by address makes no reference to
+        // memory that others may write.
         let named = unsafe { libc::memcmp(header.cast(), bytes.as_ptr().cast(), bytes.len()) };
+        // SAFETY: as before, for the rest of the page.
         let rest = unsafe { libc::memcmp(header.add(bytes.len()).cast(), REST.as_ptr().cast(), REST.len()) };
         Ok(named == 0 && rest == 0)
     }
