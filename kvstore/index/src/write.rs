@@ -89,12 +89,12 @@ struct Part {
 
 impl Writer {
     pub(crate) fn new(bytes_max: u64) -> Self {
-        Self {
-            bytes_max,
-            unlisted_max: unlisted_max(bytes_max),
-            recent: Recent::new(bytes_max),
-            ..Self::default()
-        }
+        let unlisted_max = unlisted_max(bytes_max);
+        // As long as they become, so that they take no more memory later.
+        let unlisted = VecDeque::with_capacity(unlisted_max + 2 * BATCH);
+        let gone = Vec::with_capacity((unlisted_max + 1) * RUN_BLOCKS as usize);
+        let recent = Recent::new(bytes_max);
+        Self { bytes_max, unlisted_max, unlisted, gone, recent, ..Self::default() }
     }
 
     /// Bytes of the writer's own lists.
@@ -665,6 +665,7 @@ impl Writer {
             return false;
         }
         let Some(range) = tables.runs.grow() else { return false };
+        self.notes.reserve_exact(range.len());
         self.notes.resize(range.end as usize, Note::default());
         self.runs.extend(range.rev().filter(|run| *run != 0));
         true

@@ -14,8 +14,8 @@ const FILE: &str = "weka_agentic_64.jsonl.zst";
 const WORKERS: u32 = 16;
 const HOUR: u64 = 3_600_000_000;
 const HOURS: u64 = 24;
-/// Memory of the index; what a few hours bring needs more.
-const BYTES: u64 = 4 << 20;
+/// Memory of the index; what an hour brings needs more.
+const BYTES: u64 = 3 << 19;
 /// Blocks that one event tells of.
 const PER_EVENT: usize = 64;
 /// How much larger the last hour may be than the first: one segment of anything.
