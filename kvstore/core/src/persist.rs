@@ -88,6 +88,7 @@ impl Core {
         if !self.is_persisting() || self.now < self.persist_paused_until {
             return;
         }
+        let mut full = Vec::new();
         while self.writes_running < self.config.limits.writes_in_flight {
             let (class, next) = match self.urgent.pop_front() {
                 Some(next) => (IoClass::Demotion, next),
@@ -96,11 +97,13 @@ impl Core {
                     None => break,
                 },
             };
-            self.try_write(next, class);
+            self.try_write(next, class, &mut full);
         }
     }
 
-    fn try_write(&mut self, (index, id): (BlockIndex, BlockId), class: IoClass) {
+    /// `full` are spaces that have no frame until something ends: thousands of their blocks may wait, and each would look
+    /// for room and for what could make some.
+    fn try_write(&mut self, (index, id): (BlockIndex, BlockId), class: IoClass, full: &mut Vec<SpaceIndex>) {
         let Some(block) = self.blocks.try_at(index).filter(|block| block.id == id) else { return };
         let (space, pinned, nvme) = (block.space, block.pinned, block.nvme);
         if class == IoClass::Demotion {
@@ -110,13 +113,16 @@ impl Core {
             return;
         }
         let Some(source) = pinned.filter(|_| nvme == Nvme::None) else { return };
-        if self.spaces.at(space).clearing > 0 {
+        if self.spaces.at(space).clearing > 0 || full.contains(&space) {
             self.writes_stalled.push((index, id));
             return;
         }
         match self.take_disk_frame(space) {
             DiskAllocated::Frame(target) => self.start_write(index, source, target, class),
-            DiskAllocated::Wait => self.writes_stalled.push((index, id)),
+            DiskAllocated::Wait => {
+                full.push(space);
+                self.writes_stalled.push((index, id));
+            }
             DiskAllocated::Never => {
                 self.counters.writes_without_room += 1;
                 self.blocks.at_mut(index).set_write_faults(WRITE_FAULTS_MAX);

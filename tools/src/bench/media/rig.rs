@@ -25,8 +25,9 @@ const SLOTS: u32 = 16;
 const ASKED: usize = 64;
 /// Blocks of a prompt that lie behind each other.
 const PROMPT_BLOCKS: usize = 16;
-/// Frames beyond the depth where there are few: what has arrived is looked at while the device has its depth.
-const LOOKED_AT: usize = 2;
+/// Frames beyond the depth where there are few, but no more than the depth: what has arrived is looked at while the device
+/// has its depth.
+const LOOKED_AT_MAX: usize = 8;
 /// Bytes of the frames in memory. Several times the largest cache: where the device is a thread of a host, blocks that
 /// are read into the same few frames again and again never leave its cache.
 const MEMORY_BYTES: u64 = 512 * MIB;
@@ -52,7 +53,7 @@ pub(super) enum Pattern {
     Scattered,
     /// All frames; blocks as prompts have them, so many behind each other as they were written.
     Prompts,
-    /// Blocks in no order, and few frames: as many as fio has buffers, and [`LOOKED_AT`] for what is being looked at.
+    /// Blocks in no order, and few frames: as many as fio has buffers, and some for what is being looked at.
     Few,
 }
 
@@ -284,7 +285,10 @@ impl Rig {
         self.op_last += count as u64;
         let (frames, asked) = match pattern {
             Pattern::Scattered | Pattern::Prompts => (self.frames, ASKED),
-            Pattern::Few => (u32::try_from(depth + LOOKED_AT)?, depth + LOOKED_AT),
+            Pattern::Few => {
+                let few = depth + depth.min(LOOKED_AT_MAX);
+                (u32::try_from(few)?, few)
+            }
         };
         {
             let mut state = self.pump.lock();
