@@ -416,10 +416,20 @@ impl Core {
             self.due.pop_front();
             self.ready.push_back((block, id));
         }
-        // Nothing is taken out of it while nothing can be persisted: what has gone meanwhile is.
-        if self.ready.len() > 2 * self.blocks.len() as usize + READY_MIN {
-            let blocks = &self.blocks;
-            self.ready.retain(|&(index, id)| blocks.try_at(index).is_some_and(|block| block.id == id));
+        // Nothing is taken out of them while nothing can be persisted, and a block comes again whenever it is used: what
+        // has gone meanwhile, and what is named twice, goes.
+        if self.ready.len() + self.writes_stalled.len() > 2 * self.blocks.len() as usize + READY_MIN {
+            let (blocks, mut named) = (&self.blocks, Vec::new());
+            let mut is_first = |&(index, id): &(BlockIndex, BlockId)| {
+                let place = index.get() as usize;
+                if named.len() <= place {
+                    named.resize(place + 1, false);
+                }
+                let is_held = blocks.try_at(index).is_some_and(|block| block.id == id);
+                is_held && !std::mem::replace(&mut named[place], true)
+            };
+            self.ready.retain(&mut is_first);
+            self.writes_stalled.retain(is_first);
         }
     }
 
