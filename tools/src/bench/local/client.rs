@@ -18,6 +18,9 @@ use terrace_planner::process::guarded;
 use super::put_batch;
 use crate::bench::{Line, blocks};
 
+/// How long a chain may take to be there.
+const PROVIDE_TIME_MAX: Duration = Duration::from_secs(20);
+
 /// What one client does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum Op {
@@ -220,15 +223,22 @@ impl<'a> Work<'a> {
         })
     }
 
-    /// Puts the chain that will be read, if nobody did.
+    /// Puts the chain that will be read, if it is not there. Where others put it as well, it waits for their part.
     async fn provide(&self, session: &Session, space: &Space) -> anyhow::Result<()> {
-        let (found, _) = session.exists(&[space], &self.keys, MatchMode::Prefix).await?;
-        if self.job.op != Op::Put && found < self.keys.len() {
+        if self.job.op == Op::Put {
+            return Ok(());
+        }
+        let until = Instant::now() + PROVIDE_TIME_MAX;
+        loop {
+            let (found, _) = session.exists(&[space], &self.keys, MatchMode::Prefix).await?;
+            if found == self.keys.len() {
+                return Ok(());
+            }
+            ensure!(Instant::now() < until, "only {found} of {} blocks can be put", self.keys.len());
             let payload = &self.buffer[..usize::try_from(self.job.block_bytes)?];
             // Its head may be there still.
             blocks::put(session, space, &self.keys, payload).await?;
         }
-        Ok(())
     }
 
     async fn run(&mut self, session: &Session, space: &Space) -> anyhow::Result<Report> {
