@@ -324,11 +324,12 @@ mod tests {
         assert_eq!(next(ALL, 10, true), Some(vec![6]), "no longer than allowed");
         assert_eq!((next(ALL, ALL, true), next(ALL, ALL, true)), (Some(vec![7]), Some(vec![20, 21])));
         assert_eq!((next(ALL, ALL, true), queues.len()), (None, 0));
+        // Whichever class has its turn, the other does not come with it.
         queues.push(IoClass::PrefillFetch, 10, None, now, 1);
         queues.push(IoClass::Prefetch, 10, None, now, 2);
-        let mut items = Vec::new();
         let room = Room { bytes: ALL, background: ALL, run: ALL, may_wait: true };
+        let mut items = Vec::new();
         queues.pick(now, room, |_, _| true, &mut items);
-        assert_eq!(items, [1], "of another class");
+        assert_eq!((items.len(), queues.len()), (1, 1));
     }
 }
