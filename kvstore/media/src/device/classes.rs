@@ -130,7 +130,8 @@ impl<T> ClassQueues<T> {
                 break;
             }
             if ends + next.bytes > free {
-                if room.may_wait {
+                // Not for the share of background classes: others would wait with it, although there is room for them.
+                if room.may_wait && free == room.bytes {
                     return None;
                 }
                 break;
@@ -331,5 +332,17 @@ mod tests {
         let mut items = Vec::new();
         queues.pick(now, room, |_, _| true, &mut items);
         assert_eq!((items.len(), queues.len()), (1, 1));
+    }
+
+    /// A run of background requests that is longer than their share must not hold up whoever waits behind it: it goes
+    /// as far as the share goes.
+    #[test]
+    fn a_background_run_keeps_to_its_share() {
+        let (mut queues, now) = (ClassQueues::new(), Instant::now());
+        (0..3).for_each(|number| queues.push(IoClass::Prefetch, 10, None, now, number));
+        let room = Room { bytes: 100, background: 20, run: ALL, may_wait: true };
+        let mut items = Vec::new();
+        assert_eq!(queues.pick(now, room, |_, _| true, &mut items), Some(IoClass::Prefetch));
+        assert_eq!(items, [0, 1]);
     }
 }
