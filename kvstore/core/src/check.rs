@@ -469,6 +469,12 @@ impl Core {
                 <= u32::try_from(self.config.pinned_bytes.get() / self.config.chunk_bytes.get()).unwrap_or(0),
             "memory is limited"
         );
+        let queued = self.queued();
+        assert!(queued <= self.queued_max(), "{queued} wait to be written, of {} blocks", self.blocks.len());
+        assert!(
+            self.stalled.values().all(|stalled| stalled.len() > 0),
+            "who has nothing that waits is not named"
+        );
         for index in self.durables.keys() {
             let block = self.blocks.at(*index);
             let open = block.seal().is_some() && !block.residence().nvme;

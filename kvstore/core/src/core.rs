@@ -13,6 +13,7 @@ use crate::ids::{
     BlockId, ChunkId, DeviceId, DiskFrame, Fence, FrameRef, LeaseId, OpId, SessionId, TenantId,
 };
 use crate::intake::Intake;
+use crate::persist::Stalled;
 use crate::policy::class::Tick;
 use crate::policy::{Admit, WriteBudget};
 use crate::scrub::Scrubber;
@@ -28,8 +29,6 @@ use crate::urgency::Wanted;
 use crate::view::Counters;
 use crate::waiting::Wait;
 
-/// Entries that the queue of blocks to be written may have before it is looked through.
-const READY_MIN: usize = 4096;
 /// After a failure that may pass (no memory, no space, catalog), the next try.
 pub(crate) const RETRY_AFTER: Micros = Micros::from_millis(1000);
 
@@ -208,8 +207,10 @@ pub struct Core {
     pub(crate) due: VecDeque<(Now, BlockIndex, BlockId)>,
     pub(crate) ready: VecDeque<(BlockIndex, BlockId)>,
     pub(crate) urgent: VecDeque<(BlockIndex, BlockId)>,
-    /// Due blocks that wait for a frame on a device.
-    pub(crate) writes_stalled: Vec<(BlockIndex, BlockId)>,
+    /// Blocks that wait for a frame on a device, by space; none of them is empty.
+    pub(crate) stalled: BTreeMap<SpaceIndex, Stalled>,
+    /// Of these, the one that has its turn next.
+    pub(crate) stalled_next: SpaceIndex,
     pub(crate) commit_puts: Vec<Put>,
     pub(crate) commit_deletes: VecDeque<Delete>,
     /// Commits of the round that runs, one a device.
@@ -290,7 +291,8 @@ impl Core {
             due: VecDeque::new(),
             ready: VecDeque::new(),
             urgent: VecDeque::new(),
-            writes_stalled: Vec::new(),
+            stalled: BTreeMap::new(),
+            stalled_next: SpaceIndex(0),
             commit_puts: Vec::new(),
             commit_deletes: VecDeque::new(),
             commits_running: 0,
@@ -416,21 +418,7 @@ impl Core {
             self.due.pop_front();
             self.ready.push_back((block, id));
         }
-        // Nothing is taken out of them while nothing can be persisted, and a block comes again whenever it is used: what
-        // has gone meanwhile, and what is named twice, goes.
-        if self.ready.len() + self.writes_stalled.len() > 2 * self.blocks.len() as usize + READY_MIN {
-            let (blocks, mut named) = (&self.blocks, Vec::new());
-            let mut is_first = |&(index, id): &(BlockIndex, BlockId)| {
-                let place = index.get() as usize;
-                if named.len() <= place {
-                    named.resize(place + 1, false);
-                }
-                let is_held = blocks.try_at(index).is_some_and(|block| block.id == id);
-                is_held && !std::mem::replace(&mut named[place], true)
-            };
-            self.ready.retain(&mut is_first);
-            self.writes_stalled.retain(is_first);
-        }
+        self.forget_queued();
     }
 
     /// Starts whatever can be started. Each round needs a frame that came free,
@@ -444,7 +432,7 @@ impl Core {
                 self.want_stalled();
             }
             if disk {
-                self.ready.extend(std::mem::take(&mut self.writes_stalled));
+                self.stalled.values_mut().for_each(Stalled::ask_again);
             }
             self.pump_arrivals();
             if !self.gpus.is_empty() {

@@ -3,7 +3,7 @@
 //! A frame on a device goes Filling, Sealed, Evicting, Free. Its catalog entry
 //! is deleted before it is used again. What a failed write or sync covered is quarantined.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 
 use crate::api::{BlockHeader, Effect, Fault, IoClass, Via};
 use crate::core::{Core, Deadline, Delete, Op, Put, RETRY_AFTER};
@@ -20,6 +20,51 @@ const EVICT_BATCH: u32 = 16;
 const AHEAD_PART: usize = 16;
 /// Puts and deletes in one commit.
 const COMMIT_MAX: usize = 1024;
+
+/// Entries that the queues of blocks to be written may have, besides two a block, before they are looked through.
+const QUEUED_MIN: usize = 4096;
+
+/// A block that is to be written, unless its place has become another's.
+type Queued = (BlockIndex, BlockId);
+
+/// Blocks of one space that wait for a frame on a device. The first of them asks for one when some may have come free,
+/// and the others behind it.
+#[derive(Debug, Default)]
+pub(crate) struct Stalled {
+    /// Memory waits for these; they are marked as urgent.
+    urgent: VecDeque<Queued>,
+    due: VecDeque<Queued>,
+    again: bool,
+}
+
+impl Stalled {
+    pub(crate) fn len(&self) -> usize {
+        self.urgent.len() + self.due.len()
+    }
+
+    /// Something ended that may have left a frame.
+    pub(crate) fn ask_again(&mut self) {
+        self.again = true;
+    }
+
+    fn push(&mut self, next: Queued, class: IoClass) {
+        match class {
+            IoClass::Demotion => self.urgent.push_back(next),
+            _ => self.due.push_back(next),
+        }
+    }
+
+    fn first(&self) -> Option<(Queued, IoClass)> {
+        let urgent = self.urgent.front().map(|&next| (next, IoClass::Demotion));
+        urgent.or_else(|| self.due.front().map(|&next| (next, IoClass::Persistence)))
+    }
+
+    fn pop(&mut self) {
+        if self.urgent.pop_front().is_none() {
+            self.due.pop_front();
+        }
+    }
+}
 
 /// What became of the wish for a frame on a device.
 enum DiskAllocated {
@@ -88,40 +133,65 @@ impl Core {
         if !self.is_persisting() || self.now < self.persist_paused_until {
             return;
         }
-        let mut full = Vec::new();
         while self.writes_running < self.config.limits.writes_in_flight {
-            let (class, next) = match self.urgent.pop_front() {
-                Some(next) => (IoClass::Demotion, next),
-                None => match self.ready.pop_front() {
-                    Some(next) => (IoClass::Persistence, next),
-                    None => break,
-                },
-            };
-            self.try_write(next, class, &mut full);
+            if let Some(next) = self.urgent.pop_front() {
+                self.write_or_wait(next, IoClass::Demotion);
+            } else if let Some(space) = self.stalled_again() {
+                self.write_stalled(space);
+            } else if let Some(next) = self.ready.pop_front() {
+                self.write_or_wait(next, IoClass::Persistence);
+            } else {
+                break;
+            }
         }
     }
 
-    /// `full` are spaces that have no frame until something ends: thousands of their blocks may wait, and each would look
-    /// for room and for what could make some.
-    fn try_write(&mut self, (index, id): (BlockIndex, BlockId), class: IoClass, full: &mut Vec<SpaceIndex>) {
-        let Some(block) = self.blocks.try_at(index).filter(|block| block.id == id) else { return };
+    /// A space whose first block asks for a frame once more. They take turns.
+    fn stalled_again(&mut self) -> Option<SpaceIndex> {
+        let (before, behind) =
+            (self.stalled.range(..self.stalled_next), self.stalled.range(self.stalled_next..));
+        let (&space, _) = behind.chain(before).find(|(_, stalled)| stalled.again)?;
+        self.stalled_next = SpaceIndex(space.0.wrapping_add(1));
+        Some(space)
+    }
+
+    fn write_stalled(&mut self, space: SpaceIndex) {
+        let Some((next, class)) = self.stalled.get(&space).and_then(Stalled::first) else { return };
+        let waits = self.try_write(next, class, false).is_some();
+        let Some(stalled) = self.stalled.get_mut(&space) else { return };
+        if waits {
+            stalled.again = false;
+            return;
+        }
+        stalled.pop();
+        if stalled.len() == 0 {
+            self.stalled.remove(&space);
+        }
+    }
+
+    fn write_or_wait(&mut self, next: Queued, class: IoClass) {
+        if let Some(space) = self.try_write(next, class, true) {
+            self.stalled.entry(space).or_default().push(next, class);
+        }
+    }
+
+    /// The block's space, if it must wait for a frame: `behind` others of it, where any wait.
+    fn try_write(&mut self, (index, id): Queued, class: IoClass, behind: bool) -> Option<SpaceIndex> {
+        let block = self.blocks.try_at(index).filter(|block| block.id == id)?;
         let (space, pinned, nvme) = (block.space, block.pinned, block.nvme);
         if class == IoClass::Demotion {
             self.blocks.at_mut(index).set_urgent(false);
         }
         if pinned.is_none() && nvme == Nvme::None && self.demote_to_write(index) {
-            return;
+            return None;
         }
-        let Some(source) = pinned.filter(|_| nvme == Nvme::None) else { return };
-        if self.spaces.at(space).clearing > 0 || full.contains(&space) {
-            self.writes_stalled.push((index, id));
-            return;
-        }
-        match self.take_disk_frame(space) {
+        let source = pinned.filter(|_| nvme == Nvme::None)?;
+        let must_wait = self.spaces.at(space).clearing > 0 || behind && self.stalled.contains_key(&space);
+        match if must_wait { DiskAllocated::Wait } else { self.take_disk_frame(space) } {
             DiskAllocated::Frame(target) => self.start_write(index, source, target, class),
             DiskAllocated::Wait => {
-                full.push(space);
-                self.writes_stalled.push((index, id));
+                self.blocks.at_mut(index).set_urgent(class == IoClass::Demotion);
+                return Some(space);
             }
             DiskAllocated::Never => {
                 self.counters.writes_without_room += 1;
@@ -132,6 +202,39 @@ impl Core {
                 self.persist_later(index, RETRY_AFTER);
             }
         }
+        None
+    }
+
+    /// Entries of blocks that can be written as soon as there is room.
+    pub(crate) fn queued(&self) -> usize {
+        self.ready.len() + self.stalled.values().map(Stalled::len).sum::<usize>()
+    }
+
+    /// As many as there may be.
+    pub(crate) fn queued_max(&self) -> usize {
+        2 * self.blocks.len() as usize + QUEUED_MIN
+    }
+
+    /// Nothing is taken out of the queues while nothing can be persisted: what has gone meanwhile, and what is named
+    /// twice, goes.
+    pub(crate) fn forget_queued(&mut self) {
+        if self.queued() <= self.queued_max() {
+            return;
+        }
+        let (blocks, mut named) = (&self.blocks, Vec::new());
+        let mut is_first = |&(index, id): &Queued| {
+            let place = index.get() as usize;
+            if named.len() <= place {
+                named.resize(place + 1, false);
+            }
+            let is_held = blocks.try_at(index).is_some_and(|block| block.id == id);
+            is_held && !std::mem::replace(&mut named[place], true)
+        };
+        // What is marked as urgent stays where it is looked for.
+        self.stalled.values_mut().for_each(|stalled| stalled.urgent.retain(&mut is_first));
+        self.stalled.values_mut().for_each(|stalled| stalled.due.retain(&mut is_first));
+        self.ready.retain(&mut is_first);
+        self.stalled.retain(|_, stalled| stalled.len() > 0);
     }
 
     fn start_write(&mut self, index: BlockIndex, source: FrameRef, target: DiskFrame, class: IoClass) {

@@ -156,7 +156,7 @@ impl Core {
         }
         self.writes_running -= 1;
         self.disks.device_mut(device).writes -= 1;
-        if !self.writes_stalled.is_empty() {
+        if !self.stalled.is_empty() {
             self.disk_changed = true;
         }
     }
