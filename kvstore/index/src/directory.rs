@@ -5,6 +5,7 @@
 //! part of its hash; the key itself lies where the entry points. Entries never move but when their bucket is split; a
 //! reader that missed looks again if a split came between.
 
+use std::hint::black_box;
 use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering, fence};
 
 use crate::pool::{FreeExtents, Pool, Slab};
@@ -12,6 +13,8 @@ use crate::pool::{FreeExtents, Pool, Slab};
 /// Entries wanted in a bucket, on average. Buckets that wait for their split have up to twice as many.
 const LOAD: u32 = 5;
 const SLOTS: usize = 10;
+/// Lines that are loaded side by side, at most.
+const WARMED_MAX: usize = 64;
 /// While there are few buckets a tag is 16 bits of the hash from this one on, so that it says where an entry
 /// goes when its bucket is split; the smallest table has as many buckets.
 const FIRST_BITS: u32 = 10;
@@ -150,10 +153,20 @@ impl Directory {
         }
     }
 
-    /// Loads the line that a look-up, a change or both will need.
+    /// Loads the lines that look-ups, changes or both will need, side by side: where they are is worked out before, so that
+    /// nothing but loads stands between the loads.
     #[inline]
-    pub(crate) fn warm(&self, hash: u32) -> u32 {
-        self.buckets.at(bucket_of(hash, self.count())).overflow.load(Ordering::Relaxed)
+    pub(crate) fn warm(&self, hashes: impl Iterator<Item = u32>) {
+        let count = self.count();
+        let first = self.buckets.at(0);
+        let mut lines = [first; WARMED_MAX];
+        let mut warmed = 0;
+        for (line, hash) in lines.iter_mut().zip(hashes) {
+            *line = self.buckets.at(bucket_of(hash, count));
+            warmed += 1;
+        }
+        let overflow = |line: &&Bucket| line.overflow.load(Ordering::Relaxed);
+        black_box(lines[..warmed].iter().fold(0, |sum, line| sum ^ overflow(line)));
     }
 
     /// The bucket that a hash belongs to now.
@@ -224,30 +237,36 @@ impl Directory {
         entries > u64::from(self.count()) * u64::from(LOAD)
     }
 
-    /// Splits a bucket if there are so many entries that it pays. `grow` says whether memory may be taken,
+    /// Splits buckets while there are so many entries that it pays, at most so many. `grow` says whether memory may be taken,
     /// `hash_at` what the hash of the key at a place is.
     pub(crate) fn keep_up(
         &self,
         pool: &Pool,
         free: &mut FreeExtents,
-        entries: u64,
-        grow: impl FnOnce(u64) -> bool,
+        (entries, splits_max): (u64, u32),
+        grow: impl Fn(u64) -> bool,
         hash_at: impl Fn(u32) -> u32,
     ) {
-        let count = self.count();
-        if !self.is_full(entries) {
-            return;
+        let wanted = u32::try_from(entries.div_ceil(u64::from(LOAD))).unwrap_or(u32::MAX);
+        // Those that are split next lie behind each other.
+        let first = self.count();
+        let last = wanted.min(first.saturating_add(splits_max));
+        if last > first + 1 {
+            self.warm((first..last).map(|count| bucket_of(count, count)));
         }
-        if count == self.buckets.items()
-            && (!grow(self.buckets.segment_bytes()) || self.buckets.grow().is_none())
-        {
-            return;
-        }
-        let old = self.buckets.at(bucket_of(count, count));
-        // Two halves of a chain need at most an extent more each than the chain has. Only keys that were made to
-        // collide have long ones.
-        if 2 * chain_extents(old, pool) + 2 <= free.len() {
-            self.split(pool, free, count, hash_at);
+        for count in first..last {
+            if count == self.buckets.items()
+                && (!grow(self.buckets.segment_bytes()) || self.buckets.grow().is_none())
+            {
+                return;
+            }
+            let old = self.buckets.at(bucket_of(count, count));
+            // Two halves of a chain need at most an extent more each than the chain has. Only keys that were made to
+            // collide have long ones.
+            if 2 * chain_extents(old, pool) + 2 > free.len() {
+                return;
+            }
+            self.split(pool, free, count, &hash_at);
         }
     }
 

@@ -1,7 +1,6 @@
 //! The writer's side: what changes runs, and what it forgets to stay within the limit.
 
 use std::collections::VecDeque;
-use std::hint::black_box;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::crowd::{CROWDED, Crowd};
@@ -125,7 +124,7 @@ impl Writer {
                 None => {
                     // Most blocks after a new one are new: their cache misses overlap.
                     if !is_warm {
-                        warm(tables, blocks[number..].iter().copied());
+                        tables.directory.warm(blocks[number..].iter().map(|key| key.hash()));
                         is_warm = true;
                     }
                     self.place(tables, at, *key)
@@ -733,11 +732,6 @@ impl Writer {
         let live = run.live.load(Ordering::Relaxed);
         self.bury(tables, number, live);
     }
-}
-
-/// Loads the directory's lines for keys side by side.
-fn warm(tables: &Tables, keys: impl Iterator<Item = Key>) {
-    black_box(keys.fold(0, |sum, key| sum ^ tables.directory.warm(key.hash())));
 }
 
 /// The positions of a mask's ones.
