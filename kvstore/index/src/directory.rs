@@ -9,9 +9,10 @@ use std::hint::black_box;
 use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering, fence};
 
 use crate::pool::{FreeExtents, Pool, Slab};
+use crate::write::positions;
 
 /// Entries wanted in a bucket, on average. Buckets that wait for their split have up to twice as many.
-const LOAD: u32 = 5;
+const LOAD: u32 = 4;
 const SLOTS: usize = 10;
 /// Lines that are loaded side by side, at most.
 const WARMED_MAX: usize = 64;
@@ -204,9 +205,9 @@ impl Directory {
     /// If it is not there: two structures of ours disagree.
     pub(crate) fn remove(&self, pool: &Pool, hash: u32, place: u32) {
         let bucket = self.buckets.at(bucket_of(hash, self.count()));
-        if let Some(own) = bucket.places.iter().find(|own| own.load(Ordering::Relaxed) == place) {
-            own.store(0, Ordering::Release);
-            return;
+        let is_it = mask_of(|slot| bucket.places[slot].load(Ordering::Relaxed) == place);
+        if let Some(slot) = ones_of(is_it).next() {
+            return bucket.own(slot).clear();
         }
         let mut extent = bucket.overflow.load(Ordering::Relaxed);
         loop {
@@ -310,18 +311,14 @@ impl Directory {
 
     /// A split of a bucket without overflow, which most are. The new one is empty.
     fn split_own(&self, old: &Bucket, new: &Bucket, moves: impl Fn((u16, u32)) -> bool) {
-        let (mut taken, mut gone) = (0, [false; SLOTS]);
-        for (slot, gone) in own(old).zip(&mut gone) {
-            let entry = slot.entry();
-            *gone = moves(entry);
-            if *gone {
-                Slot::Own(&new.places[taken], &new.tags[taken]).set(entry);
-                taken += 1;
-            }
+        let entries: [(u16, u32); SLOTS] = std::array::from_fn(|slot| old.own(slot).entry());
+        let mask = mask_of(|slot| moves(entries[slot]));
+        for (slot, target) in ones_of(mask).zip(0..) {
+            new.own(target).set(entries[slot]);
         }
         self.shape.fetch_add(1, Ordering::Release);
         fence(Ordering::Release);
-        own(old).zip(gone).filter(|(_, gone)| *gone).for_each(|(slot, _)| slot.clear());
+        ones_of(mask).for_each(|slot| old.own(slot).clear());
     }
 
     /// Frees the overflow of a bucket whose own slots can take all of it: copies, says so, then unlinks.
@@ -355,8 +352,27 @@ impl Directory {
     }
 }
 
+impl Bucket {
+    #[inline]
+    fn own(&self, slot: usize) -> Slot<'_> {
+        Slot::Own(&self.places[slot], &self.tags[slot])
+    }
+}
+
+/// A bit for each slot that is so. Which ones are is as good as drawn, so nothing is branched on them one by one.
+#[inline]
+fn mask_of(is_so: impl Fn(usize) -> bool) -> u32 {
+    (0..SLOTS).fold(0, |mask, slot| mask | u32::from(is_so(slot)) << slot)
+}
+
+/// The slots of a mask.
+#[inline]
+fn ones_of(mask: u32) -> impl Iterator<Item = usize> {
+    positions(mask.into()).map(|slot| slot as usize)
+}
+
 fn own(bucket: &Bucket) -> impl Iterator<Item = Slot<'_>> {
-    bucket.places.iter().zip(&bucket.tags).map(|(place, tag)| Slot::Own(place, tag))
+    (0..SLOTS).map(|slot| bucket.own(slot))
 }
 
 fn each<'a>(bucket: &'a Bucket, pool: &'a Pool, mut act: impl FnMut(Slot<'a>)) {
@@ -379,9 +395,9 @@ fn chain_extents(bucket: &Bucket, pool: &Pool) -> usize {
 }
 
 fn put(bucket: &Bucket, pool: &Pool, free: &mut FreeExtents, (tag, place): (u16, u32)) {
-    if let Some(slot) = bucket.places.iter().position(|place| place.load(Ordering::Relaxed) == 0) {
-        Slot::Own(&bucket.places[slot], &bucket.tags[slot]).set((tag, place));
-        return;
+    let empty = mask_of(|slot| bucket.places[slot].load(Ordering::Relaxed) == 0);
+    if let Some(slot) = ones_of(empty).next() {
+        return bucket.own(slot).set((tag, place));
     }
     let first = bucket.overflow.load(Ordering::Relaxed);
     let mut extent = first;
