@@ -170,6 +170,15 @@ impl Directory {
         black_box(lines[..warmed].iter().fold(0, |sum, line| sum ^ overflow(line)));
     }
 
+    /// Whether a key of this hash may be in it; no is certain, for the writer.
+    #[inline]
+    pub(crate) fn may_have(&self, hash: u32) -> bool {
+        let (number, tag) = self.home_of(hash, self.count());
+        let bucket = self.buckets.at(number);
+        let same = mask_of(|slot| bucket.tags[slot].load(Ordering::Relaxed) == tag);
+        same != 0 || bucket.overflow.load(Ordering::Relaxed) != 0
+    }
+
     /// The bucket that a hash belongs to now.
     #[inline]
     pub(crate) fn bucket(&self, hash: u32) -> u32 {

@@ -9,8 +9,8 @@ use crate::listing::{Kind, unlisted_max};
 use crate::pool::{FreeExtents, Pool};
 use crate::recent::Recent;
 use crate::run::{
-    EXTENT_RECORDS, Next, Place, RECORD_WORDS, RUN_BLOCKS, Record, Run, Tables, about, age_at, chain_of,
-    chain_word, heat_at, holder_of, in_tiers, used,
+    EXTENT_KEYS, EXTENT_RECORDS, Next, Place, RECORD_WORDS, RUN_BLOCKS, Record, Run, Tables, about, age_at,
+    chain_of, chain_word, heat_at, holder_of, in_tiers, used,
 };
 
 /// Blocks applied between two looks at the free lists.
@@ -115,38 +115,64 @@ impl Writer {
     ) -> u64 {
         let (mut at, first) = self.place_before(tables, after, blocks);
         let mut part = Part::default();
-        let mut added = 0;
+        let (mut added, mut number) = (0, 0);
         let mut is_warm = false;
-        for (number, key) in blocks.iter().enumerate() {
-            let found = first.filter(|_| number == 0);
-            let place = match found.or_else(|| self.known(tables, at, *key)) {
-                Some(place) => place,
-                None => {
-                    // Most blocks after a new one are new: their cache misses overlap.
-                    if !is_warm {
-                        tables.directory.warm(blocks[number..].iter().map(|key| key.hash()));
-                        is_warm = true;
-                    }
-                    self.place(tables, at, *key)
+        while let Some(key) = blocks.get(number) {
+            let found = first.filter(|_| number == 0).or_else(|| self.known(tables, at, *key));
+            let place = found.unwrap_or_else(|| {
+                // Most blocks after a new one are new: their cache misses overlap.
+                if !is_warm {
+                    tables.directory.warm(blocks[number..].iter().map(|key| key.hash()));
+                    is_warm = true;
                 }
-            };
+                self.place(tables, at, *key)
+            });
+            number += 1;
             if let Some(before) = at
                 && before.position + 1 == RUN_BLOCKS
                 && place.position == 0
             {
                 tables.runs.at(before.run).set_next(place.run);
             }
+            let more = if found.is_none() { self.append(tables, place, &blocks[number..]) } else { 0 };
             if place.run != part.run {
                 added += self.hold(tables, (holder, tiers, size), part);
                 part = Part { run: place.run, mask: 0 };
             }
-            part.mask |= 1 << place.position;
-            at = Some(place);
+            part.mask |= u64::MAX >> (RUN_BLOCKS - 1 - more) << place.position;
+            at = Some(Place { position: place.position + more, ..place });
+            number += more as usize;
         }
         if let Some((last, key)) = at.zip(blocks.last()) {
             self.note(tables, *key, last);
         }
         added + self.hold(tables, (holder, tiers, size), part)
+    }
+
+    /// Makes blocks live behind the last one of a run, as long as they are new and the run has slots. How many.
+    fn append(&mut self, tables: &Tables, last: Place, blocks: &[Key]) -> u32 {
+        let run = tables.runs.at(last.run);
+        let begin = last.position + 1;
+        if run.end() != begin {
+            return 0;
+        }
+        let mut count = 0;
+        for (key, position) in blocks.iter().zip(begin..RUN_BLOCKS) {
+            if tables.directory.may_have(key.hash()) && tables.locate(*key).is_some() {
+                break;
+            }
+            self.fill(tables, run, position, *key);
+            count += 1;
+        }
+        if count == 0 {
+            return 0;
+        }
+        run.set_last(blocks[count as usize - 1]);
+        let live = run.live.load(Ordering::Relaxed) | u64::MAX >> (RUN_BLOCKS - count) << begin;
+        run.live.store(live, Ordering::Release);
+        self.blocks += u64::from(count);
+        self.wait(last.run);
+        count
     }
 
     /// Where the block before a batch is, and where its first one is, if that is known and not behind the other. Makes
@@ -209,10 +235,15 @@ impl Writer {
         if !follows {
             return self.list(tables, Kind::First, (key.hash(), place));
         }
-        let note = &mut self.notes[place.run as usize];
+        self.wait(place.run);
+    }
+
+    /// Has a run wait for its blocks to be listed.
+    fn wait(&mut self, number: u32) {
+        let note = &mut self.notes[number as usize];
         if !note.waits {
             note.waits = true;
-            self.unlisted.push_back(place.run);
+            self.unlisted.push_back(number);
         }
     }
 
@@ -225,14 +256,7 @@ impl Writer {
     /// The live blocks of the run then.
     fn make_live(&mut self, tables: &Tables, place: Place, key: Key) -> u64 {
         let run = tables.runs.at(place.run);
-        let slot = &run.keys[(place.position / 8) as usize];
-        if slot.load(Ordering::Relaxed) == 0 {
-            let extent = tables.pool.take(&mut self.extents);
-            slot.store(extent, Ordering::Release);
-        } else if tables.key(run, place.position) != Some(Key { low: 0, high: 0 }) {
-            run.move_fence();
-        }
-        tables.set_key(run, place.position, key);
+        self.fill(tables, run, place.position, key);
         let live = run.live.load(Ordering::Relaxed) | 1 << place.position;
         if live >> place.position == 1 {
             run.set_last(key);
@@ -240,6 +264,19 @@ impl Writer {
         run.live.store(live, Ordering::Release);
         self.blocks += 1;
         live
+    }
+
+    /// Writes a key into a slot that has no live block.
+    #[inline]
+    fn fill(&mut self, tables: &Tables, run: &Run, position: u32, key: Key) {
+        let slot = &run.keys[(position / EXTENT_KEYS) as usize];
+        if slot.load(Ordering::Relaxed) == 0 {
+            let extent = tables.pool.take(&mut self.extents);
+            slot.store(extent, Ordering::Release);
+        } else if tables.key(run, position) != Some(Key { low: 0, high: 0 }) {
+            run.move_fence();
+        }
+        tables.set_key(run, position, key);
     }
 
     /// The slot after `at`, if the run ends there, or if the slot held this very block before.
