@@ -18,7 +18,8 @@ const UNLISTED_MAX: usize = 2_048;
 /// Bytes of an index for each of them: the scratch to list them is a small part of it.
 const BYTES_A_RUN: u64 = 1 << 18;
 /// Buckets that are split after a batch, at most: more than it makes necessary.
-const SPLITS_A_BATCH: u32 = BATCH as u32 / 2;
+const SPLITS_A_BATCH: u32 = 32;
+const _: () = assert!(SPLITS_A_BATCH as usize * 2 == BATCH);
 /// Parts of the directory that are listed into one after the other, as a power of two.
 const PARTS_BITS: u32 = 11;
 
