@@ -1,4 +1,4 @@
-//! The writer's side: what changes runs, and what it forgets to stay within the limit.
+//! The writer's side: what changes runs. What it forgets to stay within the limit is in [`room`](crate::room).
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -9,8 +9,8 @@ use crate::listing::{Kind, unlisted_max};
 use crate::pool::{FreeExtents, Pool};
 use crate::recent::Recent;
 use crate::run::{
-    EXTENT_KEYS, EXTENT_RECORDS, Next, Place, RECORD_WORDS, RUN_BLOCKS, Record, Run, Tables, about, age_at,
-    chain_of, chain_word, heat_at, holder_of, in_tiers, used,
+    EXTENT_KEYS, EXTENT_RECORDS, Next, Place, RECORD_WORDS, RUN_BLOCKS, Record, Run, Tables, about, chain_of,
+    chain_word, holder_of, in_tiers, used,
 };
 
 /// Blocks applied between two looks at the free lists.
@@ -20,10 +20,6 @@ pub(crate) const RUNS_READY: usize = BATCH + 1;
 /// Free extents before a batch: for each block one of keys, of records and of the directory; and a
 /// record chain that is packed.
 pub(crate) const EXTENTS_READY: usize = 4 * BATCH;
-/// Runs without a successor that are compared when one must go.
-const CANDIDATES: usize = 8;
-/// Runs looked at for them.
-const LOOKED_AT_MAX: u32 = 4_096;
 
 /// What comes before the blocks of a batch.
 #[derive(Clone, Copy, Debug)]
@@ -57,7 +53,7 @@ pub(crate) struct Note {
 #[derive(Debug, Default)]
 pub(crate) struct Writer {
     pub(crate) extents: FreeExtents,
-    runs: Vec<u32>,
+    pub(crate) runs: Vec<u32>,
     pub(crate) notes: Vec<Note>,
     /// Runs that have, or had, blocks which no directory has, oldest first.
     pub(crate) unlisted: VecDeque<u32>,
@@ -68,7 +64,7 @@ pub(crate) struct Writer {
     /// Entries of each directory.
     pub(crate) listed: [u64; 2],
     /// The run that is looked at next when one must go.
-    hand: u32,
+    pub(crate) hand: u32,
     /// Operations so far; wraps.
     pub(crate) clock: u32,
     pub(crate) blocks: u64,
@@ -549,7 +545,7 @@ impl Writer {
     }
 
     /// Takes blocks that nobody holds out of the directory, and a run without blocks out of use.
-    fn bury(&mut self, tables: &Tables, number: u32, dead: u64) {
+    pub(crate) fn bury(&mut self, tables: &Tables, number: u32, dead: u64) {
         let run = tables.runs.at(number);
         let live = run.live.load(Ordering::Relaxed) & !dead;
         // First, so that a reader finds them all the time.
@@ -674,100 +670,6 @@ impl Writer {
             touched = place.run;
             at = Some(place);
         }
-    }
-
-    /// Makes sure that there are so many free runs and extents: makes them within the limit, else forgets the coldest.
-    pub(crate) fn reserve(&mut self, tables: &Tables, runs: usize, extents: usize) {
-        while self.runs.len() < runs {
-            if !self.grow_runs(tables) && !self.evict(tables) {
-                panic!("{} bytes hold less than one batch", self.bytes_max);
-            }
-        }
-        while self.extents.len() < extents {
-            let room = self.has_room(tables, tables.pool.segment_bytes());
-            let grown = room && tables.pool.grow(&mut self.extents);
-            if !grown && !self.evict(tables) {
-                panic!("{} bytes hold less than one batch", self.bytes_max);
-            }
-        }
-    }
-
-    fn has_room(&self, tables: &Tables, bytes: u64) -> bool {
-        tables.bytes() + self.bytes() + bytes <= self.bytes_max
-    }
-
-    fn grow_runs(&mut self, tables: &Tables) -> bool {
-        if !self.has_room(tables, tables.runs.segment_bytes() + tables.runs.segment_bytes() / 2) {
-            return false;
-        }
-        let Some(range) = tables.runs.grow() else { return false };
-        self.notes.reserve_exact(range.len());
-        self.notes.resize(range.end as usize, Note::default());
-        self.runs.extend(range.rev().filter(|run| *run != 0));
-        true
-    }
-
-    /// Forgets the coldest of some runs that nothing goes on from. False if there is no run at all.
-    fn evict(&mut self, tables: &Tables) -> bool {
-        let runs = tables.runs.items();
-        let mut coldest: Option<(bool, u64, u32, u32)> = None;
-        let mut leaves = 0;
-        for _ in 0..LOOKED_AT_MAX.min(runs) {
-            self.hand = if self.hand + 1 < runs { self.hand + 1 } else { 1 };
-            let run = tables.runs.at(self.hand);
-            if run.live.load(Ordering::Relaxed) == 0 {
-                continue;
-            }
-            let is_inner = self.notes[self.hand as usize].children > 0;
-            if is_inner && coldest.is_some_and(|(inner, ..)| !inner) {
-                continue;
-            }
-            let (heat, age) = self.warmth(tables, run);
-            let rank = (is_inner, heat, u32::MAX - age, self.hand);
-            if coldest.is_none_or(|found| rank < found) {
-                coldest = Some(rank);
-            }
-            leaves += usize::from(!is_inner);
-            if leaves == CANDIDATES {
-                break;
-            }
-        }
-        // A free run may lie in every place that was looked at; then another look finds the others.
-        let Some((.., number)) = coldest else { return self.blocks > 0 };
-        self.forget(tables, number);
-        true
-    }
-
-    /// Heat and age of a run: those of its warmest record.
-    fn warmth(&self, tables: &Tables, run: &Run) -> (u64, u32) {
-        let mut warmest = (0, u32::MAX);
-        tables.each_record(run, |record| {
-            let word = record[0].load(Ordering::Relaxed);
-            if holder_of(word).is_some() {
-                warmest = (warmest.0.max(heat_at(word, self.clock)), warmest.1.min(age_at(word, self.clock)));
-            }
-            Next::Go
-        });
-        warmest
-    }
-
-    /// Takes a whole run out.
-    fn forget(&mut self, tables: &Tables, number: u32) {
-        let run = tables.runs.at(number);
-        let (mut entries, mut records) = (0, 0);
-        tables.each_record(run, |record| {
-            entries += u64::from(all_of(record).count_ones());
-            records += u64::from(record[0].load(Ordering::Relaxed) != 0);
-            for word in record {
-                word.store(0, Ordering::Relaxed);
-            }
-            Next::Go
-        });
-        self.entries -= entries;
-        self.records -= records;
-        self.evicted += entries;
-        let live = run.live.load(Ordering::Relaxed);
-        self.bury(tables, number, live);
     }
 }
 
