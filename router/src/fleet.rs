@@ -192,7 +192,8 @@ impl Fleet {
         state.incarnation = reports.incarnation;
         let mut known = std::mem::take(&mut state.workers);
         for load in reports.workers.iter().take(WORKERS_MAX) {
-            let known = known.remove(&load.name);
+            // One that is named twice is one worker, and stays what it was.
+            let known = known.remove(&load.name).or_else(|| state.workers.remove(&load.name));
             if let Some(entry) = Entry::updated(known, load, self.clock) {
                 state.workers.insert(load.name.clone(), entry);
             }

@@ -13,7 +13,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use terrace_core::chain_key;
 use terrace_index::events::{Content, Identity, Stored};
-use terrace_index::hashes::{DYNAMO_SEED, VLLM_SEED, VllmHash, dynamo_next, vllm_next};
+use terrace_index::hashes::{DYNAMO_SEED, VLLM_SEED, VllmHash, dynamo_next, sglang_next, vllm_next};
 
 use crate::index::Named;
 
@@ -162,12 +162,13 @@ fn block(before: Option<&Block>, (hash, local): (u64, u64), tokens: &[u32]) -> B
     let chain = chain_key(&before.map_or([0; 16], |before| before.named.chain), tokens);
     let vllm = vllm_next(VllmHash::Sha256, VLLM_SEED, before.map(|before| &before.named.vllm[..]), tokens);
     let vllm = vllm.try_into().expect("SHA-256 has 32 bytes");
+    let sglang = sglang_next(before.map(|before| &before.named.sglang), tokens);
     Block {
         hash,
         parent: before.map(|before| before.hash),
         local,
         tokens: tokens.into(),
-        named: Named { chain, vllm },
+        named: Named { chain, vllm, sglang },
     }
 }
 

@@ -116,15 +116,23 @@ async fn a_node_answers_shows_itself_and_stops_cleanly() {
     std::fs::write(&file, &prompt).unwrap();
     let found = node.admin_json(&["prefix", "match", "--prompt-file", file.to_str().unwrap()]);
     assert!(found["cached_tokens"].as_u64().unwrap() >= cached, "{found}");
+    let explain = ["route", "explain", "--prompt-file", file.to_str().unwrap()];
+    let explained = node.admin_json(&explain);
+    assert!(explained["ways"][0]["loaded_tokens"].as_u64().unwrap() > 0, "{explained}");
     let block = found["blocks"][0]["block_id"].as_str().unwrap();
     assert_eq!(node.admin_json(&["block", "verify", block])["ok"], true);
     assert_eq!(node.admin_json(&["block", "stat", block])["block_id"], block);
     assert!(!node.admin_json(&["block", "locate", block]).as_array().unwrap().is_empty());
     wait_until(|| node.admin_json(&["lease", "ls"])["total"] == 0, "the end of all leases");
     assert_eq!(node.admin_json(&["space", "ls"]).as_array().unwrap().len(), 1);
-    for command in
-        [&["info"][..], &["tier", "ls"], &["space", "ls"], &["lease", "ls"], &["block", "stat", block]]
-    {
+    for command in [
+        &["info"][..],
+        &["tier", "ls"],
+        &["space", "ls"],
+        &["lease", "ls"],
+        &["block", "stat", block],
+        &explain,
+    ] {
         let output = node.admin(command);
         assert!(output.status.success());
         let text = String::from_utf8_lossy(&output.stdout).into_owned();

@@ -5,13 +5,17 @@
 //! part of its hash; the key itself lies where the entry points. Entries never move but when their bucket is split; a
 //! reader that missed looks again if a split came between.
 
+use std::hint::black_box;
 use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering, fence};
 
 use crate::pool::{FreeExtents, Pool, Slab};
+use crate::write::positions;
 
 /// Entries wanted in a bucket, on average. Buckets that wait for their split have up to twice as many.
-const LOAD: u32 = 5;
+const LOAD: u32 = 4;
 const SLOTS: usize = 10;
+/// Lines that are loaded side by side, at most.
+const WARMED_MAX: usize = 64;
 /// While there are few buckets a tag is 16 bits of the hash from this one on, so that it says where an entry
 /// goes when its bucket is split; the smallest table has as many buckets.
 const FIRST_BITS: u32 = 10;
@@ -150,10 +154,29 @@ impl Directory {
         }
     }
 
-    /// Loads the line that a look-up, a change or both will need.
+    /// Loads the lines that look-ups, changes or both will need, side by side: where they are is worked out before, so that
+    /// nothing but loads stands between the loads.
     #[inline]
-    pub(crate) fn warm(&self, hash: u32) -> u32 {
-        self.buckets.at(bucket_of(hash, self.count())).overflow.load(Ordering::Relaxed)
+    pub(crate) fn warm(&self, hashes: impl Iterator<Item = u32>) {
+        let count = self.count();
+        let first = self.buckets.at(0);
+        let mut lines = [first; WARMED_MAX];
+        let mut warmed = 0;
+        for (line, hash) in lines.iter_mut().zip(hashes) {
+            *line = self.buckets.at(bucket_of(hash, count));
+            warmed += 1;
+        }
+        let overflow = |line: &&Bucket| line.overflow.load(Ordering::Relaxed);
+        black_box(lines[..warmed].iter().fold(0, |sum, line| sum ^ overflow(line)));
+    }
+
+    /// Whether a key of this hash may be in it; no is certain, for the writer.
+    #[inline]
+    pub(crate) fn may_have(&self, hash: u32) -> bool {
+        let (number, tag) = self.home_of(hash, self.count());
+        let bucket = self.buckets.at(number);
+        let same = mask_of(|slot| bucket.tags[slot].load(Ordering::Relaxed) == tag);
+        same != 0 || bucket.overflow.load(Ordering::Relaxed) != 0
     }
 
     /// The bucket that a hash belongs to now.
@@ -191,9 +214,9 @@ impl Directory {
     /// If it is not there: two structures of ours disagree.
     pub(crate) fn remove(&self, pool: &Pool, hash: u32, place: u32) {
         let bucket = self.buckets.at(bucket_of(hash, self.count()));
-        if let Some(own) = bucket.places.iter().find(|own| own.load(Ordering::Relaxed) == place) {
-            own.store(0, Ordering::Release);
-            return;
+        let is_it = mask_of(|slot| bucket.places[slot].load(Ordering::Relaxed) == place);
+        if let Some(slot) = ones_of(is_it).next() {
+            return bucket.own(slot).clear();
         }
         let mut extent = bucket.overflow.load(Ordering::Relaxed);
         loop {
@@ -224,30 +247,36 @@ impl Directory {
         entries > u64::from(self.count()) * u64::from(LOAD)
     }
 
-    /// Splits a bucket if there are so many entries that it pays. `grow` says whether memory may be taken,
+    /// Splits buckets while there are so many entries that it pays, at most so many. `grow` says whether memory may be taken,
     /// `hash_at` what the hash of the key at a place is.
     pub(crate) fn keep_up(
         &self,
         pool: &Pool,
         free: &mut FreeExtents,
-        entries: u64,
-        grow: impl FnOnce(u64) -> bool,
+        (entries, splits_max): (u64, u32),
+        grow: impl Fn(u64) -> bool,
         hash_at: impl Fn(u32) -> u32,
     ) {
-        let count = self.count();
-        if !self.is_full(entries) {
-            return;
+        let wanted = u32::try_from(entries.div_ceil(u64::from(LOAD))).unwrap_or(u32::MAX);
+        // Those that are split next lie behind each other.
+        let first = self.count();
+        let last = wanted.min(first.saturating_add(splits_max));
+        if last > first + 1 {
+            self.warm((first..last).map(|count| bucket_of(count, count)));
         }
-        if count == self.buckets.items()
-            && (!grow(self.buckets.segment_bytes()) || self.buckets.grow().is_none())
-        {
-            return;
-        }
-        let old = self.buckets.at(bucket_of(count, count));
-        // Two halves of a chain need at most an extent more each than the chain has. Only keys that were made to
-        // collide have long ones.
-        if 2 * chain_extents(old, pool) + 2 <= free.len() {
-            self.split(pool, free, count, hash_at);
+        for count in first..last {
+            if count == self.buckets.items()
+                && (!grow(self.buckets.segment_bytes()) || self.buckets.grow().is_none())
+            {
+                return;
+            }
+            let old = self.buckets.at(bucket_of(count, count));
+            // Two halves of a chain need at most an extent more each than the chain has. Only keys that were made to
+            // collide have long ones.
+            if 2 * chain_extents(old, pool) + 2 > free.len() {
+                return;
+            }
+            self.split(pool, free, count, &hash_at);
         }
     }
 
@@ -291,18 +320,14 @@ impl Directory {
 
     /// A split of a bucket without overflow, which most are. The new one is empty.
     fn split_own(&self, old: &Bucket, new: &Bucket, moves: impl Fn((u16, u32)) -> bool) {
-        let (mut taken, mut gone) = (0, [false; SLOTS]);
-        for (slot, gone) in own(old).zip(&mut gone) {
-            let entry = slot.entry();
-            *gone = moves(entry);
-            if *gone {
-                Slot::Own(&new.places[taken], &new.tags[taken]).set(entry);
-                taken += 1;
-            }
+        let entries: [(u16, u32); SLOTS] = std::array::from_fn(|slot| old.own(slot).entry());
+        let mask = mask_of(|slot| moves(entries[slot]));
+        for (slot, target) in ones_of(mask).zip(0..) {
+            new.own(target).set(entries[slot]);
         }
         self.shape.fetch_add(1, Ordering::Release);
         fence(Ordering::Release);
-        own(old).zip(gone).filter(|(_, gone)| *gone).for_each(|(slot, _)| slot.clear());
+        ones_of(mask).for_each(|slot| old.own(slot).clear());
     }
 
     /// Frees the overflow of a bucket whose own slots can take all of it: copies, says so, then unlinks.
@@ -336,8 +361,27 @@ impl Directory {
     }
 }
 
+impl Bucket {
+    #[inline]
+    fn own(&self, slot: usize) -> Slot<'_> {
+        Slot::Own(&self.places[slot], &self.tags[slot])
+    }
+}
+
+/// A bit for each slot that is so. Which ones are is as good as drawn, so nothing is branched on them one by one.
+#[inline]
+fn mask_of(is_so: impl Fn(usize) -> bool) -> u32 {
+    (0..SLOTS).fold(0, |mask, slot| mask | u32::from(is_so(slot)) << slot)
+}
+
+/// The slots of a mask.
+#[inline]
+fn ones_of(mask: u32) -> impl Iterator<Item = usize> {
+    positions(mask.into()).map(|slot| slot as usize)
+}
+
 fn own(bucket: &Bucket) -> impl Iterator<Item = Slot<'_>> {
-    bucket.places.iter().zip(&bucket.tags).map(|(place, tag)| Slot::Own(place, tag))
+    (0..SLOTS).map(|slot| bucket.own(slot))
 }
 
 fn each<'a>(bucket: &'a Bucket, pool: &'a Pool, mut act: impl FnMut(Slot<'a>)) {
@@ -360,9 +404,9 @@ fn chain_extents(bucket: &Bucket, pool: &Pool) -> usize {
 }
 
 fn put(bucket: &Bucket, pool: &Pool, free: &mut FreeExtents, (tag, place): (u16, u32)) {
-    if let Some(slot) = bucket.places.iter().position(|place| place.load(Ordering::Relaxed) == 0) {
-        Slot::Own(&bucket.places[slot], &bucket.tags[slot]).set((tag, place));
-        return;
+    let empty = mask_of(|slot| bucket.places[slot].load(Ordering::Relaxed) == 0);
+    if let Some(slot) = ones_of(empty).next() {
+        return bucket.own(slot).set((tag, place));
     }
     let first = bucket.overflow.load(Ordering::Relaxed);
     let mut extent = first;

@@ -98,16 +98,21 @@ pub fn sglang(namespace: Option<[Option<&[u8]>; 2]>, tokens: &[u32], per_page: u
     let mut prior: Option<[u8; 32]> = namespace.map(sglang_seed);
     let mut hashes = Vec::with_capacity(tokens.len() / per_page);
     for page in tokens.chunks_exact(per_page) {
-        let mut hasher = Sha256::new();
-        if let Some(prior) = prior {
-            hasher.update(prior);
-        }
-        page.iter().for_each(|token| hasher.update(token.to_le_bytes()));
-        let hash: [u8; 32] = hasher.finalize().into();
+        let hash = sglang_next(prior.as_ref(), page);
         prior = Some(hash);
         hashes.push(hash);
     }
     hashes
+}
+
+/// SGLang's hash of the page after `parent`, or of the first one without a namespace.
+pub fn sglang_next(parent: Option<&[u8; 32]>, tokens: &[u32]) -> [u8; 32] {
+    let mut hasher = Sha256::new();
+    if let Some(parent) = parent {
+        hasher.update(parent);
+    }
+    tokens.iter().for_each(|token| hasher.update(token.to_le_bytes()));
+    hasher.finalize().into()
 }
 
 /// The seed of a namespace: a byte for each part says whether it is there; its length and bytes follow.

@@ -25,6 +25,7 @@ mod listing;
 mod plan;
 mod pool;
 mod recent;
+mod room;
 mod run;
 mod snapshot;
 mod stream;

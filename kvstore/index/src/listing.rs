@@ -6,7 +6,6 @@
 //! is the other directory. Runs wait for it until there are many, or until somebody asks for a block that was not found:
 //! putting in thousands in the order of the directory costs less than one by one.
 
-use std::hint::black_box;
 use std::sync::atomic::Ordering;
 
 use crate::directory::Directory;
@@ -18,6 +17,9 @@ use crate::write::{BATCH, EXTENTS_READY, Note, Writer, positions};
 const UNLISTED_MAX: usize = 2_048;
 /// Bytes of an index for each of them: the scratch to list them is a small part of it.
 const BYTES_A_RUN: u64 = 1 << 18;
+/// Buckets that are split after a batch, at most: more than it makes necessary.
+const SPLITS_A_BATCH: u32 = 32;
+const _: () = assert!(SPLITS_A_BATCH as usize * 2 == BATCH);
 /// Parts of the directory that are listed into one after the other, as a power of two.
 const PARTS_BITS: u32 = 11;
 
@@ -97,34 +99,46 @@ impl Writer {
         let before = self.evicted;
         for batch in ordered.chunks(BATCH) {
             self.reserve(tables, 0, EXTENTS_READY);
-            black_box(batch.iter().fold(0, |sum, (hash, _)| sum ^ tables.inner.warm(*hash)));
+            tables.inner.warm(batch.iter().map(|(hash, _)| *hash));
             for (hash, place) in batch.iter().map(|(hash, bits)| (*hash, Place::of(*bits))) {
                 // What was forgotten meanwhile has no blocks.
                 let live = || tables.runs.at(place.run).live.load(Ordering::Relaxed);
                 if self.evicted == before || live() >> place.position & 1 == 1 {
-                    self.list(tables, Kind::Inner, (hash, place));
+                    self.enter(tables, Kind::Inner, (hash, place));
                 }
             }
+            self.keep_up(tables, Kind::Inner, SPLITS_A_BATCH);
         }
     }
 
     /// Puts a block into a directory. May take two extents.
-    pub(crate) fn list(&mut self, tables: &Tables, kind: Kind, (hash, place): (u32, Place)) {
+    pub(crate) fn list(&mut self, tables: &Tables, kind: Kind, entry: (u32, Place)) {
+        self.enter(tables, kind, entry);
+        self.keep_up(tables, kind, 1);
+    }
+
+    /// Puts a block into a directory that is to keep up with it later. May take an extent.
+    fn enter(&mut self, tables: &Tables, kind: Kind, (hash, place): (u32, Place)) {
+        kind.of(tables).insert(&tables.pool, &mut self.extents, hash, place.bits());
+        self.notes[place.run as usize].listed[kind as usize] |= 1 << place.position;
+        self.listed[kind as usize] += 1;
+    }
+
+    /// Splits buckets of a directory whose entries are too many for it, if there is room.
+    fn keep_up(&mut self, tables: &Tables, kind: Kind, splits_max: u32) {
+        let (directory, entries) = (kind.of(tables), self.listed[kind as usize]);
+        if !directory.is_full(entries) {
+            return;
+        }
         let hash_at = |bits| {
             let place = Place::of(bits);
             let key = tables.key(tables.runs.at(place.run), place.position);
             key.expect("what the directory points to has a key").hash()
         };
-        let directory = kind.of(tables);
-        directory.insert(&tables.pool, &mut self.extents, hash, place.bits());
-        self.notes[place.run as usize].listed[kind as usize] |= 1 << place.position;
-        self.listed[kind as usize] += 1;
-        if !directory.is_full(self.listed[kind as usize]) {
-            return;
-        }
         let (own, most) = (self.bytes(), self.bytes_max);
         let has_room = |bytes| tables.bytes() + own + bytes <= most;
-        directory.keep_up(&tables.pool, &mut self.extents, self.listed[kind as usize], has_room, hash_at);
+        let entries = (entries, splits_max);
+        directory.keep_up(&tables.pool, &mut self.extents, entries, has_room, hash_at);
     }
 
     /// Takes blocks out of the directories that have them: now out of that of beginnings, and out of the other with many
@@ -152,7 +166,7 @@ impl Writer {
 
     fn unlist_gone(&mut self, tables: &Tables) {
         for batch in in_parts(&tables.inner, &self.gone).chunks(BATCH) {
-            black_box(batch.iter().fold(0, |sum, (hash, _)| sum ^ tables.inner.warm(*hash)));
+            tables.inner.warm(batch.iter().map(|(hash, _)| *hash));
             batch.iter().for_each(|(hash, place)| tables.inner.remove(&tables.pool, *hash, *place));
         }
         self.listed[Kind::Inner as usize] -= self.gone.len() as u64;

@@ -36,6 +36,13 @@ impl<T: Default> Slab<T> {
             [index as usize & ((1 << self.shift) - 1)]
     }
 
+    /// The item, if there is one of this number.
+    #[inline]
+    pub(crate) fn get(&self, index: u32) -> Option<&T> {
+        let segment = self.segments.get((index >> self.shift) as usize)?.get()?;
+        segment.get(index as usize & ((1 << self.shift) - 1))
+    }
+
     /// Makes the next segment and says which items it holds; none if the slab is as large as it may be.
     pub(crate) fn grow(&self) -> Option<std::ops::Range<u32>> {
         let made = self.made.load(Ordering::Relaxed);

@@ -1,7 +1,6 @@
-//! The writer's side: what changes runs, and what it forgets to stay within the limit.
+//! The writer's side: what changes runs. What it forgets to stay within the limit is in [`room`](crate::room).
 
 use std::collections::VecDeque;
-use std::hint::black_box;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::crowd::{CROWDED, Crowd};
@@ -10,8 +9,8 @@ use crate::listing::{Kind, unlisted_max};
 use crate::pool::{FreeExtents, Pool};
 use crate::recent::Recent;
 use crate::run::{
-    EXTENT_RECORDS, Next, Place, RECORD_WORDS, RUN_BLOCKS, Record, Run, Tables, about, age_at, chain_of,
-    chain_word, heat_at, holder_of, in_tiers, used,
+    EXTENT_KEYS, EXTENT_RECORDS, Next, Place, RECORD_WORDS, RUN_BLOCKS, Record, Run, Tables, about, chain_of,
+    chain_word, holder_of, in_tiers, used,
 };
 
 /// Blocks applied between two looks at the free lists.
@@ -21,10 +20,6 @@ pub(crate) const RUNS_READY: usize = BATCH + 1;
 /// Free extents before a batch: for each block one of keys, of records and of the directory; and a
 /// record chain that is packed.
 pub(crate) const EXTENTS_READY: usize = 4 * BATCH;
-/// Runs without a successor that are compared when one must go.
-const CANDIDATES: usize = 8;
-/// Runs looked at for them.
-const LOOKED_AT_MAX: u32 = 4_096;
 
 /// What comes before the blocks of a batch.
 #[derive(Clone, Copy, Debug)]
@@ -58,7 +53,7 @@ pub(crate) struct Note {
 #[derive(Debug, Default)]
 pub(crate) struct Writer {
     pub(crate) extents: FreeExtents,
-    runs: Vec<u32>,
+    pub(crate) runs: Vec<u32>,
     pub(crate) notes: Vec<Note>,
     /// Runs that have, or had, blocks which no directory has, oldest first.
     pub(crate) unlisted: VecDeque<u32>,
@@ -69,7 +64,7 @@ pub(crate) struct Writer {
     /// Entries of each directory.
     pub(crate) listed: [u64; 2],
     /// The run that is looked at next when one must go.
-    hand: u32,
+    pub(crate) hand: u32,
     /// Operations so far; wraps.
     pub(crate) clock: u32,
     pub(crate) blocks: u64,
@@ -116,38 +111,64 @@ impl Writer {
     ) -> u64 {
         let (mut at, first) = self.place_before(tables, after, blocks);
         let mut part = Part::default();
-        let mut added = 0;
+        let (mut added, mut number) = (0, 0);
         let mut is_warm = false;
-        for (number, key) in blocks.iter().enumerate() {
-            let found = first.filter(|_| number == 0);
-            let place = match found.or_else(|| self.known(tables, at, *key)) {
-                Some(place) => place,
-                None => {
-                    // Most blocks after a new one are new: their cache misses overlap.
-                    if !is_warm {
-                        warm(tables, blocks[number..].iter().copied());
-                        is_warm = true;
-                    }
-                    self.place(tables, at, *key)
+        while let Some(key) = blocks.get(number) {
+            let found = first.filter(|_| number == 0).or_else(|| self.known(tables, at, *key));
+            let place = found.unwrap_or_else(|| {
+                // Most blocks after a new one are new: their cache misses overlap.
+                if !is_warm {
+                    tables.directory.warm(blocks[number..].iter().map(|key| key.hash()));
+                    is_warm = true;
                 }
-            };
+                self.place(tables, at, *key)
+            });
+            number += 1;
             if let Some(before) = at
                 && before.position + 1 == RUN_BLOCKS
                 && place.position == 0
             {
                 tables.runs.at(before.run).set_next(place.run);
             }
+            let more = if found.is_none() { self.append(tables, place, &blocks[number..]) } else { 0 };
             if place.run != part.run {
                 added += self.hold(tables, (holder, tiers, size), part);
                 part = Part { run: place.run, mask: 0 };
             }
-            part.mask |= 1 << place.position;
-            at = Some(place);
+            part.mask |= u64::MAX >> (RUN_BLOCKS - 1 - more) << place.position;
+            at = Some(Place { position: place.position + more, ..place });
+            number += more as usize;
         }
         if let Some((last, key)) = at.zip(blocks.last()) {
             self.note(tables, *key, last);
         }
         added + self.hold(tables, (holder, tiers, size), part)
+    }
+
+    /// Makes blocks live behind the last one of a run, as long as they are new and the run has slots. How many.
+    fn append(&mut self, tables: &Tables, last: Place, blocks: &[Key]) -> u32 {
+        let run = tables.runs.at(last.run);
+        let begin = last.position + 1;
+        if run.end() != begin {
+            return 0;
+        }
+        let mut count = 0;
+        for (key, position) in blocks.iter().zip(begin..RUN_BLOCKS) {
+            if tables.directory.may_have(key.hash()) && tables.locate(*key).is_some() {
+                break;
+            }
+            self.fill(tables, run, position, *key);
+            count += 1;
+        }
+        if count == 0 {
+            return 0;
+        }
+        run.set_last(blocks[count as usize - 1]);
+        let live = run.live.load(Ordering::Relaxed) | u64::MAX >> (RUN_BLOCKS - count) << begin;
+        run.live.store(live, Ordering::Release);
+        self.blocks += u64::from(count);
+        self.wait(last.run);
+        count
     }
 
     /// Where the block before a batch is, and where its first one is, if that is known and not behind the other. Makes
@@ -210,10 +231,15 @@ impl Writer {
         if !follows {
             return self.list(tables, Kind::First, (key.hash(), place));
         }
-        let note = &mut self.notes[place.run as usize];
+        self.wait(place.run);
+    }
+
+    /// Has a run wait for its blocks to be listed.
+    fn wait(&mut self, number: u32) {
+        let note = &mut self.notes[number as usize];
         if !note.waits {
             note.waits = true;
-            self.unlisted.push_back(place.run);
+            self.unlisted.push_back(number);
         }
     }
 
@@ -226,14 +252,7 @@ impl Writer {
     /// The live blocks of the run then.
     fn make_live(&mut self, tables: &Tables, place: Place, key: Key) -> u64 {
         let run = tables.runs.at(place.run);
-        let slot = &run.keys[(place.position / 8) as usize];
-        if slot.load(Ordering::Relaxed) == 0 {
-            let extent = tables.pool.take(&mut self.extents);
-            slot.store(extent, Ordering::Release);
-        } else if tables.key(run, place.position) != Some(Key { low: 0, high: 0 }) {
-            run.move_fence();
-        }
-        tables.set_key(run, place.position, key);
+        self.fill(tables, run, place.position, key);
         let live = run.live.load(Ordering::Relaxed) | 1 << place.position;
         if live >> place.position == 1 {
             run.set_last(key);
@@ -241,6 +260,19 @@ impl Writer {
         run.live.store(live, Ordering::Release);
         self.blocks += 1;
         live
+    }
+
+    /// Writes a key into a slot that has no live block.
+    #[inline]
+    fn fill(&mut self, tables: &Tables, run: &Run, position: u32, key: Key) {
+        let slot = &run.keys[(position / EXTENT_KEYS) as usize];
+        if slot.load(Ordering::Relaxed) == 0 {
+            let extent = tables.pool.take(&mut self.extents);
+            slot.store(extent, Ordering::Release);
+        } else if tables.key(run, position) != Some(Key { low: 0, high: 0 }) {
+            run.move_fence();
+        }
+        tables.set_key(run, position, key);
     }
 
     /// The slot after `at`, if the run ends there, or if the slot held this very block before.
@@ -513,7 +545,7 @@ impl Writer {
     }
 
     /// Takes blocks that nobody holds out of the directory, and a run without blocks out of use.
-    fn bury(&mut self, tables: &Tables, number: u32, dead: u64) {
+    pub(crate) fn bury(&mut self, tables: &Tables, number: u32, dead: u64) {
         let run = tables.runs.at(number);
         let live = run.live.load(Ordering::Relaxed) & !dead;
         // First, so that a reader finds them all the time.
@@ -639,105 +671,6 @@ impl Writer {
             at = Some(place);
         }
     }
-
-    /// Makes sure that there are so many free runs and extents: makes them within the limit, else forgets the coldest.
-    pub(crate) fn reserve(&mut self, tables: &Tables, runs: usize, extents: usize) {
-        while self.runs.len() < runs {
-            if !self.grow_runs(tables) && !self.evict(tables) {
-                panic!("{} bytes hold less than one batch", self.bytes_max);
-            }
-        }
-        while self.extents.len() < extents {
-            let room = self.has_room(tables, tables.pool.segment_bytes());
-            let grown = room && tables.pool.grow(&mut self.extents);
-            if !grown && !self.evict(tables) {
-                panic!("{} bytes hold less than one batch", self.bytes_max);
-            }
-        }
-    }
-
-    fn has_room(&self, tables: &Tables, bytes: u64) -> bool {
-        tables.bytes() + self.bytes() + bytes <= self.bytes_max
-    }
-
-    fn grow_runs(&mut self, tables: &Tables) -> bool {
-        if !self.has_room(tables, tables.runs.segment_bytes() + tables.runs.segment_bytes() / 2) {
-            return false;
-        }
-        let Some(range) = tables.runs.grow() else { return false };
-        self.notes.reserve_exact(range.len());
-        self.notes.resize(range.end as usize, Note::default());
-        self.runs.extend(range.rev().filter(|run| *run != 0));
-        true
-    }
-
-    /// Forgets the coldest of some runs that nothing goes on from. False if there is no run at all.
-    fn evict(&mut self, tables: &Tables) -> bool {
-        let runs = tables.runs.items();
-        let mut coldest: Option<(bool, u64, u32, u32)> = None;
-        let mut leaves = 0;
-        for _ in 0..LOOKED_AT_MAX.min(runs) {
-            self.hand = if self.hand + 1 < runs { self.hand + 1 } else { 1 };
-            let run = tables.runs.at(self.hand);
-            if run.live.load(Ordering::Relaxed) == 0 {
-                continue;
-            }
-            let is_inner = self.notes[self.hand as usize].children > 0;
-            if is_inner && coldest.is_some_and(|(inner, ..)| !inner) {
-                continue;
-            }
-            let (heat, age) = self.warmth(tables, run);
-            let rank = (is_inner, heat, u32::MAX - age, self.hand);
-            if coldest.is_none_or(|found| rank < found) {
-                coldest = Some(rank);
-            }
-            leaves += usize::from(!is_inner);
-            if leaves == CANDIDATES {
-                break;
-            }
-        }
-        // A free run may lie in every place that was looked at; then another look finds the others.
-        let Some((.., number)) = coldest else { return self.blocks > 0 };
-        self.forget(tables, number);
-        true
-    }
-
-    /// Heat and age of a run: those of its warmest record.
-    fn warmth(&self, tables: &Tables, run: &Run) -> (u64, u32) {
-        let mut warmest = (0, u32::MAX);
-        tables.each_record(run, |record| {
-            let word = record[0].load(Ordering::Relaxed);
-            if holder_of(word).is_some() {
-                warmest = (warmest.0.max(heat_at(word, self.clock)), warmest.1.min(age_at(word, self.clock)));
-            }
-            Next::Go
-        });
-        warmest
-    }
-
-    /// Takes a whole run out.
-    fn forget(&mut self, tables: &Tables, number: u32) {
-        let run = tables.runs.at(number);
-        let (mut entries, mut records) = (0, 0);
-        tables.each_record(run, |record| {
-            entries += u64::from(all_of(record).count_ones());
-            records += u64::from(record[0].load(Ordering::Relaxed) != 0);
-            for word in record {
-                word.store(0, Ordering::Relaxed);
-            }
-            Next::Go
-        });
-        self.entries -= entries;
-        self.records -= records;
-        self.evicted += entries;
-        let live = run.live.load(Ordering::Relaxed);
-        self.bury(tables, number, live);
-    }
-}
-
-/// Loads the directory's lines for keys side by side.
-fn warm(tables: &Tables, keys: impl Iterator<Item = Key>) {
-    black_box(keys.fold(0, |sum, key| sum ^ tables.directory.warm(key.hash())));
 }
 
 /// The positions of a mask's ones.

@@ -61,6 +61,22 @@ async fn failures_suspend_one_process_only() {
     assert_eq!((successor.candidate.requests, successor.candidate.pending_tokens), (0, 0));
 }
 
+/// A worker that registers twice, as a new stream does before the old one has ended, would be sent twice its share, or
+/// forget what it has in flight; of two processes under one name the last counts.
+#[tokio::test]
+async fn a_worker_that_registers_twice_is_one() {
+    let (fleet, now) = (Fleet::default(), Instant::now());
+    fleet.observe(&reports(1, &[load("a", 1)]), now);
+    let view = || fleet.view(now, |_| true).decode;
+    let _in_flight = fleet.begin(&view()[0], 100, 1.0, Arc::new([]));
+    fleet.observe(&reports(1, &[load("a", 1), load("b", 2), load("a", 1)]), now);
+    assert_eq!(names(&fleet, now), ["a", "b"]);
+    assert_eq!(view()[0].candidate.pending_tokens, 100, "work in flight is still counted");
+    fleet.observe(&reports(1, &[load("a", 1), load("a", 3)]), now);
+    assert_eq!(names(&fleet, now), ["a"]);
+    assert_eq!((view()[0].load.pid, view()[0].candidate.pending_tokens), (3, 0));
+}
+
 /// Reports lag: two requests sent within one report must count at once, and cease to count when they end.
 #[tokio::test]
 async fn work_in_flight_counts_before_it_is_reported() {

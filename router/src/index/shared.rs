@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use terrace_client::{admin, wire};
 use terrace_core::{TokenCount, chain_keys};
-use terrace_index::hashes::{VLLM_SEED, VllmHash, vllm};
+use terrace_index::hashes::{VLLM_SEED, VllmHash, sglang, vllm};
 use terrace_index::{Found, Key, TierSet};
 use tokio::time::Instant;
 
@@ -24,6 +24,9 @@ const SPACES_AGE_MAX: Duration = Duration::from_secs(2);
 /// How long a daemon may take for the list.
 const SPACES_TIME_MAX: Duration = Duration::from_secs(1);
 
+/// How the layout of SGLang's pool of K and V begins (`terrace_kv.sglang`).
+const SGLANG_KV: &str = "sglang,opaque,";
+
 /// A block as the engines of our spaces name it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Named {
@@ -31,6 +34,8 @@ pub(crate) struct Named {
     pub(crate) chain: [u8; 16],
     /// vLLM's `sha256_cbor`.
     pub(crate) vllm: [u8; 32],
+    /// SGLang's page hash.
+    pub(crate) sglang: [u8; 32],
 }
 
 impl Named {
@@ -39,6 +44,7 @@ impl Named {
         match engine {
             "terrace" => Some(&self.chain),
             "vllm" => Some(&self.vllm),
+            "sglang" => Some(&self.sglang),
             _ => None,
         }
     }
@@ -52,9 +58,12 @@ pub(super) struct Spaces(Mutex<Option<(Instant, Arc<Vec<wire::SpaceManifest>>)>>
 pub(crate) fn names(tokens: &[u32], block_tokens: u32) -> Vec<Named> {
     let chain = chain_keys(tokens, TokenCount::new(block_tokens));
     let vllm = vllm(VllmHash::Sha256, VLLM_SEED, None, tokens, block_tokens as usize);
-    let named =
-        |(chain, vllm): (_, Vec<u8>)| Named { chain, vllm: vllm.try_into().expect("SHA-256 has 32 bytes") };
-    chain.into_iter().zip(vllm).map(named).collect()
+    let sglang = sglang(None, tokens, block_tokens as usize);
+    let named = |((chain, vllm), sglang): ((_, Vec<u8>), _)| {
+        let vllm = vllm.try_into().expect("SHA-256 has 32 bytes");
+        Named { chain, vllm, sglang }
+    };
+    chain.into_iter().zip(vllm).zip(sglang).map(named).collect()
 }
 
 impl Index {
@@ -199,10 +208,6 @@ impl Daemon {
             None => old,
             Some(spaces) => {
                 let own = spaces.into_iter().filter(|space| space.tenant == self.tenant);
-                let speaks = |manifest: &wire::SpaceManifest| {
-                    let is_chain = manifest.kind() == wire::SpaceKind::Chain;
-                    is_chain && manifest.tokens_per_block > 0 && (manifest.group, manifest.rank) == (0, 0)
-                };
                 Arc::new(own.filter_map(|space| space.manifest).filter(speaks).collect())
             }
         };
@@ -210,6 +215,14 @@ impl Daemon {
         *self.spaces.0.lock().unwrap_or_else(PoisonError::into_inner) = known;
         list
     }
+}
+
+/// Whether a space's blocks stand for tokens, for all ranks and groups.
+fn speaks(manifest: &wire::SpaceManifest) -> bool {
+    let is_chain = manifest.kind() == wire::SpaceKind::Chain;
+    // The other pools of SGLang (states, windows) have pages of the same names, which are of no use alone.
+    let is_first = manifest.engine != "sglang" || manifest.layout.starts_with(SGLANG_KV);
+    is_chain && is_first && manifest.tokens_per_block > 0 && (manifest.group, manifest.rank) == (0, 0)
 }
 
 #[cfg(test)]

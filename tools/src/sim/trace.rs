@@ -245,28 +245,29 @@ impl Trace {
                 copy => block_id(spread(u64::from(copy)) ^ number),
             }));
             let share = whole((times - f64::from(copy)).clamp(0.0, 1.0) * DRAWS);
+            let is_drawn = |place: usize| u64::from(share) > spread(place as u64) % u64::from(whole(DRAWS));
             // Copies begin between each other, so that as many begin at any time as did.
             let later = u128::from(span) * u128::from(copy) / u128::from(copies);
-            for (place, first) in self.asks.iter().enumerate().filter(|(_, ask)| !ask.follows) {
-                if u64::from(share) <= spread(place as u64) % u64::from(whole(DRAWS)) {
-                    continue;
-                }
-                let start = (u128::from(first.at) + later) % u128::from(span);
-                let start = u64::try_from(start).unwrap_or(0);
-                let mut next = Some(first);
-                while let Some(ask) = next {
+            let firsts = self.asks.iter().enumerate().filter(|(_, ask)| !ask.follows);
+            for (place, first) in firsts.filter(|(place, _)| is_drawn(*place)) {
+                let start = u64::try_from((u128::from(first.at) + later) % u128::from(span)).unwrap_or(0);
+                for ask in self.turns(first) {
                     let begin = numbers.len();
                     numbers.extend(self.numbers(ask).iter().map(|number| base + number));
                     let at = start + (ask.at - first.at);
                     asks.push(Ask { at, next: None, follows: false, begin, end: numbers.len(), ..*ask });
                     sessions.push(Some(Session::Number(u64::from(copy) << 32 | place as u64)));
-                    next = ask.next.and_then(|next| self.asks.get(next as usize));
                 }
             }
         }
         ensure!(!asks.is_empty(), "{}: so few sessions are none", self.name);
         order(&mut asks, &mut sessions);
         Ok(Self { asks, numbers, ids, ..self })
+    }
+
+    /// A session from its first request on.
+    fn turns<'a>(&'a self, first: &'a Ask) -> impl Iterator<Item = &'a Ask> {
+        std::iter::successors(Some(first), |ask| self.asks.get(ask.next? as usize))
     }
 
     /// Distinct blocks.

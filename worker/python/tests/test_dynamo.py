@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from conftest import Daemon, wait_for
-from test_events import KEYS, TOKENS, VLLM, Publisher, Router, fill, ports, stored
+from test_events import ENGINES, KEYS, TOKENS, VLLM, Publisher, Router, fill, ports, stored
 
 PYTHON = os.environ.get("TERRACE_DYNAMO", "")
 """A Python with ai-dynamo, as docs/engines/dynamo.md installs it."""
@@ -80,20 +80,22 @@ def started() -> Iterator[Any]:
         (one.kill if hasattr(one, "kill") else one.stop)()
 
 
-def test_dynamos_indexer_credits_what_the_daemon_holds(started: Any, daemon: Daemon) -> None:
+@pytest.mark.parametrize("name", ENGINES)
+def test_dynamos_indexer_credits_what_the_daemon_holds(started: Any, daemon: Daemon, name: str) -> None:
     """Dynamo hashes, decodes and counts otherwise than we think, so that its router credits nothing: two blocks of a
     daemon are found by their tokens, in the tiers of a daemon, and gone with it."""
+    keys, numbers, how = ENGINES[name]
     events, replay, engine_port = ports(3)
     engine = started(Publisher(f"tcp://*:{engine_port}"))
     options = ("--publish", f"tcp://127.0.0.1:{events}", "--publish-replay", f"tcp://127.0.0.1:{replay}")
     options = (*options, "--publish-worker", str(WORKER), "--model-name", MODEL)
-    started(Router(f"name=v,connect=tcp://127.0.0.1:{engine_port}", grpc=daemon.grpc, extra=options))
+    started(Router(f"name=v,connect=tcp://127.0.0.1:{engine_port}{how}", grpc=daemon.grpc, extra=options))
     indexer = started(Indexer())
     indexer.register(events, replay)
-    with fill(daemon, KEYS):
+    with fill(daemon, keys, name):
 
         def credited() -> bool:
-            engine.publish(stored(VLLM, tokens=TOKENS))
+            engine.publish(stored(numbers, tokens=TOKENS))
             return indexer.credits().get("longest_matched") == 32
 
         wait_for(credited, "two blocks at Dynamo's indexer")

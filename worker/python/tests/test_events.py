@@ -440,33 +440,44 @@ class Subscriber:
         self._context.destroy(linger=0)
 
 
-def fill(daemon: Daemon, keys: list[bytes]) -> terrace_kv.Session:
+SGLANG_KEYS = [
+    bytes.fromhex("5d85718ec594b982c252d0279e5966ffca33a5eaf2a455038d3ab331fde70cea"),
+    bytes.fromhex("4681c0107c38f402cd1bc30b0b09a65202dba31f98269d9d7f63f5e0dea6901a"),
+]
+# For each engine its blocks' keys, their numbers in its events, and how the router is told to follow it.
+ENGINES = {"vllm": (KEYS, VLLM, ""), "sglang": (SGLANG_KEYS, SGLANG, ",hash=sglang")}
+LAYOUTS = {"vllm": "bytes", "sglang": "sglang,opaque,0"}
+
+
+def fill(daemon: Daemon, keys: list[bytes], engine: str = "vllm", **changes: Any) -> terrace_kv.Session:
     """Stores blocks as an engine's connector does."""
     session = terrace_kv.connect(daemon.socket, daemon.grpc, client_name="test")
-    space = session.open_space(manifest(engine="vllm"))
+    space = session.open_space(manifest(**{"engine": engine, "layout": LAYOUTS.get(engine, "bytes"), **changes}))
     assert session.write(space, keys, [payload(key) for key in keys], durability="durable") == ["sealed"] * len(keys)
     return session
 
 
-def test_other_routers_ask_for_blocks(pairs: Any, daemon: Daemon) -> None:
+@pytest.mark.parametrize("name", ENGINES)
+def test_other_routers_ask_for_blocks(pairs: Any, daemon: Daemon, name: str) -> None:
     """Dynamo's router would credit nothing, or what is not there: the blocks of a daemon by their tokens, by Dynamo's
     hashes and by an engine's numbers, and a hole between them."""
+    keys, numbers, how = ENGINES[name]
     (events,) = ports(1)
     engine = pairs(Publisher(f"tcp://*:{events}"))
     options = ("--names-max", "1000")
-    router = pairs(Router(f"name=v,connect=tcp://127.0.0.1:{events}", grpc=daemon.grpc, extra=options))
-    with fill(daemon, KEYS[:1]):
+    router = pairs(Router(f"name=v,connect=tcp://127.0.0.1:{events}{how}", grpc=daemon.grpc, extra=options))
+    with fill(daemon, keys[:1], name):
         asked = {"tokens": TOKENS, "block_size": 16}
         wait_for(lambda: router.post("/check_blocks", asked) == (200, {"ranges": [[0, 1]]}), "the first block")
-        by_hash = {"block_hashes": [1, *VLLM, 2]}
+        by_hash = {"block_hashes": [1, *numbers, 2]}
         assert router.post("/check_blocks", by_hash) == (200, {"ranges": []}), "nobody has told what they are"
 
         def told() -> bool:
-            engine.publish(stored(VLLM, tokens=TOKENS))
+            engine.publish(stored(numbers, tokens=TOKENS))
             return router.post("/check_blocks", by_hash) == (200, {"ranges": [[1, 2]]})
 
         wait_for(told, "the block by its number")
-        fill(daemon, KEYS[1:]).close()
+        fill(daemon, keys[1:], name).close()
         wait_for(lambda: router.post("/check_blocks", by_hash) == (200, {"ranges": [[1, 3]]}), "the second block")
         assert router.post("/check_blocks", {**asked, "block_size": 32}) == (200, {"ranges": []})
         assert router.post("/check_blocks", {**asked, "model": "other"}) == (200, {"ranges": []})
@@ -476,20 +487,43 @@ def test_other_routers_ask_for_blocks(pairs: Any, daemon: Daemon) -> None:
         assert router.blocks()[daemon.grpc] == 2
 
 
-def test_what_is_published(pairs: Any, daemon: Daemon) -> None:
+def test_spaces_that_say_nothing_of_tokens(pairs: Any, daemon: Daemon) -> None:
+    """A state without its K and V, another rank's part, or a chunk whose name says nothing of its tokens would be
+    credited as if a prompt could be loaded by it."""
+    router = pairs(Router(grpc=daemon.grpc))
+    spaces: list[dict[str, Any]] = [
+        {"engine": "sglang", "layout": "sglang,mamba,0"},
+        {"engine": "sglang", "topology": "tp2,pp1,cp1", "rank": 1},
+        {"engine": "lmcache", "tokens_per_block": 1, "topology": "named"},
+        {"engine": "python"},
+    ]
+    for count, changes in enumerate(spaces, start=1):
+        fill(daemon, SGLANG_KEYS, **changes).close()
+        wait_for(lambda: router.metric("terrace_router_index_blocks", None) == 2 * count, "the blocks")  # noqa: B023
+    for size in (1, 16):
+        asked = {"tokens": TOKENS, "block_size": size}
+        assert router.post("/check_blocks", asked) == (200, {"ranges": []})
+    fill(daemon, SGLANG_KEYS, "sglang").close()
+    asked = {"tokens": TOKENS, "block_size": 16}
+    wait_for(lambda: router.post("/check_blocks", asked) == (200, {"ranges": [[0, 2]]}), "the blocks of K and V")
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_what_is_published(pairs: Any, daemon: Daemon, name: str) -> None:
     """Dynamo's indexer adds up what it is sent: the blocks of a daemon as an engine would publish them, a replay of all
     of it, everything at once, and that they are gone when the daemon is."""
+    keys, numbers, how = ENGINES[name]
     events, replay, engine_port = ports(3)
     engine = pairs(Publisher(f"tcp://*:{engine_port}"))
     owner = f"{'01' * 16}:{'02' * 16}/{'03' * 8}/{'04' * 16}"
     options = ("--publish", f"tcp://127.0.0.1:{events}", "--publish-replay", f"tcp://127.0.0.1:{replay}")
     options = (*options, "--cache-owner", owner, "--publish-worker", "77", "--model-name", "m")
-    router = pairs(Router(f"name=v,connect=tcp://127.0.0.1:{engine_port}", grpc=daemon.grpc, extra=options))
+    router = pairs(Router(f"name=v,connect=tcp://127.0.0.1:{engine_port}{how}", grpc=daemon.grpc, extra=options))
     subscriber = pairs(Subscriber(events, replay))
-    with fill(daemon, KEYS):
+    with fill(daemon, keys, name):
 
         def dumped() -> list[Any]:
-            engine.publish(stored(VLLM, tokens=TOKENS))
+            engine.publish(stored(numbers, tokens=TOKENS))
             answer = json.loads(router.call("/dump")[1])
             return answer.get("m:default", {}).get("events", [])
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Daemon
+from conftest import Daemon, wait_for
 
 # What others deprecate while they are imported is not ours.
 warnings.simplefilter("default")
@@ -16,6 +16,8 @@ pytest.importorskip("sglang", reason="SGLang is not installed: its backend is no
 from sglang.srt.environ import envs  # noqa: E402
 from sglang.srt.mem_cache.hicache_storage import HiCacheStorageConfig, HiCacheStorageExtraInfo  # noqa: E402
 from sglang.srt.mem_cache.storage.backend_factory import StorageBackendFactory  # noqa: E402
+from sglang.srt.mem_cache.utils import get_hash_str  # noqa: E402
+from test_events import Router  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("default")
 PAGE = 16
@@ -125,6 +127,24 @@ def test_flat_pages(daemon: Daemon) -> None:
     assert torch.equal(found[1], there[:, 1].flatten())
     assert torch.equal(store.get(names(1)[0], pool.get_dummy_flat_data_page()), pages[0])
     assert store.get(names(1, start=9)[0], pool.get_dummy_flat_data_page()) is None
+
+
+def test_routers_find_pages_by_their_tokens(daemon: Daemon) -> None:
+    """Pages that are kept under another name than SGLang's hash of their tokens would be nobody's to a router: what the
+    backend stores is found by tokens alone."""
+    tokens = list(range(3 * PAGE))
+    hashes: list[str] = []
+    for start in range(0, len(tokens), PAGE):
+        hashes.append(get_hash_str(tokens[start : start + PAGE], hashes[-1] if hashes else None))
+    store = backend(daemon.socket, Pool())
+    assert all(store.batch_set_v1(hashes[:2], indices(0, 2)))
+    assert all(store.batch_set_v1([f"{hashes[2]}_draft"], indices(2, 1)))
+    router = Router(grpc=daemon.grpc)
+    try:
+        asked = {"tokens": tokens, "block_size": PAGE}
+        wait_for(lambda: router.post("/check_blocks", asked) == (200, {"ranges": [[0, 2]]}), "two pages")
+    finally:
+        router.stop()
 
 
 @pytest.mark.parametrize(

@@ -374,6 +374,25 @@ fn keys_that_collide_are_kept_apart() {
     assert_eq!(index.counts().blocks, 1);
 }
 
+/// A reader that was stopped in a chain of overflow reads what the writer has made of it since: any number for a place.
+/// It must take it for another's entry, not for a run that was never made.
+#[test]
+fn a_place_that_never_was_is_nobodys() {
+    let index = Index::new(Limits { holders: HOLDERS, bytes: 4 << 20 });
+    let blocks: Vec<Key> = (0..3).map(Key::from_alias).collect();
+    index.store(HolderId(1), TierSet::HBM, None, &blocks).unwrap();
+    let (mut writer, tables) = (index.guard(), &index.tables);
+    let absent = Key { low: blocks[0].low ^ 1, ..blocks[0] };
+    for hash in [blocks[0].hash(), absent.hash()] {
+        for bits in [u32::MAX, 1 << 31, 1 << 20] {
+            tables.directory.insert(&tables.pool, &mut writer.extents, hash, bits);
+        }
+    }
+    drop(writer);
+    assert!(tables.locate(blocks[0]).is_some());
+    assert_eq!(tables.locate(absent), None);
+}
+
 /// A number out of range could grow every reader's scratch: refused, with the limit in the answer.
 #[test]
 fn holders_out_of_range_are_refused() {

@@ -26,6 +26,9 @@ use load::{Shape, mix, permille};
 use peer::Peer;
 use report::Pairs;
 
+/// More than a load and both indexes take.
+const TOUCHED_BYTES: usize = 3 << 30;
+const PAGE_BYTES: usize = 4 << 10;
 /// Look-ups of each length in a round.
 const FINDS: usize = 4_000;
 /// Look-ups of one side before it is the other's turn.
@@ -38,6 +41,7 @@ fn main() -> anyhow::Result<()> {
     match arguments[..] {
         ["time", name, rounds] => {
             let shape = shape(name)?;
+            touch_memory();
             for round in 0..rounds.parse::<usize>()? {
                 measure(&shape, round, &mut pairs)?;
             }
@@ -53,6 +57,14 @@ fn main() -> anyhow::Result<()> {
     }
     pairs.print();
     Ok(())
+}
+
+/// A machine that is a guest pays several times as much for a page that its host has not given it yet, and who comes
+/// first would pay for both. Pages that were touched and freed go to both sides alike.
+fn touch_memory() {
+    let mut touched = vec![0u8; TOUCHED_BYTES];
+    touched.chunks_mut(PAGE_BYTES).for_each(|page| page[0] = 1);
+    black_box(touched);
 }
 
 pub(crate) fn shape(name: &str) -> anyhow::Result<Shape> {

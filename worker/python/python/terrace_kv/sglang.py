@@ -10,6 +10,7 @@ between them where the pool's layout keeps a page in few pieces (``page_first``)
 
 import hashlib
 import logging
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,10 +28,14 @@ logger = logging.getLogger("sglang.terrace_kv")
 WAIT_SECONDS = 5.0
 """Longest wait of a read for blocks of slower tiers."""
 MAMBA = "mamba"
+HASH = re.compile("[0-9a-f]{64}")
 
 
 def _key(key: str) -> bytes:
-    """SGLang's keys are hexadecimal hashes, some with a suffix; as bytes they fit into a name."""
+    """SGLang's keys are hexadecimal hashes, some with a suffix; as bytes they fit into a name. A bare hash is that of
+    the page's tokens, and stays what it is: by it a router tells others what is there."""
+    if HASH.fullmatch(key):
+        return bytes.fromhex(key)
     return hashlib.blake2b(key.encode(), digest_size=32).digest()
 
 
