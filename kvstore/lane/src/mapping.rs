@@ -20,8 +20,6 @@ use crate::shared::SharedBytes;
 use crate::syscall;
 
 const FENCE_BYTES: usize = size_of::<u64>();
-// The smallest there is: a larger one only makes the range that is populated round.
-const PAGE_BYTES: usize = 4096;
 // What begins here can be mapped by pages of this size, where the memory has them.
 const HUGE_PAGE_BYTES: usize = 2 << 20;
 
@@ -234,23 +232,12 @@ impl SharedBytesMut {
     /// If `source` has another length.
     pub fn copy_from_and_checksum(&self, source: &[u8], block: BlockId, generation: u64) -> Checksum {
         assert_eq!(source.len(), self.bytes.len(), "source and target of a copy have one length");
-        self.populate();
+        self.bytes.populate();
         let mut summer = Checksummer::new(block, ByteCount::new(source.len() as u64), generation);
         // SAFETY: the block stays mapped and writable while this view lives and has the source's length; `source` is
         // ordinary memory, so the two do not overlap.
         unsafe { fold::copy_and_sum(source.as_ptr(), self.as_mut_ptr(), source.len(), &mut summer) };
         summer.finish()
-    }
-
-    /// Maps the pages of the block in one call, where each would cost a fault of its own. They are there already:
-    /// populated as if for reading, they are mapped sixteen at a time, and can be written, for the kernel watches
-    /// no writes to this memory. Populated for writing, each is mapped by itself, which takes twice as long.
-    fn populate(&self) {
-        let start = self.bytes.as_ptr() as usize / PAGE_BYTES * PAGE_BYTES;
-        let length = self.bytes.as_ptr() as usize + self.bytes.len() - start;
-        // SAFETY: the range is the pages of our own mapping that hold this block. A kernel that does not know the
-        // advice, or has no memory, refuses; then the pages fault in one by one.
-        let _refused = unsafe { libc::madvise(start as *mut libc::c_void, length, libc::MADV_POPULATE_READ) };
     }
 }
 

@@ -21,7 +21,7 @@ use pyo3::ffi;
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 
-use terrace_client::{BadBlock, BlockId, ReadBlock, SharedBytes, Stale};
+use terrace_client::{BadBlock, BlockId, ReadBlock, Stale};
 
 use crate::errors::{bad_block, closed, in_use, invalid, stale};
 use crate::lease::Writing;
@@ -140,22 +140,28 @@ impl Source {
         }
     }
 
-    /// Copies the block to `target` and judges the copy.
+    /// Copies the block to pieces, one behind the other, and judges the copy.
     ///
     /// # Safety
-    /// `target` is valid for as many stores as the block has bytes.
-    unsafe fn copy_out(&self, target: *mut u8) -> Result<(), BadBlock> {
+    /// The pieces are valid for stores and as long as the block together.
+    unsafe fn copy_out(&self, pieces: &Pieces) -> Result<(), BadBlock> {
         match self {
             Self::Copied { bytes, .. } => {
-                // SAFETY: the vector is ours and unchanging; the caller vouches for
-                // `target`, which is no part of it, because nobody gets a writable view of it.
-                unsafe { ptr::copy_nonoverlapping(bytes.as_ptr(), target, bytes.len()) };
+                let mut rest: &[u8] = bytes;
+                for (target, length) in pieces.writable() {
+                    let (part, behind) = rest.split_at(length.min(rest.len()));
+                    // SAFETY: the vector is ours and unchanging; the caller vouches for the
+                    // target, which is no part of it, because nobody gets a writable view of it.
+                    unsafe { ptr::copy_nonoverlapping(part.as_ptr(), target, part.len()) };
+                    rest = behind;
+                }
                 Ok(())
             }
             Self::Leased(block) => {
-                // SAFETY: `target` holds the whole block, as the caller vouches.
-                let found =
-                    unsafe { block.bytes().copy_and_checksum_to(target, block.id(), block.generation()) };
+                // SAFETY: the pieces hold the whole block, as the caller vouches.
+                let found = unsafe {
+                    block.bytes().scatter_and_checksum(&pieces.writable(), block.id(), block.generation())
+                };
                 if !block.is_valid() {
                     return Err(Stale.into());
                 }
@@ -184,18 +190,88 @@ impl Address {
     }
 }
 
-/// Contiguous bytes of a Python object, held in place.
+/// Bytes that lie apart in pieces of one length, in their order. Goes with closures as an [`Address`] does.
+struct Pieces {
+    start: Address,
+    /// From the start, in bytes. One, or none where there is nothing.
+    offsets: Vec<isize>,
+    length: usize,
+}
+
+impl Pieces {
+    fn one(start: *mut u8, length: usize) -> Self {
+        Self { start: Address(start), offsets: vec![0], length }
+    }
+
+    fn bytes(&self) -> usize {
+        self.offsets.len().saturating_mul(self.length)
+    }
+
+    fn writable(&self) -> Vec<(*mut u8, usize)> {
+        let start = self.start.get();
+        self.offsets.iter().map(|offset| (start.wrapping_offset(*offset), self.length)).collect()
+    }
+
+    fn readable(&self) -> Vec<(*const u8, usize)> {
+        self.writable().into_iter().map(|(start, length)| (start.cast_const(), length)).collect()
+    }
+
+    /// The addresses from the first byte of all to the last.
+    fn place(&self) -> Range<usize> {
+        let at = |offset: &isize| self.start.get().wrapping_offset(*offset).addr();
+        let first = self.offsets.iter().map(at).min().unwrap_or(0);
+        let last = self.offsets.iter().map(at).max().unwrap_or(0);
+        first..last + self.length
+    }
+}
+
+/// Bytes of a Python object, held in place.
 pub(crate) struct Span {
     buffer: PyUntypedBuffer,
 }
 
 impl Span {
+    /// Whatever lies in one piece.
     pub(crate) fn of(object: &Bound<'_, PyAny>) -> PyResult<Self> {
-        let buffer = PyUntypedBuffer::get(object)?;
-        if !buffer.is_c_contiguous() {
+        let span = Self::of_pieces(object)?;
+        if !span.buffer.is_c_contiguous() {
             return Err(PyBufferError::new_err("a C-contiguous buffer is needed; copy it first"));
         }
+        Ok(span)
+    }
+
+    /// Whatever lies at addresses that can be counted.
+    pub(crate) fn of_pieces(object: &Bound<'_, PyAny>) -> PyResult<Self> {
+        let buffer = PyUntypedBuffer::get(object)?;
+        if buffer.suboffsets().is_some() {
+            return Err(PyBufferError::new_err("a buffer of pointers to others cannot be copied"));
+        }
         Ok(Self { buffer })
+    }
+
+    /// Its bytes in the order of its elements, in as few pieces as there are.
+    fn pieces(&self) -> Pieces {
+        let start = self.buffer.buf_ptr().cast::<u8>();
+        if self.buffer.is_c_contiguous() {
+            return Pieces::one(start, self.length());
+        }
+        let dims: Vec<_> = self.buffer.shape().iter().zip(self.buffer.strides()).collect();
+        let mut length = self.buffer.item_size();
+        let mut inner = dims.len();
+        while let Some(at) = inner.checked_sub(1)
+            && isize::try_from(length) == Ok(*dims[at].1)
+        {
+            length *= dims[at].0;
+            inner = at;
+        }
+        let mut offsets = vec![0isize];
+        for (count, stride) in &dims[..inner] {
+            let steps = (0..**count).filter_map(|step| isize::try_from(step).ok()?.checked_mul(**stride));
+            let steps: Vec<isize> = steps.collect();
+            let with_each = |offset: isize| steps.iter().map(move |step| offset.wrapping_add(*step));
+            offsets = offsets.into_iter().flat_map(with_each).collect();
+        }
+        Pieces { start: Address(start), offsets, length }
     }
 
     fn length(&self) -> usize {
@@ -222,8 +298,7 @@ impl Span {
 /// One block, if it is still there, and a place in memory for it, held by a span.
 pub(crate) struct Copy<'span> {
     source: Option<Source>,
-    target: Address,
-    length: usize,
+    target: Pieces,
     _span: PhantomData<&'span ()>,
 }
 
@@ -236,20 +311,24 @@ impl<'span> Copy<'span> {
         }
         target.expect_length(block.length)?;
         let source = block.held.here()?.source().ok();
-        Ok(Self { source, target: target.address(), length: block.length, _span: PhantomData })
+        Ok(Self { source, target: target.pieces(), _span: PhantomData })
     }
 
-    /// The addresses that it writes to.
+    /// The addresses between which it writes.
     pub(crate) fn place(&self) -> Range<usize> {
-        let start = self.target.get().addr();
-        start..start + self.length
+        self.target.place()
+    }
+
+    /// How much it writes.
+    pub(crate) fn bytes(&self) -> usize {
+        self.target.bytes()
     }
 
     /// Copies, and answers whether the copy is the block.
     pub(crate) fn run(&self) -> bool {
         // SAFETY: the span holds a writable buffer of the block's length in place. Other threads
         // may store there meanwhile, in Python as here: the copy is then any mix, in u8.
-        self.source.as_ref().is_some_and(|source| unsafe { source.copy_out(self.target.get()) }.is_ok())
+        self.source.as_ref().is_some_and(|source| unsafe { source.copy_out(&self.target) }.is_ok())
     }
 }
 
@@ -317,12 +396,7 @@ impl Drop for Waits<'_> {
 pub(crate) fn copy_all(copies: Vec<Copy<'_>>, threads: usize) -> Vec<bool> {
     // Their spans are held by our caller; this function ends, however it does, after the last copy, and none begins
     // after that.
-    let unbound = |copy: Copy<'_>| Copy {
-        source: copy.source,
-        target: copy.target,
-        length: copy.length,
-        _span: PhantomData,
-    };
+    let unbound = |copy: Copy<'_>| Copy { source: copy.source, target: copy.target, _span: PhantomData };
     let work = Arc::new(Work {
         good: copies.iter().map(|_| AtomicBool::new(false)).collect(),
         next: AtomicUsize::new(0),
@@ -442,10 +516,10 @@ impl Block {
         Self::new(&Held::new(Source::Copied { block, bytes: Arc::new(bytes) }))
     }
 
-    fn copy_to(&self, py: Python<'_>, address: Address) -> PyResult<()> {
+    fn copy_to(&self, py: Python<'_>, pieces: &Pieces) -> PyResult<()> {
         let source = self.held.here()?.source()?;
         // SAFETY: both callers pass memory of `self.length` bytes that they keep in place.
-        let copied = py.detach(move || unsafe { source.copy_out(address.get()) });
+        let copied = py.detach(move || unsafe { source.copy_out(pieces) });
         copied.map_err(bad_block)
     }
 }
@@ -492,17 +566,19 @@ impl Block {
 
     /// Copies the block into a writable buffer of `nbytes` bytes and compares the copy with the checksum.
     fn read_into(&self, target: &Bound<'_, PyAny>) -> PyResult<()> {
-        let span = Span::of(target)?;
+        let span = Span::of_pieces(target)?;
         if span.is_readonly() {
             return Err(PyBufferError::new_err("the target is read-only"));
         }
         span.expect_length(self.length)?;
-        self.copy_to(target.py(), span.address())
+        self.copy_to(target.py(), &span.pieces())
     }
 
     /// A copy that was compared with the checksum.
     fn to_bytes<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyBytes>> {
-        PyBytes::new_with(py, self.length, |target| self.copy_to(py, Address(target.as_mut_ptr())))
+        PyBytes::new_with(py, self.length, |target| {
+            self.copy_to(py, &Pieces::one(target.as_mut_ptr(), target.len()))
+        })
     }
 
     /// Refuses further use, and ends the lease with the last view.
@@ -594,21 +670,26 @@ impl WriteBlock {
         self.length
     }
 
-    /// Copies `nbytes` bytes in.
+    /// Copies `nbytes` bytes in, and computes their checksum in the same pass.
     fn fill(&self, source: &Bound<'_, PyAny>) -> PyResult<()> {
-        let span = Span::of(source)?;
+        let span = Span::of_pieces(source)?;
         span.expect_length(self.length)?;
+        let pieces = span.pieces();
         let writing = self.writing.here()?;
-        let frame: SharedBytes = writing.add_view(self.index)?;
-        let (address, length) = (span.address(), self.length);
-        source.py().detach(move || {
-            let target = frame.as_ptr().cast_mut();
+        let filling = writing.begin_fill(self.index)?;
+        let place = filling.bytes.as_ptr().addr()..filling.bytes.as_ptr().addr() + self.length;
+        let taken = pieces.place();
+        if taken.start < place.end && place.start < taken.end {
+            writing.end_fill(self.index, None);
+            return Err(invalid("the source is a view of the frame that it would fill"));
+        }
+        let (id, generation) = (self.id, filling.generation);
+        let sum = source.py().detach(move || {
             // SAFETY: `span` keeps the source, and our view the frame and its write
-            // permission, until we are back. Both have `length` bytes; they may
-            // overlap, if the source is a view of this frame.
-            unsafe { ptr::copy(address.get().cast_const(), target, length) };
+            // permission, until we are back. They do not overlap, and each has the block's length.
+            unsafe { filling.bytes.gather_and_checksum(&pieces.readable(), id, generation) }
         });
-        writing.end_view(self.index);
+        writing.end_fill(self.index, Some(sum));
         Ok(())
     }
 

@@ -23,14 +23,14 @@ pub(crate) fn copy_blocks(
     if blocks.len() != targets.len() {
         return Err(invalid(format!("{} blocks and {} targets", blocks.len(), targets.len())));
     }
-    let spans = targets.iter().map(Span::of).collect::<PyResult<Vec<_>>>()?;
+    let spans = targets.iter().map(Span::of_pieces).collect::<PyResult<Vec<_>>>()?;
     let pairs = blocks.iter().zip(&spans);
     let copies = pairs.map(|(block, span)| Copy::new(block.get(), span)).collect::<PyResult<Vec<_>>>()?;
     Ok(py.detach(|| run(copies, threads)))
 }
 
 fn run(copies: Vec<Copy<'_>>, threads: usize) -> Vec<bool> {
-    let bytes: usize = copies.iter().map(|copy| copy.place().len()).sum();
+    let bytes: usize = copies.iter().map(Copy::bytes).sum();
     let threads = threads.clamp(1, THREADS_MAX).min(copies.len());
     if threads < 2 || bytes < PARALLEL_BYTES_MIN || overlap(&copies) {
         return copies.iter().map(Copy::run).collect();

@@ -302,16 +302,17 @@ def test_a_lease_ends_during_a_load(folder: Path, wire: SimpleNamespace, monkeyp
         return engine.sums.get("blocks_stored", 0) >= 4
 
     wait_for(stored, "the blocks")
-    copy, slow = Pieces.copy, []
+    copy, slow = worker.store.copy_out, []
 
-    def copy_late(pieces: Pieces, frame: Any, block: int, **how: Any) -> None:
-        copy(pieces, frame, block, **how)
-        slow.append(block)
+    def copy_late(blocks: Any, targets: Any, threads: int = 1) -> list[bool]:
+        good = copy(blocks, targets, threads)
+        slow.append(good)
         short.expect_leases(0)
+        return good
 
-    monkeypatch.setattr(Pieces, "copy", copy_late)
+    monkeypatch.setattr(worker.store, "copy_out", copy_late)
     assert engine.load(engine.request("b", 5 * TOKENS), list(range(20, 25))) == set(range(20, 24))
-    assert slow
+    assert slow == [[True] * 4], "the copies themselves were good"
     engine.stop()
     short.kill()
 
