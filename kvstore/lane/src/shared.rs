@@ -16,9 +16,6 @@ use crate::copy::{STREAM_BYTES_MIN, drain, stream};
 use crate::fold::{self, Stores};
 use crate::mapping::Mapping;
 
-// The smallest there is: a larger one only makes the range that is populated round.
-const PAGE_BYTES: usize = 4096;
-
 /// A readable piece of shared memory. Keeps the mapping alive.
 #[derive(Clone)]
 pub struct SharedBytes {
@@ -102,6 +99,7 @@ impl SharedBytes {
     /// If `target` has another length.
     pub fn copy_to(&self, target: &mut [u8]) {
         assert_eq!(target.len(), self.length, "source and target of a copy have one length");
+        self.map_ahead();
         let (source, target) = (self.start.as_ptr(), target.as_mut_ptr());
         // SAFETY: the source is mapped while `owner` lives and has the target's length; the target is private memory of
         // ours, so the two do not overlap. Another process may store into the source meanwhile: the bytes are then
@@ -131,6 +129,7 @@ impl SharedBytes {
     /// # Safety
     /// `target` must be writable for [`Self::len`] bytes that do not overlap this view.
     pub unsafe fn copy_and_checksum_to(&self, target: *mut u8, block: BlockId, generation: u64) -> Checksum {
+        self.map_ahead();
         let mut summer = Checksummer::new(block, ByteCount::new(self.length as u64), generation);
         // SAFETY: the source is mapped while `owner` lives; the rest is the caller's promise.
         unsafe { fold::copy_and_sum(self.start.as_ptr(), target, self.length, &mut summer) };
@@ -151,6 +150,7 @@ impl SharedBytes {
         generation: u64,
     ) -> Checksum {
         self.expect_whole(pieces.iter().map(|(_, length)| *length));
+        self.map_ahead();
         let mut summer = Checksummer::new(block, ByteCount::new(self.length as u64), generation);
         let mut done = 0;
         for (target, length) in pieces {
@@ -182,7 +182,7 @@ impl SharedBytes {
         generation: u64,
     ) -> Checksum {
         self.expect_whole(pieces.iter().map(|(_, length)| *length));
-        self.populate();
+        self.map_ahead();
         let mut summer = Checksummer::new(block, ByteCount::new(self.length as u64), generation);
         let mut done = 0;
         for (source, length) in pieces {
@@ -203,20 +203,17 @@ impl SharedBytes {
         assert_eq!(whole, self.length, "the pieces of a block are as long as the block");
     }
 
-    /// Maps the pages of the view in one call, where each would cost a fault of its own. They are there already:
-    /// populated as if for reading, they are mapped sixteen at a time, and can be written where the mapping allows it,
-    /// for the kernel watches no writes to this memory. Populated for writing, each is mapped by itself, which takes
-    /// twice as long.
-    pub(crate) fn populate(&self) {
-        let start = self.start.as_ptr() as usize / PAGE_BYTES * PAGE_BYTES;
-        let length = self.start.as_ptr() as usize + self.length - start;
-        // SAFETY: the range is the pages of the mapping that hold this view. A kernel that does not know the advice, or
-        // has no memory, refuses; then the pages fault in one by one.
-        let _refused = unsafe { libc::madvise(start as *mut libc::c_void, length, libc::MADV_POPULATE_READ) };
+    /// Has the pages mapped, once for each place, for whoever reads or copies them afterwards. Whatever is no part of a
+    /// chunk is left alone.
+    pub fn map_ahead(&self) {
+        if let Some(mapping) = self.mapping() {
+            mapping.map_ahead(self.start.as_ptr(), self.length);
+        }
     }
 
     /// The checksum of the bytes as they are now: each is loaded once.
     pub fn checksum(&self, block: BlockId, generation: u64) -> Checksum {
+        self.map_ahead();
         let mut summer = Checksummer::new(block, ByteCount::new(self.length as u64), generation);
         // SAFETY: mapped while `owner` lives.
         unsafe { fold::sum(self.start.as_ptr(), self.length, &mut summer) };

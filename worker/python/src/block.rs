@@ -7,13 +7,10 @@
 //! released: torch releases at once, and keeps the owner while it uses the memory.
 
 use std::ffi::c_int;
-use std::hint;
 use std::marker::PhantomData;
 use std::ops::Range;
 use std::ptr;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::thread::{self, Thread};
 
 use pyo3::buffer::PyUntypedBuffer;
 use pyo3::exceptions::PyBufferError;
@@ -137,6 +134,13 @@ impl Source {
         match self {
             Self::Leased(block) => block.bytes().as_ptr(),
             Self::Copied { bytes, .. } => bytes.as_ptr(),
+        }
+    }
+
+    fn map_ahead(&self) {
+        match self {
+            Self::Leased(block) => block.bytes().map_ahead(),
+            Self::Copied { .. } => {}
         }
     }
 
@@ -314,6 +318,11 @@ impl<'span> Copy<'span> {
         Ok(Self { source, target: target.pieces(), _span: PhantomData })
     }
 
+    /// The same without its span, which the caller holds until this copy has run for the last time.
+    pub(crate) fn unbound(self) -> Copy<'static> {
+        Copy { source: self.source, target: self.target, _span: PhantomData }
+    }
+
     /// The addresses between which it writes.
     pub(crate) fn place(&self) -> Range<usize> {
         self.target.place()
@@ -332,87 +341,21 @@ impl<'span> Copy<'span> {
     }
 }
 
-/// Looks before waiting: the last copy of another thread takes less than it costs to be woken.
-const SPINS: usize = 2000;
-
-/// Copies that several threads share. A thread takes the next one that nobody has: one that gets its processor late
-/// leaves the rest to the others, and one that gets it too late finds none, and nobody waits for it.
-struct Work {
-    /// Their targets are in place until the last one has ended.
-    copies: Vec<Copy<'static>>,
-    good: Vec<AtomicBool>,
-    next: AtomicUsize,
-    /// Copies that have not ended.
-    left: AtomicUsize,
-    /// Who waits for the last of them.
-    caller: Thread,
-}
-
-impl Work {
-    fn run(&self) {
-        loop {
-            let at = self.next.fetch_add(1, Ordering::Relaxed);
-            let Some(copy) = self.copies.get(at) else { break };
-            let _ended = Ended(self);
-            self.good[at].store(copy.run(), Ordering::Relaxed);
+/// From here on this thread takes its turns on a processor in slices as short as the kernel has them, so that it gets the
+/// next one sooner. A kernel that knows none leaves it as it is.
+pub(crate) fn take_short_turns() {
+    const SLICE_NANOS: u64 = 100_000;
+    // SAFETY: plain integers, for which zero is a value.
+    let mut attributes: libc::sched_attr = unsafe { std::mem::zeroed() };
+    let length = size_of::<libc::sched_attr>();
+    let (own, none) = (0, 0);
+    // SAFETY: the kernel fills in at most `length` bytes of what we own, and reads as many.
+    unsafe {
+        if libc::syscall(libc::SYS_sched_getattr, own, &raw mut attributes, length, none) == 0 {
+            attributes.sched_runtime = SLICE_NANOS;
+            let _refused = libc::syscall(libc::SYS_sched_setattr, own, &raw const attributes, none);
         }
     }
-
-    fn wait(&self) {
-        for _ in 0..SPINS {
-            if self.left.load(Ordering::Acquire) == 0 {
-                return;
-            }
-            hint::spin_loop();
-        }
-        while self.left.load(Ordering::Acquire) > 0 {
-            thread::park();
-        }
-    }
-}
-
-/// Counts a copy as ended, whatever became of it.
-struct Ended<'work>(&'work Work);
-
-impl Drop for Ended<'_> {
-    fn drop(&mut self) {
-        // What was stored before is seen by whoever sees the count.
-        if self.0.left.fetch_sub(1, Ordering::AcqRel) == 1 {
-            self.0.caller.unpark();
-        }
-    }
-}
-
-/// Returns only once every copy has ended: from then on nobody stores into a target.
-struct Waits<'work>(&'work Work);
-
-impl Drop for Waits<'_> {
-    fn drop(&mut self) {
-        self.0.wait();
-    }
-}
-
-/// Runs copies, whose targets do not overlap, on this thread and others; answers which are the block.
-pub(crate) fn copy_all(copies: Vec<Copy<'_>>, threads: usize) -> Vec<bool> {
-    // Their spans are held by our caller; this function ends, however it does, after the last copy, and none begins
-    // after that.
-    let unbound = |copy: Copy<'_>| Copy { source: copy.source, target: copy.target, _span: PhantomData };
-    let work = Arc::new(Work {
-        good: copies.iter().map(|_| AtomicBool::new(false)).collect(),
-        next: AtomicUsize::new(0),
-        left: AtomicUsize::new(copies.len()),
-        caller: thread::current(),
-        copies: copies.into_iter().map(unbound).collect(),
-    });
-    let waits = Waits(&work);
-    for _ in 1..threads {
-        let work = Arc::clone(&work);
-        // Where there is no thread to be had, the others do it.
-        let _refused = thread::Builder::new().name("terrace-copy".into()).spawn(move || work.run());
-    }
-    work.run();
-    drop(waits);
-    work.good.iter().map(|good| good.load(Ordering::Relaxed)).collect()
 }
 
 /// A copy of the bytes of any contiguous buffer.
@@ -514,6 +457,21 @@ impl Block {
 
     pub(crate) fn copied(block: BlockId, bytes: Vec<u8>) -> PyResult<Self> {
         Self::new(&Held::new(Source::Copied { block, bytes: Arc::new(bytes) }))
+    }
+
+    /// Has the pages of a block mapped that is still there.
+    pub(crate) fn map_ahead(held: &Held) {
+        if let Ok(source) = held.source() {
+            source.map_ahead();
+        }
+    }
+
+    /// What it shares with its lease.
+    ///
+    /// # Errors
+    /// A block of the parent process.
+    pub(crate) fn held(&self) -> PyResult<Arc<Held>> {
+        self.held.here().cloned()
     }
 
     fn copy_to(&self, py: Python<'_>, pieces: &Pieces) -> PyResult<()> {

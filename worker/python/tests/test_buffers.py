@@ -2,6 +2,7 @@
 
 import ctypes
 import gc
+import resource
 import threading
 import warnings
 
@@ -401,6 +402,27 @@ def test_many_leases_from_many_threads(lane: terrace_kv.Session, daemon: Daemon)
         thread.join()
     assert not errors
     daemon.expect_leases(0)
+
+
+def test_mapped_blocks_cost_no_faults(lane: terrace_kv.Session, daemon: Daemon) -> None:
+    """Who loads what was looked up waits for each page of it: read what another session stored, and had mapped before."""
+    names = keys(64)
+    lane.write(lane.open_space(manifest()), names, [payload(name) for name in names])
+    with terrace_kv.connect(daemon.socket) as other:
+        space = other.open_space(manifest())
+        with other.lease_read(space, names, wait=5.0) as lease:
+            blocks = [block for block in lease.blocks if block is not None]
+            assert len(blocks) == 64
+            terrace_kv.map_blocks(blocks)
+            views = [np.frombuffer(block, np.uint8) for block in blocks]
+            total = 0
+            before = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
+            for view in views:
+                total += int(view[0]) + int(view[-1])
+            faults = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt - before
+            assert total == sum(payload(name)[0] + payload(name)[-1] for name in names)
+            assert faults <= 2, f"{faults} faults"
+            del view, views
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])

@@ -17,7 +17,7 @@ from typing import Any
 
 from ._errors import ForkedError, NoAnswer, SessionEnded, TerraceError
 from ._manifest import SpaceManifest
-from ._native import Block, ReadLease, Session, Space, WriteBlock, WriteLease, connect, copy_blocks
+from ._native import Block, ReadLease, Session, Space, WriteBlock, WriteLease, connect, copy_blocks, map_blocks
 
 ANSWER_SECONDS = 2.0
 """A daemon that says nothing for so long, beyond what a call lets it wait, is given up. Engines can compute instead."""
@@ -188,6 +188,13 @@ class Store:
             good = [False] * len(blocks)
         self.counters.add("errors", good.count(False))
         return good
+
+    def map_ahead(self, blocks: Sequence[Block]) -> None:
+        """Has blocks mapped that are copied soon."""
+        try:
+            map_blocks(blocks)
+        except TerraceError as error:
+            self.failed(error)
 
     def close(self) -> None:
         """Ends the session; nothing is asked any more."""

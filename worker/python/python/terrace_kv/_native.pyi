@@ -63,6 +63,10 @@ def copy_blocks(blocks: Sequence[Block], targets: Sequence[Buffer], *, threads: 
     the interpreter released; with ``threads`` above 1 by so many, if there is much to copy. Answers which copies were
     compared with their checksum and are the block; a target of another holds anything."""
 
+def map_blocks(blocks: Sequence[Block]) -> None:
+    """Has the pages of blocks mapped into this process, with the interpreter released: whoever copies or reads them
+    soon does not wait for it. Nothing else changes."""
+
 def open_device(name: str) -> Device:
     """Opens a device: ``cuda:0``, or ``host-only``, host memory that stands in for one (for tests).
 

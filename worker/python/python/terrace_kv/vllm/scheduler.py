@@ -138,11 +138,11 @@ class SchedulerSide:
         keys = [self._keys(request, group, range(start // group.tokens, end // group.tokens)) for group in self._groups]
         question = Question(start, end, keys, deadline)
         self._questions[request.request_id] = question
-        grace = GRACE_SECONDS if self._tracked else GRACE_ALONE_SECONDS
-        if self._is_absent(question, grace):
+        late = time.monotonic() + (GRACE_SECONDS if self._tracked else GRACE_ALONE_SECONDS)
+        if self._is_absent(question, late - time.monotonic()):
             question.answer(start, [])
         elif self._background.submit(lambda: self._answer(question)):
-            question.done.wait(grace)
+            question.done.wait(max(0.0, late - time.monotonic()))
         else:
             question.done.set()
         return question
