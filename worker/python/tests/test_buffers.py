@@ -405,7 +405,7 @@ def test_many_leases_from_many_threads(lane: terrace_kv.Session, daemon: Daemon)
 
 
 def test_mapped_blocks_cost_no_faults(lane: terrace_kv.Session, daemon: Daemon) -> None:
-    """Who loads what was looked up waits for each page of it: read what another session stored, and had mapped before."""
+    """Loads of what was looked up wait for each page: read what another session stored, mapped before."""
     names = keys(64)
     lane.write(lane.open_space(manifest()), names, [payload(name) for name in names])
     with terrace_kv.connect(daemon.socket) as other:
