@@ -65,10 +65,10 @@ fn overlap(copies: &[Copy<'_>]) -> bool {
 /// Threads of this process that copy for whoever calls.
 struct Crew {
     process: u32,
-    helpers: Mutex<Vec<Helper>>,
+    mates: Mutex<Vec<Mate>>,
 }
 
-struct Helper {
+struct Mate {
     thread: Pid,
     orders: mpsc::Sender<Arc<Work>>,
 }
@@ -81,7 +81,7 @@ impl Crew {
         }
         // The parent's threads are not here.
         std::mem::forget(current.take());
-        let crew = Arc::new(Self { process: std::process::id(), helpers: Mutex::default() });
+        let crew = Arc::new(Self { process: std::process::id(), mates: Mutex::default() });
         *current = Some(Arc::clone(&crew));
         crew
     }
@@ -107,23 +107,23 @@ impl Crew {
     /// Asks so many others to help. Where there is no thread to be had, the rest do it.
     fn call(&self, work: &Arc<Work>, others: usize) {
         let elsewhere = processors_but_this();
-        let mut helpers = lock(&self.helpers);
-        while helpers.len() < others
-            && let Some(helper) = Helper::start()
+        let mut mates = lock(&self.mates);
+        while mates.len() < others
+            && let Some(mate) = Mate::start()
         {
-            helpers.push(helper);
+            mates.push(mate);
         }
-        for helper in helpers.iter().take(others) {
+        for mate in mates.iter().take(others) {
             // Where all processors are busy, the kernel would put it behind its caller on this one.
             if let Some(elsewhere) = &elsewhere {
-                let _refused = sched_setaffinity(Some(helper.thread), elsewhere);
+                let _refused = sched_setaffinity(Some(mate.thread), elsewhere);
             }
-            let _ended = helper.orders.send(Arc::clone(work));
+            let _ended = mate.orders.send(Arc::clone(work));
         }
     }
 }
 
-impl Helper {
+impl Mate {
     fn start() -> Option<Self> {
         let (orders, taken) = mpsc::channel::<Arc<Work>>();
         let (tell, told) = mpsc::channel();
