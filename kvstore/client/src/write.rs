@@ -255,6 +255,11 @@ impl WriteBlock {
         ByteCount::new(self.bytes.len() as u64)
     }
 
+    /// Generation of its space when it was leased, which its checksum is made with.
+    pub fn generation(&self) -> u64 {
+        self.generation
+    }
+
     /// Whether the frame is still ours: its lease has not ended, its fence has
     /// not moved. Ask before sealing, and after reading what was written.
     pub fn is_valid(&self) -> bool {

@@ -20,8 +20,8 @@ use crate::shared::SharedBytes;
 use crate::syscall;
 
 const FENCE_BYTES: usize = size_of::<u64>();
-// The smallest there is: a larger one only makes the range that is populated round.
-const PAGE_BYTES: usize = 4096;
+// What is mapped in one call: a call takes microseconds, whatever its length.
+const GRANULE_BYTES: usize = 256 << 10;
 // What begins here can be mapped by pages of this size, where the memory has them.
 const HUGE_PAGE_BYTES: usize = 2 << 20;
 
@@ -39,6 +39,27 @@ pub struct Mapping {
     data: Region,
     fences: FenceMapping,
     writing: Mutex<Writing>,
+    ahead: Ahead,
+}
+
+/// Which granules of a mapping have their pages in the page table, as far as somebody saw to it: a bit each.
+struct Ahead(Box<[AtomicU64]>);
+
+impl Ahead {
+    fn of(length: usize) -> Self {
+        let words = length.div_ceil(GRANULE_BYTES).div_ceil(u64::BITS as usize);
+        Self((0..words).map(|_| AtomicU64::new(0)).collect())
+    }
+
+    /// Whether this is the first time that somebody asks.
+    fn is_new(&self, granule: usize) -> bool {
+        let (word, bit) = (&self.0[granule / u64::BITS as usize], 1 << (granule % u64::BITS as usize));
+        word.load(Ordering::Relaxed) & bit == 0 && word.fetch_or(bit, Ordering::Relaxed) & bit == 0
+    }
+
+    fn forget(&self) {
+        self.0.iter().for_each(|word| word.store(0, Ordering::Relaxed));
+    }
 }
 
 /// A chunk's fences alone, for data that something else than the kernel maps: device memory.
@@ -123,7 +144,8 @@ impl Mapping {
             }
         };
         let data = Region::map("data", data.as_fd(), bytes, protection)?;
-        Ok(Arc::new(Self { data, fences, writing: Mutex::new(writing) }))
+        let ahead = Ahead::of(data.length);
+        Ok(Arc::new(Self { data, fences, writing: Mutex::new(writing), ahead }))
     }
 
     /// Length of the data.
@@ -188,8 +210,23 @@ impl Mapping {
             },
             Writing::Allowed { .. } => return Err(io::ErrorKind::ResourceBusy.into()),
         }
+        self.ahead.forget();
         *writing = Writing::Denied;
         Ok(())
+    }
+
+    /// Maps the pages between two addresses, where each sixteen of them would cost a fault of their own: a MiB takes 82
+    /// us so, which took 238. They are there already. Populated as if for reading, they can be written where the mapping
+    /// allows it, for the kernel watches no writes to this memory. Pages that are mapped take half as long again, so
+    /// that each place is mapped once.
+    pub(crate) fn map_ahead(&self, start: *const u8, length: usize) {
+        let Some(offset) = start.addr().checked_sub(self.data.start.addr().get()) else { return };
+        let end = offset.saturating_add(length).min(self.data.length);
+        for granule in offset / GRANULE_BYTES..end.div_ceil(GRANULE_BYTES) {
+            if self.ahead.is_new(granule) {
+                self.data.populate(granule * GRANULE_BYTES, GRANULE_BYTES);
+            }
+        }
     }
 }
 
@@ -234,23 +271,12 @@ impl SharedBytesMut {
     /// If `source` has another length.
     pub fn copy_from_and_checksum(&self, source: &[u8], block: BlockId, generation: u64) -> Checksum {
         assert_eq!(source.len(), self.bytes.len(), "source and target of a copy have one length");
-        self.populate();
+        self.bytes.map_ahead();
         let mut summer = Checksummer::new(block, ByteCount::new(source.len() as u64), generation);
         // SAFETY: the block stays mapped and writable while this view lives and has the source's length; `source` is
         // ordinary memory, so the two do not overlap.
         unsafe { fold::copy_and_sum(source.as_ptr(), self.as_mut_ptr(), source.len(), &mut summer) };
         summer.finish()
-    }
-
-    /// Maps the pages of the block in one call, where each would cost a fault of its own. They are there already:
-    /// populated as if for reading, they are mapped sixteen at a time, and can be written, for the kernel watches
-    /// no writes to this memory. Populated for writing, each is mapped by itself, which takes twice as long.
-    fn populate(&self) {
-        let start = self.bytes.as_ptr() as usize / PAGE_BYTES * PAGE_BYTES;
-        let length = self.bytes.as_ptr() as usize + self.bytes.len() - start;
-        // SAFETY: the range is the pages of our own mapping that hold this block. A kernel that does not know the
-        // advice, or has no memory, refuses; then the pages fault in one by one.
-        let _refused = unsafe { libc::madvise(start as *mut libc::c_void, length, libc::MADV_POPULATE_READ) };
     }
 }
 
@@ -344,6 +370,16 @@ impl Region {
             0 => Ok(()),
             _ => Err(io::Error::last_os_error()),
         }
+    }
+
+    /// A kernel that does not know the advice, or has no memory, refuses; then the pages fault in one by one.
+    fn populate(&self, offset: usize, length: usize) {
+        let Some(rest) = self.length.checked_sub(offset) else { return };
+        // SAFETY: the range is inside our own mapping.
+        let _refused = unsafe {
+            let start = self.start.as_ptr().add(offset);
+            libc::madvise(start.cast(), length.min(rest), libc::MADV_POPULATE_READ)
+        };
     }
 
     fn keep_from_children(&self) -> io::Result<()> {

@@ -13,7 +13,7 @@ use std::sync::Arc;
 use terrace_core::{BlockId, ByteCount, Checksum, Checksummer};
 
 use crate::copy::{STREAM_BYTES_MIN, drain, stream};
-use crate::fold;
+use crate::fold::{self, Stores};
 use crate::mapping::Mapping;
 
 /// A readable piece of shared memory. Keeps the mapping alive.
@@ -99,6 +99,7 @@ impl SharedBytes {
     /// If `target` has another length.
     pub fn copy_to(&self, target: &mut [u8]) {
         assert_eq!(target.len(), self.length, "source and target of a copy have one length");
+        self.map_ahead();
         let (source, target) = (self.start.as_ptr(), target.as_mut_ptr());
         // SAFETY: the source is mapped while `owner` lives and has the target's length; the target is private memory of
         // ours, so the two do not overlap. Another process may store into the source meanwhile: the bytes are then
@@ -128,14 +129,91 @@ impl SharedBytes {
     /// # Safety
     /// `target` must be writable for [`Self::len`] bytes that do not overlap this view.
     pub unsafe fn copy_and_checksum_to(&self, target: *mut u8, block: BlockId, generation: u64) -> Checksum {
+        self.map_ahead();
         let mut summer = Checksummer::new(block, ByteCount::new(self.length as u64), generation);
         // SAFETY: the source is mapped while `owner` lives; the rest is the caller's promise.
         unsafe { fold::copy_and_sum(self.start.as_ptr(), target, self.length, &mut summer) };
         summer.finish()
     }
 
+    /// Copies everything out into pieces, one behind the other, as [`SharedBytes::copy_and_checksum_to`].
+    ///
+    /// # Panics
+    /// If the pieces have another length together.
+    ///
+    /// # Safety
+    /// Every piece must be writable for its length, and overlap neither this view nor another piece.
+    pub unsafe fn scatter_and_checksum(
+        &self,
+        pieces: &[(*mut u8, usize)],
+        block: BlockId,
+        generation: u64,
+    ) -> Checksum {
+        self.expect_whole(pieces.iter().map(|(_, length)| *length));
+        self.map_ahead();
+        let mut summer = Checksummer::new(block, ByteCount::new(self.length as u64), generation);
+        let mut done = 0;
+        for (target, length) in pieces {
+            // SAFETY: the pieces add up to this view, which is mapped while `owner` lives; the rest is the caller's
+            // promise.
+            unsafe {
+                let source = self.start.as_ptr().add(done);
+                fold::copy_and_sum_by(source, *target, *length, Stores::of(self.length), &mut summer);
+            }
+            done += length;
+        }
+        drain();
+        summer.finish()
+    }
+
+    /// Copies pieces in, one behind the other, and computes the checksum of what was copied: each byte of theirs is
+    /// loaded once, and may change meanwhile.
+    ///
+    /// # Panics
+    /// If the pieces have another length together.
+    ///
+    /// # Safety
+    /// Stores into this view must be allowed until this returns. Every piece must be readable for its length, and not
+    /// overlap this view.
+    pub unsafe fn gather_and_checksum(
+        &self,
+        pieces: &[(*const u8, usize)],
+        block: BlockId,
+        generation: u64,
+    ) -> Checksum {
+        self.expect_whole(pieces.iter().map(|(_, length)| *length));
+        self.map_ahead();
+        let mut summer = Checksummer::new(block, ByteCount::new(self.length as u64), generation);
+        let mut done = 0;
+        for (source, length) in pieces {
+            // SAFETY: the pieces add up to this view, which is mapped while `owner` lives and may be written, as the
+            // caller promises; so are the pieces.
+            unsafe {
+                let target = self.start.as_ptr().add(done);
+                fold::copy_and_sum_by(*source, target, *length, Stores::of(self.length), &mut summer);
+            }
+            done += length;
+        }
+        drain();
+        summer.finish()
+    }
+
+    fn expect_whole(&self, lengths: impl Iterator<Item = usize>) {
+        let whole = lengths.fold(0, usize::saturating_add);
+        assert_eq!(whole, self.length, "the pieces of a block are as long as the block");
+    }
+
+    /// Has the pages mapped, once for each place, for whoever reads or copies them afterwards. Whatever is no part of a
+    /// chunk is left alone.
+    pub fn map_ahead(&self) {
+        if let Some(mapping) = self.mapping() {
+            mapping.map_ahead(self.start.as_ptr(), self.length);
+        }
+    }
+
     /// The checksum of the bytes as they are now: each is loaded once.
     pub fn checksum(&self, block: BlockId, generation: u64) -> Checksum {
+        self.map_ahead();
         let mut summer = Checksummer::new(block, ByteCount::new(self.length as u64), generation);
         // SAFETY: mapped while `owner` lives.
         unsafe { fold::sum(self.start.as_ptr(), self.length, &mut summer) };
@@ -172,6 +250,29 @@ mod tests {
             copy.fill(0);
             shared.copy_to(&mut copy);
             assert_eq!(copy, *memory, "plain copy of {length} bytes");
+        }
+    }
+
+    // Pieces that end where no line and no group of the sum ends could lose bytes between them, or sum them twice: what is
+    // scattered and gathered again by other pieces is the whole, and has the sum of the whole.
+    #[test]
+    fn pieces_are_the_whole() {
+        let block = BlockId::from_bytes([9; 16]);
+        for (length, piece) in [(5000, 1), (STREAM_BYTES_MIN + 77, 4099), (24_576 * 12, 24_576), (777, 777)] {
+            let memory: Arc<Vec<u8>> =
+                Arc::new((0..length).map(|at| u8::try_from(at % 251).unwrap()).collect());
+            let whole = terrace_core::checksum(block, 3, &memory);
+            let mut apart: Vec<Vec<u8>> = memory.chunks(piece).map(|part| vec![0; part.len()]).collect();
+            let targets: Vec<_> = apart.iter_mut().map(|part| (part.as_mut_ptr(), part.len())).collect();
+            // SAFETY: vectors of their own, of these lengths.
+            assert_eq!(unsafe { over(&memory).scatter_and_checksum(&targets, block, 3) }, whole);
+            assert_eq!(apart.concat(), *memory, "{length} bytes by {piece}");
+            let target = Arc::new(vec![0u8; length]);
+            let (head, tail) = memory.split_at(length / 3);
+            let sources = [(head.as_ptr(), head.len()), (tail.as_ptr(), tail.len())];
+            // SAFETY: nobody else looks at the target's bytes, which are only reached by address until this returns.
+            assert_eq!(unsafe { over(&target).gather_and_checksum(&sources, block, 3) }, whole);
+            assert_eq!(target, memory, "{length} bytes of two pieces");
         }
     }
 

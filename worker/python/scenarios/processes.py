@@ -42,9 +42,8 @@ class Terraced:
         log = self._folder / "terraced.log"
         with log.open("ab") as out:
             offset = out.tell()
-            # Engines compute on the same processors, and its copies to the device can wait.
             self.process = subprocess.Popen(
-                ["nice", "-n", "10", self._program, "--config", self._folder / "terraced.toml"],
+                [self._program, "--config", self._folder / "terraced.toml"],
                 stdout=out,
                 stderr=out,
                 env={**os.environ, "RUST_LOG": "info"},
@@ -199,6 +198,9 @@ class Vllm(Server):
             # With a connector vLLM keeps one processor more free for it, and none at all where there are two: servers
             # that are compared must compute with the same.
             "VLLM_CPU_NUM_OF_RESERVED_CPU": "1",
+            # Huge pages, where the kernel has some: which small ones a process gets decides by several percent how
+            # quickly it computes, for as long as it lives.
+            "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
         }
         super().__init__(command, log, settings)
 

@@ -5,7 +5,6 @@ printed.
 hold ends the run.
 """
 
-import argparse
 import json
 import os
 import sys
@@ -15,6 +14,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+from arguments import no_daemon_of_the_user, options, tell
 from figures import check, figure, say
 from processes import PATIENCE, Server, Terraced, free_port
 from prompts import prompt
@@ -150,18 +150,9 @@ class Story:
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__)
-    options.add_argument("--model", type=Path, required=True)
-    options.add_argument("--terraced", type=Path, required=True)
-    options.add_argument("--state", type=Path, required=True)
-    chosen = options.parse_args()
-    os.environ.pop("TERRACE_SOCKET", None)
-    story = Story(chosen.model, chosen.terraced, chosen.state.resolve())
-    try:
-        story.run()
-        say("done")
-    finally:
-        story.end()
+    chosen = options(__doc__).parse_args()
+    no_daemon_of_the_user()
+    tell(Story(chosen.model, chosen.terraced, chosen.state.resolve()), Story.run)
 
 
 if __name__ == "__main__":

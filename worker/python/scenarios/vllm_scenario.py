@@ -4,8 +4,6 @@
 hold ends the run.
 """
 
-import argparse
-import os
 import statistics
 import subprocess
 import sys
@@ -13,6 +11,7 @@ import threading
 import time
 from pathlib import Path
 
+from arguments import no_daemon_of_the_user, options, tell
 from figures import check, figure, say
 from load import fixed_rate, never_repeats
 from processes import PATIENCE, Terraced, Up, Vllm
@@ -43,13 +42,21 @@ class Story:
         self.up: Up | None = None
         self.texts: dict[tuple[int, str], str] = {}
 
-    def server(self, name: str, *, plain: bool = False, socket: Path | None = None, model: Path | None = None) -> Vllm:
+    def server(
+        self,
+        name: str,
+        *,
+        plain: bool = False,
+        socket: Path | None = None,
+        model: Path | None = None,
+        options: dict[str, str] | None = None,
+    ) -> Vllm:
         connector = {
             "kv_connector": "TerraceConnector",
             "kv_connector_module_path": "terrace_kv.vllm",
             "kv_role": "kv_both",
             "kv_load_failure_policy": "recompute",
-            "kv_connector_extra_config": {"socket": str(socket or self.terraced.socket)},
+            "kv_connector_extra_config": {"socket": str(socket or self.terraced.socket), **(options or {})},
         }
         server = Vllm(model or self.model, self.state / f"{name}.log", None if plain else connector)
         self.servers.append(server)
@@ -300,7 +307,12 @@ class Story:
         if parts & {"overhead", "rate"}:
             plain = self.server("plain", plain=True)
             if "overhead" in parts:
-                never_repeats(first, plain, 100)
+                # A space of its own: else it would find what the first has stored.
+                apart = self.server("apart", options={"model_fingerprint": "apart"})
+                other = self.server("plain-again", plain=True)
+                never_repeats([first, apart], [plain, other], 100)
+                apart.kill()
+                other.kill()
             if "rate" in parts:
                 fixed_rate({"plain": plain, "terrace": first}, 200)
             plain.kill()
@@ -327,22 +339,14 @@ class Story:
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__)
-    options.add_argument("--model", type=Path, required=True)
-    options.add_argument("--terraced", type=Path, required=True)
-    options.add_argument("--state", type=Path, required=True)
-    options.add_argument("--parts", default=PARTS)
-    chosen = options.parse_args()
+    parser = options(__doc__)
+    parser.add_argument("--parts", default=PARTS)
+    chosen = parser.parse_args()
     parts = set(chosen.parts.split(","))
     if unknown := parts - set(PARTS.split(",")):
         raise SystemExit(f"unknown parts: {', '.join(sorted(unknown))}; there are {PARTS}")
-    os.environ.pop("TERRACE_SOCKET", None)
-    story = Story(chosen.model, chosen.terraced, chosen.state)
-    try:
-        story.run(parts)
-        say("done")
-    finally:
-        story.end()
+    no_daemon_of_the_user()
+    tell(Story(chosen.model, chosen.terraced, chosen.state), lambda story: story.run(parts))
 
 
 if __name__ == "__main__":

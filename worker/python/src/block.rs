@@ -7,13 +7,10 @@
 //! released: torch releases at once, and keeps the owner while it uses the memory.
 
 use std::ffi::c_int;
-use std::hint;
 use std::marker::PhantomData;
 use std::ops::Range;
 use std::ptr;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::thread::{self, Thread};
 
 use pyo3::buffer::PyUntypedBuffer;
 use pyo3::exceptions::PyBufferError;
@@ -21,7 +18,7 @@ use pyo3::ffi;
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 
-use terrace_client::{BadBlock, BlockId, ReadBlock, SharedBytes, Stale};
+use terrace_client::{BadBlock, BlockId, ReadBlock, Stale};
 
 use crate::errors::{bad_block, closed, in_use, invalid, stale};
 use crate::lease::Writing;
@@ -140,22 +137,35 @@ impl Source {
         }
     }
 
-    /// Copies the block to `target` and judges the copy.
+    fn map_ahead(&self) {
+        match self {
+            Self::Leased(block) => block.bytes().map_ahead(),
+            Self::Copied { .. } => {}
+        }
+    }
+
+    /// Copies the block to pieces, one behind the other, and judges the copy.
     ///
     /// # Safety
-    /// `target` is valid for as many stores as the block has bytes.
-    unsafe fn copy_out(&self, target: *mut u8) -> Result<(), BadBlock> {
+    /// The pieces are valid for stores and as long as the block together.
+    unsafe fn copy_out(&self, pieces: &Pieces) -> Result<(), BadBlock> {
         match self {
             Self::Copied { bytes, .. } => {
-                // SAFETY: the vector is ours and unchanging; the caller vouches for
-                // `target`, which is no part of it, because nobody gets a writable view of it.
-                unsafe { ptr::copy_nonoverlapping(bytes.as_ptr(), target, bytes.len()) };
+                let mut rest: &[u8] = bytes;
+                for (target, length) in pieces.writable() {
+                    let (part, behind) = rest.split_at(length.min(rest.len()));
+                    // SAFETY: the vector is ours and unchanging; the caller vouches for the
+                    // target, which is no part of it, because nobody gets a writable view of it.
+                    unsafe { ptr::copy_nonoverlapping(part.as_ptr(), target, part.len()) };
+                    rest = behind;
+                }
                 Ok(())
             }
             Self::Leased(block) => {
-                // SAFETY: `target` holds the whole block, as the caller vouches.
-                let found =
-                    unsafe { block.bytes().copy_and_checksum_to(target, block.id(), block.generation()) };
+                // SAFETY: the pieces hold the whole block, as the caller vouches.
+                let found = unsafe {
+                    block.bytes().scatter_and_checksum(&pieces.writable(), block.id(), block.generation())
+                };
                 if !block.is_valid() {
                     return Err(Stale.into());
                 }
@@ -184,18 +194,88 @@ impl Address {
     }
 }
 
-/// Contiguous bytes of a Python object, held in place.
+/// Bytes that lie apart in pieces of one length, in their order. Goes with closures as an [`Address`] does.
+struct Pieces {
+    start: Address,
+    /// From the start, in bytes. One, or none where there is nothing.
+    offsets: Vec<isize>,
+    length: usize,
+}
+
+impl Pieces {
+    fn one(start: *mut u8, length: usize) -> Self {
+        Self { start: Address(start), offsets: vec![0], length }
+    }
+
+    fn bytes(&self) -> usize {
+        self.offsets.len().saturating_mul(self.length)
+    }
+
+    fn writable(&self) -> Vec<(*mut u8, usize)> {
+        let start = self.start.get();
+        self.offsets.iter().map(|offset| (start.wrapping_offset(*offset), self.length)).collect()
+    }
+
+    fn readable(&self) -> Vec<(*const u8, usize)> {
+        self.writable().into_iter().map(|(start, length)| (start.cast_const(), length)).collect()
+    }
+
+    /// The addresses from the first byte of all to the last.
+    fn place(&self) -> Range<usize> {
+        let at = |offset: &isize| self.start.get().wrapping_offset(*offset).addr();
+        let first = self.offsets.iter().map(at).min().unwrap_or(0);
+        let last = self.offsets.iter().map(at).max().unwrap_or(0);
+        first..last + self.length
+    }
+}
+
+/// Bytes of a Python object, held in place.
 pub(crate) struct Span {
     buffer: PyUntypedBuffer,
 }
 
 impl Span {
+    /// Whatever lies in one piece.
     pub(crate) fn of(object: &Bound<'_, PyAny>) -> PyResult<Self> {
-        let buffer = PyUntypedBuffer::get(object)?;
-        if !buffer.is_c_contiguous() {
+        let span = Self::of_pieces(object)?;
+        if !span.buffer.is_c_contiguous() {
             return Err(PyBufferError::new_err("a C-contiguous buffer is needed; copy it first"));
         }
+        Ok(span)
+    }
+
+    /// Whatever lies at addresses that can be counted.
+    pub(crate) fn of_pieces(object: &Bound<'_, PyAny>) -> PyResult<Self> {
+        let buffer = PyUntypedBuffer::get(object)?;
+        if buffer.suboffsets().is_some() {
+            return Err(PyBufferError::new_err("a buffer of pointers to others cannot be copied"));
+        }
         Ok(Self { buffer })
+    }
+
+    /// Its bytes in the order of its elements, in as few pieces as there are.
+    fn pieces(&self) -> Pieces {
+        let start = self.buffer.buf_ptr().cast::<u8>();
+        if self.buffer.is_c_contiguous() {
+            return Pieces::one(start, self.length());
+        }
+        let dims: Vec<_> = self.buffer.shape().iter().zip(self.buffer.strides()).collect();
+        let mut length = self.buffer.item_size();
+        let mut inner = dims.len();
+        while let Some(at) = inner.checked_sub(1)
+            && isize::try_from(length) == Ok(*dims[at].1)
+        {
+            length *= dims[at].0;
+            inner = at;
+        }
+        let mut offsets = vec![0isize];
+        for (count, stride) in &dims[..inner] {
+            let steps = (0..**count).filter_map(|step| isize::try_from(step).ok()?.checked_mul(**stride));
+            let steps: Vec<isize> = steps.collect();
+            let with_each = |offset: isize| steps.iter().map(move |step| offset.wrapping_add(*step));
+            offsets = offsets.into_iter().flat_map(with_each).collect();
+        }
+        Pieces { start: Address(start), offsets, length }
     }
 
     fn length(&self) -> usize {
@@ -222,8 +302,7 @@ impl Span {
 /// One block, if it is still there, and a place in memory for it, held by a span.
 pub(crate) struct Copy<'span> {
     source: Option<Source>,
-    target: Address,
-    length: usize,
+    target: Pieces,
     _span: PhantomData<&'span ()>,
 }
 
@@ -236,109 +315,47 @@ impl<'span> Copy<'span> {
         }
         target.expect_length(block.length)?;
         let source = block.held.here()?.source().ok();
-        Ok(Self { source, target: target.address(), length: block.length, _span: PhantomData })
+        Ok(Self { source, target: target.pieces(), _span: PhantomData })
     }
 
-    /// The addresses that it writes to.
+    /// The same without its span, which the caller holds until this copy has run for the last time.
+    pub(crate) fn unbound(self) -> Copy<'static> {
+        Copy { source: self.source, target: self.target, _span: PhantomData }
+    }
+
+    /// The addresses between which it writes.
     pub(crate) fn place(&self) -> Range<usize> {
-        let start = self.target.get().addr();
-        start..start + self.length
+        self.target.place()
+    }
+
+    /// How much it writes.
+    pub(crate) fn bytes(&self) -> usize {
+        self.target.bytes()
     }
 
     /// Copies, and answers whether the copy is the block.
     pub(crate) fn run(&self) -> bool {
         // SAFETY: the span holds a writable buffer of the block's length in place. Other threads
         // may store there meanwhile, in Python as here: the copy is then any mix, in u8.
-        self.source.as_ref().is_some_and(|source| unsafe { source.copy_out(self.target.get()) }.is_ok())
+        self.source.as_ref().is_some_and(|source| unsafe { source.copy_out(&self.target) }.is_ok())
     }
 }
 
-/// Looks before waiting: the last copy of another thread takes less than it costs to be woken.
-const SPINS: usize = 2000;
-
-/// Copies that several threads share. A thread takes the next one that nobody has: one that gets its processor late
-/// leaves the rest to the others, and one that gets it too late finds none, and nobody waits for it.
-struct Work {
-    /// Their targets are in place until the last one has ended.
-    copies: Vec<Copy<'static>>,
-    good: Vec<AtomicBool>,
-    next: AtomicUsize,
-    /// Copies that have not ended.
-    left: AtomicUsize,
-    /// Who waits for the last of them.
-    caller: Thread,
-}
-
-impl Work {
-    fn run(&self) {
-        loop {
-            let at = self.next.fetch_add(1, Ordering::Relaxed);
-            let Some(copy) = self.copies.get(at) else { break };
-            let _ended = Ended(self);
-            self.good[at].store(copy.run(), Ordering::Relaxed);
+/// From here on this thread takes its turns on a processor in slices as short as the kernel has them, so that it gets the
+/// next one sooner. A kernel that knows none leaves it as it is.
+pub(crate) fn take_short_turns() {
+    const SLICE_NANOS: u64 = 100_000;
+    // SAFETY: plain integers, for which zero is a value.
+    let mut attributes: libc::sched_attr = unsafe { std::mem::zeroed() };
+    let length = size_of::<libc::sched_attr>();
+    let (own, none) = (0, 0);
+    // SAFETY: the kernel fills in at most `length` bytes of what we own, and reads as many.
+    unsafe {
+        if libc::syscall(libc::SYS_sched_getattr, own, &raw mut attributes, length, none) == 0 {
+            attributes.sched_runtime = SLICE_NANOS;
+            let _refused = libc::syscall(libc::SYS_sched_setattr, own, &raw const attributes, none);
         }
     }
-
-    fn wait(&self) {
-        for _ in 0..SPINS {
-            if self.left.load(Ordering::Acquire) == 0 {
-                return;
-            }
-            hint::spin_loop();
-        }
-        while self.left.load(Ordering::Acquire) > 0 {
-            thread::park();
-        }
-    }
-}
-
-/// Counts a copy as ended, whatever became of it.
-struct Ended<'work>(&'work Work);
-
-impl Drop for Ended<'_> {
-    fn drop(&mut self) {
-        // What was stored before is seen by whoever sees the count.
-        if self.0.left.fetch_sub(1, Ordering::AcqRel) == 1 {
-            self.0.caller.unpark();
-        }
-    }
-}
-
-/// Returns only once every copy has ended: from then on nobody stores into a target.
-struct Waits<'work>(&'work Work);
-
-impl Drop for Waits<'_> {
-    fn drop(&mut self) {
-        self.0.wait();
-    }
-}
-
-/// Runs copies, whose targets do not overlap, on this thread and others; answers which are the block.
-pub(crate) fn copy_all(copies: Vec<Copy<'_>>, threads: usize) -> Vec<bool> {
-    // Their spans are held by our caller; this function ends, however it does, after the last copy, and none begins
-    // after that.
-    let unbound = |copy: Copy<'_>| Copy {
-        source: copy.source,
-        target: copy.target,
-        length: copy.length,
-        _span: PhantomData,
-    };
-    let work = Arc::new(Work {
-        good: copies.iter().map(|_| AtomicBool::new(false)).collect(),
-        next: AtomicUsize::new(0),
-        left: AtomicUsize::new(copies.len()),
-        caller: thread::current(),
-        copies: copies.into_iter().map(unbound).collect(),
-    });
-    let waits = Waits(&work);
-    for _ in 1..threads {
-        let work = Arc::clone(&work);
-        // Where there is no thread to be had, the others do it.
-        let _refused = thread::Builder::new().name("terrace-copy".into()).spawn(move || work.run());
-    }
-    work.run();
-    drop(waits);
-    work.good.iter().map(|good| good.load(Ordering::Relaxed)).collect()
 }
 
 /// A copy of the bytes of any contiguous buffer.
@@ -442,10 +459,25 @@ impl Block {
         Self::new(&Held::new(Source::Copied { block, bytes: Arc::new(bytes) }))
     }
 
-    fn copy_to(&self, py: Python<'_>, address: Address) -> PyResult<()> {
+    /// Has the pages of a block mapped that is still there.
+    pub(crate) fn map_ahead(held: &Held) {
+        if let Ok(source) = held.source() {
+            source.map_ahead();
+        }
+    }
+
+    /// What it shares with its lease.
+    ///
+    /// # Errors
+    /// A block of the parent process.
+    pub(crate) fn held(&self) -> PyResult<Arc<Held>> {
+        self.held.here().cloned()
+    }
+
+    fn copy_to(&self, py: Python<'_>, pieces: &Pieces) -> PyResult<()> {
         let source = self.held.here()?.source()?;
         // SAFETY: both callers pass memory of `self.length` bytes that they keep in place.
-        let copied = py.detach(move || unsafe { source.copy_out(address.get()) });
+        let copied = py.detach(move || unsafe { source.copy_out(pieces) });
         copied.map_err(bad_block)
     }
 }
@@ -492,17 +524,19 @@ impl Block {
 
     /// Copies the block into a writable buffer of `nbytes` bytes and compares the copy with the checksum.
     fn read_into(&self, target: &Bound<'_, PyAny>) -> PyResult<()> {
-        let span = Span::of(target)?;
+        let span = Span::of_pieces(target)?;
         if span.is_readonly() {
             return Err(PyBufferError::new_err("the target is read-only"));
         }
         span.expect_length(self.length)?;
-        self.copy_to(target.py(), span.address())
+        self.copy_to(target.py(), &span.pieces())
     }
 
     /// A copy that was compared with the checksum.
     fn to_bytes<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyBytes>> {
-        PyBytes::new_with(py, self.length, |target| self.copy_to(py, Address(target.as_mut_ptr())))
+        PyBytes::new_with(py, self.length, |target| {
+            self.copy_to(py, &Pieces::one(target.as_mut_ptr(), target.len()))
+        })
     }
 
     /// Refuses further use, and ends the lease with the last view.
@@ -594,21 +628,26 @@ impl WriteBlock {
         self.length
     }
 
-    /// Copies `nbytes` bytes in.
+    /// Copies `nbytes` bytes in, and computes their checksum in the same pass.
     fn fill(&self, source: &Bound<'_, PyAny>) -> PyResult<()> {
-        let span = Span::of(source)?;
+        let span = Span::of_pieces(source)?;
         span.expect_length(self.length)?;
+        let pieces = span.pieces();
         let writing = self.writing.here()?;
-        let frame: SharedBytes = writing.add_view(self.index)?;
-        let (address, length) = (span.address(), self.length);
-        source.py().detach(move || {
-            let target = frame.as_ptr().cast_mut();
+        let filling = writing.begin_fill(self.index)?;
+        let place = filling.bytes.as_ptr().addr()..filling.bytes.as_ptr().addr() + self.length;
+        let taken = pieces.place();
+        if taken.start < place.end && place.start < taken.end {
+            writing.end_fill(self.index, None);
+            return Err(invalid("the source is a view of the frame that it would fill"));
+        }
+        let (id, generation) = (self.id, filling.generation);
+        let sum = source.py().detach(move || {
             // SAFETY: `span` keeps the source, and our view the frame and its write
-            // permission, until we are back. Both have `length` bytes; they may
-            // overlap, if the source is a view of this frame.
-            unsafe { ptr::copy(address.get().cast_const(), target, length) };
+            // permission, until we are back. They do not overlap, and each has the block's length.
+            unsafe { filling.bytes.gather_and_checksum(&pieces.readable(), id, generation) }
         });
-        writing.end_view(self.index);
+        writing.end_fill(self.index, Some(sum));
         Ok(())
     }
 

@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use pyo3::prelude::*;
 use pyo3::types::{PyIterator, PyList};
 
-use terrace_client::{BlockId, ClientError, Outcome, SealOutcome, SharedBytes};
+use terrace_client::{BlockId, Checksum, ClientError, Outcome, SealOutcome, SharedBytes};
 
 use crate::arguments::durability;
 use crate::block::{Block, Held, Source, WriteBlock, refuse_views};
@@ -205,18 +205,31 @@ struct Table {
     frames: Vec<Frame>,
 }
 
+/// Where a block is written.
+#[derive(Clone, Debug)]
+pub(crate) struct Open {
+    pub(crate) bytes: SharedBytes,
+    pub(crate) generation: u64,
+    /// Of all that is in the frame, as far as it is known.
+    sum: Option<Checksum>,
+    /// How often somebody began to store.
+    turns: u64,
+    /// The turn of the fill that runs, if nobody else could store when it began.
+    filling: Option<u64>,
+}
+
 /// One key of a write lease.
 #[derive(Debug)]
 enum Frame {
     NotGranted,
     /// Stores are allowed.
     Writable {
-        bytes: SharedBytes,
+        open: Open,
         views: usize,
     },
     /// A seal began: nobody stores any more, unless the daemon refuses it.
     Sealing {
-        bytes: SharedBytes,
+        open: Open,
     },
     /// Published, or lost: what readers start from, and those that were handed out.
     Sealed {
@@ -242,7 +255,13 @@ impl Frame {
 impl Writing {
     fn new(lease: terrace_client::WriteLease) -> Arc<Self> {
         let frames = lease.grants.iter().map(|grant| match grant.granted() {
-            Some(block) => Frame::Writable { bytes: block.bytes().clone(), views: 0 },
+            Some(block) => {
+                let (bytes, generation) = (block.bytes().clone(), block.generation());
+                Frame::Writable {
+                    open: Open { bytes, generation, sum: None, turns: 0, filling: None },
+                    views: 0,
+                }
+            }
             None => Frame::NotGranted,
         });
         let table = Mutex::new(Table { closed: false, frames: frames.collect() });
@@ -259,14 +278,30 @@ impl Writing {
     /// # Errors
     /// The lease was closed, or the block is not writable any more.
     pub(crate) fn add_view(&self, index: usize) -> PyResult<SharedBytes> {
+        self.begin(index, |_, _| {}).map(|open| open.bytes)
+    }
+
+    /// The same, for a copy of a whole block that ends by [`Self::end_fill`].
+    ///
+    /// # Errors
+    /// As [`Self::add_view`].
+    pub(crate) fn begin_fill(&self, index: usize) -> PyResult<Open> {
+        self.begin(index, |open, views| open.filling = (views == 0).then_some(open.turns))
+    }
+
+    fn begin(&self, index: usize, mark: impl FnOnce(&mut Open, usize)) -> PyResult<Open> {
         let mut table = self.table();
         if table.closed {
             return Err(closed("write lease"));
         }
         match table.frames.get_mut(index) {
-            Some(Frame::Writable { bytes, views }) => {
+            Some(Frame::Writable { open, views }) => {
+                // From here on somebody may store: what is known of the bytes is not true any more.
+                open.sum = None;
+                open.turns += 1;
+                mark(open, *views);
                 *views += 1;
-                Ok(bytes.clone())
+                Ok(open.clone())
             }
             Some(Frame::Sealing { .. } | Frame::Sealed { .. }) => {
                 Err(in_use(format!("block {index} was sealed; read it by `lease.reader({index})`")))
@@ -274,6 +309,15 @@ impl Writing {
             Some(Frame::Aborted) => Err(closed("block")),
             Some(Frame::NotGranted) | None => Err(invalid(format!("block {index} was not granted"))),
         }
+    }
+
+    /// A fill has ended. Its sum is that of the frame if nobody else began to store meanwhile, or before and goes on.
+    pub(crate) fn end_fill(&self, index: usize, sum: Option<Checksum>) {
+        if let Some(Frame::Writable { open, .. }) = self.table().frames.get_mut(index) {
+            open.sum = sum.filter(|_| open.filling == Some(open.turns));
+            open.filling = None;
+        }
+        self.end_view(index);
     }
 
     pub(crate) fn end_view(&self, index: usize) {
@@ -356,12 +400,35 @@ impl Writing {
         }
         drop(table);
         self.mark(indexes, |_, frame| match frame {
-            Frame::Writable { bytes, .. } => Frame::Sealing { bytes },
+            Frame::Writable { open, .. } => Frame::Sealing { open },
             same @ (Frame::NotGranted | Frame::Sealing { .. } | Frame::Sealed { .. } | Frame::Aborted) => {
                 same
             }
         });
         Ok(())
+    }
+
+    /// Checksums of what is in frames that nobody stores into any more: known since they were filled, or computed now.
+    fn sums(
+        &self,
+        lease: &terrace_client::WriteLease,
+        indexes: &[u32],
+    ) -> Result<Vec<(u32, Checksum)>, ClientError> {
+        let known: Vec<_> = {
+            let table = self.table();
+            let sum = |index: &u32| match table.frames.get(*index as usize) {
+                Some(Frame::Sealing { open }) => open.sum,
+                Some(Frame::NotGranted | Frame::Writable { .. } | Frame::Sealed { .. } | Frame::Aborted)
+                | None => None,
+            };
+            indexes.iter().map(sum).collect()
+        };
+        let sums = indexes.iter().zip(known).map(|(index, known)| {
+            let block = lease.block(*index).filter(|block| block.is_writable());
+            let block = block.ok_or(ClientError::NotWritable { index: *index })?;
+            Ok((*index, known.unwrap_or_else(|| block.seal_value().1)))
+        });
+        sums.collect()
     }
 
     async fn seal(
@@ -371,7 +438,10 @@ impl Writing {
     ) -> Result<Vec<SealOutcome>, Failure> {
         let mut lease = self.lease.lock().await;
         let outcomes = match lease.as_mut() {
-            Some(open) => open.seal(&indexes, durability).await.map_err(Failure::from),
+            Some(open) => match self.sums(open, &indexes) {
+                Ok(sums) => open.seal_with(&sums, durability).await.map_err(Failure::from),
+                Err(error) => Err(Failure::from(error)),
+            },
             None => Err(Failure::Closed("write lease")),
         };
         match (&outcomes, lease.as_ref()) {
@@ -384,7 +454,7 @@ impl Writing {
             // Nothing was sealed. After other errors it may have been.
             (Err(Failure::Client(ClientError::Refused { .. } | ClientError::Throttled { .. })), _) => {
                 self.mark(&indexes, |_, frame| match frame {
-                    Frame::Sealing { bytes } => Frame::Writable { bytes, views: 0 },
+                    Frame::Sealing { open } => Frame::Writable { open, views: 0 },
                     same @ (Frame::NotGranted
                     | Frame::Writable { .. }
                     | Frame::Sealed { .. }

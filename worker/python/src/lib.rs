@@ -27,7 +27,7 @@ mod native {
     #[pymodule_export]
     use crate::block::{Block, WriteBlock};
     #[pymodule_export]
-    use crate::copies::copy_blocks;
+    use crate::copies::{copy_blocks, map_blocks};
     #[pymodule_export]
     use crate::device::{Device, DeviceBlock, DeviceChunk, open_device};
     #[pymodule_export]

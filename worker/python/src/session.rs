@@ -8,7 +8,8 @@ use pyo3::pybacked::PyBackedBytes;
 use pyo3::types::PyList;
 
 use terrace_client::{
-    ComputeCost, ReadOptions, Session as Client, Space as ClientSpace, Target, Transport, WriteOptions,
+    ClientError, ComputeCost, ReadOptions, Session as Client, Space as ClientSpace, Target, Transport,
+    WriteOptions,
 };
 
 use terrace_core::ByteCount;
@@ -189,18 +190,23 @@ impl Calls {
     }
 
     /// Which keys are there: `(prefix, [bool, ...])`.
-    #[pyo3(signature = (spaces, keys, *, mode="prefix"))]
+    #[pyo3(signature = (spaces, keys, *, mode="prefix", within=None))]
     fn exists<'py>(
         &self,
         py: Python<'py>,
         spaces: Spaces<'py>,
         keys: Keys,
         mode: &str,
+        within: Option<f64>,
     ) -> PyResult<Bound<'py, PyAny>> {
         let (session, spaces, mode) = (self.session.here()?.clone(), spaces.cloned(), match_mode(mode)?);
+        let within = within.map(|seconds| span("within", seconds)).transpose()?;
         let call = async move {
             let spaces: Vec<&ClientSpace> = spaces.iter().collect();
-            Ok(session.exists(&spaces, &keys, mode).await?)
+            let asked = session.exists(&spaces, &keys, mode);
+            let Some(within) = within else { return Ok(asked.await?) };
+            let late = |_| ClientError::NoAnswer { waited: within };
+            Ok(tokio::time::timeout(within, asked).await.map_err(late)??)
         };
         self.engine.run(py, self.mode, call, |py, found| Ok(found.into_pyobject(py)?.into_any().unbind()))
     }

@@ -2,6 +2,7 @@
 
 import ctypes
 import gc
+import resource
 import threading
 import warnings
 
@@ -295,6 +296,56 @@ def test_wrong_lengths_are_refused(lane: terrace_kv.Session, space: terrace_kv.S
                 frame.fill(source)
 
 
+def test_pieces_that_lie_apart(lane: terrace_kv.Session, space: terrace_kv.Space) -> None:
+    """Rows of an array are stored or loaded in the wrong order, or with bytes between them."""
+    rows, width = 8, BLOCK_BYTES // 8
+    whole = np.random.default_rng(1).integers(0, 256, (rows, 3, width), np.uint8)
+    sources = [whole[:, 1], whole[::-1, 2], whole.reshape(-1)[: 2 * BLOCK_BYTES : 2], whole[:, 0].T]
+    names = [b"rows", b"backwards", b"bytes", b"columns"]
+    with lane.lease_write(space, names, wait=5.0) as lease:
+        for frame, source in zip(lease.blocks, sources, strict=True):
+            assert frame is not None
+            frame.fill(source)
+        assert lease.seal() == ["sealed"] * len(names)
+    with lane.lease_read(space, names) as reading:
+        targets = [np.zeros_like(whole)[:, 1] for _ in names]
+        for block, source, target in zip(reading.blocks, sources, targets, strict=True):
+            assert block is not None
+            block.verify()
+            assert block.to_bytes() == source.tobytes()
+            block.read_into(target)
+            assert target.tobytes() == source.tobytes()
+            assert not target.base[:, 0].any()
+            assert not target.base[:, 2].any()
+            target[:] = 0
+        assert terrace_kv.copy_blocks(reading.blocks, targets, threads=2) == [True] * len(names)  # type: ignore[arg-type]
+        assert [target.tobytes() for target in targets] == [source.tobytes() for source in sources]
+
+
+def test_stores_after_a_fill_are_summed(lane: terrace_kv.Session, space: terrace_kv.Space) -> None:
+    """A checksum that a fill computed is sealed with other bytes: store through a view after it, and before it."""
+    names = [b"after", b"before", b"itself"]
+    with lane.lease_write(space, names, wait=5.0) as lease:
+        after, before, itself = lease.blocks
+        assert after is not None
+        assert before is not None
+        assert itself is not None
+        after.fill(payload(b"x"))
+        view = np.frombuffer(after, np.uint8)
+        view[0] ^= 1
+        old = np.frombuffer(before, np.uint8)
+        before.fill(payload(b"x"))
+        old[0] ^= 1
+        itself.fill(payload(b"x"))
+        with pytest.raises(terrace_kv.InvalidArgument, match="view of the frame"):
+            itself.fill(memoryview(itself))
+        del view, old
+        assert lease.seal() == ["sealed"] * 3
+    changed = bytes([payload(b"x")[0] ^ 1]) + payload(b"x")[1:]
+    with lane.lease_read(space, names) as reading:
+        assert [block and block.to_bytes() for block in reading.blocks] == [changed, changed, payload(b"x")]
+
+
 def test_copies_let_other_threads_run(lane: terrace_kv.Session, space: terrace_kv.Space) -> None:
     """A call that waits holds the interpreter: another thread must get on meanwhile."""
     counted = 0
@@ -351,6 +402,27 @@ def test_many_leases_from_many_threads(lane: terrace_kv.Session, daemon: Daemon)
         thread.join()
     assert not errors
     daemon.expect_leases(0)
+
+
+def test_mapped_blocks_cost_no_faults(lane: terrace_kv.Session, daemon: Daemon) -> None:
+    """Loads of what was looked up wait for each page: read what another session stored, mapped before."""
+    names = keys(64)
+    lane.write(lane.open_space(manifest()), names, [payload(name) for name in names])
+    with terrace_kv.connect(daemon.socket) as other:
+        space = other.open_space(manifest())
+        with other.lease_read(space, names, wait=5.0) as lease:
+            blocks = [block for block in lease.blocks if block is not None]
+            assert len(blocks) == 64
+            terrace_kv.map_blocks(blocks)
+            views = [np.frombuffer(block, np.uint8) for block in blocks]
+            total = 0
+            before = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
+            for view in views:
+                total += int(view[0]) + int(view[-1])
+            faults = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt - before
+            assert total == sum(payload(name)[0] + payload(name)[-1] for name in names)
+            assert faults <= 2, f"{faults} faults"
+            del view, views
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])

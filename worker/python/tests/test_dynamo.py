@@ -1,4 +1,4 @@
-"""Dynamo's own indexer follows what a router publishes, and catches up with it. Skipped without Dynamo."""
+"""Dynamo's own indexer and router follow what our router publishes, and catch up with it. Skipped without Dynamo."""
 
 import json
 import os
@@ -71,6 +71,16 @@ class Indexer:
         self.process.wait()
 
 
+class Selection(Indexer):
+    """One running ``python -m dynamo.select_service``."""
+
+    def __init__(self, port: int) -> None:
+        self.url = f"http://127.0.0.1:{port}"
+        line = [PYTHON, "-m", "dynamo.select_service", "--port", str(port)]
+        self.process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        wait_for(self.listens, "Dynamo's selection service")
+
+
 @pytest.fixture
 def started() -> Iterator[Any]:
     """Ends what a test has started."""
@@ -122,3 +132,32 @@ def test_dynamos_indexer_recovers_from_the_dump(started: Any, daemon: Daemon) ->
         workers = f"{WORKER}=tcp://127.0.0.1:{events}"
         peer = started(Indexer("--model-name", MODEL, "--workers", workers, "--peers", router.url))
         assert peer.credits().get("longest_matched") == 32
+
+
+def test_dynamos_router_picks_the_worker_beside_the_daemon(started: Any, daemon: Daemon) -> None:
+    """Dynamo's selection service, which is its router alone, sends a prompt anywhere: of two workers it picks the one
+    whose daemon holds the prompt, and says how much of it."""
+    events, replay, engine_port, other_port, port = ports(5)
+    engine = started(Publisher(f"tcp://*:{engine_port}"))
+    started(Publisher(f"tcp://*:{other_port}"))
+    options = ("--publish", f"tcp://127.0.0.1:{events}", "--publish-replay", f"tcp://127.0.0.1:{replay}")
+    options = (*options, "--publish-worker", str(WORKER), "--model-name", MODEL)
+    started(Router(f"name=v,connect=tcp://127.0.0.1:{engine_port}", grpc=daemon.grpc, extra=options))
+    service = started(Selection(port))
+    beside = {"kv_events_endpoint": f"tcp://127.0.0.1:{events}", "replay_endpoint": f"tcp://127.0.0.1:{replay}"}
+    for worker, ways in ((WORKER, beside), (WORKER + 1, {"kv_events_endpoint": f"tcp://127.0.0.1:{other_port}"})):
+        described = {"worker_id": worker, "model_name": MODEL, "block_size": 16, "endpoint": f"http://worker-{worker}"}
+        status, answer = service.ask("/workers", {**described, **ways})
+        assert status in (200, 201), answer
+        assert answer["lifecycle"] == "schedulable", answer
+    with fill(daemon, KEYS):
+
+        def picked(tokens: list[int]) -> tuple[int, int]:
+            engine.publish(stored(VLLM, tokens=TOKENS))
+            status, answer = service.ask("/select", {"token_ids": [*tokens, 7], "model_name": MODEL})
+            assert status == 200, answer
+            return answer["worker_id"], answer["overlap"]["longest_matched"]
+
+        wait_for(lambda: picked(TOKENS) == (WORKER, 32), "that the worker beside the daemon is picked")
+        assert {picked(TOKENS)[0] for _ in range(8)} == {WORKER}
+        assert picked([5, *TOKENS[1:]])[1] == 0, "another prompt"

@@ -128,13 +128,30 @@ class Engine:
         if request is not None:
             new.num_computed_tokens = request.num_computed_tokens
             request.num_computed_tokens += scheduled
+        cached = SimpleNamespace(req_ids=[], num_computed_tokens=[], new_block_ids=[], resumed_req_ids=set())
         output = SimpleNamespace(
             scheduled_new_reqs=[new] if request is not None else [],
-            scheduled_cached_reqs=SimpleNamespace(
-                req_ids=[], num_computed_tokens=[], new_block_ids=[], resumed_req_ids=set()
-            ),
+            scheduled_cached_reqs=cached,
             num_scheduled_tokens={new.req_id: scheduled} if request is not None else {},
         )
+        return self.take(output)
+
+    def continued(self, request: Any, added: list[int], scheduled: int, *, resumed: bool = False) -> None:
+        """A further step of a request that has run before; resumed, what is added are all of its blocks."""
+        name = request.request_id
+        cached = SimpleNamespace(
+            req_ids=[name],
+            num_computed_tokens=[request.num_computed_tokens],
+            new_block_ids=[(added,)],
+            resumed_req_ids={name} if resumed else set(),
+        )
+        request.num_computed_tokens += scheduled
+        self.take(
+            SimpleNamespace(scheduled_new_reqs=[], scheduled_cached_reqs=cached, num_scheduled_tokens={name: scheduled})
+        )
+
+    def take(self, output: Any) -> tuple[set[str], set[int]]:
+        """The scheduler's orders of a step, carried out by the worker."""
         orders = self.scheduler.build_connector_meta(output)
         self.worker.handle_preemptions(orders)
         self.worker.bind_connector_metadata(orders)
@@ -302,16 +319,17 @@ def test_a_lease_ends_during_a_load(folder: Path, wire: SimpleNamespace, monkeyp
         return engine.sums.get("blocks_stored", 0) >= 4
 
     wait_for(stored, "the blocks")
-    copy, slow = Pieces.copy, []
+    copy, slow = worker.store.copy_out, []
 
-    def copy_late(pieces: Pieces, frame: Any, block: int, **how: Any) -> None:
-        copy(pieces, frame, block, **how)
-        slow.append(block)
+    def copy_late(blocks: Any, targets: Any, threads: int = 1) -> list[bool]:
+        good = copy(blocks, targets, threads)
+        slow.append(good)
         short.expect_leases(0)
+        return good
 
-    monkeypatch.setattr(Pieces, "copy", copy_late)
+    monkeypatch.setattr(worker.store, "copy_out", copy_late)
     assert engine.load(engine.request("b", 5 * TOKENS), list(range(20, 25))) == set(range(20, 24))
-    assert slow
+    assert slow == [[True] * 4], "the copies themselves were good"
     engine.stop()
     short.kill()
 

@@ -129,3 +129,16 @@ fn the_last_view_unmaps() {
     drop(view);
     assert!(!mapped());
 }
+
+// A granule that is asked for twice would cost as much as a copy each time, and one that is taken for mapped after the
+// range was mapped anew would fault page by page: each is new once, also at the end, until all are forgotten.
+#[test]
+fn a_granule_is_new_once() {
+    let ahead = Ahead::of(64 * GRANULE_BYTES + 1);
+    for granule in [0, 63, 64] {
+        assert!(ahead.is_new(granule), "granule {granule}");
+        assert!(!ahead.is_new(granule), "granule {granule}, again");
+    }
+    ahead.forget();
+    assert!(ahead.is_new(64));
+}

@@ -57,6 +57,7 @@ from ._native import (
     connect,
     connect_async,
     copy_blocks,
+    map_blocks,
     open_device,
 )
 
@@ -105,5 +106,6 @@ __all__ = [
     "connect",
     "connect_async",
     "copy_blocks",
+    "map_blocks",
     "open_device",
 ]

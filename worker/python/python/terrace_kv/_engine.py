@@ -17,7 +17,7 @@ from typing import Any
 
 from ._errors import ForkedError, NoAnswer, SessionEnded, TerraceError
 from ._manifest import SpaceManifest
-from ._native import Block, ReadLease, Session, Space, WriteBlock, WriteLease, connect, copy_blocks
+from ._native import Block, ReadLease, Session, Space, WriteBlock, WriteLease, connect, copy_blocks, map_blocks
 
 ANSWER_SECONDS = 2.0
 """A daemon that says nothing for so long, beyond what a call lets it wait, is given up. Engines can compute instead."""
@@ -189,6 +189,13 @@ class Store:
         self.counters.add("errors", good.count(False))
         return good
 
+    def map_ahead(self, blocks: Sequence[Block]) -> None:
+        """Has blocks mapped that are copied soon."""
+        try:
+            map_blocks(blocks)
+        except TerraceError as error:
+            self.failed(error)
+
     def close(self) -> None:
         """Ends the session; nothing is asked any more."""
         self._closed = True
@@ -202,6 +209,22 @@ class Store:
     def prefix(self, spaces: "Sequence[StoreSpace]", keys: Sequence[bytes]) -> int:
         """How many keys from the first on all spaces hold."""
         return sum(1 for _ in _leading(self.present(spaces, keys, mode="prefix")))
+
+    def prefix_now(self, spaces: "Sequence[StoreSpace]", keys: Sequence[bytes], within: float) -> int | None:
+        """As :meth:`prefix`, asked on the caller's thread: ``None`` where nobody answers in so many seconds, or where
+        the session or a space would have to be opened before."""
+        session = self._session
+        if session is None or session.closed or self.silent or len(keys) > session.blocks_max:
+            return None
+        opened = [space.opened_in(session) for space in spaces]
+        bundle = [space for space in opened if space is not None]
+        if not bundle or len(bundle) < len(opened):
+            return None
+        try:
+            return session.exists(bundle, keys, within=within)[0]
+        except TerraceError:
+            # What is wrong shows when it is asked again, beside the caller.
+            return None
 
     def present(self, spaces: "Sequence[StoreSpace]", keys: Sequence[bytes], mode: str = "set") -> list[bool]:
         """Which keys all spaces hold."""
@@ -289,6 +312,11 @@ class StoreSpace:
         space = session.open_space(self.manifest, compute_cost=self._compute_cost)
         self._opened = (session, space, now)
         return space
+
+    def opened_in(self, session: Session) -> Space | None:
+        """The space, if it is open in this session of the lane."""
+        opened = self._opened
+        return opened[1] if opened is not None and opened[0] is session and session.transport == "lane" else None
 
     def forget(self) -> None:
         """Opens it again before its next use."""

@@ -59,9 +59,13 @@ def chain_keys(tokens: Sequence[int], tokens_per_block: int) -> list[bytes]:
     The unfilled tail has no key."""
 
 def copy_blocks(blocks: Sequence[Block], targets: Sequence[Buffer], *, threads: int = 1) -> list[bool]:
-    """Copies each block into the writable, contiguous buffer at its place, as :meth:`Block.read_into`, in one call with
+    """Copies each block into the writable buffer at its place, as :meth:`Block.read_into`, in one call with
     the interpreter released; with ``threads`` above 1 by so many, if there is much to copy. Answers which copies were
     compared with their checksum and are the block; a target of another holds anything."""
+
+def map_blocks(blocks: Sequence[Block]) -> None:
+    """Has the pages of blocks mapped into this process, with the interpreter released: whoever copies or reads them
+    soon does not wait for it. Nothing else changes."""
 
 def open_device(name: str) -> Device:
     """Opens a device: ``cuda:0``, or ``host-only``, host memory that stands in for one (for tests).
@@ -192,10 +196,18 @@ class Session(_Session):
         Raises :class:`InvalidArgument` if a field of the manifest is out of bounds.
         """
     def exists(
-        self, spaces: Space | Sequence[Space], keys: Sequence[bytes], *, mode: MatchMode = "prefix"
+        self,
+        spaces: Space | Sequence[Space],
+        keys: Sequence[bytes],
+        *,
+        mode: MatchMode = "prefix",
+        within: float | None = None,
     ) -> tuple[int, list[bool]]:
         """Which keys every space of the bundle holds: keys present from the first on without a gap, and one
-        flag a key. In mode "prefix" flags after the first absent key are false; "set" looks at each."""
+        flag a key. In mode "prefix" flags after the first absent key are false; "set" looks at each.
+
+        With ``within`` raises :class:`NoAnswer` where the daemon has not answered in so many seconds.
+        """
     def match_blocks(
         self, spaces: Space | Sequence[Space], keys: Sequence[bytes], *, mode: MatchMode = "prefix"
     ) -> Match:
@@ -333,10 +345,18 @@ class AsyncSession(_Session):
         Raises :class:`InvalidArgument` if a field of the manifest is out of bounds.
         """
     def exists(
-        self, spaces: Space | Sequence[Space], keys: Sequence[bytes], *, mode: MatchMode = "prefix"
+        self,
+        spaces: Space | Sequence[Space],
+        keys: Sequence[bytes],
+        *,
+        mode: MatchMode = "prefix",
+        within: float | None = None,
     ) -> Future[tuple[int, list[bool]]]:
         """Which keys every space of the bundle holds: keys present from the first on without a gap, and one
-        flag a key. In mode "prefix" flags after the first absent key are false; "set" looks at each."""
+        flag a key. In mode "prefix" flags after the first absent key are false; "set" looks at each.
+
+        With ``within`` raises :class:`NoAnswer` where the daemon has not answered in so many seconds.
+        """
     def match_blocks(
         self, spaces: Space | Sequence[Space], keys: Sequence[bytes], *, mode: MatchMode = "prefix"
     ) -> Future[Match]:
@@ -499,8 +519,8 @@ class Block(Buffer):
         Raises :class:`CorruptBlock` or :class:`StaleBlock`.
         """
     def read_into(self, target: Buffer) -> None:
-        """Copies the block into a writable, contiguous buffer of ``nbytes`` bytes and compares the copy with
-        the checksum. Raises :class:`CorruptBlock` or :class:`StaleBlock`; the target then holds anything."""
+        """Copies the block into a writable buffer of ``nbytes`` bytes, whose elements may lie apart, and compares the
+        copy with the checksum. Raises :class:`CorruptBlock` or :class:`StaleBlock`; the target then holds anything."""
     def to_bytes(self) -> bytes:
         """A copy that was compared with the checksum. Raises :class:`CorruptBlock` or :class:`StaleBlock`."""
     def close(self) -> None:
@@ -529,7 +549,8 @@ class WriteBlock(Buffer):
     def nbytes(self) -> int:
         """Payload length in bytes."""
     def fill(self, source: Buffer) -> None:
-        """Copies ``nbytes`` contiguous bytes in, and lets other threads run meanwhile."""
+        """Copies ``nbytes`` bytes in, in the order of the source's elements, which may lie apart, and computes the
+        checksum in the same pass: a seal that follows does not look at them again. Lets other threads run meanwhile."""
     def __len__(self) -> int: ...
 
 class ReadLease:

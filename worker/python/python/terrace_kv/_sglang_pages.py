@@ -117,5 +117,8 @@ def flat(page: torch.Tensor) -> np.ndarray[Any, Any]:
 
 def fill(frame: Any, page: torch.Tensor) -> bool:
     """Copies a page into a frame."""
-    np.frombuffer(frame, np.uint8)[:] = flat(page)
+    if isinstance(frame, WriteBlock):
+        frame.fill(flat(page))
+    else:
+        np.frombuffer(frame, np.uint8)[:] = flat(page)
     return True

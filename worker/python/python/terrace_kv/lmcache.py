@@ -223,6 +223,11 @@ class TerraceL2(L2AdapterInterface):
                     self._lock_in(space, keys, missing, found)
         finally:
             self._looked_up.add(task, found)
+        # What is locked is loaded soon; until then nobody waits for this.
+        with self._lock:
+            held = [self._locked.get(key) for key in keys]
+            blocks = [blocks[-1] for blocks in held if blocks]
+        self._store.map_ahead(blocks)
 
     def _candidates(self, model: str, layouts: dict[int, Any]) -> list[StoreSpace]:
         """Where objects of this model may be: as the caller describes them, and as they were seen here."""

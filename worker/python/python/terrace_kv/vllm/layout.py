@@ -17,6 +17,7 @@ import torch
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorHandshakeMetadata
 
 from .._manifest import SpaceManifest
+from .._native import WriteBlock
 from .._versions import installed
 from .groups import Group
 
@@ -99,6 +100,23 @@ class Pieces:
         self.offsets = [sum(self.lengths[:index]) for index in range(len(self.lengths) + 1)]
         self._rows = [_as_bytes(tensor, length) for tensor, length in zip(tensors, self.lengths, strict=True)]
         self._stack = _stacked(tensors, self.lengths)
+
+    @property
+    def is_regular(self) -> bool:
+        """Whether a block is one strided array of this process's memory."""
+        return self.is_cpu and self._stack is not None
+
+    def rows(self, block: int) -> Any:
+        """All layers of a block as one array, where they are regular."""
+        return self._stack[:, block]
+
+    def fill(self, frame: Any, block: int) -> None:
+        """Copies a block from the tensors into a frame."""
+        if self.is_regular and isinstance(frame, WriteBlock):
+            # One pass, which sums the bytes and maps the frame's pages at once.
+            frame.fill(self.rows(block))
+        else:
+            self.copy(frame, block, into_frame=True)
 
     def copy(self, frame: Any, block: int, *, into_frame: bool, first: int = 0, last: int | None = None) -> None:
         """Copies layers ``first`` to ``last`` of a block from the tensors into the frame, or back."""

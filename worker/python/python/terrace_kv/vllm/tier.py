@@ -23,7 +23,7 @@ from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager, Tra
 from .._background import Background
 from .._engine import Store, StoreSpace, Target
 from .._manifest import SpaceManifest
-from .._native import Block
+from .._native import Block, WriteBlock
 from .._versions import advice, installed, vllm_job_result, vllm_tier_arguments
 
 logger = init_logger("vllm.terrace_kv")
@@ -170,7 +170,10 @@ class TerraceTier(SecondaryTierManager):
 
     def _put(self, keys: list[bytes], rows: list[int]) -> list[bool]:
         def give(index: int, frame: Any) -> bool:
-            np.frombuffer(frame, np.uint8)[:] = self._rows[rows[index]]
+            if isinstance(frame, WriteBlock):
+                frame.fill(self._rows[rows[index]])
+            else:
+                np.frombuffer(frame, np.uint8)[:] = self._rows[rows[index]]
             return True
 
         return self._space.put(keys, give, wait=self._wait)

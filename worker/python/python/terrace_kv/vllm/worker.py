@@ -52,7 +52,7 @@ class Saving:
             if self._event is not None:
                 self._event.synchronize()
                 self._event = None
-            self._pieces.copy(frame, self.save.run.block_ids[index], into_frame=True)
+            self._pieces.fill(frame, self.save.run.block_ids[index])
             return True
 
     def revoke(self) -> None:
@@ -157,11 +157,26 @@ class WorkerSide:
         part = self._parts[run.group]
         if part is None:
             return [True] * len(run.keys)
-        with part.space.read(run.keys, wait=self._options.wait_seconds) as reading:
+        at_once = part.pieces.is_regular and self._options.load != "layers"
+        # Bytes are compared before a layer uses them, or as they are copied.
+        with part.space.read(run.keys, wait=self._options.wait_seconds, verify=not at_once) as reading:
+            if at_once:
+                same = self._copy_whole(part.pieces, run, reading.blocks)
+                return [fine and still for fine, still in zip(same, reading.good(), strict=True)]
             self._copy(loading, part.pieces, run, reading.blocks)
             if not part.pieces.is_cpu:
                 torch.cuda.current_stream(part.pieces.device).synchronize()
             return reading.good()
+
+    def _copy_whole(self, pieces: Pieces, run: Run, blocks: list[Any]) -> list[bool]:
+        """Copies and compares in one pass; answers which copies are good. Blocks that nobody reads are not copied."""
+        good = [frame is not None for frame in blocks]
+        wanted = [place for place, block in enumerate(run.block_ids) if good[place] and block != NULL_BLOCK]
+        targets = [pieces.rows(run.block_ids[place]) for place in wanted]
+        found = self.store.copy_out([blocks[place] for place in wanted], targets)
+        for place, fine in zip(wanted, found, strict=True):
+            good[place] = fine
+        return good
 
     def _copy(self, loading: Loading, pieces: Pieces, run: Run, blocks: list[Any]) -> None:
         layers = len(pieces.names)
