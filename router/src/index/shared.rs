@@ -231,6 +231,32 @@ mod tests {
 
     use super::*;
 
+    /// Pages of states, or of one rank of several, would be credited as if a prompt could be loaded by them.
+    #[test]
+    fn the_first_rank_of_k_and_v_speaks() {
+        let kv = wire::SpaceManifest {
+            engine: "sglang".to_owned(),
+            layout: "sglang,opaque,0".to_owned(),
+            kind: wire::SpaceKind::Chain.into(),
+            tokens_per_block: 16,
+            ..Default::default()
+        };
+        assert!(speaks(&kv));
+        assert!(speaks(&wire::SpaceManifest {
+            engine: "vllm".to_owned(),
+            layout: "any".to_owned(),
+            ..kv.clone()
+        }));
+        let states = wire::SpaceManifest { layout: "sglang,mamba,0".to_owned(), ..kv.clone() };
+        let other_rank = wire::SpaceManifest { rank: 1, ..kv.clone() };
+        let other_group = wire::SpaceManifest { group: 1, ..kv.clone() };
+        let nameless = wire::SpaceManifest { tokens_per_block: 0, ..kv.clone() };
+        let windows = wire::SpaceManifest { kind: wire::SpaceKind::Window.into(), ..kv };
+        for silent in [states, other_rank, other_group, nameless, windows] {
+            assert!(!speaks(&silent), "{silent:?}");
+        }
+    }
+
     /// Holes would hide what is behind them, and another's blocks count as ours: every block of a chain with
     /// holes, unknown names and two holders is compared with what was stored.
     #[test]
