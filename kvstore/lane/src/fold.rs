@@ -29,7 +29,7 @@ pub(crate) enum Stores {
 
 impl Stores {
     /// For a block of this length.
-    fn of(length: usize) -> Self {
+    pub(crate) fn of(length: usize) -> Self {
         if length < STREAM_BYTES_MIN { Self::Cached } else { Self::Streamed }
     }
 }
