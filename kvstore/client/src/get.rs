@@ -107,9 +107,9 @@ pub struct GetOptions {
 
 impl Session {
     /// Copies blocks into `targets`, one for each key, and judges each copy; answers what became of each, in order.
-    /// What is not `Granted` left anything in its target. The quickest way to a block by value:
-    /// over the socket the calling thread copies out of shared memory, a block that was got before is found without asking the daemon,
-    /// and the lease of another is given back without waiting for it. When cancelled, some targets may be filled.
+    /// What is not `Granted` left anything in its target. The quickest way to a block by value: over the socket the
+    /// calling thread copies out of shared memory, a block that was got before is found without asking the daemon, and
+    /// the lease of another is given back without waiting for it. When cancelled, some targets may be filled.
     ///
     /// # Errors
     /// Bad keys or targets; over gRPC [`ClientError::Throttled`] if the daemon is over a limit; the session has ended.
@@ -140,7 +140,7 @@ impl Session {
                 let how = How::of(space, keys.len(), options.verify);
                 let (mut outcomes, open) = known(lane, space, keys, targets, how);
                 let deadline = Instant::now() + options.wait;
-                for batch in open.chunks(batch_blocks(space)) {
+                for batch in open.chunks(batch_blocks(space).min(self.blocks_max())) {
                     let wait = deadline.saturating_duration_since(Instant::now());
                     let options = GetOptions { wait, ..options };
                     self.by_lease(space, keys, targets, (batch, &mut outcomes), options).await?;
