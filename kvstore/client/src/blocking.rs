@@ -12,6 +12,8 @@ use terrace_gpudirect::Device;
 use crate::device_read::DeviceReadLease;
 use crate::device_write::DeviceWriteLease;
 use crate::error::ClientError;
+use crate::get::{BlockTarget, GetOptions};
+use crate::lease::Outcome;
 use crate::read::{ReadLease, ReadOptions};
 use crate::session::{Match, Prefetched, Target};
 use crate::space::Space;
@@ -183,6 +185,20 @@ impl Session {
         keys: &[impl AsRef<[u8]>],
     ) -> Result<Vec<Option<Vec<u8>>>, ClientError> {
         self.run(self.session.read(space, keys))
+    }
+
+    /// See [`crate::Session::get`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn get(
+        &self,
+        space: &Space,
+        keys: &[impl AsRef<[u8]>],
+        targets: &mut [impl BlockTarget],
+        options: GetOptions,
+    ) -> Result<Vec<Outcome<()>>, ClientError> {
+        self.run(self.session.get(space, keys, targets, options))
     }
 
     /// See [`crate::Session::write`].

@@ -5,7 +5,7 @@
 //! that nobody uses is given up after a while, so that the daemon gets the
 //! memory of chunks that it has dropped.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -200,14 +200,14 @@ impl Chunks {
         }
     }
 
-    /// Gives up mappings that nobody has used for a while.
-    pub(crate) fn sweep(&self, now: Instant) {
-        self.table().retain(|_, entry| {
+    /// Gives up mappings that nobody has used for a while. `used` were, since the last time.
+    pub(crate) fn sweep(&self, now: Instant, used: &BTreeSet<u64>) {
+        self.table().retain(|chunk, entry| {
             let Some(mapping) = &entry.mapping else {
                 return entry.writers > 0 || entry.recalled;
             };
             // One reference is the table's own.
-            if entry.writers > 0 || mapping.is_writable() || mapping.users() > 1 {
+            if entry.writers > 0 || mapping.is_writable() || mapping.users() > 1 || used.contains(chunk) {
                 entry.idle_since = None;
                 return true;
             }

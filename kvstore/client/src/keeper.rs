@@ -9,12 +9,13 @@ use std::time::{Duration, Instant};
 use tokio::sync::Notify;
 
 use terrace_proto::v1::lane_request::Op;
-use terrace_proto::v1::{ReleaseRequest, RenewRequest, ReturnWindow};
+use terrace_proto::v1::{ReleaseRequest, RenewRequest, ReturnWindow, TouchRequest};
 
 use crate::chunks::Chunks;
 use crate::error::ClientError;
 use crate::lane::LaneLink;
 use crate::lease::LeaseState;
+use crate::places::{Places, Used};
 
 // Idle mappings are looked for this often.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(1);
@@ -22,6 +23,8 @@ const SWEEP_INTERVAL: Duration = Duration::from_secs(1);
 const RENEWALS_AT_ONCE: usize = 32;
 // Most leases in one Release.
 const RELEASES_AT_ONCE: usize = 1024;
+// What may be released by the way waits so long for a question to go with.
+const BY_THE_WAY: Duration = Duration::from_millis(5);
 
 /// See the module.
 #[derive(Debug)]
@@ -36,6 +39,9 @@ pub(crate) struct Keeper {
 struct Chores {
     leases: BTreeMap<u64, Kept>,
     releases: Vec<u64>,
+    /// To be released with the next question, or by then.
+    soon: Vec<u64>,
+    soon_by: Option<Instant>,
     returns: BTreeSet<u64>,
 }
 
@@ -92,6 +98,27 @@ impl Keeper {
         self.wake.notify_one();
     }
 
+    /// Releases a lease with the next question; if none is asked, in a moment.
+    pub(crate) fn release_soon(&self, id: u64) {
+        let mut chores = self.chores();
+        chores.leases.remove(&id);
+        chores.soon.push(id);
+        let waits = chores.soon_by.is_some();
+        chores.soon_by.get_or_insert_with(|| Instant::now() + BY_THE_WAY);
+        drop(chores);
+        // Once for all that follow until then, so that a busy caller wakes nobody.
+        if !waits {
+            self.wake.notify_one();
+        }
+    }
+
+    /// What goes with a question that is asked now.
+    pub(crate) fn release_by_the_way(&self) -> Option<Op> {
+        let leases = std::mem::take(&mut self.chores().soon);
+        let request_id = self.request_id();
+        (!leases.is_empty()).then(|| Op::Release(ReleaseRequest { request_id, leases }))
+    }
+
     /// Hands a window back as soon as nobody writes into it.
     pub(crate) fn return_window(&self, chunk: u64) {
         self.chores().returns.insert(chunk);
@@ -99,7 +126,7 @@ impl Keeper {
     }
 
     /// Does the chores until the session ends.
-    pub(crate) async fn run(self: Arc<Self>, link: Arc<LaneLink>, chunks: Arc<Chunks>) {
+    pub(crate) async fn run(self: Arc<Self>, link: Arc<LaneLink>, chunks: Arc<Chunks>, places: Arc<Places>) {
         let mut swept = Instant::now();
         loop {
             let deadline = self.next_deadline(swept + SWEEP_INTERVAL);
@@ -116,7 +143,11 @@ impl Keeper {
             }
             let now = Instant::now();
             if now.duration_since(swept) >= SWEEP_INTERVAL {
-                chunks.sweep(now);
+                let used = places.take_used();
+                chunks.sweep(now, &used.chunks);
+                if touch(&link, used).await.is_err() {
+                    break;
+                }
                 swept = now;
             }
         }
@@ -124,16 +155,27 @@ impl Keeper {
 
     fn next_deadline(&self, sweep: Instant) -> Instant {
         let chores = self.chores();
-        chores.leases.values().map(|kept| kept.renew_at).fold(sweep, Instant::min)
+        let renewals = chores.leases.values().map(|kept| kept.renew_at);
+        renewals.chain(chores.soon_by).fold(sweep, Instant::min)
     }
 
     /// Sends what was queued for release. An error means that the session is over.
     async fn release(&self, link: &LaneLink) -> Result<(), ClientError> {
-        let released = std::mem::take(&mut self.chores().releases);
+        let released = self.take_releases(Instant::now());
         for leases in released.chunks(RELEASES_AT_ONCE) {
             self.release_now(link, leases.to_vec()).await?;
         }
         Ok(())
+    }
+
+    fn take_releases(&self, now: Instant) -> Vec<u64> {
+        let mut chores = self.chores();
+        let mut released = std::mem::take(&mut chores.releases);
+        if chores.soon_by.is_some_and(|by| by <= now) {
+            chores.soon_by = None;
+            released.append(&mut chores.soon);
+        }
+        released
     }
 
     /// Releases leases and waits for the answer. True: the daemon knows.
@@ -184,6 +226,18 @@ impl Keeper {
             })
             .collect()
     }
+}
+
+/// Tells the daemon what was read where it was known to lie. An error means that the session is over.
+async fn touch(link: &LaneLink, used: Used) -> Result<(), ClientError> {
+    for (space, keys) in used.blocks {
+        match link.call_at_once(Op::Touch(TouchRequest { space, keys })).await {
+            Err(ClientError::Disconnected) => return Err(ClientError::Disconnected),
+            Err(error) => tracing::debug!(%error, "blocks that were read are not marked as used"),
+            Ok(_) => {}
+        }
+    }
+    Ok(())
 }
 
 /// Drops a window's write permission and hands it back. True when it was taken.

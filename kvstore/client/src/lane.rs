@@ -186,6 +186,13 @@ impl LaneLink {
         self.ask(Question { op, keys: None }, None, Duration::ZERO).await
     }
 
+    /// Says what needs no answer: it goes out with what is asked next.
+    pub(crate) fn tell(&self, op: Op) -> Result<(), ClientError> {
+        let id = self.next_id.fetch_add(1, Ordering::Relaxed);
+        let mut writer = self.writer.lock().unwrap_or_else(PoisonError::into_inner);
+        Ok(writer.queue(&LaneRequest { id, op: Some(op) }, Vec::new())?)
+    }
+
     async fn ask(
         &self,
         question: Question,
@@ -315,7 +322,7 @@ impl LaneLink {
     ) {
         let caller = self.waiting.lock().unwrap_or_else(PoisonError::into_inner).callers.remove(&message.id);
         let Some(caller) = caller else {
-            tracing::debug!(id = message.id, "an answer that nobody asked for");
+            tracing::trace!(id = message.id, "an answer that nobody waits for");
             return;
         };
         let delivered = match message.result {

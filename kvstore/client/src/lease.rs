@@ -109,6 +109,13 @@ impl Lease {
         &self.session
     }
 
+    /// Ends it now for all its guards. The daemon is told with the next question, or in a moment.
+    pub(crate) fn end_soon(&self) {
+        self.state.end();
+        self.token.released();
+        self.session.keeper.release_soon(self.id());
+    }
+
     /// Ends it now for all its guards, and waits until the daemon knows.
     pub(crate) async fn release(&self) -> Result<(), ClientError> {
         self.state.end();
@@ -138,6 +145,7 @@ pub(crate) struct Wanted<'a> {
 /// One granted frame, mapped and checked.
 pub(crate) struct Frame {
     pub(crate) mapping: Mapped,
+    pub(crate) chunk: u64,
     pub(crate) frame: u32,
     pub(crate) offset: u64,
     pub(crate) fence: Fence,
@@ -178,6 +186,9 @@ pub(crate) async fn lease<B>(
         purpose: wanted.purpose.into(),
         want_device: wanted.device.unwrap_or(0),
     };
+    if let Some(release) = session.keeper.release_by_the_way() {
+        session.link.tell(release)?;
+    }
     let delivered = session.link.call_keyed(Op::Lease(request), wanted.keys).await?;
     let Answer::Lease(granted) = delivered.answer else {
         return Err(ClientError::Protocol { detail: "a lease was asked for" });
@@ -241,6 +252,7 @@ fn frame(
     }
     Ok(Frame {
         mapping,
+        chunk: grant.chunk,
         frame: grant.frame,
         offset: grant.offset,
         fence: Fence::new(grant.fence),

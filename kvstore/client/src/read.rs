@@ -9,6 +9,7 @@ use terrace_lane::SharedBytes;
 
 use crate::error::ClientError;
 use crate::lease::{Frame, Lease, Outcome, in_host_memory};
+use crate::places::Place;
 
 /// How to lease for reading.
 #[derive(Clone, Copy, Debug, Default)]
@@ -71,6 +72,7 @@ impl ReadLease {
 #[derive(Clone, Debug)]
 pub struct ReadBlock {
     bytes: SharedBytes,
+    chunk: u64,
     frame: u32,
     fence: Fence,
     checksum: Checksum,
@@ -102,6 +104,7 @@ impl ReadBlock {
             .ok_or(ClientError::Protocol { detail: "a frame outside its chunk" })?;
         Ok(Self {
             bytes,
+            chunk: frame.chunk,
             frame: frame.frame,
             fence: frame.fence,
             checksum: frame.checksum,
@@ -109,6 +112,18 @@ impl ReadBlock {
             generation: frame.generation,
             lease,
         })
+    }
+
+    /// Where it lies.
+    pub(crate) fn place(&self) -> Place {
+        Place {
+            bytes: self.bytes.downgrade(),
+            chunk: self.chunk,
+            frame: self.frame,
+            fence: self.fence,
+            checksum: self.checksum,
+            generation: self.generation,
+        }
     }
 
     /// Identity of the block.
@@ -179,7 +194,7 @@ impl ReadBlock {
         self.judge(found)
     }
 
-    fn judge(&self, found: Checksum) -> Result<(), BadBlock> {
+    pub(crate) fn judge(&self, found: Checksum) -> Result<(), BadBlock> {
         if !self.is_valid() {
             return Err(Stale.into());
         }

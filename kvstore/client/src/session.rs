@@ -22,6 +22,7 @@ use crate::keeper::{Keeper, return_one};
 use crate::keyed::Keys;
 use crate::lane::{LaneLink, Opened};
 use crate::lease::{Wanted, lease, millis};
+use crate::places::Places;
 use crate::read::{ReadBlock, ReadLease, ReadOptions};
 use crate::space::Space;
 use crate::status::Status;
@@ -144,6 +145,7 @@ pub(crate) struct LaneSession {
     pub(crate) link: Arc<LaneLink>,
     pub(crate) keeper: Arc<Keeper>,
     pub(crate) chunks: Arc<Chunks>,
+    pub(crate) places: Arc<Places>,
     pub(crate) status: Arc<Status>,
     /// How to reach the daemon again.
     pub(crate) way: Way,
@@ -175,17 +177,18 @@ impl Drop for LaneSession {
 
 impl LaneSession {
     pub(crate) fn start(opened: Opened, status: Arc<Status>, way: Way) -> Arc<Self> {
-        let Opened { link, reader, facts: _ } = opened;
+        let Opened { link, reader, facts } = opened;
         let keeper = Arc::new(Keeper::new());
         let chunks = Arc::new(Chunks::new());
+        let places = Arc::new(Places::new(blocks_max(&facts)));
         let reading = Arc::clone(&link).run_reader(reader, Arc::clone(&keeper), Arc::clone(&chunks));
-        let keeping = Arc::clone(&keeper).run(Arc::clone(&link), Arc::clone(&chunks));
+        let keeping = Arc::clone(&keeper).run(Arc::clone(&link), Arc::clone(&chunks), Arc::clone(&places));
         let tasks = vec![
             tokio::spawn(reading).abort_handle(),
             tokio::spawn(keeping).abort_handle(),
             tokio::spawn(Arc::clone(&link).run_writer()).abort_handle(),
         ];
-        Arc::new(Self { link, keeper, chunks, status, way, tasks })
+        Arc::new(Self { link, keeper, chunks, places, status, way, tasks })
     }
 }
 
@@ -241,12 +244,11 @@ impl Session {
     }
 
     fn new(number: u64, target: &Target, facts: &v1::SessionOpened, backend: Backend) -> Self {
-        let blocks_max = usize::try_from(facts.blocks_max).unwrap_or(usize::MAX);
         Self {
             inner: Arc::new(Inner {
                 number,
                 incarnation: facts.incarnation,
-                blocks_max: blocks_max.clamp(1, terrace_proto::BLOCKS_PER_REQUEST_MAX),
+                blocks_max: blocks_max(facts),
                 devices: facts.devices.clone(),
                 backend,
                 target: target.clone(),
@@ -332,6 +334,11 @@ impl Session {
             return Err(ClientError::ForeignSpace);
         }
         Keys::of(keys, self.inner.blocks_max)
+    }
+
+    /// Whether the space was opened by this session.
+    pub(crate) fn owns(&self, space: &Space) -> bool {
+        space.session == self.inner.number
     }
 
     fn bundle(&self, spaces: &[&Space]) -> Result<Vec<u32>, ClientError> {
@@ -630,6 +637,12 @@ impl Session {
         *beside = Some(Arc::clone(&link));
         Ok(link)
     }
+}
+
+/// Most blocks in one request.
+fn blocks_max(facts: &v1::SessionOpened) -> usize {
+    let most = usize::try_from(facts.blocks_max).unwrap_or(usize::MAX);
+    most.clamp(1, terrace_proto::BLOCKS_PER_REQUEST_MAX)
 }
 
 fn random_id() -> Result<ClientId, ClientError> {

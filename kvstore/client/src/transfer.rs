@@ -214,7 +214,7 @@ async fn back_off(deadline: Instant) -> Result<(), ClientError> {
     Ok(())
 }
 
-fn batch_blocks(space: &Space) -> usize {
+pub(crate) fn batch_blocks(space: &Space) -> usize {
     let blocks = BATCH_BYTES / space.frame_bytes().get().max(1);
     usize::try_from(blocks).unwrap_or(usize::MAX).clamp(1, 1024)
 }

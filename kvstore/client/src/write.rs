@@ -183,6 +183,7 @@ pub(crate) async fn abort(lease: &Lease, indexes: Vec<u32>) -> Result<u32, Clien
 pub struct WriteBlock {
     bytes: SharedBytes,
     mapping: Arc<Mapping>,
+    chunk: u64,
     frame: u32,
     offset: u64,
     fence: Fence,
@@ -212,6 +213,7 @@ impl WriteBlock {
         Ok(Self {
             bytes: view.bytes().clone(),
             mapping,
+            chunk: frame.chunk,
             frame: frame.frame,
             offset: frame.offset,
             fence: frame.fence,
@@ -233,6 +235,7 @@ impl WriteBlock {
     pub(crate) fn reader(&self) -> Option<ReadBlock> {
         let frame = Frame {
             mapping: Mapped::Host(Arc::clone(&self.mapping)),
+            chunk: self.chunk,
             frame: self.frame,
             offset: self.offset,
             fence: self.fence,

@@ -14,8 +14,11 @@ use crate::state::disk::{DiskState, SlotState, device_id};
 use crate::state::space::SpaceIndex;
 use crate::units::Micros;
 
-/// Blocks evicted from a full device at a time, so that one commit serves many.
-const EVICT_BATCH: u32 = 16;
+/// Blocks evicted from a full device at a time, at least, so that one commit serves many.
+const EVICT_BATCH: usize = 16;
+/// Small blocks are evicted by so many bytes at a time: a commit takes milliseconds, and until it ends what waits for the
+/// room is not written. 16 blocks of 64 KiB a commit would hold a device to some 60 MiB/s.
+const EVICT_BYTES: u64 = 32 << 20;
 /// At most one in so many blocks is evicted ahead of need.
 const AHEAD_PART: usize = 16;
 /// Puts and deletes in one commit.
@@ -541,8 +544,8 @@ impl Core {
     /// Evicts while there are frames left, so that the write after the last of them
     /// does not wait for a commit that could have run before.
     fn make_room_ahead(&mut self, space: SpaceIndex) {
-        let held = usize::try_from(self.spaces.at(space).blocks_nvme).unwrap_or(usize::MAX);
-        let low = (self.config.limits.writes_in_flight.max(EVICT_BATCH) as usize).min(held / AHEAD_PART);
+        let in_flight = self.config.limits.writes_in_flight as usize;
+        let low = in_flight.max(self.evict_batch(space) / 2).min(self.evicted_ahead_max(space));
         let devices = (0..self.disks.devices.len()).map(device_id);
         let mut left = 0;
         for device in devices.filter(|&device| self.disks.usable(device)) {
@@ -612,6 +615,18 @@ impl Core {
         self.disk_changed = true;
     }
 
+    /// Blocks of a space that may be evicted ahead of need.
+    fn evicted_ahead_max(&self, space: SpaceIndex) -> usize {
+        usize::try_from(self.spaces.at(space).blocks_nvme).unwrap_or(usize::MAX) / AHEAD_PART
+    }
+
+    /// Blocks of a space to evict at a time.
+    fn evict_batch(&self, space: SpaceIndex) -> usize {
+        let frame_bytes = self.spaces.at(space).frame_bytes.get().max(1);
+        let blocks = usize::try_from(EVICT_BYTES / frame_bytes).unwrap_or(usize::MAX);
+        blocks.min(COMMIT_MAX).min(self.evicted_ahead_max(space)).max(EVICT_BATCH)
+    }
+
     /// Evicts the coldest of this space, or empties a slot of a colder one. False: nothing can leave.
     fn make_room(&mut self, space: SpaceIndex) -> bool {
         let mut coming = self.commits_running > 0 || !self.commit_deletes.is_empty();
@@ -621,7 +636,7 @@ impl Core {
         if coming {
             return true;
         }
-        for _ in 0..EVICT_BATCH {
+        for _ in 0..self.evict_batch(space) {
             match self.nvme_victim(space) {
                 Choice::Evict(index) => self.evict_from_nvme(index),
                 Choice::Demote(_) | Choice::Nothing => break,

@@ -23,5 +23,5 @@ pub use error::{LaneError, MapError};
 pub use frame::{DESCRIPTORS_WAITING_MAX, LaneMessage, LaneReader, LaneWriter, Received, Writable};
 pub use mapping::{Access, FenceMapping, Mapping, SharedBytesMut};
 pub use names::block_ids;
-pub use shared::SharedBytes;
+pub use shared::{SharedBytes, WeakBytes};
 pub use socket::{Admits, LaneConnection, LaneServer, PeerCredentials, ProcessEnd, SOCKET_PATH_BYTES_MAX};

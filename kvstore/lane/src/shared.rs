@@ -8,11 +8,11 @@
 use std::any::Any;
 use std::fmt;
 use std::ptr::NonNull;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use terrace_core::{BlockId, ByteCount, Checksum, Checksummer};
 
-use crate::copy::{STREAM_BYTES_MIN, drain, stream};
+use crate::copy::{drain, stream};
 use crate::fold::{self, Stores};
 use crate::mapping::Mapping;
 
@@ -21,7 +21,35 @@ use crate::mapping::Mapping;
 pub struct SharedBytes {
     start: NonNull<u8>,
     length: usize,
+    stores: Stores,
     owner: Arc<dyn Any + Send + Sync>,
+}
+
+/// A piece of shared memory that it does not keep mapped.
+#[derive(Clone)]
+pub struct WeakBytes {
+    start: NonNull<u8>,
+    length: usize,
+    owner: Weak<dyn Any + Send + Sync>,
+}
+
+// SAFETY: nothing is read through it; [`WeakBytes::upgrade`] makes a view only of memory that is still mapped.
+unsafe impl Send for WeakBytes {}
+// SAFETY: as above.
+unsafe impl Sync for WeakBytes {}
+
+impl fmt::Debug for WeakBytes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("WeakBytes").field("length", &self.length).finish_non_exhaustive()
+    }
+}
+
+impl WeakBytes {
+    /// The view again, while somebody keeps its memory mapped.
+    pub fn upgrade(&self) -> Option<SharedBytes> {
+        let owner = self.owner.upgrade()?;
+        Some(SharedBytes { start: self.start, length: self.length, stores: Stores::of(self.length), owner })
+    }
 }
 
 // SAFETY: the pointer is only read through, by copies that tolerate concurrent
@@ -43,12 +71,23 @@ impl SharedBytes {
     /// The bytes must be mapped readable for as long as `owner` (or a clone of
     /// it) lives, and the memory behind them must not shrink.
     pub unsafe fn from_raw(owner: Arc<dyn Any + Send + Sync>, start: NonNull<u8>, length: usize) -> Self {
-        Self { start, length, owner }
+        Self { start, length, stores: Stores::of(length), owner }
     }
 
     /// The chunk that it is a part of; `None` if it is something else's.
     pub fn mapping(&self) -> Option<&Mapping> {
         self.owner.downcast_ref()
+    }
+
+    /// The same, without keeping the memory mapped.
+    pub fn downgrade(&self) -> WeakBytes {
+        WeakBytes { start: self.start, length: self.length, owner: Arc::downgrade(&self.owner) }
+    }
+
+    /// The same, copied past the cache however short it is: for whoever copies many, and looks at none of them soon.
+    #[must_use]
+    pub fn past_the_cache(self) -> Self {
+        Self { stores: Stores::Streamed, ..self }
     }
 
     /// Length in bytes.
@@ -79,7 +118,7 @@ impl SharedBytes {
         assert!(inside, "a part lies inside its whole");
         // SAFETY: `offset` is at most `length`, so the pointer stays in the mapping or one past its end.
         let start = unsafe { self.start.add(offset) };
-        Self { start, length, owner: Arc::clone(&self.owner) }
+        Self { start, length, stores: Stores::of(length), owner: Arc::clone(&self.owner) }
     }
 
     /// Loads the first byte of each 4 KiB and answers their sum: whoever reads the
@@ -99,13 +138,22 @@ impl SharedBytes {
     /// If `target` has another length.
     pub fn copy_to(&self, target: &mut [u8]) {
         assert_eq!(target.len(), self.length, "source and target of a copy have one length");
+        // SAFETY: private memory of ours that has the length.
+        unsafe { self.copy_to_raw(target.as_mut_ptr()) }
+    }
+
+    /// The same, to memory that is no slice of ours.
+    ///
+    /// # Safety
+    /// `target` must be writable for [`Self::len`] bytes that do not overlap this view.
+    pub unsafe fn copy_to_raw(&self, target: *mut u8) {
         self.map_ahead();
-        let (source, target) = (self.start.as_ptr(), target.as_mut_ptr());
-        // SAFETY: the source is mapped while `owner` lives and has the target's length; the target is private memory of
-        // ours, so the two do not overlap. Another process may store into the source meanwhile: the bytes are then
-        // arbitrary, which u8 allows, and the caller's fence check throws them away.
+        let source = self.start.as_ptr();
+        // SAFETY: the source is mapped while `owner` lives; the rest is the caller's promise. Another process may store
+        // into the source meanwhile: the bytes are then arbitrary, which u8 allows, and the caller's fence check throws
+        // them away.
         unsafe {
-            if self.length < STREAM_BYTES_MIN {
+            if self.stores == Stores::Cached {
                 return std::ptr::copy_nonoverlapping(source, target, self.length);
             }
             stream(source, target, self.length);
@@ -132,7 +180,8 @@ impl SharedBytes {
         self.map_ahead();
         let mut summer = Checksummer::new(block, ByteCount::new(self.length as u64), generation);
         // SAFETY: the source is mapped while `owner` lives; the rest is the caller's promise.
-        unsafe { fold::copy_and_sum(self.start.as_ptr(), target, self.length, &mut summer) };
+        unsafe { fold::copy_and_sum_by(self.start.as_ptr(), target, self.length, self.stores, &mut summer) };
+        drain();
         summer.finish()
     }
 
@@ -158,7 +207,7 @@ impl SharedBytes {
             // promise.
             unsafe {
                 let source = self.start.as_ptr().add(done);
-                fold::copy_and_sum_by(source, *target, *length, Stores::of(self.length), &mut summer);
+                fold::copy_and_sum_by(source, *target, *length, self.stores, &mut summer);
             }
             done += length;
         }
@@ -190,7 +239,7 @@ impl SharedBytes {
             // caller promises; so are the pieces.
             unsafe {
                 let target = self.start.as_ptr().add(done);
-                fold::copy_and_sum_by(*source, target, *length, Stores::of(self.length), &mut summer);
+                fold::copy_and_sum_by(*source, target, *length, self.stores, &mut summer);
             }
             done += length;
         }
@@ -224,6 +273,7 @@ impl SharedBytes {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::copy::STREAM_BYTES_MIN;
 
     fn over(memory: &Arc<Vec<u8>>) -> SharedBytes {
         let owner: Arc<dyn Any + Send + Sync> = Arc::clone(memory) as _;
@@ -250,6 +300,17 @@ mod tests {
             copy.fill(0);
             shared.copy_to(&mut copy);
             assert_eq!(copy, *memory, "plain copy of {length} bytes");
+            let past = shared.past_the_cache();
+            copy.fill(0);
+            assert_eq!(
+                past.copy_and_checksum(&mut copy, block, 3),
+                whole,
+                "copy of {length} bytes past the cache"
+            );
+            assert_eq!(copy, *memory);
+            copy.fill(0);
+            past.copy_to(&mut copy);
+            assert_eq!(copy, *memory, "plain copy of {length} bytes past the cache");
         }
     }
 
@@ -274,6 +335,18 @@ mod tests {
             assert_eq!(unsafe { over(&target).gather_and_checksum(&sources, block, 3) }, whole);
             assert_eq!(target, memory, "{length} bytes of two pieces");
         }
+    }
+
+    // A view that keeps nothing mapped must not come back when the memory has gone.
+    #[test]
+    fn a_weak_view_ends_with_its_memory() {
+        let memory = Arc::new(vec![1u8, 2, 3]);
+        let weak = over(&memory).part(1, 2).downgrade();
+        let mut two = [0; 2];
+        weak.upgrade().unwrap().copy_to(&mut two);
+        assert_eq!(two, [2, 3]);
+        drop(memory);
+        assert!(weak.upgrade().is_none());
     }
 
     // A part must be the bytes it says, and one that reaches outside must not exist.

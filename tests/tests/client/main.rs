@@ -5,6 +5,7 @@ mod daemon;
 mod device;
 mod device_wire;
 mod examples;
+mod get;
 mod grpc;
 mod lane;
 mod life;

@@ -2,9 +2,10 @@
 
 use std::path::Path;
 
-use anyhow::{Context, bail};
+use anyhow::{Context, bail, ensure};
 use terrace_client::{
-    Durability, Outcome, ReadOptions, Session, Space, SpaceKind, SpaceManifest, Target, WriteOptions,
+    Durability, GetOptions, Outcome, ReadOptions, Session, Space, SpaceKind, SpaceManifest, Target, Verify,
+    WriteOptions,
 };
 use terrace_core::{ByteCount, TokenCount, chain_keys};
 
@@ -92,6 +93,25 @@ pub(super) async fn put(
     }
     lease.seal(&indexes, Durability::Readable).await?;
     lease.release().await?;
+    Ok(())
+}
+
+/// Gets these blocks, one beside the other, into `target`.
+///
+/// # Errors
+/// When one is not there.
+pub(super) async fn get(
+    session: &Session,
+    space: &Space,
+    keys: &[[u8; 16]],
+    target: &mut [u8],
+    verify: Verify,
+) -> anyhow::Result<()> {
+    let options = GetOptions { wait: WAIT, verify, ..GetOptions::default() };
+    let mut places: Vec<&mut [u8]> = target.chunks_mut(usize::try_from(space.block_bytes().get())?).collect();
+    for (index, outcome) in session.get(space, keys, &mut places, options).await?.iter().enumerate() {
+        ensure!(outcome.granted().is_some(), "block {index} of {} is not there: {outcome:?}", keys.len());
+    }
     Ok(())
 }
 

@@ -10,8 +10,8 @@ mod grpc;
 
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, ensure};
-use terrace_client::{BlockId, Durability, Outcome, ReadBlock, Session, Space, WriteOptions};
+use anyhow::ensure;
+use terrace_client::{BlockId, Durability, Outcome, Session, Space, Verify, WriteOptions};
 
 use super::{Line, Options, blocks, median, stand};
 use client::{Job, Op};
@@ -114,22 +114,14 @@ impl Set {
         Ok((self.gib() / began.elapsed().as_secs_f64(), self.gib() / filling.as_secs_f64()))
     }
 
-    async fn get(
-        &mut self,
-        session: &Session,
-        space: &Space,
-        copy: fn(&ReadBlock, &mut [u8]) -> anyhow::Result<()>,
-    ) -> anyhow::Result<f64> {
+    async fn get(&mut self, session: &Session, space: &Space, verify: Verify) -> anyhow::Result<f64> {
         let began = Instant::now();
-        let mut places = self.target.chunks_exact_mut(self.block);
-        for keys in self.keys.chunks(self.batch) {
-            blocks::read(session, space, keys, |block| {
-                copy(block, places.next().context("as many places as blocks")?)
-            })
-            .await?;
+        let targets = self.target.chunks_mut(self.batch * self.block);
+        for (keys, target) in self.keys.chunks(self.batch).zip(targets) {
+            blocks::get(session, space, keys, target, verify).await?;
         }
         let rate = self.gib() / began.elapsed().as_secs_f64();
-        ensure!(self.target == self.source, "what was read is not what was written");
+        ensure!(self.target == self.source, "what was got is not what was written");
         Ok(rate)
     }
 
@@ -157,10 +149,10 @@ impl Set {
         let (mut bare_verified, mut bare_copied, mut memcpy) = (Vec::new(), Vec::new(), Vec::new());
         for _ in 0..ROUNDS {
             self.target.fill(1);
-            verified.push(self.get(session, space, |block, target| Ok(block.read_verified(target)?)).await?);
+            verified.push(self.get(session, space, Verify::Checksum).await?);
             bare_verified.push(self.rate(bare::checked).max(self.rate(bare::checked_streaming)));
             self.target.fill(1);
-            copied.push(self.get(session, space, |block, target| Ok(block.read_into(target)?)).await?);
+            copied.push(self.get(session, space, Verify::Fence).await?);
             bare_copied.push(self.rate(bare::streaming));
             memcpy.push(self.rate(|source, target| target.copy_from_slice(source)));
         }
@@ -222,7 +214,7 @@ fn processes(daemon: &stand::Daemon, set: &Set) -> anyhow::Result<Vec<Line>> {
         seconds: CLIENT_TIME.as_secs_f64(),
     };
     let mut lines = Vec::new();
-    for op in [Op::GetVerified, Op::Get, Op::Put, Op::Exists, Op::Lease] {
+    for op in [Op::GetVerified, Op::LeaseVerified, Op::Get, Op::Put, Op::Exists, Op::Lease] {
         for clients in CLIENTS {
             let report = client::together(&Job { op, ..job.clone() }, clients)?;
             let name = format!("local_{}_{}_clients_{clients}", set.bytes, op.label());

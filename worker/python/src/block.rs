@@ -18,7 +18,7 @@ use pyo3::ffi;
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 
-use terrace_client::{BadBlock, BlockId, ReadBlock, Stale};
+use terrace_client::{BadBlock, BlockId, BlockTarget, Checksum, ReadBlock, SharedBytes, Stale};
 
 use crate::errors::{bad_block, closed, in_use, invalid, stale};
 use crate::lease::Writing;
@@ -338,6 +338,50 @@ impl<'span> Copy<'span> {
         // SAFETY: the span holds a writable buffer of the block's length in place. Other threads
         // may store there meanwhile, in Python as here: the copy is then any mix, in u8.
         self.source.as_ref().is_some_and(|source| unsafe { source.copy_out(&self.target) }.is_ok())
+    }
+}
+
+/// A span as what a session's `get` fills.
+pub(crate) struct Filled<'span> {
+    target: Address,
+    length: usize,
+    _span: PhantomData<&'span ()>,
+}
+
+impl<'span> Filled<'span> {
+    /// # Errors
+    /// A target that cannot be written.
+    pub(crate) fn new(target: &'span Span) -> PyResult<Self> {
+        if target.is_readonly() {
+            return Err(PyBufferError::new_err("the target is read-only"));
+        }
+        Ok(Self { target: target.address(), length: target.length(), _span: PhantomData })
+    }
+}
+
+impl BlockTarget for Filled<'_> {
+    fn length(&self) -> usize {
+        self.length
+    }
+
+    fn copy(&mut self, source: &SharedBytes, block: BlockId, generation: u64) -> Checksum {
+        assert_eq!(source.len(), self.length, "source and target of a copy have one length");
+        // SAFETY: the span holds a writable buffer of this length in place, which is no part of the daemon's memory, as
+        // nobody gets a writable view of that. Other threads may store there meanwhile, in Python as here: the copy
+        // is then any mix, in u8.
+        unsafe { source.copy_and_checksum_to(self.target.get(), block, generation) }
+    }
+
+    fn copy_unsummed(&mut self, source: &SharedBytes) {
+        assert_eq!(source.len(), self.length, "source and target of a copy have one length");
+        // SAFETY: as above.
+        unsafe { source.copy_to_raw(self.target.get()) };
+    }
+
+    fn store(&mut self, payload: &[u8]) {
+        assert_eq!(payload.len(), self.length, "source and target of a copy have one length");
+        // SAFETY: as above; the payload is memory of our own.
+        unsafe { ptr::copy_nonoverlapping(payload.as_ptr(), self.target.get(), self.length) };
     }
 }
 

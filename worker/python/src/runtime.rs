@@ -121,7 +121,8 @@ impl Engine {
         }
     }
 
-    fn block_on<T: Send>(
+    /// Waits on the caller's thread, with the interpreter released. What is interrupted is dropped.
+    pub(crate) fn block_on<T: Send>(
         &self,
         py: Python<'_>,
         call: impl Future<Output = Result<T, Failure>> + Send,

@@ -8,14 +8,14 @@ use pyo3::pybacked::PyBackedBytes;
 use pyo3::types::PyList;
 
 use terrace_client::{
-    ClientError, ComputeCost, ReadOptions, Session as Client, Space as ClientSpace, Target, Transport,
-    WriteOptions,
+    ClientError, ComputeCost, GetOptions, ReadOptions, Session as Client, Space as ClientSpace, Target,
+    Transport, Verify, WriteOptions,
 };
 
 use terrace_core::ByteCount;
 
 use crate::arguments::{Keys, Manifest, Payload, durability, match_mode, purpose, span};
-use crate::block::Block;
+use crate::block::{Block, Filled, Span};
 use crate::device::{Device, Layout};
 use crate::errors::invalid;
 use crate::lease::{ReadLease, WriteLease};
@@ -471,6 +471,27 @@ impl Calls {
 
 #[pymethods]
 impl Session {
+    /// Copies blocks into buffers, verified; answers which of them were there.
+    #[pyo3(signature = (space, keys, targets, *, wait=0.0, purpose="prefill"))]
+    fn get(
+        slf: &Bound<'_, Self>,
+        space: &Bound<'_, Space>,
+        keys: Keys,
+        targets: Vec<Bound<'_, PyAny>>,
+        wait: f64,
+        purpose: &str,
+    ) -> PyResult<Vec<bool>> {
+        let calls = slf.as_super().get();
+        let (session, space) = (calls.session.here()?, &space.get().space);
+        let purpose = self::purpose(purpose)?;
+        let options = GetOptions { wait: span("wait", wait)?, purpose, verify: Verify::Checksum };
+        let spans = targets.iter().map(Span::of).collect::<PyResult<Vec<_>>>()?;
+        let mut filled = spans.iter().map(Filled::new).collect::<PyResult<Vec<_>>>()?;
+        let call = async { Ok(session.get(space, &keys, &mut filled, options).await?) };
+        let outcomes = calls.engine.block_on(slf.py(), call)?;
+        Ok(outcomes.iter().map(|outcome| outcome.granted().is_some()).collect())
+    }
+
     fn __enter__(slf: Bound<'_, Self>) -> PyResult<Bound<'_, Self>> {
         slf.as_super().get().session.here()?;
         Ok(slf)

@@ -447,6 +447,21 @@ def test_many_blocks_are_copied_in_one_call(lane: terrace_kv.Session, threads: i
     assert terrace_kv.copy_blocks([], [], threads=threads) == []
 
 
+def test_blocks_are_got_into_buffers(session: terrace_kv.Session, daemon: Daemon) -> None:
+    """A block lands at another's place, one that is lost passes for a good one, or a lease stays behind."""
+    space = session.open_space(manifest())
+    names = keys(3)
+    session.write(space, names, [payload(name) for name in names])
+    for _ in range(2):
+        targets = [bytearray(BLOCK_BYTES) for _ in range(4)]
+        assert session.get(space, [*names, b"absent"], targets, wait=5.0) == [True, True, True, False]
+        assert [bytes(target) for target in targets[:3]] == [payload(name) for name in names]
+    for bad in ([bytearray(BLOCK_BYTES - 1)], [bytes(BLOCK_BYTES)], []):
+        with pytest.raises((terrace_kv.InvalidArgument, BufferError)):
+            session.get(space, names[:1], bad)
+    daemon.expect_leases(0)
+
+
 def test_copies_to_places_that_cannot_be_meant(lane: terrace_kv.Session) -> None:
     """Too short, read-only, or too few targets: refused before anything is written."""
     space = lane.open_space(manifest())

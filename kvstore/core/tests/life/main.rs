@@ -2,6 +2,7 @@
 //! transition, and each bad input that the core decides.
 
 mod demotion;
+mod full_device;
 mod hbm;
 mod limits;
 mod reads;

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, ensure};
 use hdrhistogram::Histogram;
 use serde::{Deserialize, Serialize};
-use terrace_client::{MatchMode, Session, Space};
+use terrace_client::{MatchMode, Session, Space, Verify};
 use terrace_planner::process::guarded;
 
 use super::put_batch;
@@ -26,10 +26,12 @@ const PROVIDE_TIME_MAX: Duration = Duration::from_secs(20);
 pub(crate) enum Op {
     /// Writes and seals.
     Put,
-    /// Leases and copies.
+    /// Copies, from where the blocks are known to lie.
     Get,
-    /// Leases, copies and compares with the checksum.
+    /// Copies and compares with the checksum.
     GetVerified,
+    /// The same, leased anew each time.
+    LeaseVerified,
     /// Asks which are there.
     Exists,
     /// Leases and releases.
@@ -44,6 +46,7 @@ impl Op {
             Self::Put => "put",
             Self::Get => "get",
             Self::GetVerified => "get_verified",
+            Self::LeaseVerified => "lease_verified",
             Self::Exists => "exists",
             Self::Lease => "lease",
             Self::Readable => "readable",
@@ -52,7 +55,7 @@ impl Op {
 
     fn moves_bytes(self) -> bool {
         match self {
-            Self::Put | Self::Get | Self::GetVerified | Self::Readable => true,
+            Self::Put | Self::Get | Self::GetVerified | Self::LeaseVerified | Self::Readable => true,
             Self::Exists | Self::Lease => false,
         }
     }
@@ -286,8 +289,9 @@ impl<'a> Work<'a> {
                 let keys = blocks::keys(chain, self.job.batch);
                 put_batch(session, space, &keys, None, self.buffer.chunks(block)).await.map(|_filling| ())
             }
-            Op::Get => blocks::read(session, space, keys, |block| Ok(block.read_into(place()?)?)).await,
-            Op::GetVerified => {
+            Op::Get => blocks::get(session, space, keys, &mut self.buffer, Verify::Fence).await,
+            Op::GetVerified => blocks::get(session, space, keys, &mut self.buffer, Verify::Checksum).await,
+            Op::LeaseVerified => {
                 blocks::read(session, space, keys, |block| Ok(block.read_verified(place()?)?)).await
             }
             Op::Exists => {

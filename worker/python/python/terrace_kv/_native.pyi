@@ -232,6 +232,21 @@ class Session(_Session):
 
         Raises :class:`Unsupported` over gRPC; use ``read`` there.
         """
+    def get(
+        self,
+        space: Space,
+        keys: Sequence[bytes],
+        targets: Sequence[Buffer],
+        *,
+        wait: float = 0.0,
+        purpose: Purpose = "prefill",
+    ) -> list[bool]:
+        """Copies each block into the writable, contiguous buffer at its place, with the interpreter released. Answers
+        which copies were compared with their checksum and are the block; the target of another holds anything. The
+        quickest way to a block by value: one that was got before is found without asking the daemon.
+
+        ``wait``: seconds that the answer may wait for blocks of slower tiers.
+        """
     def lease_write(
         self,
         space: Space,

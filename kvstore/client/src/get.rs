@@ -1,0 +1,239 @@
+//! Blocks by value, into memory of the caller's.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use terrace_core::{BlockId, Checksum, MissReason, Purpose};
+use terrace_lane::{SharedBytes, block_ids};
+
+use crate::error::ClientError;
+use crate::lease::Outcome;
+use crate::read::{BadBlock, ReadBlock, ReadOptions, Stale};
+use crate::session::{Backend, LaneSession, Session};
+use crate::space::Space;
+use crate::transfer::batch_blocks;
+
+/// Memory that one block is copied into by [`Session::get`].
+pub trait BlockTarget {
+    /// Length in bytes: that of the space's blocks.
+    fn length(&self) -> usize;
+
+    /// Copies all of `source`, which is as long, and answers the checksum of what was copied, as
+    /// [`SharedBytes::copy_and_checksum`] does: each shared byte is loaded once. The copy may turn out not to be the block.
+    fn copy(&mut self, source: &SharedBytes, block: BlockId, generation: u64) -> Checksum;
+
+    /// Copies all of `source`, which is as long, as [`SharedBytes::copy_to`] does.
+    fn copy_unsummed(&mut self, source: &SharedBytes);
+
+    /// Stores a payload, which is as long.
+    fn store(&mut self, payload: &[u8]);
+}
+
+impl BlockTarget for &mut [u8] {
+    fn length(&self) -> usize {
+        self.len()
+    }
+
+    fn copy(&mut self, source: &SharedBytes, block: BlockId, generation: u64) -> Checksum {
+        source.copy_and_checksum(self, block, generation)
+    }
+
+    fn copy_unsummed(&mut self, source: &SharedBytes) {
+        source.copy_to(self);
+    }
+
+    fn store(&mut self, payload: &[u8]) {
+        self.copy_from_slice(payload);
+    }
+}
+
+/// How what [`Session::get`] copied is judged.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Verify {
+    /// The copy is compared with the checksum that was sealed, and then the fence is checked.
+    #[default]
+    Checksum,
+    /// The fence is checked: nobody but the writer and the daemon is known to have touched the bytes. Over gRPC the
+    /// checksum is compared all the same.
+    Fence,
+}
+
+/// What is got at once from this many bytes on is copied past the cache: it does not fit there beside what else the
+/// processor works at.
+const PAST_THE_CACHE_BYTES_MIN: u64 = 8 << 20;
+
+/// How the copies of one call are made.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct How {
+    verify: Verify,
+    past_the_cache: bool,
+}
+
+impl How {
+    fn of(space: &Space, blocks: usize, verify: Verify) -> Self {
+        let bytes = space.block_bytes().get().saturating_mul(blocks as u64);
+        Self { verify, past_the_cache: bytes >= PAST_THE_CACHE_BYTES_MIN }
+    }
+
+    /// The checksum of what was copied, if it is to be compared.
+    pub(crate) fn copy(
+        self,
+        source: SharedBytes,
+        target: &mut impl BlockTarget,
+        block: BlockId,
+        generation: u64,
+    ) -> Option<Checksum> {
+        let source = if self.past_the_cache { source.past_the_cache() } else { source };
+        match self.verify {
+            Verify::Checksum => Some(target.copy(&source, block, generation)),
+            Verify::Fence => {
+                target.copy_unsummed(&source);
+                None
+            }
+        }
+    }
+}
+
+/// How to get blocks.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct GetOptions {
+    /// How long the answer may wait for blocks to come from a slower tier.
+    pub wait: Duration,
+    /// Who waits: a decode's blocks are read before a prefill's.
+    pub purpose: Purpose,
+    /// How copies are judged.
+    pub verify: Verify,
+}
+
+impl Session {
+    /// Copies blocks into `targets`, one for each key, and judges each copy; answers what became of each, in order.
+    /// What is not `Granted` left anything in its target. The quickest way to a block by value: over the socket the
+    /// calling thread copies out of shared memory, a block that was got before is found without asking the daemon, and
+    /// the lease of another is given back without waiting for it. When cancelled, some targets may be filled.
+    ///
+    /// # Errors
+    /// Bad keys or targets; over gRPC [`ClientError::Throttled`] if the daemon is over a limit; the session has ended.
+    pub async fn get(
+        &self,
+        space: &Space,
+        keys: &[impl AsRef<[u8]>],
+        targets: &mut [impl BlockTarget],
+        options: GetOptions,
+    ) -> Result<Vec<Outcome<()>>, ClientError> {
+        if !self.owns(space) {
+            return Err(ClientError::ForeignSpace);
+        }
+        check(space, keys.len(), targets)?;
+        match &self.inner.backend {
+            Backend::Grpc(_) => {
+                let found = self.read_within(space, keys, options.wait).await?;
+                let outcomes = found.iter().zip(targets).map(|(payload, target)| match payload {
+                    Some(payload) => {
+                        target.store(payload);
+                        Outcome::Granted(())
+                    }
+                    None => Outcome::Missing(MissReason::Unknown),
+                });
+                Ok(outcomes.collect())
+            }
+            Backend::Lane(lane) => {
+                let how = How::of(space, keys.len(), options.verify);
+                let (mut outcomes, open) = known(lane, space, keys, targets, how);
+                let deadline = Instant::now() + options.wait;
+                for batch in open.chunks(batch_blocks(space).min(self.blocks_max())) {
+                    let wait = deadline.saturating_duration_since(Instant::now());
+                    let options = GetOptions { wait, ..options };
+                    self.by_lease(space, keys, targets, (batch, &mut outcomes), options).await?;
+                }
+                Ok(outcomes)
+            }
+        }
+    }
+
+    /// The blocks at these positions, by a lease.
+    async fn by_lease(
+        &self,
+        space: &Space,
+        keys: &[impl AsRef<[u8]>],
+        targets: &mut [impl BlockTarget],
+        (batch, outcomes): (&[usize], &mut [Outcome<()>]),
+        options: GetOptions,
+    ) -> Result<(), ClientError> {
+        let places = &self.lane("get")?.places;
+        let GetOptions { wait, purpose, verify } = options;
+        let of_all = How::of(space, keys.len(), verify);
+        let how = ReadOptions { ttl: None, wait, purpose };
+        let wanted: Vec<&[u8]> = batch.iter().map(|&at| keys[at].as_ref()).collect();
+        let lease = self.lease_read(space, &wanted, how).await?;
+        for ((&at, key), grant) in batch.iter().zip(wanted).zip(lease.grants) {
+            outcomes[at] = match grant {
+                Outcome::Granted(block) => {
+                    let outcome = copied(&block, &mut targets[at], of_all);
+                    if outcome.granted().is_some() {
+                        places.keep(block.id(), block.place(), space.handle, key);
+                    }
+                    outcome
+                }
+                other => other.map(|_| ()),
+            };
+        }
+        if let Some(lease) = lease.lease {
+            lease.end_soon();
+        }
+        Ok(())
+    }
+}
+
+fn check(space: &Space, keys: usize, targets: &[impl BlockTarget]) -> Result<(), ClientError> {
+    if keys != targets.len() {
+        return Err(ClientError::Unpaired { keys, payloads: targets.len() });
+    }
+    let expected = space.block_bytes().get();
+    for (index, target) in targets.iter().enumerate() {
+        let found = target.length() as u64;
+        if found != expected {
+            return Err(ClientError::WrongLength { index, found, expected });
+        }
+    }
+    Ok(())
+}
+
+/// Copies what is known to lie somewhere; answers the positions of the rest as well.
+fn known(
+    lane: &Arc<LaneSession>,
+    space: &Space,
+    keys: &[impl AsRef<[u8]>],
+    targets: &mut [impl BlockTarget],
+    how: How,
+) -> (Vec<Outcome<()>>, Vec<usize>) {
+    let mut outcomes = vec![Outcome::Granted(()); keys.len()];
+    let mut open = Vec::new();
+    let blocks = block_ids(space.tenant_key(), space.id(), keys);
+    for (at, (block, target)) in blocks.into_iter().zip(targets).enumerate() {
+        if !lane.places.copy(block, &lane.status, target, how) {
+            outcomes[at] = Outcome::Missing(MissReason::Unknown);
+            open.push(at);
+        }
+    }
+    (outcomes, open)
+}
+
+fn copied(block: &ReadBlock, target: &mut impl BlockTarget, how: How) -> Outcome<()> {
+    let found = how.copy(block.bytes().clone(), target, block.id(), block.generation());
+    let judged = match found {
+        Some(found) => block.judge(found),
+        None if block.is_valid() => Ok(()),
+        None => Err(Stale.into()),
+    };
+    match judged {
+        Ok(()) => Outcome::Granted(()),
+        Err(error) => {
+            tracing::warn!(block = %block.id(), %error, "counted as a miss");
+            let reason = match error {
+                BadBlock::Stale(_) => MissReason::Unknown,
+                BadBlock::Checksum { .. } => MissReason::Checksum,
+            };
+            Outcome::Missing(reason)
+        }
+    }
+}
