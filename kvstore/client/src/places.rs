@@ -117,7 +117,7 @@ impl Places {
     /// Remembers where a block was granted.
     pub(crate) fn keep(&self, block: BlockId, place: Place, space: u32, key: &[u8]) {
         let known =
-            Known { block, place, space, key: Bytes::copy_from_slice(key), recent: true, untold: false };
+            Known { block, place, space, key: Bytes::copy_from_slice(key), recent: false, untold: false };
         self.table().keep(known);
     }
 
@@ -182,7 +182,7 @@ mod tests {
         let mut id = [0; 16];
         id[..8].copy_from_slice(&number.to_le_bytes());
         let block = BlockId::from_bytes(id);
-        Known { block, place: number, space: 1, key: Bytes::new(), recent: true, untold: false }
+        Known { block, place: number, space: 1, key: Bytes::new(), recent: false, untold: false }
     }
 
     // A place under another block's name would be the wrong bytes, found by the checksum only, and a table without a bound
