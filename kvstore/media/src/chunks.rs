@@ -27,6 +27,9 @@ const PATIENCE: Duration = Duration::from_secs(2);
 const UNPROVABLE: Duration = Duration::from_secs(60);
 /// This part of the pool's limit is made ahead, so that as much is written without a wait for memory.
 const READY_PART: u64 = 4;
+/// While there is some, more is made when nobody has asked for so long: zeros that are written beside whoever fills what
+/// there is take half of the memory's pace from him.
+const LULL: Duration = Duration::from_millis(5);
 /// How often a held chunk is looked at, before and after patience has run out.
 const LOOK_SOON: Duration = Duration::from_millis(2);
 const LOOK_LATE: Duration = Duration::from_millis(250);
@@ -147,11 +150,19 @@ struct Ahead {
     ready: Vec<Blank>,
     /// There was no memory for more: not before somebody asks for a chunk again.
     short: bool,
+    /// When somebody asked last.
+    asked: Option<Instant>,
 }
 
 impl Ahead {
     fn bytes(&self) -> u64 {
         self.ready.iter().map(|blank| blank.mapping.bytes).sum()
+    }
+
+    /// How long more can wait.
+    fn can_wait(&self, now: Instant) -> Duration {
+        let asked = self.asked.filter(|_| !self.ready.is_empty());
+        asked.map_or(Duration::ZERO, |asked| (asked + LULL).saturating_duration_since(now))
     }
 
     fn prepare(&mut self, bytes: u64) {
@@ -224,7 +235,7 @@ impl ChunkMaker {
     fn turn(&self, leaving: &[Leaving], ahead: &Ahead) -> Turn {
         let leaving_bytes = held(leaving);
         let mut queue = self.wishes.queue.lock().unwrap_or_else(PoisonError::into_inner);
-        let pause = match leaving {
+        let look = match leaving {
             [] => None,
             some if some.iter().any(|chunk| chunk.op.is_some()) => Some(LOOK_SOON),
             _ => Some(LOOK_LATE),
@@ -236,10 +247,11 @@ impl ChunkMaker {
             if queue.1 {
                 return Turn::Stop;
             }
-            if self.prepares(ahead, leaving_bytes) {
+            let prepare = self.prepares(ahead, leaving_bytes).then(|| ahead.can_wait(Instant::now()));
+            if prepare.is_some_and(|wait| wait.is_zero()) {
                 return Turn::Prepare;
             }
-            let Some(pause) = pause else {
+            let Some(pause) = look.into_iter().chain(prepare).min() else {
                 queue = self.wishes.wake.wait(queue).unwrap_or_else(PoisonError::into_inner);
                 continue;
             };
@@ -276,7 +288,7 @@ impl ChunkMaker {
     ) -> Result<Done, Fault> {
         let made = ChunkMemory::bytes_for(frame_bytes, frames).and_then(|bytes| {
             let chunk = self.slots.chunk_bytes();
-            ahead.short = false;
+            (ahead.short, ahead.asked) = (false, Some(Instant::now()));
             let blank = match ahead.ready.pop().filter(|_| bytes <= chunk) {
                 Some(blank) => blank,
                 None => {
