@@ -200,6 +200,21 @@ impl Chunks {
         }
     }
 
+    /// The daemon waits for the memory of a chunk: it goes now, or with the last guard of it.
+    pub(crate) fn dropped(&self, chunk: u64) {
+        let mut table = self.table();
+        let is_ours = |entry: &Chunk| {
+            entry.writers > 0 || entry.mapping.as_ref().is_some_and(|mapping| mapping.is_writable())
+        };
+        let gone = match table.get(&chunk) {
+            Some(entry) if !is_ours(entry) => table.remove(&chunk),
+            Some(_) | None => None,
+        };
+        drop(table);
+        // Unmapping takes its time, and others want the table.
+        drop(gone);
+    }
+
     /// Gives up mappings that nobody has used for a while. `used` were, since the last time.
     pub(crate) fn sweep(&self, now: Instant, used: &BTreeSet<u64>) {
         self.table().retain(|chunk, entry| {

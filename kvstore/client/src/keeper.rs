@@ -43,6 +43,8 @@ struct Chores {
     soon: Vec<u64>,
     soon_by: Option<Instant>,
     returns: BTreeSet<u64>,
+    /// Chunks that hold nothing any more.
+    dropped: BTreeSet<u64>,
 }
 
 #[derive(Debug)]
@@ -125,6 +127,12 @@ impl Keeper {
         self.wake.notify_one();
     }
 
+    /// Gives up the mapping of a chunk that the daemon drops. Not by the caller, which reads the socket.
+    pub(crate) fn unmap(&self, chunk: u64) {
+        self.chores().dropped.insert(chunk);
+        self.wake.notify_one();
+    }
+
     /// Does the chores until the session ends.
     pub(crate) async fn run(self: Arc<Self>, link: Arc<LaneLink>, chunks: Arc<Chunks>, places: Arc<Places>) {
         let mut swept = Instant::now();
@@ -134,6 +142,8 @@ impl Keeper {
                 () = self.wake.notified() => {}
                 () = tokio::time::sleep_until(deadline.into()) => {}
             }
+            let dropped = std::mem::take(&mut self.chores().dropped);
+            dropped.into_iter().for_each(|chunk| chunks.dropped(chunk));
             if self.release(&link).await.is_err() || self.renew(&link).await.is_err() {
                 break;
             }

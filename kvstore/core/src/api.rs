@@ -771,6 +771,8 @@ pub enum Notice {
     WindowRecalled { chunk: ChunkId },
     /// A block that this session sealed failed its first verification.
     SealRejected { space: SpaceId, block: BlockId },
+    /// Unmap this chunk. Said by the shell, which knows who has mapped it.
+    ChunkDropped { chunk: ChunkId },
 }
 
 /// What happened to a block, for the tenant's event stream.

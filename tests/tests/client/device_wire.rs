@@ -9,7 +9,7 @@ use terrace_client::wire::lane_request::Op;
 use terrace_client::wire::lane_response::Result as Answer;
 use terrace_client::wire::session_response::Notice;
 use terrace_client::wire::{
-    BlockGrant, GrantOutcome, HbmDevice, LaneRequest, LaneResponse, LeaseResponse, MappedChunk,
+    BlockGrant, ChunkDropped, GrantOutcome, HbmDevice, LaneRequest, LaneResponse, LeaseResponse, MappedChunk,
     OpenSpaceResponse, ReleaseResponse, SealOutcome as WireSeal, SealResponse, SessionOpened,
     SessionResponse, Shrunk, Tier, TouchResponse, WindowRecalled, WindowReturned,
 };
@@ -37,6 +37,8 @@ struct Fake {
     named: u32,
     /// Which device the chunk is said to be on.
     uuid: Mutex<[u8; 16]>,
+    /// Whether it is a window of whoever asks.
+    window: Mutex<bool>,
     asked: Mutex<Vec<Op>>,
     dir: tempfile::TempDir,
 }
@@ -48,7 +50,8 @@ impl Fake {
         let fences = memory.create(ByteCount::new(4096)).unwrap();
         let dir = tempfile::tempdir().unwrap();
         let uuid = Mutex::new(memory.info().uuid);
-        let fake = Arc::new(Self { memory, chunk, fences, named, uuid, asked: Mutex::default(), dir });
+        let (window, asked) = (Mutex::new(true), Mutex::default());
+        let fake = Arc::new(Self { memory, chunk, fences, named, uuid, window, asked, dir });
         (0..8).for_each(|frame| fake.set_fence(frame, 100 + u64::from(frame)));
         let server = LaneServer::bind(&fake.dir.path().join("lane.sock"), Admits::Owner).unwrap();
         let serving = Arc::clone(&fake);
@@ -125,7 +128,7 @@ impl Fake {
                     chunk: CHUNK,
                     bytes: self.chunk.bytes().get(),
                     fence_bytes: 4096,
-                    writable: true,
+                    writable: *self.window.lock().unwrap(),
                     tier: Tier::Hbm.into(),
                     device: self.named,
                     device_kind: "host-only".to_owned(),
@@ -140,7 +143,12 @@ impl Fake {
                 let outcomes = vec![WireSeal::Sealed.into(); request.blocks.len()];
                 (Answer::Seal(SealResponse { outcomes }), vec![])
             }
-            Op::Shrink(_) => (Answer::Shrunk(Shrunk { free_bytes: 4096 }), vec![]),
+            Op::Shrink(_) => {
+                let dropped = Notice::Dropped(ChunkDropped { chunk: CHUNK });
+                let notice = Answer::Session(SessionResponse { notice: Some(dropped) });
+                writer.queue(&LaneResponse { id: 0, result: Some(notice) }, vec![]).unwrap();
+                (Answer::Shrunk(Shrunk { free_bytes: 4096 }), vec![])
+            }
             Op::Touch(_) => {
                 let recalled = Notice::Recalled(WindowRecalled { chunk: CHUNK });
                 let notice = Answer::Session(SessionResponse { notice: Some(recalled) });
@@ -228,6 +236,29 @@ async fn blocks_on_a_device_are_read_where_they_lie() {
     drop((lease, again));
     session.close();
     until("the chunk is let go with its session", async || own.room().unwrap().imports == 0).await;
+}
+
+// The daemon has a dropped chunk's memory back only when nobody has it mapped, and others wait for it: the mapping must go
+// when the notice comes, though not under who still looks at it. Whoever is granted a frame there then maps it anew.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_dropped_chunk_is_given_up() {
+    let fake = Fake::start(2);
+    *fake.window.lock().unwrap() = false;
+    let (session, space) = fake.session().await;
+    let own = own_device();
+    session.add_device(Arc::clone(&own)).unwrap();
+    let lease = async || session.lease_read_on(2, &space, &keys(0, 1), ReadOptions::default()).await.unwrap();
+    let before = lease().await;
+    session.shrink(2, ByteCount::new(1 << 20), WITHIN).await.unwrap();
+    let mapped = |op: &Op| matches!(op, Op::MapChunk(_));
+    until("the chunk is mapped anew", async || {
+        drop(lease().await);
+        fake.asked(mapped) == 2
+    })
+    .await;
+    assert_eq!(own.room().unwrap().imports, 2, "who looks at it keeps it");
+    drop(before);
+    assert_eq!(own.room().unwrap().imports, 1);
 }
 
 // What is computed in a device's frame must be there for the daemon when it is sealed, with the right sum; and a window

@@ -8,6 +8,7 @@ mod bare;
 pub(super) mod client;
 mod grpc;
 
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::ensure;
@@ -57,7 +58,9 @@ pub(super) async fn run(options: &Options) -> anyhow::Result<Vec<Line>> {
         lines.extend(set.against_bare((&session, &space), (&isolated, &isolated_space)).await?);
         lines[known..].iter().for_each(Line::say);
         let known = lines.len();
-        lines.extend(processes(&daemon, &set)?);
+        // Beside the sessions here, which have to hear when chunks are dropped that they have mapped.
+        let (socket, bytes, count) = (daemon.socket.clone(), set.bytes, set.count());
+        lines.extend(tokio::task::spawn_blocking(move || processes(socket, bytes, count)).await??);
         lines[known..].iter().for_each(Line::say);
     }
     lines.extend(grpc::run(&daemon).await?);
@@ -202,14 +205,14 @@ fn chain_number(round: u32) -> u32 {
 }
 
 /// Rates of one to four processes, and latencies of one that asks at a fixed rate.
-fn processes(daemon: &stand::Daemon, set: &Set) -> anyhow::Result<Vec<Line>> {
+fn processes(socket: PathBuf, block_bytes: u64, count: usize) -> anyhow::Result<Vec<Line>> {
     let job = Job {
-        socket: daemon.socket.clone(),
-        block_bytes: set.bytes,
+        socket,
+        block_bytes,
         op: Op::Get,
         chain: chain_number(ROUNDS - 1),
-        count: set.count(),
-        batch: usize::try_from(CLIENT_BLOCKS.min(BATCH_BYTES / set.bytes))?,
+        count,
+        batch: usize::try_from(CLIENT_BLOCKS.min(BATCH_BYTES / block_bytes))?,
         per_second: None,
         seconds: CLIENT_TIME.as_secs_f64(),
     };
@@ -217,20 +220,20 @@ fn processes(daemon: &stand::Daemon, set: &Set) -> anyhow::Result<Vec<Line>> {
     for op in [Op::GetVerified, Op::LeaseVerified, Op::Get, Op::Put, Op::Exists, Op::Lease] {
         for clients in CLIENTS {
             let report = client::together(&Job { op, ..job.clone() }, clients)?;
-            let name = format!("local_{}_{}_clients_{clients}", set.bytes, op.label());
-            lines.extend(report.lines(&name, op, set.bytes)?);
+            let name = format!("local_{}_{}_clients_{clients}", block_bytes, op.label());
+            lines.extend(report.lines(&name, op, block_bytes)?);
         }
     }
-    let whole = Job { op: Op::Readable, batch: set.count(), ..job.clone() };
-    let name = format!("local_{}_readable", set.bytes);
-    lines.extend(client::together(&whole, 1)?.lines(&name, Op::Readable, set.bytes)?);
+    let whole = Job { op: Op::Readable, batch: count, ..job.clone() };
+    let name = format!("local_{}_readable", block_bytes);
+    lines.extend(client::together(&whole, 1)?.lines(&name, Op::Readable, block_bytes)?);
     // The arrival of single blocks, at a rate that the same client can serve.
     for op in [Op::GetVerified, Op::Lease] {
         let one = Job { op, batch: 1, ..job.clone() };
         let most = client::together(&one, 1)?.per_second();
         let report = client::together(&Job { per_second: Some(most * LOAD), ..one }, 1)?;
         let quantiles = [("p50", 0.5), ("p99", 0.99), ("p999", 0.999)];
-        lines.extend(report.latencies(&format!("local_{}_{}_open", set.bytes, op.label()), &quantiles)?);
+        lines.extend(report.latencies(&format!("local_{}_{}_open", block_bytes, op.label()), &quantiles)?);
     }
     Ok(lines)
 }
