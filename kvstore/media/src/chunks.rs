@@ -379,3 +379,23 @@ impl ChunkMaker {
         Some(chunk)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    // A writer that has to wait for memory would wait for the lull as well, and one that is busy would have zeros written
+    // beside him all the time.
+    #[test]
+    fn more_is_made_in_a_lull_unless_there_is_none() {
+        let now = Instant::now();
+        let mut ahead = Ahead::default();
+        assert_eq!(ahead.can_wait(now), Duration::ZERO, "nobody has asked yet");
+        ahead.asked = Some(now);
+        assert_eq!(ahead.can_wait(now), Duration::ZERO, "there is none");
+        ahead.prepare(2 << 20);
+        assert_eq!(ahead.ready.len(), 1, "the machine has memory for one");
+        assert_eq!(ahead.can_wait(now), LULL);
+        assert_eq!(ahead.can_wait(now + LULL), Duration::ZERO);
+    }
+}
