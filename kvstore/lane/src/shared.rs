@@ -177,12 +177,8 @@ impl SharedBytes {
     /// # Safety
     /// `target` must be writable for [`Self::len`] bytes that do not overlap this view.
     pub unsafe fn copy_and_checksum_to(&self, target: *mut u8, block: BlockId, generation: u64) -> Checksum {
-        self.map_ahead();
-        let mut summer = Checksummer::new(block, ByteCount::new(self.length as u64), generation);
-        // SAFETY: the source is mapped while `owner` lives; the rest is the caller's promise.
-        unsafe { fold::copy_and_sum_by(self.start.as_ptr(), target, self.length, self.stores, &mut summer) };
-        drain();
-        summer.finish()
+        // SAFETY: the caller's promise.
+        unsafe { self.scatter_and_checksum(&[(target, self.length)], block, generation) }
     }
 
     /// Copies everything out into pieces, one behind the other, as [`SharedBytes::copy_and_checksum_to`].
@@ -198,21 +194,9 @@ impl SharedBytes {
         block: BlockId,
         generation: u64,
     ) -> Checksum {
-        self.expect_whole(pieces.iter().map(|(_, length)| *length));
-        self.map_ahead();
-        let mut summer = Checksummer::new(block, ByteCount::new(self.length as u64), generation);
-        let mut done = 0;
-        for (target, length) in pieces {
-            // SAFETY: the pieces add up to this view, which is mapped while `owner` lives; the rest is the caller's
-            // promise.
-            unsafe {
-                let source = self.start.as_ptr().add(done);
-                fold::copy_and_sum_by(source, *target, *length, self.stores, &mut summer);
-            }
-            done += length;
-        }
-        drain();
-        summer.finish()
+        let copies = self.along(pieces).map(|(own, (piece, length))| (own.cast_const(), piece, length));
+        // SAFETY: the pieces add up to this view, which is mapped while `owner` lives; the rest is the caller's promise.
+        unsafe { self.copy_and_sum(copies, block, generation) }
     }
 
     /// Copies pieces in, one behind the other, and computes the checksum of what was copied: each byte of theirs is
@@ -230,26 +214,41 @@ impl SharedBytes {
         block: BlockId,
         generation: u64,
     ) -> Checksum {
-        self.expect_whole(pieces.iter().map(|(_, length)| *length));
+        let copies = self.along(pieces).map(|(own, (piece, length))| (piece, own, length));
+        // SAFETY: the pieces add up to this view, which is mapped while `owner` lives and may be written, as the caller
+        // promises; so are the pieces.
+        unsafe { self.copy_and_sum(copies, block, generation) }
+    }
+
+    /// Each piece with its place in this view, which all of them fill.
+    fn along<P: Copy>(&self, pieces: &[(P, usize)]) -> impl Iterator<Item = (*mut u8, (P, usize))> {
+        let whole = pieces.iter().map(|(_, length)| *length).fold(0, usize::saturating_add);
+        assert_eq!(whole, self.length, "the pieces of a block are as long as the block");
+        let mut place = self.start.as_ptr();
+        pieces.iter().map(move |piece| {
+            let behind = place.wrapping_add(piece.1);
+            (std::mem::replace(&mut place, behind), *piece)
+        })
+    }
+
+    /// The checksum of this view's bytes, copied from, to, and so many at a time.
+    ///
+    /// # Safety
+    /// Each is readable there and writable here for its length, and the two do not overlap.
+    unsafe fn copy_and_sum(
+        &self,
+        copies: impl Iterator<Item = (*const u8, *mut u8, usize)>,
+        block: BlockId,
+        generation: u64,
+    ) -> Checksum {
         self.map_ahead();
         let mut summer = Checksummer::new(block, ByteCount::new(self.length as u64), generation);
-        let mut done = 0;
-        for (source, length) in pieces {
-            // SAFETY: the pieces add up to this view, which is mapped while `owner` lives and may be written, as the
-            // caller promises; so are the pieces.
-            unsafe {
-                let target = self.start.as_ptr().add(done);
-                fold::copy_and_sum_by(*source, target, *length, self.stores, &mut summer);
-            }
-            done += length;
+        for (source, target, length) in copies {
+            // SAFETY: the caller's promise.
+            unsafe { fold::copy_and_sum_by(source, target, length, self.stores, &mut summer) };
         }
         drain();
         summer.finish()
-    }
-
-    fn expect_whole(&self, lengths: impl Iterator<Item = usize>) {
-        let whole = lengths.fold(0, usize::saturating_add);
-        assert_eq!(whole, self.length, "the pieces of a block are as long as the block");
     }
 
     /// Has the pages mapped, once for each place, for whoever reads or copies them afterwards. Whatever is no part of a
