@@ -142,8 +142,8 @@ impl Session {
                 let deadline = Instant::now() + options.wait;
                 for batch in open.chunks(batch_blocks(space).min(self.blocks_max())) {
                     let wait = deadline.saturating_duration_since(Instant::now());
-                    let options = GetOptions { wait, ..options };
-                    self.by_lease(space, keys, targets, (batch, &mut outcomes), options).await?;
+                    let options = ReadOptions { ttl: None, wait, purpose: options.purpose };
+                    self.by_lease((space, options), keys, targets, (batch, &mut outcomes), how).await?;
                 }
                 Ok(outcomes)
             }
@@ -153,22 +153,19 @@ impl Session {
     /// The blocks at these positions, by a lease.
     async fn by_lease(
         &self,
-        space: &Space,
+        (space, options): (&Space, ReadOptions),
         keys: &[impl AsRef<[u8]>],
         targets: &mut [impl BlockTarget],
         (batch, outcomes): (&[usize], &mut [Outcome<()>]),
-        options: GetOptions,
+        how: How,
     ) -> Result<(), ClientError> {
         let places = &self.lane("get")?.places;
-        let GetOptions { wait, purpose, verify } = options;
-        let of_all = How::of(space, keys.len(), verify);
-        let how = ReadOptions { ttl: None, wait, purpose };
         let wanted: Vec<&[u8]> = batch.iter().map(|&at| keys[at].as_ref()).collect();
-        let lease = self.lease_read(space, &wanted, how).await?;
+        let lease = self.lease_read(space, &wanted, options).await?;
         for ((&at, key), grant) in batch.iter().zip(wanted).zip(lease.grants) {
             outcomes[at] = match grant {
                 Outcome::Granted(block) => {
-                    let outcome = copied(&block, &mut targets[at], of_all);
+                    let outcome = copied(&block, &mut targets[at], how);
                     if outcome.granted().is_some() {
                         places.keep(block.id(), block.place(), space.handle, key);
                     }
