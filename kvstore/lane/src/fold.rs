@@ -1,19 +1,21 @@
 //! Summing, and copying and summing, in one look at each byte.
 //!
 //! Shared bytes may change between two looks, so whoever sums what he copies keeps it to himself in between: in a
-//! buffer, or, as here, in registers. The sum is CRC-64/NVMe, folded: eight registers hold 256 bytes that are worth
-//! all that came before them, and the [`Checksummer`] goes on with those. That is also twice as fast as folding 128 bits
-//! at a time, so bytes that nobody else changes are summed here as well.
+//! buffer, or, as here, in registers. The sum is CRC-64/NVMe, folded: eight registers hold a group of bytes that are worth
+//! all that came before them, and the [`Checksummer`] goes on with those. That is also two and four times as fast as folding
+//! 128 bits at a time, so bytes that nobody else changes are summed here as well.
 
 #[cfg(target_arch = "x86_64")]
+mod power;
+#[cfg(target_arch = "x86_64")]
 mod wide;
+#[cfg(target_arch = "x86_64")]
+mod widest;
 
 use terrace_core::{BlockId, ByteCount, Checksum, Checksummer};
 
 use crate::copy::{STREAM_BYTES_MIN, drain};
 
-/// Bytes that the eight registers hold.
-const GROUP_BYTES: usize = 256;
 /// Where the processor cannot fold: short enough to stay in the first-level cache.
 const BUFFER_BYTES: usize = 2 << 10;
 const LINE_BYTES: usize = 64;
@@ -52,11 +54,20 @@ pub fn update(summer: &mut Checksummer, piece: &[u8]) {
 /// # Safety
 /// `source` must be readable for `length` bytes.
 pub unsafe fn sum(source: *const u8, length: usize, summer: &mut Checksummer) {
-    let groups = if can_fold() { length / GROUP_BYTES * GROUP_BYTES } else { 0 };
-    // SAFETY: groups and rest add up to the length; the processor was asked whether it can fold.
+    // SAFETY: the caller's promise.
+    unsafe { sum_by(Width::of_processor(), source, length, summer) }
+}
+
+/// The same by a width that the processor has.
+///
+/// # Safety
+/// As [`sum`].
+unsafe fn sum_by(width: Width, source: *const u8, length: usize, summer: &mut Checksummer) {
+    let groups = width.whole(length);
+    // SAFETY: groups and rest add up to the length; the processor has the width.
     unsafe {
         if groups > 0 {
-            fold(source, groups, None, summer);
+            fold(width, source, groups, None, summer);
         }
         by_buffer(source.add(groups), length - groups, None, summer);
     }
@@ -85,14 +96,30 @@ pub(crate) unsafe fn copy_and_sum_by(
     stores: Stores,
     summer: &mut Checksummer,
 ) {
+    // SAFETY: the caller's promise.
+    unsafe { copy_and_sum_with(Width::of_processor(), source, target, length, stores, summer) }
+}
+
+/// The same by a width that the processor has.
+///
+/// # Safety
+/// As [`copy_and_sum`].
+unsafe fn copy_and_sum_with(
+    width: Width,
+    source: *const u8,
+    target: *mut u8,
+    length: usize,
+    stores: Stores,
+    summer: &mut Checksummer,
+) {
     let head = target.align_offset(LINE_BYTES).min(length);
-    let groups = if can_fold() { (length - head) / GROUP_BYTES * GROUP_BYTES } else { 0 };
+    let groups = width.whole(length - head);
     // SAFETY: head, groups and rest add up to the length, so that each part lies in the two ranges. The target of the
-    // groups is aligned to a line, and the processor was asked whether it can fold.
+    // groups is aligned to a line, and the processor has the width.
     unsafe {
         by_buffer(source, head, Some(target), summer);
         if groups > 0 {
-            fold(source.add(head), groups, Some((target.add(head), stores)), summer);
+            fold(width, source.add(head), groups, Some((target.add(head), stores)), summer);
         }
         let done = head + groups;
         by_buffer(source.add(done), length - done, Some(target.add(done)), summer);
@@ -120,42 +147,90 @@ unsafe fn by_buffer(source: *const u8, length: usize, target: Option<*mut u8>, s
     }
 }
 
-#[cfg(target_arch = "x86_64")]
-fn can_fold() -> bool {
-    std::arch::is_x86_feature_detected!("vpclmulqdq") && std::arch::is_x86_feature_detected!("avx2")
+/// How many bits the processor folds at a time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Width {
+    /// It cannot.
+    None,
+    /// VPCLMULQDQ with AVX2.
+    Wide,
+    /// VPCLMULQDQ with AVX-512.
+    Widest,
 }
 
-#[cfg(not(target_arch = "x86_64"))]
-fn can_fold() -> bool {
-    false
+impl Width {
+    #[cfg(target_arch = "x86_64")]
+    fn of_processor() -> Self {
+        use std::arch::is_x86_feature_detected as has;
+        match has!("vpclmulqdq") {
+            true if has!("avx512f") => Self::Widest,
+            true if has!("avx2") => Self::Wide,
+            true | false => Self::None,
+        }
+    }
+
+    #[cfg(not(target_arch = "x86_64"))]
+    fn of_processor() -> Self {
+        Self::None
+    }
+
+    /// Bytes of the whole groups in so many.
+    fn whole(self, length: usize) -> usize {
+        match self {
+            Self::None => 0,
+            #[cfg(target_arch = "x86_64")]
+            Self::Wide => length / wide::GROUP_BYTES * wide::GROUP_BYTES,
+            #[cfg(target_arch = "x86_64")]
+            Self::Widest => length / widest::GROUP_BYTES * widest::GROUP_BYTES,
+            #[cfg(not(target_arch = "x86_64"))]
+            Self::Wide | Self::Widest => 0,
+        }
+    }
 }
 
 /// Sums whole groups, and copies them.
 ///
 /// # Safety
-/// As [`copy_and_sum`]; `length` is a multiple of a group and not 0, the target is aligned to a line, and the processor can fold.
+/// As [`copy_and_sum`]; `length` is a multiple of the width's group and not 0, the target is aligned to a line, and the processor
+/// can fold by this width.
 #[cfg(target_arch = "x86_64")]
 unsafe fn fold(
+    width: Width,
     source: *const u8,
     length: usize,
     target: Option<(*mut u8, Stores)>,
     summer: &mut Checksummer,
 ) {
-    use std::arch::x86_64::{_mm256_store_si256, _mm256_stream_si256};
-    let state = summer.state();
-    // SAFETY: the caller's promise; the two stores need no more than the alignment.
-    let left = unsafe {
-        match target {
-            None => wide::fold(source, length, state, |_, _| ()),
-            Some((target, Stores::Cached)) => wide::fold(source, length, state, |at, part| {
-                _mm256_store_si256(target.add(at).cast(), part);
-            }),
-            Some((target, Stores::Streamed)) => wide::fold(source, length, state, |at, part| {
-                _mm256_stream_si256(target.add(at).cast(), part);
-            }),
-        }
+    use std::arch::x86_64::{
+        _mm256_store_si256, _mm256_stream_si256, _mm512_store_si512, _mm512_stream_si512,
     };
-    *summer = Checksummer::from_folded(&left);
+    let state = summer.state();
+    // SAFETY: the caller's promise; the stores need no more than the alignment.
+    unsafe {
+        *summer = match (width, target) {
+            (Width::None, _) => unreachable!("nothing is folded on this processor"),
+            (Width::Wide, None) => Checksummer::from_folded(&wide::fold(source, length, state, |_, _| ())),
+            (Width::Wide, Some((target, Stores::Cached))) => {
+                let store = |at, part| _mm256_store_si256(target.add(at).cast(), part);
+                Checksummer::from_folded(&wide::fold(source, length, state, store))
+            }
+            (Width::Wide, Some((target, Stores::Streamed))) => {
+                let store = |at, part| _mm256_stream_si256(target.add(at).cast(), part);
+                Checksummer::from_folded(&wide::fold(source, length, state, store))
+            }
+            (Width::Widest, None) => {
+                Checksummer::from_folded(&widest::fold::<true>(source, length, state, |_, _| ()))
+            }
+            (Width::Widest, Some((target, Stores::Cached))) => {
+                let store = |at, part| _mm512_store_si512(target.add(at).cast(), part);
+                Checksummer::from_folded(&widest::fold::<false>(source, length, state, store))
+            }
+            (Width::Widest, Some((target, Stores::Streamed))) => {
+                let store = |at, part| _mm512_stream_si512(target.add(at).cast(), part);
+                Checksummer::from_folded(&widest::fold::<false>(source, length, state, store))
+            }
+        };
+    }
 }
 
 /// Elsewhere nothing is folded.
@@ -163,13 +238,22 @@ unsafe fn fold(
 /// # Safety
 /// Never called.
 #[cfg(not(target_arch = "x86_64"))]
-unsafe fn fold(_: *const u8, _: usize, _: Option<(*mut u8, Stores)>, _: &mut Checksummer) {
+unsafe fn fold(_: Width, _: *const u8, _: usize, _: Option<(*mut u8, Stores)>, _: &mut Checksummer) {
     unreachable!("nothing is folded on this processor");
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// What this processor has.
+    fn widths() -> Vec<Width> {
+        match Width::of_processor() {
+            Width::Widest => vec![Width::None, Width::Wide, Width::Widest],
+            Width::Wide => vec![Width::None, Width::Wide],
+            Width::None => vec![Width::None],
+        }
+    }
 
     // A wrong constant, or a seam between head, groups and rest, would make a sum that nobody else computes: lengths
     // and alignments around a line and a group are compared with the sum of the whole, and bytes beside must stay.
@@ -178,23 +262,31 @@ mod tests {
         let block = BlockId::from_bytes([9; 16]);
         let source: Vec<u8> =
             (0..5000usize).map(|at| at.wrapping_mul(0x9e37_79b9).to_le_bytes()[2]).collect();
-        for length in (0..140).chain([255, 256, 257, 383, 511, 512, 513, 767, 768, 1100, 4096, 4901]) {
+        let around = [255, 256, 257, 383, 511, 512, 513, 767, 768, 1024, 1100, 1535, 1536, 4096, 4901];
+        for (width, length) in
+            widths().into_iter().flat_map(|width| (0..140).chain(around).map(move |length| (width, length)))
+        {
             let payload = &source[3..3 + length];
             let whole = terrace_core::checksum(block, 4, payload);
-            assert_eq!(checksum(block, 4, payload), whole, "{length}");
-            for stores in [Stores::Cached, Stores::Streamed] {
-                for skew in [0, 1, 15, 16, 63, 64] {
-                    let mut target = vec![0xEE; 5000];
-                    let mut summer = Checksummer::new(block, ByteCount::new(length as u64), 4);
-                    let (from, to) = (payload.as_ptr(), target.as_mut_ptr());
-                    // SAFETY: skew and length fit both vectors, which are different.
-                    unsafe { copy_and_sum_by(from, to.add(skew), length, stores, &mut summer) };
-                    drain();
-                    assert_eq!(summer.finish(), whole, "{stores:?} {skew} {length}");
-                    assert_eq!(target[skew..skew + length], *payload, "{stores:?} {skew} {length}");
-                    let beside = target[..skew].iter().chain(&target[skew + length..]);
-                    assert!(beside.copied().all(|byte| byte == 0xEE), "bytes beside {skew} {length} changed");
-                }
+            let new = || Checksummer::new(block, ByteCount::new(length as u64), 4);
+            let mut summer = new();
+            // SAFETY: a slice is readable for its length.
+            unsafe { sum_by(width, payload.as_ptr(), length, &mut summer) };
+            assert_eq!(summer.finish(), whole, "{width:?} {length}");
+            for (stores, skew) in [Stores::Cached, Stores::Streamed]
+                .into_iter()
+                .flat_map(|stores| [0, 1, 15, 16, 63, 64].map(|skew| (stores, skew)))
+            {
+                let (mut target, mut summer) = (vec![0xEE; 5000], new());
+                let (from, to) = (payload.as_ptr(), target.as_mut_ptr());
+                // SAFETY: skew and length fit both vectors, which are different.
+                unsafe { copy_and_sum_with(width, from, to.add(skew), length, stores, &mut summer) };
+                drain();
+                let said = format!("{width:?} {stores:?} {skew} {length}");
+                assert_eq!(summer.finish(), whole, "{said}");
+                assert_eq!(target[skew..skew + length], *payload, "{said}");
+                let beside = target[..skew].iter().chain(&target[skew + length..]);
+                assert!(beside.copied().all(|byte| byte == 0xEE), "bytes beside changed: {said}");
             }
         }
     }
@@ -205,12 +297,16 @@ mod tests {
         let block = BlockId::from_bytes([2; 16]);
         let source: Vec<u8> =
             (0..3000usize).map(|at| at.wrapping_mul(0x9e37_79b9).to_le_bytes()[1]).collect();
-        for cut in [0, 1, 255, 256, 300, 1024, 2999, 3000] {
+        for (width, cut) in widths()
+            .into_iter()
+            .flat_map(|width| [0, 1, 255, 256, 300, 512, 1024, 2999, 3000].map(|cut| (width, cut)))
+        {
             let mut summer = Checksummer::new(block, ByteCount::new(3000), 1);
             for piece in [&source[..cut], &source[cut..]] {
-                update(&mut summer, piece);
+                // SAFETY: a slice is readable for its length.
+                unsafe { sum_by(width, piece.as_ptr(), piece.len(), &mut summer) };
             }
-            assert_eq!(summer.finish(), terrace_core::checksum(block, 1, &source), "cut at {cut}");
+            assert_eq!(summer.finish(), terrace_core::checksum(block, 1, &source), "{width:?} cut at {cut}");
         }
     }
 }

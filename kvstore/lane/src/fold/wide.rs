@@ -6,8 +6,11 @@ use std::arch::x86_64::{
     _mm256_store_si256, _mm256_xor_si256,
 };
 
-use super::{GROUP_BYTES, LINE_BYTES};
+use super::LINE_BYTES;
+use super::power::power;
 
+/// Bytes that the eight registers hold.
+pub(super) const GROUP_BYTES: usize = 256;
 const PART_BYTES: usize = size_of::<__m256i>();
 /// Parts that are loaded together: with the eight sums they fit into the sixteen registers.
 const LOADED: usize = 4;
@@ -17,23 +20,11 @@ const _: () = assert!(SUMS * PART_BYTES == GROUP_BYTES);
 /// twice as far makes no difference.
 const FETCH_AHEAD_BYTES: usize = 2 << 10;
 
-/// The polynomial of CRC-64/NVMe, lowest bit highest.
-const POLYNOMIAL: u64 = 0x9a6c_9329_ac4b_c9b5;
 /// What moves the two halves of a sum over a group.
 const LOW: u64 = power(GROUP_BITS + 63);
 const HIGH: u64 = power(GROUP_BITS - 1);
 const GROUP_BITS: u32 = 2048;
 const _: () = assert!(GROUP_BITS as usize == GROUP_BYTES * 8);
-
-/// `x` to this power, modulo the polynomial.
-const fn power(exponent: u32) -> u64 {
-    let (mut value, mut at) = (1 << 63, 0);
-    while at < exponent {
-        value = if value & 1 == 1 { value >> 1 ^ POLYNOMIAL } else { value >> 1 };
-        at += 1;
-    }
-    value
-}
 
 /// Sums, and hands every part with its place to `store`. Answers bytes whose sum, begun with nothing, is that of
 /// everything.
