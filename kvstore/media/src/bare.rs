@@ -69,8 +69,7 @@ impl BareLoop {
         Ok(Self { ring, _file: file, chunks })
     }
 
-    /// Moves one frame an offset, `depth` at once, and says how long all but the last `depth` took: those only keep the
-    /// device at its depth until the others have ended.
+    /// Moves one frame an offset, `depth` at once, and says how long that took.
     /// `frames` are (chunk, frame), used in turn; at least `depth` of them. What is checked holds the block `expect`.
     ///
     /// # Errors
@@ -110,10 +109,9 @@ fn drive(
     check: impl Fn(usize) -> bool,
 ) -> io::Result<Duration> {
     let began = Instant::now();
-    let (mut counted, mut took) = (offsets.len().saturating_sub(depth), None);
     let mut next = offsets.iter();
     let mut free: VecDeque<usize> = (0..addresses.len()).collect();
-    let mut unchecked = Vec::new();
+    let (mut unchecked, mut completions) = (Vec::new(), Vec::new());
     let mut running = 0usize;
     let mut failed = None;
     while running < depth
@@ -134,13 +132,11 @@ fn drive(
             }
             free.push_back(place);
         }
-        let completions: Vec<_> = ring.completion().collect();
-        for completion in completions {
+        completions.extend(ring.completion());
+        // As media: a device without work gets the first at once, and begins while the others are made ready.
+        let mut idle = completions.len() == running;
+        for completion in completions.drain(..) {
             running -= 1;
-            counted = counted.saturating_sub(1);
-            if counted == 0 && took.is_none() {
-                took = Some(began.elapsed());
-            }
             if u32::try_from(completion.result()) != Ok(bytes) {
                 failed = Some(io::Error::other(format!("an I/O answered {}", completion.result())));
             }
@@ -150,10 +146,13 @@ fn drive(
             {
                 push(ring, op, *offset, bytes, addresses[place], place)?;
                 running += 1;
+                if std::mem::take(&mut idle) {
+                    ring.submit()?;
+                }
             }
         }
     }
-    failed.map_or_else(|| Ok(took.unwrap_or_default()), Err)
+    failed.map_or_else(|| Ok(began.elapsed()), Err)
 }
 
 fn push(

@@ -149,7 +149,15 @@ impl Ring {
     fn take_requests(&mut self) -> bool {
         while !self.vacant.is_empty() {
             match self.shared.next() {
-                Next::Request(request) => self.begin(request),
+                Next::Request(request) => {
+                    let idle = self.vacant.len() == self.in_flight.len();
+                    self.begin(request);
+                    // A device without work gets the first at once, and begins while the others are made ready.
+                    // What this call refuses, the next one takes.
+                    if idle && let Err(error) = self.ring.submit() {
+                        tracing::debug!(%error, "io_uring submission is busy");
+                    }
+                }
                 Next::Nothing => return false,
                 Next::Closed => return true,
             }

@@ -7,7 +7,7 @@ use anyhow::{Context, ensure};
 use super::rig::{Kind, Rig};
 
 /// Seconds of one run.
-const RUN_SECONDS: &str = "0.3";
+const RUN_SECONDS: &str = "300ms";
 
 /// GiB/s of one run; `None` without fio.
 ///

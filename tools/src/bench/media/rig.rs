@@ -25,9 +25,9 @@ const SLOTS: u32 = 16;
 const ASKED: usize = 64;
 /// Blocks of a prompt that lie behind each other.
 const PROMPT_BLOCKS: usize = 16;
-/// Frames beyond the depth where there are few, but no more than the depth: what has arrived is looked at while the device
-/// has its depth.
-const LOOKED_AT_MAX: usize = 8;
+/// Where there are few frames, this part of the depth more than the device has, and one: a disk may complete its whole queue
+/// at once, and what has arrived is looked at in less time than the disk needs for so many.
+const LOOKED_AT_PART: usize = 4;
 /// Bytes of the frames in memory. Several times the largest cache: where the device is a thread of a host, blocks that
 /// are read into the same few frames again and again never leave its cache.
 const MEMORY_BYTES: u64 = 512 * MIB;
@@ -114,9 +114,6 @@ struct Drive {
     frames: Vec<u32>,
     first: u64,
     failed: Option<Fault>,
-    /// What still counts: those behind it only keep the device at its depth until the last one that counts has ended.
-    counted: usize,
-    finished: Option<Instant>,
     ended: Option<Sender<Instant>>,
 }
 
@@ -138,8 +135,6 @@ impl Rig {
             frames: Vec::new(),
             first: 0,
             failed: None,
-            counted: 0,
-            finished: None,
             ended: None,
         };
         let pump = Arc::new(Pump {
@@ -232,7 +227,7 @@ impl Rig {
             }
         }
         let all = self.places.clone();
-        self.drive((Kind::Write, Pattern::Scattered), 16, all.len(), all)?;
+        self.drive((Kind::Write, Pattern::Scattered), 16, all)?;
         Ok(())
     }
 
@@ -256,7 +251,7 @@ impl Rig {
         places
     }
 
-    /// Seconds of `count` blocks with the device at its depth throughout, and CPU seconds of the whole process for a block.
+    /// Seconds of `count` blocks, and CPU seconds of the whole process for a block.
     pub(super) fn media(
         &mut self,
         what: (Kind, Pattern),
@@ -264,10 +259,10 @@ impl Rig {
         count: usize,
         round: usize,
     ) -> anyhow::Result<(f64, f64)> {
-        let queue = self.some(what.1, count + depth, round);
+        let queue = self.some(what.1, count, round);
         let moved = super::float(queue.len() as u64);
         let before = cpu_time().as_secs_f64();
-        let seconds = self.drive(what, depth, count, queue)?;
+        let seconds = self.drive(what, depth, queue)?;
         Ok((seconds, (cpu_time().as_secs_f64() - before) / moved))
     }
 
@@ -275,7 +270,6 @@ impl Rig {
         &mut self,
         (kind, pattern): (Kind, Pattern),
         depth: usize,
-        counted: usize,
         mut queue: Vec<Place>,
     ) -> anyhow::Result<f64> {
         queue.reverse();
@@ -286,7 +280,7 @@ impl Rig {
         let (frames, asked) = match pattern {
             Pattern::Scattered | Pattern::Prompts => (self.frames, ASKED),
             Pattern::Few => {
-                let few = depth + depth.min(LOOKED_AT_MAX);
+                let few = depth + depth / LOOKED_AT_PART + 1;
                 (u32::try_from(few)?, few)
             }
         };
@@ -300,8 +294,6 @@ impl Rig {
                 frames: Vec::new(),
                 first,
                 failed: None,
-                counted,
-                finished: None,
                 ended: Some(ended),
             };
         }
@@ -328,7 +320,7 @@ impl Rig {
         round: usize,
     ) -> anyhow::Result<(f64, f64)> {
         let offsets: Vec<u64> =
-            self.some(pattern, count + depth, round).iter().map(|place| place.offset).collect();
+            self.some(pattern, count, round).iter().map(|place| place.offset).collect();
         let frames: Vec<(usize, u32)> = (0..self.frames).map(|frame| (0, frame)).collect();
         let expect = self.places[0].header;
         let mut ring = BareLoop::new(&self.path, vec![Arc::clone(&self.memory)])?;
@@ -391,10 +383,6 @@ impl Pump {
         {
             let mut state = self.lock();
             state.running -= 1;
-            state.counted = state.counted.saturating_sub(1);
-            if state.counted == 0 && state.finished.is_none() {
-                state.finished = Some(Instant::now());
-            }
             state.failed = state.failed.or(outcome.err());
             let place = usize::try_from(op.get() - state.first).ok();
             let frame = place.and_then(|place| state.frames.get(place).copied());
@@ -412,7 +400,7 @@ impl Pump {
             if state.running == 0
                 && let Some(ended) = state.ended.take()
             {
-                let _ = ended.send(state.finished.unwrap_or_else(Instant::now));
+                let _ = ended.send(Instant::now());
             }
             return;
         };
