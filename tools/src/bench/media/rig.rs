@@ -319,8 +319,7 @@ impl Rig {
         count: usize,
         round: usize,
     ) -> anyhow::Result<(f64, f64)> {
-        let offsets: Vec<u64> =
-            self.some(pattern, count, round).iter().map(|place| place.offset).collect();
+        let offsets: Vec<u64> = self.some(pattern, count, round).iter().map(|place| place.offset).collect();
         let frames: Vec<(usize, u32)> = (0..self.frames).map(|frame| (0, frame)).collect();
         let expect = self.places[0].header;
         let mut ring = BareLoop::new(&self.path, vec![Arc::clone(&self.memory)])?;
