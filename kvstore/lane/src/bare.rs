@@ -4,17 +4,35 @@
 use terrace_core::{BlockId, ByteCount, Checksum, Checksummer};
 
 use crate::copy::{drain, stream};
-use crate::fold::{Stores, copy_and_sum_by};
+use crate::fold::{Stores, Way, copy_and_sum_by};
 
 /// Copies past the cache.
 ///
 /// # Panics
 /// If the lengths differ.
-pub fn copy_streaming(source: &[u8], target: &mut [u8]) {
+pub fn copy_streaming(source: &[u8], target: &mut [u8], fetch: Fetch) {
     assert_eq!(source.len(), target.len(), "source and target of a copy have one length");
     // SAFETY: both are slices of one length; one is borrowed mutably, so they do not overlap.
-    unsafe { stream(source.as_ptr(), target.as_mut_ptr(), source.len()) };
+    unsafe { stream(source.as_ptr(), target.as_mut_ptr(), source.len(), fetch.next(source)) };
     drain();
+}
+
+/// Whether a copy past the cache fetches its source ahead, as far as into what lies behind it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fetch {
+    /// The processor sees to it.
+    Not,
+    /// Yes.
+    Ahead,
+}
+
+impl Fetch {
+    fn next(self, source: &[u8]) -> *const u8 {
+        match self {
+            Self::Not => std::ptr::null(),
+            Self::Ahead => source.as_ptr_range().end,
+        }
+    }
 }
 
 /// Copies and sums in one pass, through the cache.
@@ -22,22 +40,27 @@ pub fn copy_streaming(source: &[u8], target: &mut [u8]) {
 /// # Panics
 /// If the lengths differ.
 pub fn copy_and_checksum(source: &[u8], target: &mut [u8], block: BlockId) -> Checksum {
-    one_pass(source, target, block, Stores::Cached)
+    one_pass(source, target, block, Way::alone(Stores::Cached))
 }
 
 /// Copies and sums in one pass, past the cache.
 ///
 /// # Panics
 /// If the lengths differ.
-pub fn copy_streaming_and_checksum(source: &[u8], target: &mut [u8], block: BlockId) -> Checksum {
-    one_pass(source, target, block, Stores::Streamed)
+pub fn copy_streaming_and_checksum(
+    source: &[u8],
+    target: &mut [u8],
+    block: BlockId,
+    fetch: Fetch,
+) -> Checksum {
+    one_pass(source, target, block, Way { stores: Stores::Streamed, next: fetch.next(source) })
 }
 
-fn one_pass(source: &[u8], target: &mut [u8], block: BlockId, stores: Stores) -> Checksum {
+fn one_pass(source: &[u8], target: &mut [u8], block: BlockId, way: Way) -> Checksum {
     assert_eq!(source.len(), target.len(), "source and target of a copy have one length");
     let mut summer = Checksummer::new(block, ByteCount::new(source.len() as u64), 0);
     // SAFETY: both are slices of one length; one is borrowed mutably, so they do not overlap.
-    unsafe { copy_and_sum_by(source.as_ptr(), target.as_mut_ptr(), source.len(), stores, &mut summer) };
+    unsafe { copy_and_sum_by(source.as_ptr(), target.as_mut_ptr(), source.len(), way, &mut summer) };
     drain();
     summer.finish()
 }

@@ -14,6 +14,8 @@ mod widest;
 
 use terrace_core::{BlockId, ByteCount, Checksum, Checksummer};
 
+#[cfg(target_arch = "x86_64")]
+use crate::copy::FETCH_AHEAD_BYTES;
 use crate::copy::{STREAM_BYTES_MIN, drain};
 
 /// Where the processor cannot fold: short enough to stay in the first-level cache.
@@ -33,6 +35,21 @@ impl Stores {
     /// For a block of this length.
     pub(crate) fn of(length: usize) -> Self {
         if length < STREAM_BYTES_MIN { Self::Cached } else { Self::Streamed }
+    }
+}
+
+/// How a copy is made.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Way {
+    pub(crate) stores: Stores,
+    /// Where the next copy's source begins, null if that is not known. Nothing is read through it.
+    pub(crate) next: *const u8,
+}
+
+impl Way {
+    /// Of a copy that none follows.
+    pub(crate) fn alone(stores: Stores) -> Self {
+        Self { stores, next: std::ptr::null() }
     }
 }
 
@@ -81,7 +98,7 @@ unsafe fn sum_by(width: Width, source: *const u8, length: usize, summer: &mut Ch
 /// source may change meanwhile.
 pub unsafe fn copy_and_sum(source: *const u8, target: *mut u8, length: usize, summer: &mut Checksummer) {
     // SAFETY: the caller's promise.
-    unsafe { copy_and_sum_by(source, target, length, Stores::of(length), summer) };
+    unsafe { copy_and_sum_by(source, target, length, Way::alone(Stores::of(length)), summer) };
     drain();
 }
 
@@ -93,11 +110,11 @@ pub(crate) unsafe fn copy_and_sum_by(
     source: *const u8,
     target: *mut u8,
     length: usize,
-    stores: Stores,
+    way: Way,
     summer: &mut Checksummer,
 ) {
     // SAFETY: the caller's promise.
-    unsafe { copy_and_sum_with(Width::of_processor(), source, target, length, stores, summer) }
+    unsafe { copy_and_sum_with(Width::of_processor(), source, target, length, way, summer) }
 }
 
 /// The same by a width that the processor has.
@@ -109,7 +126,7 @@ unsafe fn copy_and_sum_with(
     source: *const u8,
     target: *mut u8,
     length: usize,
-    stores: Stores,
+    way: Way,
     summer: &mut Checksummer,
 ) {
     let head = target.align_offset(LINE_BYTES).min(length);
@@ -119,7 +136,7 @@ unsafe fn copy_and_sum_with(
     unsafe {
         by_buffer(source, head, Some(target), summer);
         if groups > 0 {
-            fold(width, source.add(head), groups, Some((target.add(head), stores)), summer);
+            fold(width, source.add(head), groups, Some((target.add(head), way)), summer);
         }
         let done = head + groups;
         by_buffer(source.add(done), length - done, Some(target.add(done)), summer);
@@ -198,36 +215,54 @@ unsafe fn fold(
     width: Width,
     source: *const u8,
     length: usize,
-    target: Option<(*mut u8, Stores)>,
+    target: Option<(*mut u8, Way)>,
     summer: &mut Checksummer,
 ) {
     use std::arch::x86_64::{
         _mm256_store_si256, _mm256_stream_si256, _mm512_store_si512, _mm512_stream_si512,
     };
+    const AHEAD: usize = FETCH_AHEAD_BYTES;
     let state = summer.state();
+    let none = source.wrapping_add(length);
     // SAFETY: the caller's promise; the stores need no more than the alignment.
     unsafe {
         *summer = match (width, target) {
             (Width::None, _) => unreachable!("nothing is folded on this processor"),
-            (Width::Wide, None) => Checksummer::from_folded(&wide::fold(source, length, state, |_, _| ())),
-            (Width::Wide, Some((target, Stores::Cached))) => {
+            (Width::Wide, None) => Checksummer::from_folded(&wide::fold::<{ wide::AHEAD }>(
+                source,
+                length,
+                state,
+                none,
+                |_, _| (),
+            )),
+            (Width::Wide, Some((target, Way { stores: Stores::Cached, next: _ }))) => {
                 let store = |at, part| _mm256_store_si256(target.add(at).cast(), part);
-                Checksummer::from_folded(&wide::fold(source, length, state, store))
+                Checksummer::from_folded(&wide::fold::<{ wide::AHEAD }>(source, length, state, none, store))
             }
-            (Width::Wide, Some((target, Stores::Streamed))) => {
+            (Width::Wide, Some((target, Way { stores: Stores::Streamed, next }))) => {
                 let store = |at, part| _mm256_stream_si256(target.add(at).cast(), part);
-                Checksummer::from_folded(&wide::fold(source, length, state, store))
+                Checksummer::from_folded(&match next.is_null() {
+                    true => wide::fold::<{ wide::AHEAD }>(source, length, state, none, store),
+                    false => wide::fold::<AHEAD>(source, length, state, next, store),
+                })
             }
-            (Width::Widest, None) => {
-                Checksummer::from_folded(&widest::fold::<true>(source, length, state, |_, _| ()))
-            }
-            (Width::Widest, Some((target, Stores::Cached))) => {
+            (Width::Widest, None) => Checksummer::from_folded(&widest::fold::<{ widest::AHEAD }>(
+                source,
+                length,
+                state,
+                none,
+                |_, _| (),
+            )),
+            (Width::Widest, Some((target, Way { stores: Stores::Cached, next: _ }))) => {
                 let store = |at, part| _mm512_store_si512(target.add(at).cast(), part);
-                Checksummer::from_folded(&widest::fold::<false>(source, length, state, store))
+                Checksummer::from_folded(&widest::fold::<0>(source, length, state, none, store))
             }
-            (Width::Widest, Some((target, Stores::Streamed))) => {
+            (Width::Widest, Some((target, Way { stores: Stores::Streamed, next }))) => {
                 let store = |at, part| _mm512_stream_si512(target.add(at).cast(), part);
-                Checksummer::from_folded(&widest::fold::<false>(source, length, state, store))
+                Checksummer::from_folded(&match next.is_null() {
+                    true => widest::fold::<0>(source, length, state, none, store),
+                    false => widest::fold::<AHEAD>(source, length, state, next, store),
+                })
             }
         };
     }
@@ -238,7 +273,7 @@ unsafe fn fold(
 /// # Safety
 /// Never called.
 #[cfg(not(target_arch = "x86_64"))]
-unsafe fn fold(_: Width, _: *const u8, _: usize, _: Option<(*mut u8, Stores)>, _: &mut Checksummer) {
+unsafe fn fold(_: Width, _: *const u8, _: usize, _: Option<(*mut u8, Way)>, _: &mut Checksummer) {
     unreachable!("nothing is folded on this processor");
 }
 
@@ -280,7 +315,11 @@ mod tests {
                 let (mut target, mut summer) = (vec![0xEE; 5000], new());
                 let (from, to) = (payload.as_ptr(), target.as_mut_ptr());
                 // SAFETY: skew and length fit both vectors, which are different.
-                unsafe { copy_and_sum_with(width, from, to.add(skew), length, stores, &mut summer) };
+                unsafe {
+                    // Any address will do.
+                    let next = if skew % 2 == 0 { std::ptr::null() } else { from };
+                    copy_and_sum_with(width, from, to.add(skew), length, Way { stores, next }, &mut summer);
+                }
                 drain();
                 let said = format!("{width:?} {stores:?} {skew} {length}");
                 assert_eq!(summer.finish(), whole, "{said}");

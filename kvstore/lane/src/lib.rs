@@ -19,6 +19,7 @@ mod shared;
 mod socket;
 mod syscall;
 
+pub use copy::drain;
 pub use error::{LaneError, MapError};
 pub use frame::{DESCRIPTORS_WAITING_MAX, LaneMessage, LaneReader, LaneWriter, Received, Writable};
 pub use mapping::{Access, FenceMapping, Mapping, SharedBytesMut};

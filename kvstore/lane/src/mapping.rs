@@ -15,12 +15,12 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use terrace_core::{BlockId, ByteCount, Checksum, Checksummer, Fence};
 
 use crate::error::MapError;
-use crate::fold;
+use crate::fold::{self, Way};
 use crate::shared::SharedBytes;
 use crate::syscall;
 
 const FENCE_BYTES: usize = size_of::<u64>();
-// What is mapped in one call: a call takes microseconds, whatever its length.
+// What is mapped in one call: a call takes microseconds, whatever its length. Reserved huge pages are mapped one by one.
 const GRANULE_BYTES: usize = 256 << 10;
 // What begins here can be mapped by pages of this size, where the memory has them.
 const HUGE_PAGE_BYTES: usize = 2 << 20;
@@ -43,22 +43,26 @@ pub struct Mapping {
 }
 
 /// Which granules of a mapping have their pages in the page table, as far as somebody saw to it: a bit each.
-struct Ahead(Box<[AtomicU64]>);
+struct Ahead {
+    granule: usize,
+    granules: Box<[AtomicU64]>,
+}
 
 impl Ahead {
-    fn of(length: usize) -> Self {
-        let words = length.div_ceil(GRANULE_BYTES).div_ceil(u64::BITS as usize);
-        Self((0..words).map(|_| AtomicU64::new(0)).collect())
+    fn of(length: usize, page: usize) -> Self {
+        let granule = page.max(GRANULE_BYTES);
+        let words = length.div_ceil(granule).div_ceil(u64::BITS as usize);
+        Self { granule, granules: (0..words).map(|_| AtomicU64::new(0)).collect() }
     }
 
     /// Whether this is the first time that somebody asks.
     fn is_new(&self, granule: usize) -> bool {
-        let (word, bit) = (&self.0[granule / u64::BITS as usize], 1 << (granule % u64::BITS as usize));
+        let (word, bit) = (&self.granules[granule / u64::BITS as usize], 1 << (granule % u64::BITS as usize));
         word.load(Ordering::Relaxed) & bit == 0 && word.fetch_or(bit, Ordering::Relaxed) & bit == 0
     }
 
     fn forget(&self) {
-        self.0.iter().for_each(|word| word.store(0, Ordering::Relaxed));
+        self.granules.iter().for_each(|word| word.store(0, Ordering::Relaxed));
     }
 }
 
@@ -143,8 +147,9 @@ impl Mapping {
                 Writing::Allowed { views: 0, read_only: syscall::reopen_read_only(data.as_fd()).ok() }
             }
         };
+        let page = syscall::page_bytes(data.as_fd());
         let data = Region::map("data", data.as_fd(), bytes, protection)?;
-        let ahead = Ahead::of(data.length);
+        let ahead = Ahead::of(data.length, page);
         Ok(Arc::new(Self { data, fences, writing: Mutex::new(writing), ahead }))
     }
 
@@ -222,9 +227,10 @@ impl Mapping {
     pub(crate) fn map_ahead(&self, start: *const u8, length: usize) {
         let Some(offset) = start.addr().checked_sub(self.data.start.addr().get()) else { return };
         let end = offset.saturating_add(length).min(self.data.length);
-        for granule in offset / GRANULE_BYTES..end.div_ceil(GRANULE_BYTES) {
+        let bytes = self.ahead.granule;
+        for granule in offset / bytes..end.div_ceil(bytes) {
             if self.ahead.is_new(granule) {
-                self.data.populate(granule * GRANULE_BYTES, GRANULE_BYTES);
+                self.data.populate(granule * bytes, bytes);
             }
         }
     }
@@ -247,6 +253,16 @@ impl SharedBytesMut {
     /// fault once write permission was dropped after it.
     pub fn as_mut_ptr(&self) -> *mut u8 {
         self.bytes.as_ptr().cast_mut()
+    }
+
+    /// Whole blocks are copied past the cache, however short: for whoever copies many, and looks at none of them soon.
+    pub fn go_past_the_cache(&mut self) {
+        self.bytes.go_past_the_cache();
+    }
+
+    /// Copies of whole blocks are whole for other threads than the caller's only after [`crate::drain`].
+    pub fn drain_later(&mut self) {
+        self.bytes.drain_later();
     }
 
     /// Copies `source` in, from `offset` on. Two copies into one place at once
@@ -273,9 +289,14 @@ impl SharedBytesMut {
         assert_eq!(source.len(), self.bytes.len(), "source and target of a copy have one length");
         self.bytes.map_ahead();
         let mut summer = Checksummer::new(block, ByteCount::new(source.len() as u64), generation);
+        // To fetch the source ahead costs a tenth beside these stores, and more where blocks are short.
+        let way = Way::alone(self.bytes.stores());
         // SAFETY: the block stays mapped and writable while this view lives and has the source's length; `source` is
         // ordinary memory, so the two do not overlap.
-        unsafe { fold::copy_and_sum(source.as_ptr(), self.as_mut_ptr(), source.len(), &mut summer) };
+        unsafe {
+            fold::copy_and_sum_by(source.as_ptr(), self.as_mut_ptr(), source.len(), way, &mut summer);
+        }
+        self.bytes.copied();
         summer.finish()
     }
 }

@@ -13,7 +13,7 @@ use std::sync::{Arc, Weak};
 use terrace_core::{BlockId, ByteCount, Checksum, Checksummer};
 
 use crate::copy::{drain, stream};
-use crate::fold::{self, Stores};
+use crate::fold::{self, Stores, Way};
 use crate::mapping::Mapping;
 
 /// A readable piece of shared memory. Keeps the mapping alive.
@@ -22,7 +22,18 @@ pub struct SharedBytes {
     start: NonNull<u8>,
     length: usize,
     stores: Stores,
+    wholeness: Wholeness,
+    /// Where the next one that is copied begins, or its own end. Nothing is read through it.
+    next: *const u8,
     owner: Arc<dyn Any + Send + Sync>,
+}
+
+/// When a copy is whole for other threads than the one that made it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Wholeness {
+    AtItsEnd,
+    /// After [`drain`].
+    Later,
 }
 
 /// A piece of shared memory that it does not keep mapped.
@@ -48,7 +59,7 @@ impl WeakBytes {
     /// The view again, while somebody keeps its memory mapped.
     pub fn upgrade(&self) -> Option<SharedBytes> {
         let owner = self.owner.upgrade()?;
-        Some(SharedBytes { start: self.start, length: self.length, stores: Stores::of(self.length), owner })
+        Some(SharedBytes::whole(self.start, self.length, owner))
     }
 }
 
@@ -71,7 +82,12 @@ impl SharedBytes {
     /// The bytes must be mapped readable for as long as `owner` (or a clone of
     /// it) lives, and the memory behind them must not shrink.
     pub unsafe fn from_raw(owner: Arc<dyn Any + Send + Sync>, start: NonNull<u8>, length: usize) -> Self {
-        Self { start, length, stores: Stores::of(length), owner }
+        Self::whole(start, length, owner)
+    }
+
+    fn whole(start: NonNull<u8>, length: usize, owner: Arc<dyn Any + Send + Sync>) -> Self {
+        let next = start.as_ptr().wrapping_add(length);
+        Self { start, length, stores: Stores::of(length), wholeness: Wholeness::AtItsEnd, next, owner }
     }
 
     /// The chunk that it is a part of; `None` if it is something else's.
@@ -88,6 +104,34 @@ impl SharedBytes {
     #[must_use]
     pub fn past_the_cache(self) -> Self {
         Self { stores: Stores::Streamed, ..self }
+    }
+
+    /// The same, whose copies are whole for other threads than the caller's only after [`drain`]: for whoever makes many.
+    #[must_use]
+    pub fn drained_later(self) -> Self {
+        Self { wholeness: Wholeness::Later, ..self }
+    }
+
+    /// `next` is what will be copied next: the end of this one's copy brings its beginning into the cache. Where blocks do not
+    /// lie side by side, the processor does not know by itself where the next one begins.
+    pub fn come_before(&mut self, next: &Self) {
+        self.next = next.start.as_ptr();
+    }
+
+    fn end(&self) -> *const u8 {
+        self.start.as_ptr().wrapping_add(self.length)
+    }
+
+    pub(crate) fn drain_later(&mut self) {
+        self.wholeness = Wholeness::Later;
+    }
+
+    pub(crate) fn go_past_the_cache(&mut self) {
+        self.stores = Stores::Streamed;
+    }
+
+    pub(crate) fn stores(&self) -> Stores {
+        self.stores
     }
 
     /// Length in bytes.
@@ -118,7 +162,7 @@ impl SharedBytes {
         assert!(inside, "a part lies inside its whole");
         // SAFETY: `offset` is at most `length`, so the pointer stays in the mapping or one past its end.
         let start = unsafe { self.start.add(offset) };
-        Self { start, length, stores: Stores::of(length), owner: Arc::clone(&self.owner) }
+        Self::whole(start, length, Arc::clone(&self.owner))
     }
 
     /// Loads the first byte of each 4 KiB and answers their sum: whoever reads the
@@ -156,9 +200,16 @@ impl SharedBytes {
             if self.stores == Stores::Cached {
                 return std::ptr::copy_nonoverlapping(source, target, self.length);
             }
-            stream(source, target, self.length);
+            stream(source, target, self.length, self.next);
         }
-        drain();
+        self.copied();
+    }
+
+    pub(crate) fn copied(&self) {
+        match self.wholeness {
+            Wholeness::AtItsEnd => drain(),
+            Wholeness::Later => {}
+        }
     }
 
     /// Copies everything out and computes the checksum of what was copied: each
@@ -244,10 +295,14 @@ impl SharedBytes {
         self.map_ahead();
         let mut summer = Checksummer::new(block, ByteCount::new(self.length as u64), generation);
         for (source, target, length) in copies {
+            let behind = source.wrapping_add(length);
+            // Pieces of this view lie side by side. Where a copy is to its pieces, the next one is not known.
+            let next = if behind == self.end() { self.next } else { std::ptr::null() };
+            let way = Way { stores: self.stores, next };
             // SAFETY: the caller's promise.
-            unsafe { fold::copy_and_sum_by(source, target, length, self.stores, &mut summer) };
+            unsafe { fold::copy_and_sum_by(source, target, length, way, &mut summer) };
         }
-        drain();
+        self.copied();
         summer.finish()
     }
 
@@ -310,6 +365,12 @@ mod tests {
             copy.fill(0);
             past.copy_to(&mut copy);
             assert_eq!(copy, *memory, "plain copy of {length} bytes past the cache");
+            copy.fill(0);
+            let mut later = past.clone().drained_later();
+            later.come_before(&past);
+            later.copy_to(&mut copy);
+            drain();
+            assert_eq!(copy, *memory, "copy of {length} bytes that is drained later");
         }
     }
 

@@ -192,16 +192,26 @@ pub(crate) fn shut_down(socket: BorrowedFd<'_>) {
 
 /// Length of the file behind a descriptor and whether it is sealed against shrinking.
 pub(crate) fn memory_facts(memory: BorrowedFd<'_>) -> io::Result<(u64, bool)> {
+    let facts = stat(memory)?;
+    // SAFETY: no pointers are involved.
+    let seals = unsafe { libc::fcntl(memory.as_raw_fd(), libc::F_GET_SEALS) };
+    let sealed = seals >= 0 && seals & libc::F_SEAL_SHRINK != 0;
+    Ok((u64::try_from(facts.st_size).unwrap_or(0), sealed))
+}
+
+/// The pages that memory is made of, as far as the kernel says: reserved huge pages say so.
+pub(crate) fn page_bytes(memory: BorrowedFd<'_>) -> usize {
+    stat(memory).map_or(0, |facts| usize::try_from(facts.st_blksize).unwrap_or(0))
+}
+
+fn stat(memory: BorrowedFd<'_>) -> io::Result<libc::stat> {
     // SAFETY: stat is a plain C struct for which all zeros is a valid value.
     let mut facts: libc::stat = unsafe { MaybeUninit::zeroed().assume_init() };
     // SAFETY: the kernel writes one stat, which `facts` has room for.
     if unsafe { libc::fstat(memory.as_raw_fd(), &raw mut facts) } != 0 {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: no pointers are involved.
-    let seals = unsafe { libc::fcntl(memory.as_raw_fd(), libc::F_GET_SEALS) };
-    let sealed = seals >= 0 && seals & libc::F_SEAL_SHRINK != 0;
-    Ok((u64::try_from(facts.st_size).unwrap_or(0), sealed))
+    Ok(facts)
 }
 
 /// A second, independent opening of the same memory that cannot write.

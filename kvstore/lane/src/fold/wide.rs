@@ -2,12 +2,13 @@
 
 use std::arch::asm;
 use std::arch::x86_64::{
-    __m256i, _MM_HINT_T0, _mm_prefetch, _mm256_clmulepi64_epi128, _mm256_set_epi64x, _mm256_setzero_si256,
-    _mm256_store_si256, _mm256_xor_si256,
+    __m256i, _mm256_clmulepi64_epi128, _mm256_set_epi64x, _mm256_setzero_si256, _mm256_store_si256,
+    _mm256_xor_si256,
 };
 
 use super::LINE_BYTES;
 use super::power::power;
+use crate::copy::fetch;
 
 /// Bytes that the eight registers hold.
 pub(super) const GROUP_BYTES: usize = 256;
@@ -18,7 +19,7 @@ const SUMS: usize = 2 * LOADED;
 const _: () = assert!(SUMS * PART_BYTES == GROUP_BYTES);
 /// So far ahead of the sum its source is fetched: without, 1 GiB from memory takes a fifth longer on Zen 3; half or
 /// twice as far makes no difference.
-const FETCH_AHEAD_BYTES: usize = 2 << 10;
+pub(super) const AHEAD: usize = 2 << 10;
 
 /// What moves the two halves of a sum over a group.
 const LOW: u64 = power(GROUP_BITS + 63);
@@ -27,16 +28,17 @@ const GROUP_BITS: u32 = 2048;
 const _: () = assert!(GROUP_BITS as usize == GROUP_BYTES * 8);
 
 /// Sums, and hands every part with its place to `store`. Answers bytes whose sum, begun with nothing, is that of
-/// everything.
+/// everything. `AHEAD` and `next` are those of [`fetch`].
 ///
 /// # Safety
 /// `source` must be readable for `length` bytes, a multiple of a group and not 0; the processor has `vpclmulqdq` and
 /// `avx2`.
 #[target_feature(enable = "vpclmulqdq,avx2")]
-pub(super) unsafe fn fold(
+pub(super) unsafe fn fold<const AHEAD: usize>(
     source: *const u8,
     length: usize,
     state: u64,
+    next: *const u8,
     store: impl Fn(usize, __m256i),
 ) -> [u8; GROUP_BYTES] {
     let (high, low) = (HIGH.cast_signed(), LOW.cast_signed());
@@ -46,7 +48,7 @@ pub(super) unsafe fn fold(
     let mut at = 0;
     while at < length {
         for line in (0..GROUP_BYTES).step_by(LINE_BYTES) {
-            _mm_prefetch::<_MM_HINT_T0>(source.wrapping_add(at + FETCH_AHEAD_BYTES + line).cast());
+            fetch::<AHEAD>(source, length, at + line, next);
         }
         for half in [0, LOADED] {
             let offset = at + half * PART_BYTES;

@@ -2,12 +2,13 @@
 
 use std::arch::asm;
 use std::arch::x86_64::{
-    __m512i, _MM_HINT_T0, _mm_prefetch, _mm512_clmulepi64_epi128, _mm512_set_epi64, _mm512_setzero_si512,
-    _mm512_store_si512, _mm512_ternarylogic_epi64, _mm512_xor_si512,
+    __m512i, _mm512_clmulepi64_epi128, _mm512_set_epi64, _mm512_setzero_si512, _mm512_store_si512,
+    _mm512_ternarylogic_epi64, _mm512_xor_si512,
 };
 
 use super::LINE_BYTES;
 use super::power::power;
+use crate::copy::fetch;
 
 /// Bytes that the eight registers hold.
 pub(super) const GROUP_BYTES: usize = 512;
@@ -18,7 +19,7 @@ const SUMS: usize = 2 * LOADED;
 const _: () = assert!(SUMS * PART_BYTES == GROUP_BYTES && PART_BYTES == LINE_BYTES);
 /// So far ahead of a sum its source is fetched: 38 GiB/s from memory on Zen 5, which is what loads alone reach; 35.5
 /// without. Beside stores it costs a tenth.
-const FETCH_AHEAD_BYTES: usize = 4 << 10;
+pub(super) const AHEAD: usize = 4 << 10;
 /// Exclusive or of three.
 const XOR: i32 = 0x96;
 
@@ -29,16 +30,17 @@ const GROUP_BITS: u32 = 4096;
 const _: () = assert!(GROUP_BITS as usize == GROUP_BYTES * 8);
 
 /// Sums, and hands every part with its place to `store`. Answers bytes whose sum, begun with nothing, is that of
-/// everything.
+/// everything. `AHEAD` and `next` are those of [`fetch`].
 ///
 /// # Safety
 /// `source` must be readable for `length` bytes, a multiple of a group and not 0; the processor has `vpclmulqdq` and
 /// `avx512f`.
 #[target_feature(enable = "vpclmulqdq,avx512f")]
-pub(super) unsafe fn fold<const FETCH: bool>(
+pub(super) unsafe fn fold<const AHEAD: usize>(
     source: *const u8,
     length: usize,
     state: u64,
+    next: *const u8,
     store: impl Fn(usize, __m512i),
 ) -> [u8; GROUP_BYTES] {
     let (high, low) = (HIGH.cast_signed(), LOW.cast_signed());
@@ -47,10 +49,8 @@ pub(super) unsafe fn fold<const FETCH: bool>(
     let mut state = _mm512_set_epi64(0, 0, 0, 0, 0, 0, 0, state.cast_signed());
     let mut at = 0;
     while at < length {
-        if FETCH {
-            for line in (0..GROUP_BYTES).step_by(LINE_BYTES) {
-                _mm_prefetch::<_MM_HINT_T0>(source.wrapping_add(at + FETCH_AHEAD_BYTES + line).cast());
-            }
+        for line in (0..GROUP_BYTES).step_by(LINE_BYTES) {
+            fetch::<AHEAD>(source, length, at + line, next);
         }
         for half in [0, LOADED] {
             let offset = at + half * PART_BYTES;

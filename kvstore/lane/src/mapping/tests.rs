@@ -134,7 +134,7 @@ fn the_last_view_unmaps() {
 // range was mapped anew would fault page by page: each is new once, also at the end, until all are forgotten.
 #[test]
 fn a_granule_is_new_once() {
-    let ahead = Ahead::of(64 * GRANULE_BYTES + 1);
+    let ahead = Ahead::of(64 * GRANULE_BYTES + 1, 4096);
     for granule in [0, 63, 64] {
         assert!(ahead.is_new(granule), "granule {granule}");
         assert!(!ahead.is_new(granule), "granule {granule}, again");
