@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use terrace_core::{BlockId, Checksum, MissReason, Purpose};
-use terrace_lane::{SharedBytes, block_ids};
+use terrace_lane::{SharedBytes, block_ids, drain};
 
 use crate::error::ClientError;
 use crate::lease::Outcome;
@@ -19,7 +19,8 @@ pub trait BlockTarget {
     fn length(&self) -> usize;
 
     /// Copies all of `source`, which is as long, and answers the checksum of what was copied, as
-    /// [`SharedBytes::copy_and_checksum`] does: each shared byte is loaded once. The copy may turn out not to be the block.
+    /// [`SharedBytes::copy_and_checksum`] does: each shared byte is loaded once. The copy may turn out not to be the block,
+    /// and need not be whole for other threads before [`Session::get`] has ended.
     fn copy(&mut self, source: &SharedBytes, block: BlockId, generation: u64) -> Checksum;
 
     /// Copies all of `source`, which is as long, as [`SharedBytes::copy_to`] does.
@@ -58,9 +59,17 @@ pub enum Verify {
     Fence,
 }
 
-/// What is got at once from this many bytes on is copied past the cache: it does not fit there beside what else the
+/// What is got or put at once from this many bytes on is copied past the cache: it does not fit there beside what else the
 /// processor works at.
 const PAST_THE_CACHE_BYTES_MIN: u64 = 8 << 20;
+
+/// Whether so many blocks are copied past the cache.
+pub(crate) fn is_past_the_cache(space: &Space, blocks: usize) -> bool {
+    space.block_bytes().get().saturating_mul(blocks as u64) >= PAST_THE_CACHE_BYTES_MIN
+}
+
+/// Blocks whose places are looked up together.
+const FOUND_AT_ONCE: usize = 16;
 
 /// How the copies of one call are made.
 #[derive(Clone, Copy, Debug)]
@@ -71,23 +80,27 @@ pub(crate) struct How {
 
 impl How {
     fn of(space: &Space, blocks: usize, verify: Verify) -> Self {
-        let bytes = space.block_bytes().get().saturating_mul(blocks as u64);
-        Self { verify, past_the_cache: bytes >= PAST_THE_CACHE_BYTES_MIN }
+        Self { verify, past_the_cache: is_past_the_cache(space, blocks) }
+    }
+
+    /// One of the blocks that are copied by one call, which drains at its end.
+    pub(crate) fn of_many(self, source: SharedBytes) -> SharedBytes {
+        let source = source.drained_later();
+        if self.past_the_cache { source.past_the_cache() } else { source }
     }
 
     /// The checksum of what was copied, if it is to be compared.
     pub(crate) fn copy(
         self,
-        source: SharedBytes,
+        source: &SharedBytes,
         target: &mut impl BlockTarget,
         block: BlockId,
         generation: u64,
     ) -> Option<Checksum> {
-        let source = if self.past_the_cache { source.past_the_cache() } else { source };
         match self.verify {
-            Verify::Checksum => Some(target.copy(&source, block, generation)),
+            Verify::Checksum => Some(target.copy(source, block, generation)),
             Verify::Fence => {
-                target.copy_unsummed(&source);
+                target.copy_unsummed(source);
                 None
             }
         }
@@ -174,6 +187,7 @@ impl Session {
                 other => other.map(|_| ()),
             };
         }
+        drain();
         if let Some(lease) = lease.lease {
             lease.end_soon();
         }
@@ -206,17 +220,29 @@ fn known(
     let mut outcomes = vec![Outcome::Granted(()); keys.len()];
     let mut open = Vec::new();
     let blocks = block_ids(space.tenant_key(), space.id(), keys);
-    for (at, (block, target)) in blocks.into_iter().zip(targets).enumerate() {
-        if !lane.places.copy(block, &lane.status, target, how) {
-            outcomes[at] = Outcome::Missing(MissReason::Unknown);
-            open.push(at);
+    let mut found = Vec::with_capacity(FOUND_AT_ONCE.min(blocks.len()));
+    let parts = blocks.chunks(FOUND_AT_ONCE).zip(targets.chunks_mut(FOUND_AT_ONCE));
+    for (first, (blocks, targets)) in (0..).step_by(FOUND_AT_ONCE).zip(parts) {
+        let length = targets.first().map_or(0, BlockTarget::length);
+        lane.places.find(blocks, length, how, &mut found);
+        for (at, (block, target)) in blocks.iter().zip(targets).enumerate() {
+            if let Some([Some(lying), Some(next)]) = found.get_mut(at..at + 2) {
+                lying.bytes.come_before(&next.bytes);
+            }
+            let lies = found[at].as_ref().is_some_and(|lying| lying.copy(*block, &lane.status, target, how));
+            if !lies {
+                outcomes[first + at] = Outcome::Missing(MissReason::Unknown);
+                open.push(first + at);
+            }
         }
     }
+    drain();
     (outcomes, open)
 }
 
 fn copied(block: &ReadBlock, target: &mut impl BlockTarget, how: How) -> Outcome<()> {
-    let found = how.copy(block.bytes().clone(), target, block.id(), block.generation());
+    let source = how.of_many(block.bytes().clone());
+    let found = how.copy(&source, target, block.id(), block.generation());
     let judged = match found {
         Some(found) => block.judge(found),
         None if block.is_valid() => Ok(()),

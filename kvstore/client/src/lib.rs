@@ -35,6 +35,7 @@ mod keyed;
 mod lane;
 mod lease;
 mod places;
+mod put;
 mod read;
 mod session;
 mod space;

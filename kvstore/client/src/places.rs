@@ -7,6 +7,7 @@
 //! The daemon is told now and then which blocks were used, as it counts by that what to keep.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::hash::{BuildHasherDefault, Hasher};
 use std::sync::atomic::{self, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -32,13 +33,69 @@ pub(crate) struct Place {
     pub(crate) generation: u64,
 }
 
-impl Place {
+/// A block that lay somewhere, and is kept mapped.
+#[derive(Debug)]
+pub(crate) struct Lying {
+    pub(crate) bytes: SharedBytes,
+    frame: u32,
+    fence: Fence,
+    checksum: Checksum,
+    generation: u64,
+}
+
+impl Lying {
+    fn at(place: &Place, length: usize, how: How) -> Option<Self> {
+        let bytes = place.bytes.upgrade().filter(|bytes| bytes.len() == length)?;
+        let (frame, fence, checksum, generation) =
+            (place.frame, place.fence, place.checksum, place.generation);
+        Some(Self { bytes: how.of_many(bytes), frame, fence, checksum, generation })
+    }
+
     /// Whether the block still lies there: ask before its bytes are read, and again afterwards.
-    fn holds(&self, bytes: &SharedBytes, status: &Status) -> bool {
+    fn holds(&self, status: &Status) -> bool {
         // What was read before must not be read after the fence.
         atomic::fence(Ordering::Acquire);
-        let fence = bytes.mapping().and_then(|mapping| mapping.fence(self.frame));
+        let fence = self.bytes.mapping().and_then(|mapping| mapping.fence(self.frame));
         fence == Some(self.fence) && !status.is_closed()
+    }
+
+    /// Copies the block, compares the copy with the sealed checksum if that is wanted, and then looks whether it lies
+    /// there still. False: it has to be leased; `target` holds anything.
+    pub(crate) fn copy(
+        &self,
+        block: BlockId,
+        status: &Status,
+        target: &mut impl BlockTarget,
+        how: How,
+    ) -> bool {
+        if !self.holds(status) {
+            return false;
+        }
+        let found = how.copy(&self.bytes, target, block, self.generation);
+        if !self.holds(status) {
+            return false;
+        }
+        let good = found.is_none_or(|found| found == self.checksum);
+        if !good {
+            tracing::warn!(%block, "not the bytes that were sealed; leasing it anew");
+        }
+        good
+    }
+}
+
+/// An id is a hash by itself.
+#[derive(Clone, Copy, Debug, Default)]
+struct ById(u64);
+
+impl Hasher for ById {
+    fn write(&mut self, bytes: &[u8]) {
+        if let Some(first) = bytes.first_chunk() {
+            self.0 = u64::from_le_bytes(*first);
+        }
+    }
+
+    fn finish(&self) -> u64 {
+        self.0
     }
 }
 
@@ -52,8 +109,10 @@ pub(crate) struct Places {
 
 #[derive(Debug)]
 struct Table<P> {
-    slots: HashMap<BlockId, usize>,
+    slots: HashMap<BlockId, usize, BuildHasherDefault<ById>>,
     known: Vec<Known<P>>,
+    /// Behind the one that was found last: blocks that are kept one after the other are wanted so as well.
+    next: usize,
     /// The next to make room, unless it was used since the hand was there.
     hand: usize,
 }
@@ -79,7 +138,7 @@ pub(crate) struct Used {
 
 impl Places {
     pub(crate) fn new(blocks_max: usize) -> Self {
-        let table = Table { slots: HashMap::new(), known: Vec::new(), hand: 0 };
+        let table = Table { slots: HashMap::default(), known: Vec::new(), next: 0, hand: 0 };
         Self { table: Mutex::new(table), blocks_max }
     }
 
@@ -87,31 +146,11 @@ impl Places {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Copies the block from where it lay, compares the copy with the sealed checksum if that is wanted, and then looks
-    /// whether it lies there still. False: it has to be leased; `target` holds anything.
-    pub(crate) fn copy(
-        &self,
-        block: BlockId,
-        status: &Status,
-        target: &mut impl BlockTarget,
-        how: How,
-    ) -> bool {
-        let Some(place) = self.table().place(block) else { return false };
-        let Some(bytes) = place.bytes.upgrade().filter(|bytes| bytes.len() == target.length()) else {
-            return false;
-        };
-        if !place.holds(&bytes, status) {
-            return false;
-        }
-        let found = how.copy(bytes.clone(), target, block, place.generation);
-        if !place.holds(&bytes, status) {
-            return false;
-        }
-        let good = found.is_none_or(|found| found == place.checksum);
-        if !good {
-            tracing::warn!(%block, "not the bytes that were sealed; leasing it anew");
-        }
-        good
+    /// Where these blocks of `length` bytes lay, as far as that is known and still mapped, in order.
+    pub(crate) fn find(&self, blocks: &[BlockId], length: usize, how: How, found: &mut Vec<Option<Lying>>) {
+        let mut table = self.table();
+        found.clear();
+        found.extend(blocks.iter().map(|block| Lying::at(table.place(*block)?, length, how)));
     }
 
     /// Remembers where a block was granted.
@@ -137,12 +176,17 @@ impl Places {
     }
 }
 
-impl<P: Clone> Table<P> {
-    fn place(&mut self, block: BlockId) -> Option<P> {
-        let known = &mut self.known[*self.slots.get(&block)?];
+impl<P> Table<P> {
+    fn place(&mut self, block: BlockId) -> Option<&P> {
+        let slot = match self.known.get(self.next) {
+            Some(known) if known.block == block => self.next,
+            Some(_) | None => *self.slots.get(&block)?,
+        };
+        self.next = slot + 1;
+        let known = &mut self.known[slot];
         known.recent = true;
         known.untold = true;
-        Some(known.place.clone())
+        Some(&known.place)
     }
 
     fn keep(&mut self, known: Known<P>) {
@@ -189,22 +233,22 @@ mod tests {
     // would grow: many more blocks than there is room for pass by one that is used all the time.
     #[test]
     fn what_is_used_stays_and_nothing_is_mixed_up() {
-        let mut table = Table { slots: HashMap::new(), known: Vec::new(), hand: 0 };
+        let mut table = Table { slots: HashMap::default(), known: Vec::new(), next: 0, hand: 0 };
         for number in 0..3 * PLACES_MAX as u64 {
             table.keep(known(number));
-            assert_eq!(table.place(known(0).block), Some(0), "{number}");
+            assert_eq!(table.place(known(0).block), Some(&0), "{number}");
         }
         assert_eq!((table.known.len(), table.slots.len()), (PLACES_MAX, PLACES_MAX));
         let mut found = 0;
         for number in 0..3 * PLACES_MAX as u64 {
             if let Some(place) = table.place(known(number).block) {
-                assert_eq!(place, number);
+                assert_eq!(*place, number);
                 found += 1;
             }
         }
         assert_eq!(found, PLACES_MAX);
         // A block that moved is known at its new place only.
         table.keep(Known { place: 77, ..known(0) });
-        assert_eq!((table.place(known(0).block), table.known.len()), (Some(77), PLACES_MAX));
+        assert_eq!((table.place(known(0).block).copied(), table.known.len()), (Some(77), PLACES_MAX));
     }
 }

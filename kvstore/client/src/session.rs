@@ -17,6 +17,7 @@ use crate::again;
 use crate::chunks::Chunks;
 use crate::convert::{keys_to_wire, mode_to_wire, parent_to_wire, purpose_to_wire, to_wire};
 use crate::error::ClientError;
+use crate::get::is_past_the_cache;
 use crate::grpc::GrpcLink;
 use crate::keeper::{Keeper, return_one};
 use crate::keyed::Keys;
@@ -329,7 +330,7 @@ impl Session {
     }
 
     /// The same for a lease.
-    fn keys_of(&self, space: &Space, keys: &[impl AsRef<[u8]>]) -> Result<Keys, ClientError> {
+    pub(crate) fn keys_of(&self, space: &Space, keys: &[impl AsRef<[u8]>]) -> Result<Keys, ClientError> {
         if space.session != self.inner.number {
             return Err(ClientError::ForeignSpace);
         }
@@ -517,7 +518,11 @@ impl Session {
         let lane = self.lane("lease_write")?;
         let wanted = self.to_write(space, keys, parent, options, None)?;
         let (lease, grants) = lease(lane, wanted, WriteBlock::new).await?;
-        Ok(WriteLease { lease, grants })
+        let mut lease = WriteLease { lease, grants };
+        if is_past_the_cache(space, keys.len()) {
+            lease.go_past_the_cache();
+        }
+        Ok(lease)
     }
 
     /// Marks blocks as used; answers how many were present.

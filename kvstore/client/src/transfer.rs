@@ -17,15 +17,15 @@ use crate::convert::{durability_to_wire, parent_to_wire, seals_from_wire};
 use crate::error::ClientError;
 use crate::grpc::{ATTEMPTS_MAX, GrpcLink};
 use crate::lease::{Outcome, millis};
+use crate::put::Put;
 use crate::read::ReadOptions;
 use crate::session::{Backend, Session};
 use crate::space::Space;
-use crate::write::WriteOptions;
 
 /// How long [`Session::read`] waits for blocks of slower tiers.
-const READ_WAIT: Duration = Duration::from_secs(5);
+pub(crate) const READ_WAIT: Duration = Duration::from_secs(5);
 /// How long [`Session::write`] waits for frames while the daemon is over a limit.
-const WRITE_WAIT: Duration = Duration::from_secs(10);
+pub(crate) const WRITE_WAIT: Duration = Duration::from_secs(10);
 const THROTTLED_DELAY: Duration = Duration::from_millis(20);
 /// Bytes that one transfer pins at once.
 const BATCH_BYTES: u64 = 32 << 20;
@@ -124,8 +124,6 @@ impl Session {
         payloads: &[impl AsRef<[u8]>],
         durability: Durability,
     ) -> Result<Vec<SealOutcome>, ClientError> {
-        let keys = self.keys(space, keys)?;
-        let parent = parent_to_wire(parent)?;
         if keys.len() != payloads.len() {
             return Err(ClientError::Unpaired { keys: keys.len(), payloads: payloads.len() });
         }
@@ -138,75 +136,19 @@ impl Session {
             }
         }
         match &self.inner.backend {
-            Backend::Grpc(link) => write_stream(link, space, &keys, parent, &payloads, durability).await,
-            Backend::Lane(_) => self.write_lane(space, &keys, &parent, &payloads, durability).await,
-        }
-    }
-
-    async fn write_lane(
-        &self,
-        space: &Space,
-        keys: &[Bytes],
-        parent: &Bytes,
-        payloads: &[&[u8]],
-        durability: Durability,
-    ) -> Result<Vec<SealOutcome>, ClientError> {
-        let deadline = Instant::now() + WRITE_WAIT;
-        let mut outcomes: Vec<Option<SealOutcome>> = vec![None; keys.len()];
-        while let Some(start) = outcomes.iter().position(Option::is_none) {
-            // A run of blocks that are still to be written, so that each one's
-            // parent is the one before it.
-            let run = outcomes[start..].iter().take_while(|outcome| outcome.is_none()).count();
-            let end = start + run.min(batch_blocks(space));
-            let before = if start == 0 { parent } else { &keys[start - 1] };
-            let before = Some(before.as_ref()).filter(|key| !key.is_empty());
-            let written =
-                self.write_run(space, &keys[start..end], before, &payloads[start..end], durability).await?;
-            let stuck = written.iter().all(Option::is_none);
-            outcomes[start..end].copy_from_slice(&written);
-            if stuck {
-                back_off(deadline).await?;
+            Backend::Grpc(link) => {
+                let keys = self.keys(space, keys)?;
+                write_stream(link, space, &keys, parent_to_wire(parent)?, &payloads, durability).await
             }
-        }
-        Ok(outcomes.into_iter().flatten().collect())
-    }
-
-    /// One attempt; `None` where no frame was to be had.
-    async fn write_run(
-        &self,
-        space: &Space,
-        keys: &[Bytes],
-        parent: Option<&[u8]>,
-        payloads: &[&[u8]],
-        durability: Durability,
-    ) -> Result<Vec<Option<SealOutcome>>, ClientError> {
-        let options = WriteOptions { ttl: None, wait: READ_WAIT };
-        let mut lease = self.lease_write(space, keys, parent, options).await?;
-        let mut outcomes = vec![None; keys.len()];
-        let mut filled = Vec::new();
-        for (index, grant) in lease.grants.iter_mut().enumerate() {
-            match grant {
-                Outcome::Granted(block) => {
-                    // Of the payload, not of the frame: what is sealed is what was given.
-                    filled.push((index_u32(index)?, block.write_checked(payloads[index])?));
-                }
-                Outcome::Exists => outcomes[index] = Some(SealOutcome::Already),
-                Outcome::Promoting | Outcome::Missing(_) | Outcome::Throttled => {}
+            Backend::Lane(_) => {
+                let put = Put { space, keys, parent, payloads: &payloads, durability };
+                self.write_lane(&put).await
             }
-        }
-        let sealed = lease.seal_with(&filled, durability).await?;
-        for ((index, _), outcome) in filled.iter().zip(sealed) {
-            outcomes[*index as usize] = Some(outcome);
-        }
-        match lease.release().await {
-            // It has ended with its session; what was sealed is known all the same.
-            Ok(()) | Err(ClientError::Disconnected) => Ok(outcomes),
-            Err(error) => Err(error),
         }
     }
 }
 
-async fn back_off(deadline: Instant) -> Result<(), ClientError> {
+pub(crate) async fn back_off(deadline: Instant) -> Result<(), ClientError> {
     if Instant::now() + THROTTLED_DELAY > deadline {
         return Err(ClientError::Throttled { message: "no room until the deadline".to_owned() });
     }
@@ -219,13 +161,13 @@ pub(crate) fn batch_blocks(space: &Space) -> usize {
     usize::try_from(blocks).unwrap_or(usize::MAX).clamp(1, 1024)
 }
 
+fn index_u32(index: usize) -> Result<u32, ClientError> {
+    u32::try_from(index).map_err(|_| ClientError::TooManyBlocks { found: index, limit: u32::MAX as usize })
+}
+
 fn block_bytes(space: &Space) -> Result<usize, ClientError> {
     usize::try_from(space.block_bytes().get())
         .map_err(|_| ClientError::Protocol { detail: "a block longer than this machine's memory" })
-}
-
-fn index_u32(index: usize) -> Result<u32, ClientError> {
-    u32::try_from(index).map_err(|_| ClientError::TooManyBlocks { found: index, limit: u32::MAX as usize })
 }
 
 async fn read_stream(

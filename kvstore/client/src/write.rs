@@ -141,6 +141,31 @@ impl WriteLease {
         }
     }
 
+    /// Ends the lease now. The daemon is told with the next question, or in a moment.
+    pub(crate) fn end_soon(self) {
+        if let Some(lease) = &self.lease {
+            lease.end_soon();
+        }
+    }
+
+    /// Its blocks are more than the cache holds beside what else the processor works at.
+    pub(crate) fn go_past_the_cache(&mut self) {
+        for block in self.grants.iter_mut().filter_map(Outcome::granted_mut) {
+            if let Some(writer) = &mut block.writer {
+                writer.view.go_past_the_cache();
+            }
+        }
+    }
+
+    /// Whole blocks that are filled from now on are whole for other threads after [`terrace_lane::drain`] only.
+    pub(crate) fn drain_later(&mut self) {
+        for block in self.grants.iter_mut().filter_map(Outcome::granted_mut) {
+            if let Some(writer) = &mut block.writer {
+                writer.view.drain_later();
+            }
+        }
+    }
+
     fn writable(&self, index: u32) -> Result<&WriteBlock, ClientError> {
         self.block(index).filter(|block| block.writer.is_some()).ok_or(ClientError::NotWritable { index })
     }
