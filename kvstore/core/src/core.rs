@@ -460,7 +460,7 @@ impl Core {
         match op {
             Op::CreateChunk { chunk } => self.chunk_created(chunk, outcome),
             Op::CloseWindow { chunk } => self.window_closed(chunk, outcome),
-            Op::DropChunk { chunk } => self.chunk_dropped(chunk),
+            Op::DropChunk { chunk } => self.chunk_dropped(chunk, outcome),
             Op::Read { block, source, target, sent, class: _, stuck } => {
                 self.read_ended(source.device, stuck);
                 self.read_done(id, block, (source, sent), target, outcome);

@@ -42,6 +42,7 @@ impl Core {
             client: None,
             repeats: Repeats::default(),
             asked: None,
+            holds_on: false,
         });
     }
 

@@ -16,6 +16,11 @@ use crate::units::{Micros, Now};
 /// Copies between chunks at one time.
 const COPIES_MAX: u32 = 16;
 
+/// What the memory of a dropped chunk takes to come back. Later, somebody keeps it, and another chunk is dropped beside.
+const DROP_TIME: Micros = Micros::from_millis(250);
+/// Chunks that are late at a time: a process that keeps all of them must not empty the pool.
+const LATE_DROPS_MAX: usize = 4;
+
 /// Blocks whose eviction is prepared at a time.
 const WARM_VICTIMS_MAX: usize = 64;
 
@@ -159,7 +164,13 @@ impl Core {
         debug_assert!(self.chunks.at(id).tenant == tenant, "a chunk has one tenant for life");
     }
 
-    pub(crate) fn chunk_dropped(&mut self, id: ChunkId) {
+    pub(crate) fn chunk_dropped(&mut self, id: ChunkId, outcome: Result<(), Fault>) {
+        let held = outcome == Err(Fault::StillMapped);
+        for mapper in &self.chunks.at(id).mappers {
+            if let Some(open) = self.sessions.get_mut(mapper) {
+                open.holds_on = held;
+            }
+        }
         self.forget_chunk(id);
         self.memory_changed = true;
     }
@@ -353,12 +364,28 @@ impl Core {
             ChunkKind::Creating { .. }
             | ChunkKind::Closing { .. }
             | ChunkKind::Replacing
-            | ChunkKind::Retiring
-            | ChunkKind::Dropping => true,
+            | ChunkKind::Retiring => true,
+            ChunkKind::Dropping => !self.is_late(chunk),
             ChunkKind::Window { recalled, .. } => recalled,
             ChunkKind::Pool => false,
         });
+        let coming = coming || self.late_drops(memory) >= LATE_DROPS_MAX;
         if coming || paused || self.retire_chunk(memory) { Allocated::Wait } else { Allocated::Never }
+    }
+
+    /// Sessions that may keep the memory of a chunk after it is gone: a process that stands still does.
+    fn kept_by(&self, chunk: &Chunk) -> usize {
+        let holds_on = |mapper: &&SessionId| self.sessions.get(mapper).is_some_and(|open| open.holds_on);
+        chunk.mappers.iter().filter(holds_on).count()
+    }
+
+    /// Its memory should be back: somebody keeps it.
+    fn is_late(&self, chunk: &Chunk) -> bool {
+        chunk.kind == ChunkKind::Dropping && self.now >= chunk.touched.after(DROP_TIME)
+    }
+
+    fn late_drops(&self, memory: Memory) -> usize {
+        self.chunks.iter_in(memory).filter(|(_, chunk)| self.is_late(chunk)).count()
     }
 
     /// Starts to empty the cheapest chunk of the pool.
@@ -369,7 +396,8 @@ impl Core {
                 && counts.pinned == 0
                 && counts.filling == 0
                 && held.reserved_until <= self.now;
-            eligible.then_some(ChunkFacts { chunk, sealed: counts.sealed, touched: held.touched })
+            let (sealed, touched, kept_by) = (counts.sealed, held.touched, self.kept_by(held));
+            eligible.then_some(ChunkFacts { chunk, sealed, touched, kept_by })
         });
         let Some(id) = cheapest_chunk(facts) else { return false };
         self.retire(id);
@@ -411,6 +439,7 @@ impl Core {
                 && chunk.counts.pinned == 0
                 && chunk.counts.filling == 0
                 && chunk.reserved_until <= self.now
+                && self.kept_by(chunk) == 0
                 && self.now.since(chunk.touched) > idle
         });
         if let Some((id, _)) = colder.min_by_key(|&(id, chunk)| (chunk.touched, id)) {
@@ -430,16 +459,29 @@ impl Core {
 
     /// Keeps memory ready for windows while the pool is full.
     pub(crate) fn pump_reserve(&mut self) {
-        let wanted = self.config.chunks_ready_min.min(self.chunks_max() / 2);
-        let ready = self.chunks_max().saturating_sub(self.chunks.pinned_len());
-        if ready >= wanted {
+        let Some((ready, wanted)) = self.wants_reserve() else { return };
+        let leaving = |chunk: &Chunk| match chunk.kind {
+            ChunkKind::Retiring | ChunkKind::Replacing => true,
+            ChunkKind::Dropping => !self.is_late(chunk),
+            ChunkKind::Creating { .. }
+            | ChunkKind::Pool
+            | ChunkKind::Window { .. }
+            | ChunkKind::Closing { .. } => false,
+        };
+        let coming = self.chunks.iter_in(Memory::Pinned).filter(|(_, chunk)| leaving(chunk)).count();
+        if self.late_drops(Memory::Pinned) >= LATE_DROPS_MAX {
             return;
         }
-        let leaving = |kind| matches!(kind, ChunkKind::Retiring | ChunkKind::Replacing | ChunkKind::Dropping);
-        let coming = self.chunks.iter_in(Memory::Pinned).filter(|(_, chunk)| leaving(chunk.kind)).count();
         if ready.saturating_add(count(coming)) < wanted && self.retire_chunk(Memory::Pinned) {
             self.pump_emptying();
         }
+    }
+
+    /// How many chunks there is room for, and should be, if that is more.
+    pub(crate) fn wants_reserve(&self) -> Option<(u32, u32)> {
+        let wanted = self.config.chunks_ready_min.min(self.chunks_max() / 2);
+        let ready = self.chunks_max().saturating_sub(self.chunks.pinned_len());
+        (ready < wanted).then_some((ready, wanted))
     }
 
     /// Keeps frames free in a full pool, so that the next block does not wait, and
@@ -503,7 +545,10 @@ impl Core {
         }
         if self.chunks.at(id).is_empty() {
             self.emptying.remove(&id);
-            self.chunks.at_mut(id).kind = ChunkKind::Dropping;
+            let now = self.now;
+            let chunk = self.chunks.at_mut(id);
+            (chunk.kind, chunk.touched) = (ChunkKind::Dropping, now);
+            self.at(now.after(DROP_TIME), Deadline::Retry);
             let op = self.start(Op::DropChunk { chunk: id });
             self.effects.push_back(Effect::DropChunk { op, chunk: id });
         }

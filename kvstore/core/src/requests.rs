@@ -235,6 +235,7 @@ impl Core {
             | ChunkKind::Replacing => MapAccess::Read,
             ChunkKind::Creating { .. } | ChunkKind::Dropping => return refused,
         };
+        self.chunks.at_mut(id).mappers.insert(session);
         Reply::MayMap { chunk: id, access }
     }
 

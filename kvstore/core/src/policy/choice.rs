@@ -22,13 +22,15 @@ pub(crate) struct ChunkFacts {
     pub(crate) chunk: ChunkId,
     pub(crate) sealed: u64,
     pub(crate) touched: Now,
+    /// Sessions that may keep its memory after it is gone.
+    pub(crate) kept_by: usize,
 }
 
-/// The cheapest chunk to empty: one that holds nothing, else the coldest, and
+/// The cheapest chunk to empty: one whose memory comes back, then one that holds nothing, else the coldest, and
 /// of equally cold ones the one with the fewest blocks.
 pub(crate) fn cheapest_chunk(chunks: impl Iterator<Item = ChunkFacts>) -> Option<ChunkId> {
     chunks
-        .min_by_key(|facts| (facts.sealed > 0, facts.touched, facts.sealed, facts.chunk))
+        .min_by_key(|facts| (facts.kept_by, facts.sealed > 0, facts.touched, facts.sealed, facts.chunk))
         .map(|facts| facts.chunk)
 }
 
@@ -43,6 +45,7 @@ mod tests {
             chunk: ChunkId::new(chunk),
             sealed,
             touched: Now::from_micros(touched),
+            kept_by: 0,
         };
         let chunks = [facts(1, 5, 10), facts(2, 0, 99), facts(3, 1, 50)];
         assert_eq!(cheapest_chunk(chunks.into_iter()), Some(ChunkId::new(2)));
@@ -50,6 +53,8 @@ mod tests {
             cheapest_chunk(chunks.into_iter().filter(|facts| facts.sealed > 0)),
             Some(ChunkId::new(1))
         );
+        let kept = chunks.map(|facts| ChunkFacts { kept_by: usize::from(facts.sealed < 5), ..facts });
+        assert_eq!(cheapest_chunk(kept.into_iter()), Some(ChunkId::new(1)), "its memory alone comes back");
         assert_eq!(cheapest_chunk(std::iter::empty()), None);
     }
 }

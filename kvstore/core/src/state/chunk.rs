@@ -1,6 +1,6 @@
 //! Chunks of Pinned and Hbm and the frames they are carved into.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use crate::ids::{ChunkId, Fence, FrameRef, LeaseId, Memory, SessionId, TenantId};
 use crate::state::block::{BlockIndex, ShortOp};
@@ -125,6 +125,8 @@ pub(crate) struct Chunk {
     pub(crate) memory: Memory,
     /// While it retires: leases do not keep it beyond `leave_by`.
     pub(crate) forced: bool,
+    /// Sessions that were told how to map it.
+    pub(crate) mappers: BTreeSet<SessionId>,
 }
 
 const _: () = assert!(size_of::<Frame>() == 32);
@@ -148,6 +150,7 @@ impl Chunk {
             private: false,
             memory: Memory::Pinned,
             forced: false,
+            mappers: BTreeSet::new(),
         }
     }
 

@@ -33,6 +33,8 @@ pub(crate) struct Session {
     pub(crate) repeats: Repeats,
     /// Its last request for a prefix, so that writing the rest of it is no request of its own.
     pub(crate) asked: Option<Asked>,
+    /// The memory of a chunk that it had mapped did not come back in time, the last time that one was dropped.
+    pub(crate) holds_on: bool,
 }
 
 /// A request for a prefix.

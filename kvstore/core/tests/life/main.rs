@@ -4,6 +4,7 @@
 mod demotion;
 mod full_device;
 mod hbm;
+mod kept;
 mod limits;
 mod reads;
 mod resumed;
