@@ -32,6 +32,11 @@ use crate::waiting::Wait;
 /// After a failure that may pass (no memory, no space, catalog), the next try.
 pub(crate) const RETRY_AFTER: Micros = Micros::from_millis(1000);
 
+/// Nobody has written for so long: the burst is over.
+const LULL: Micros = Micros::from_millis(5);
+/// What can wait waits so long at most.
+pub(crate) const BURST_MAX: Micros = Micros::from_millis(100);
+
 /// What a tenant holds at the moment.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct TenantUse {
@@ -42,6 +47,33 @@ pub(crate) struct TenantUse {
     /// Its leases and its waiting requests.
     pub(crate) leases: u32,
     pub(crate) waits: u32,
+}
+
+/// Requests that write, one soon after the other. They take all that memory can move, so that what can wait does: copies
+/// to Nvme that are merely due, and room for windows beyond the next one.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Burst {
+    began: Now,
+    /// When it is over, unless somebody writes until then.
+    quiet_at: Now,
+}
+
+impl Burst {
+    pub(crate) fn written(&mut self, now: Now) {
+        if now >= self.quiet_at {
+            self.began = now;
+        }
+        self.quiet_at = now.after(LULL);
+    }
+
+    /// When what can wait waits no longer; `None` if nobody has written yet.
+    fn end(&self) -> Option<Now> {
+        (self.quiet_at > Now::default()).then(|| self.quiet_at.min(self.began.after(BURST_MAX)))
+    }
+
+    pub(crate) fn is_on(&self, now: Now) -> bool {
+        self.end().is_some_and(|end| now < end)
+    }
 }
 
 /// A slow effect in flight.
@@ -241,6 +273,7 @@ pub struct Core {
     pub(crate) pool_space: Option<SpaceIndex>,
     pub(crate) create_paused_until: Now,
     pub(crate) persist_paused_until: Now,
+    pub(crate) burst: Burst,
     pub(crate) degraded: bool,
     pub(crate) unpersisted: u64,
     pub(crate) scrub: Scrubber,
@@ -314,6 +347,7 @@ impl Core {
             pool_space: None,
             create_paused_until: Now::default(),
             persist_paused_until: Now::default(),
+            burst: Burst::default(),
             degraded: false,
             unpersisted: 0,
             scrub: Scrubber::default(),
@@ -386,7 +420,8 @@ impl Core {
     pub fn next_deadline(&self) -> Option<Now> {
         let timed = self.deadlines.first().map(|&(at, _)| at);
         let due = self.due.front().map(|&(at, _, _)| at);
-        [timed, due].into_iter().flatten().min()
+        let lull = self.burst.end().filter(|&end| end > self.now && self.is_held_back());
+        [timed, due, lull].into_iter().flatten().min()
     }
 
     /// Everything whose time has come.

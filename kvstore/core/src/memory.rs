@@ -460,6 +460,9 @@ impl Core {
     /// Keeps memory ready for windows while the pool is full.
     pub(crate) fn pump_reserve(&mut self) {
         let Some((ready, wanted)) = self.wants_reserve() else { return };
+        if ready > 0 && self.burst.is_on(self.now) {
+            return;
+        }
         let leaving = |chunk: &Chunk| match chunk.kind {
             ChunkKind::Retiring | ChunkKind::Replacing => true,
             ChunkKind::Dropping => !self.is_late(chunk),

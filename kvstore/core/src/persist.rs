@@ -6,7 +6,7 @@
 use std::collections::{BTreeMap, VecDeque};
 
 use crate::api::{BlockHeader, Effect, Fault, IoClass, Via};
-use crate::core::{Core, Deadline, Delete, Op, Put, RETRY_AFTER};
+use crate::core::{BURST_MAX, Core, Deadline, Delete, Op, Put, RETRY_AFTER};
 use crate::ids::{BlockId, DeviceId, DiskFrame, Fence, FrameRef};
 use crate::policy::{Choice, Devices};
 use crate::state::block::{BlockIndex, Nvme, WRITE_FAULTS_MAX};
@@ -48,6 +48,11 @@ impl Stalled {
     /// Something ended that may have left a frame.
     pub(crate) fn ask_again(&mut self) {
         self.again = true;
+    }
+
+    /// `urgent`: for what memory waits for only.
+    fn asks_again(&self, urgent: bool) -> bool {
+        self.again && !(urgent && self.urgent.is_empty())
     }
 
     fn push(&mut self, next: Queued, class: IoClass) {
@@ -107,7 +112,9 @@ impl Core {
         if self.chunks.pinned_len() >= self.chunks_max() {
             self.ready.push_back((index, id));
         } else {
-            self.due.push_back((self.now.after(self.config.persist_delay), index, id));
+            // A burst may hold it back afterwards.
+            let delay = self.config.persist_delay.get().saturating_sub(BURST_MAX.get());
+            self.due.push_back((self.now.after(Micros::new(delay)), index, id));
         }
     }
 
@@ -136,11 +143,14 @@ impl Core {
         if !self.is_persisting() || self.now < self.persist_paused_until {
             return;
         }
+        let burst = self.burst.is_on(self.now);
         while self.writes_running < self.config.limits.writes_in_flight {
             if let Some(next) = self.urgent.pop_front() {
                 self.write_or_wait(next, IoClass::Demotion);
-            } else if let Some(space) = self.stalled_again() {
+            } else if let Some(space) = self.stalled_again(burst) {
                 self.write_stalled(space);
+            } else if burst {
+                break;
             } else if let Some(next) = self.ready.pop_front() {
                 self.write_or_wait(next, IoClass::Persistence);
             } else {
@@ -149,11 +159,17 @@ impl Core {
         }
     }
 
+    /// Whether something waits for the end of a burst only.
+    pub(crate) fn is_held_back(&self) -> bool {
+        let copies = !self.ready.is_empty() || self.stalled.values().any(|stalled| stalled.asks_again(false));
+        copies && self.is_persisting() || self.wants_reserve().is_some()
+    }
+
     /// A space whose first block asks for a frame once more. They take turns.
-    fn stalled_again(&mut self) -> Option<SpaceIndex> {
+    fn stalled_again(&mut self, urgent: bool) -> Option<SpaceIndex> {
         let (before, behind) =
             (self.stalled.range(..self.stalled_next), self.stalled.range(self.stalled_next..));
-        let (&space, _) = behind.chain(before).find(|(_, stalled)| stalled.again)?;
+        let (&space, _) = behind.chain(before).find(|(_, stalled)| stalled.asks_again(urgent))?;
         self.stalled_next = SpaceIndex(space.0.wrapping_add(1));
         Some(space)
     }

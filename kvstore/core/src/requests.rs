@@ -78,6 +78,9 @@ impl Core {
 
     /// `None`: the request waits, or has been answered.
     fn serve(&mut self, asker: Asker, tenant: TenantId, op: Request) -> Option<Reply> {
+        if matches!(op, Request::LeaseWrite { .. } | Request::Seal { .. }) {
+            self.burst.written(self.now);
+        }
         match op {
             Request::Match { blocks, mode } => Some(self.matched(tenant, &blocks, mode)),
             Request::LeaseRead { blocks, ttl, answer_by, purpose, want, repeat: _ } => {

@@ -6,7 +6,7 @@ use crate::ids::{
     BlockId, ChunkId, DeviceId, DiskFrame, Fence, FrameRef, GpuId, LeaseId, Memory, SessionId, SpaceId,
     TenantId,
 };
-use crate::state::block::{Block, BlockIndex, Nvme};
+use crate::state::block::{Block, BlockIndex, Nvme, WRITE_FAULTS_MAX};
 use crate::state::chunk::{ChunkKind, Frame, FrameCounts, FrameState};
 use crate::state::disk::SlotState;
 use crate::state::session::LeaseKind;
@@ -467,6 +467,15 @@ impl Core {
     /// Operations in flight.
     pub fn operation_count(&self) -> usize {
         self.ops.len()
+    }
+
+    /// Copies to Nvme that are not begun: of blocks that are there, and that no device refused for want of room.
+    pub fn writes_waiting(&self) -> usize {
+        let due = self.due.iter().filter(|&&(_, index, id)| {
+            let block = self.blocks.try_at(index).filter(|block| block.id == id);
+            block.is_some_and(|block| block.nvme == Nvme::None && block.write_faults() < WRITE_FAULTS_MAX)
+        });
+        due.count() + self.urgent.len() + self.queued()
     }
 
     /// Requests that wait.
