@@ -17,6 +17,7 @@ mod media;
 mod prompt;
 mod restart;
 mod route;
+mod settle;
 mod stand;
 mod table;
 mod ttft;
@@ -50,6 +51,9 @@ pub(crate) struct Options {
     /// Device of `hbm`: cuda:0 for example; host-only runs it over host memory, which says nothing of a device
     #[arg(long, default_value = "cuda:0")]
     device: String,
+    /// Block sizes of `local` [default: 64 KiB to 8 MiB]
+    #[arg(long, value_delimiter = ',')]
+    block_bytes: Vec<u64>,
     /// Directory of recorded traffic, for eviction, admission, route and index
     #[arg(long, env = "TERRACE_TRACES", default_value = "../shared/traces")]
     traces: PathBuf,

@@ -33,7 +33,7 @@ const DEVICE_BYTES_IN_FLIGHT: u64 = 16 << 20;
 /// Frames that a full pool keeps free for blocks that are promoted or streamed in.
 const FRAMES_READY_MIN: u32 = 32;
 /// This part of the memory, in chunks and within limits, reclaiming keeps ready for windows.
-const CHUNKS_READY_PART: u64 = 16;
+const CHUNKS_READY_PART: u64 = 8;
 const CHUNKS_READY: std::ops::RangeInclusive<u32> = 1..=4;
 
 /// A daemon that serves.

@@ -113,7 +113,7 @@ pub(crate) fn page(engine: &Engine, calls: &CallMetrics) -> Result<String, prome
 }
 
 fn levels(registry: &Registry, engine: &Engine) -> Result<(), prometheus::Error> {
-    let (tiers, sessions, leases, unpersisted, waiting, running, blocks) = engine.view(|core| {
+    let (tiers, sessions, leases, unpersisted, waiting, running, blocks, writes) = engine.view(|core| {
         (
             core.tier_views(),
             core.session_count(),
@@ -122,6 +122,7 @@ fn levels(registry: &Registry, engine: &Engine) -> Result<(), prometheus::Error>
             core.waiting_count(),
             core.operation_count(),
             core.block_count(),
+            core.writes_waiting(),
         )
     });
     let frames =
@@ -163,6 +164,7 @@ fn levels(registry: &Registry, engine: &Engine) -> Result<(), prometheus::Error>
         ("terrace_requests_waiting", "Requests that wait for an operation.", waiting as u64),
         ("terrace_operations", "Slow operations in flight.", running as u64),
         ("terrace_blocks", "Entries of the residency table.", blocks.into()),
+        ("terrace_writes_waiting", "Copies to Nvme that are not begun.", writes as u64),
     ] {
         gauge(registry, name, help, value)?;
     }
@@ -225,6 +227,9 @@ fn devices(registry: &Registry, engine: &Engine) -> Result<(), prometheus::Error
         "1 while the catalog takes writes.",
         facts.catalog_usable.into(),
     )?;
+    gauge(registry, "terrace_ready_bytes", "Memory made ahead for chunks.", facts.ready.get())?;
+    let preparing = "1 while more memory is to be made ahead.";
+    gauge(registry, "terrace_preparing", preparing, facts.preparing.into())?;
     let lingering = facts.lingering.get();
     gauge(registry, "terrace_lingering_bytes", "Dropped chunks that other processes still map.", lingering)
 }

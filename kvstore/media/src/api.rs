@@ -290,6 +290,8 @@ pub struct MediaFacts {
     pub lingering: ByteCount,
     /// Memory made ahead for the next chunks.
     pub ready: ByteCount,
+    /// More of it is yet to be made.
+    pub preparing: bool,
     /// The catalog takes writes.
     pub catalog_usable: bool,
     /// Syncs of devices and catalog batches since the start: `(commits, batches)`.

@@ -9,7 +9,7 @@
 //! lingering until it is gone.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError, RwLock, mpsc};
 use std::time::{Duration, Instant};
 
@@ -104,6 +104,7 @@ pub(crate) struct Wishes {
     lingering: AtomicU64,
     memory_max: AtomicU64,
     ready: AtomicU64,
+    preparing: AtomicBool,
 }
 
 impl Wishes {
@@ -128,6 +129,11 @@ impl Wishes {
     /// Memory that was made ahead.
     pub(crate) fn ready(&self) -> ByteCount {
         ByteCount::new(self.ready.load(Ordering::Relaxed))
+    }
+
+    /// Whether more is to be made ahead.
+    pub(crate) fn is_preparing(&self) -> bool {
+        self.preparing.load(Ordering::Relaxed)
     }
 
     /// Memory that is dropped, and still held by others.
@@ -234,6 +240,7 @@ impl ChunkMaker {
 
     fn turn(&self, leaving: &[Leaving], ahead: &Ahead) -> Turn {
         let leaving_bytes = held(leaving);
+        self.wishes.preparing.store(self.prepares(ahead, leaving_bytes), Ordering::Relaxed);
         let mut queue = self.wishes.queue.lock().unwrap_or_else(PoisonError::into_inner);
         let look = match leaving {
             [] => None,

@@ -375,6 +375,7 @@ impl Media {
             chunk_pages: self.table.pages(),
             lingering: self.wishes.lingering(),
             ready: self.wishes.ready(),
+            preparing: self.wishes.is_preparing(),
             catalog_usable: self.catalog.usable(),
             commits: self.commits.counts(),
             notes: self.notes.clone(),

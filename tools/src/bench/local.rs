@@ -8,13 +8,14 @@ mod bare;
 pub(super) mod client;
 mod grpc;
 
+use std::ops::{Deref, DerefMut};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::ensure;
-use terrace_client::{BlockId, Durability, Outcome, Session, Space, Verify, WriteOptions};
+use terrace_client::{BlockId, Durability, Outcome, SealOutcome, Session, Space, Verify, WriteOptions};
 
-use super::{Line, Options, blocks, median, stand};
+use super::{Line, Options, blocks, median, settle, stand};
 use client::{Job, Op};
 
 pub(super) use grpc::serve_bare;
@@ -33,12 +34,16 @@ const ROUNDS: u32 = 9;
 const VERIFIED_BAR: f64 = 0.9;
 const COPIED_BAR: f64 = 0.95;
 const PUT_BAR: f64 = 0.85;
+/// Chains of the blocks that fill the pool at first.
+const WARM_CHAIN: u32 = 1 << 20;
 const CLIENTS: [u32; 3] = [1, 2, 4];
 const CLIENT_TIME: Duration = Duration::from_millis(500);
 /// Part of what one client did without a pause at which requests arrive.
 const LOAD: f64 = 0.5;
-/// Blocks that were sealed just now are being copied to the device; reads are measured after that.
-const SETTLE: Duration = Duration::from_secs(2);
+/// Filling alone is measured in fewer.
+const FILL_ROUNDS: u32 = 3;
+/// The pool's, all of which is written once before anything is measured: a host finds a guest's memory at its first use.
+const POOL_BYTES: u64 = 2 << 30;
 const WAIT: Duration = Duration::from_secs(10);
 /// What is read stays that long, before everything else.
 const RETAINED: Duration = Duration::from_secs(120);
@@ -46,25 +51,90 @@ const RETAIN_FIRST: u8 = 100;
 
 pub(super) async fn run(options: &Options) -> anyhow::Result<Vec<Line>> {
     let dir = stand::temp_dir(options)?;
-    let daemon = stand::Daemon::start(dir.path(), "2GiB", "512MiB").await?;
+    let daemon = stand::Daemon::start(dir.path(), &POOL_BYTES.to_string(), "512MiB").await?;
     let session = blocks::session(&daemon.socket).await?;
     let isolated = blocks::session_of(&daemon.socket, stand::ISOLATED).await?;
+    warm(&session).await?;
     let mut lines = Vec::new();
-    for bytes in SIZES {
+    let sizes = if options.block_bytes.is_empty() { &SIZES[..] } else { &options.block_bytes[..] };
+    for &bytes in sizes {
         let known = lines.len();
         let space = blocks::space(&session, bytes).await?;
         let mut set = Set::new(bytes)?;
         let isolated_space = blocks::space(&isolated, bytes).await?;
-        lines.extend(set.against_bare((&session, &space), (&isolated, &isolated_space)).await?);
+        let (whose, metrics) = ((&session, &space), &daemon.metrics);
+        lines.extend(set.puts_against_bare(whose, (&isolated, &isolated_space), metrics).await?);
+        lines.extend(set.gets_against_bare(whose, metrics).await?);
+        lines.extend(set.sustained(whose, (&isolated, &isolated_space)).await?);
         lines[known..].iter().for_each(Line::say);
         let known = lines.len();
+        settle::settled(&daemon.metrics).await?;
         // Beside the sessions here, which have to hear when chunks are dropped that they have mapped.
-        let (socket, bytes, count) = (daemon.socket.clone(), set.bytes, set.count());
-        lines.extend(tokio::task::spawn_blocking(move || processes(socket, bytes, count)).await??);
+        let (socket, bytes, read, count) = (daemon.socket.clone(), set.bytes, set.read, set.count());
+        lines.extend(tokio::task::spawn_blocking(move || processes(socket, bytes, read, count)).await??);
         lines[known..].iter().for_each(Line::say);
     }
     lines.extend(grpc::run(&daemon).await?);
     Ok(lines)
+}
+
+/// Bytes that begin with a page, as the memory of engines does.
+struct Pages {
+    memory: Vec<u8>,
+    start: usize,
+}
+
+impl Pages {
+    fn of(length: usize, byte: impl Fn(usize) -> u8) -> Self {
+        const PAGE: usize = 4096;
+        let mut memory = vec![0; length + PAGE];
+        let start = memory.as_ptr().align_offset(PAGE);
+        memory[start..start + length].iter_mut().enumerate().for_each(|(at, place)| *place = byte(at));
+        memory.truncate(start + length);
+        Self { memory, start }
+    }
+}
+
+impl Deref for Pages {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        &self.memory[self.start..]
+    }
+}
+
+impl DerefMut for Pages {
+    fn deref_mut(&mut self) -> &mut [u8] {
+        &mut self.memory[self.start..]
+    }
+}
+
+type Loop = fn(&[u8], &mut [u8]);
+
+const CHECKED: [Loop; 3] = [bare::checked, bare::checked_streaming, bare::checked_ahead];
+const COPIED: [Loop; 2] = [bare::streaming, bare::streaming_ahead];
+
+/// Rates of the loops that do the same in other ways.
+struct Bare {
+    loops: Vec<(Loop, Vec<f64>)>,
+}
+
+impl Bare {
+    fn of(loops: &[Loop]) -> Self {
+        Self { loops: loops.iter().map(|each| (*each, Vec::new())).collect() }
+    }
+
+    fn round(&mut self, set: &mut Set) {
+        for (each, rates) in &mut self.loops {
+            set.target.fill(1);
+            rates.push(set.rate(*each));
+        }
+    }
+
+    /// Of the quickest.
+    fn best(&self) -> f64 {
+        self.loops.iter().map(|(_, rates)| median(rates)).fold(0.0, f64::max)
+    }
 }
 
 /// Blocks of one size, and buffers for them.
@@ -72,18 +142,25 @@ struct Set {
     bytes: u64,
     block: usize,
     batch: usize,
-    source: Vec<u8>,
-    target: Vec<u8>,
+    source: Pages,
+    target: Pages,
     keys: Vec<[u8; 16]>,
+    /// Of this process; no client process uses it.
+    chain: u32,
+    /// The chain that is read.
+    read: u32,
+    /// Of the bare loop, beside puts.
+    bare_put: f64,
 }
 
 impl Set {
     fn new(bytes: u64) -> anyhow::Result<Self> {
         let (block, count) = (usize::try_from(bytes)?, usize::try_from(SET_BYTES / bytes)?);
         // Not one repeated byte: a block must not pass for another.
-        let source = (0..block * count).map(|at| at.wrapping_mul(0x9e37_79b9).to_le_bytes()[3]).collect();
+        let source = Pages::of(block * count, |at| at.wrapping_mul(0x9e37_79b9).to_le_bytes()[3]);
+        let target = Pages::of(block * count, |_| 1);
         let batch = usize::try_from(BATCH_BYTES / bytes)?;
-        Ok(Self { bytes, block, batch, source, target: vec![1; block * count], keys: Vec::new() })
+        Ok(Self { bytes, block, batch, source, target, keys: Vec::new(), chain: 0, read: 0, bare_put: 0.0 })
     }
 
     fn count(&self) -> usize {
@@ -105,16 +182,26 @@ impl Set {
         self.gib() / seconds
     }
 
-    /// Rate of the whole, and of filling alone.
-    async fn put(&self, session: &Session, space: &Space) -> anyhow::Result<(f64, f64)> {
-        let (began, mut filling) = (Instant::now(), Duration::ZERO);
-        let mut parent = None;
+    /// Rate of a put as users put.
+    async fn put(&self, session: &Session, space: &Space) -> anyhow::Result<f64> {
+        let began = Instant::now();
+        let payloads: Vec<&[u8]> = self.source.chunks(self.block).collect();
+        let sealed = session.write(space, &self.keys, None, &payloads, Durability::Readable).await?;
+        let rate = self.gib() / began.elapsed().as_secs_f64();
+        let good = sealed.iter().all(|outcome| *outcome == SealOutcome::Sealed);
+        ensure!(good, "not every block was sealed: {sealed:?}");
+        Ok(rate)
+    }
+
+    /// Rate of filling alone.
+    async fn fill(&self, session: &Session, space: &Space) -> anyhow::Result<f64> {
+        let (mut filling, mut parent) = (Duration::ZERO, None);
         for (keys, payloads) in self.keys.chunks(self.batch).zip(self.source.chunks(self.batch * self.block))
         {
             filling += put_batch(session, space, keys, parent, payloads.chunks(self.block)).await?;
             parent = keys.last();
         }
-        Ok((self.gib() / began.elapsed().as_secs_f64(), self.gib() / filling.as_secs_f64()))
+        Ok(self.gib() / filling.as_secs_f64())
     }
 
     async fn get(&mut self, session: &Session, space: &Space, verify: Verify) -> anyhow::Result<f64> {
@@ -124,54 +211,118 @@ impl Set {
             blocks::get(session, space, keys, target, verify).await?;
         }
         let rate = self.gib() / began.elapsed().as_secs_f64();
-        ensure!(self.target == self.source, "what was got is not what was written");
+        ensure!(*self.target == *self.source, "what was got is not what was written");
         Ok(rate)
     }
 
-    /// `isolated` is a tenant whose seals are copied.
-    async fn against_bare(
+    fn name(&self, what: &str) -> String {
+        format!("local_{}_{what}", self.bytes)
+    }
+
+    /// The next set of blocks that nobody has written.
+    fn renew(&mut self) {
+        self.chain += 1;
+        self.keys = blocks::keys(self.chain, self.count());
+    }
+
+    /// Bursts: each begins when the daemon has nothing left to do of the one before. `isolated` is a tenant whose seals
+    /// are copied.
+    async fn puts_against_bare(
         &mut self,
         (session, space): (&Session, &Space),
         isolated: (&Session, &Space),
+        metrics: &str,
     ) -> anyhow::Result<Vec<Line>> {
-        let (mut puts, mut fills, mut put_bare) = (Vec::new(), Vec::new(), Vec::new());
-        let mut puts_isolated = Vec::new();
+        let (mut puts, mut puts_isolated) = (Vec::new(), Vec::new());
+        let (mut fills, mut bare) = (Vec::new(), Bare::of(&CHECKED));
         for round in 0..ROUNDS {
-            self.keys = blocks::keys(chain_number(round), self.count());
-            let (put, fill) = self.put(session, space).await?;
-            puts.push(put);
-            fills.push(fill);
-            puts_isolated.push(self.put(isolated.0, isolated.1).await?.0);
-            put_bare.push(self.rate(bare::checked).max(self.rate(bare::checked_streaming)));
+            self.renew();
+            settle::settled(metrics).await?;
+            puts_isolated.push(self.put(isolated.0, isolated.1).await?);
+            if round < FILL_ROUNDS {
+                settle::settled(metrics).await?;
+                fills.push(self.fill(session, space).await?);
+                self.renew();
+            }
+            settle::settled(metrics).await?;
+            bare.round(self);
+            puts.push(self.put(session, space).await?);
         }
         // What is put from now on would push it out, for nothing else of it was ever used twice.
         let kept = session.retain(space, &self.keys, RETAINED, RETAIN_FIRST).await?;
         ensure!(kept as usize == self.count(), "only {kept} of {} blocks are kept for reading", self.count());
-        tokio::time::sleep(SETTLE).await;
+        (self.read, self.bare_put) = (self.chain, bare.best());
+        let compared = |what: &str, values: &[f64]| {
+            Line::compared(&self.name(what), median(values), self.bare_put, "GiB/s")
+        };
+        Ok(vec![
+            Line::part_of(&self.name("put"), median(&puts), self.bare_put, PUT_BAR, "GiB/s"),
+            compared("put_isolated", &puts_isolated),
+            compared("put_fill", &fills),
+        ])
+    }
+
+    async fn gets_against_bare(
+        &mut self,
+        (session, space): (&Session, &Space),
+        metrics: &str,
+    ) -> anyhow::Result<Vec<Line>> {
+        settle::settled(metrics).await?;
         let (mut verified, mut copied) = (Vec::new(), Vec::new());
-        let (mut bare_verified, mut bare_copied, mut memcpy) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut bare_verified, mut bare_copied) = (Bare::of(&CHECKED), Bare::of(&COPIED));
+        let mut memcpy = Vec::new();
         for _ in 0..ROUNDS {
+            // What was overwritten just now lies in the cache, and is in the way of copies past it: of all of them.
             self.target.fill(1);
             verified.push(self.get(session, space, Verify::Checksum).await?);
-            bare_verified.push(self.rate(bare::checked).max(self.rate(bare::checked_streaming)));
+            bare_verified.round(self);
             self.target.fill(1);
             copied.push(self.get(session, space, Verify::Fence).await?);
-            bare_copied.push(self.rate(bare::streaming));
+            bare_copied.round(self);
+            self.target.fill(1);
             memcpy.push(self.rate(|source, target| target.copy_from_slice(source)));
         }
-        let name = |what: &str| format!("local_{}_{what}", self.bytes);
-        let part = |what: &str, values: &[f64], bare: &[f64], bar| {
-            Line::part_of(&name(what), median(values), median(bare), bar, "GiB/s")
+        let part = |what: &str, values: &[f64], bare: &Bare, bar| {
+            Line::part_of(&self.name(what), median(values), bare.best(), bar, "GiB/s")
         };
         Ok(vec![
             part("get_verified", &verified, &bare_verified, VERIFIED_BAR),
             part("get", &copied, &bare_copied, COPIED_BAR),
-            part("put", &puts, &put_bare, PUT_BAR),
-            Line::compared(&name("put_isolated"), median(&puts_isolated), median(&put_bare), "GiB/s"),
-            Line::compared(&name("put_fill"), median(&fills), median(&put_bare), "GiB/s"),
-            Line::plain(&name("memcpy"), median(&memcpy), "GiB/s"),
+            Line::plain(&self.name("memcpy"), median(&memcpy), "GiB/s"),
         ])
     }
+
+    /// Puts without a pause: of a pool that is full, each of which has to make room for the next.
+    async fn sustained(
+        &mut self,
+        shared: (&Session, &Space),
+        isolated: (&Session, &Space),
+    ) -> anyhow::Result<Vec<Line>> {
+        let mut lines = Vec::new();
+        for ((session, space), what) in [(shared, "put_sustained"), (isolated, "put_isolated_sustained")] {
+            let mut rates = Vec::new();
+            for _ in 0..ROUNDS {
+                self.renew();
+                rates.push(self.put(session, space).await?);
+            }
+            lines.push(Line::compared(&self.name(what), median(&rates), self.bare_put, "GiB/s"));
+        }
+        Ok(lines)
+    }
+}
+
+/// Fills the pool once.
+async fn warm(session: &Session) -> anyhow::Result<()> {
+    let bytes = 1 << 20;
+    let space = blocks::space(session, bytes).await?;
+    let mut set = Set::new(bytes)?;
+    // Of no size that is measured.
+    set.chain = WARM_CHAIN;
+    for _ in 0..=POOL_BYTES / SET_BYTES {
+        set.renew();
+        set.put(session, &space).await?;
+    }
+    Ok(())
 }
 
 /// Writes and seals blocks that nobody has written, the first of them the child of `parent`; answers how long filling
@@ -199,30 +350,29 @@ pub(super) async fn put_batch<'a>(
     Ok(filled)
 }
 
-/// Chains of this process, which no client process uses.
-fn chain_number(round: u32) -> u32 {
-    1 + round
-}
-
 /// Rates of one to four processes, and latencies of one that asks at a fixed rate.
-fn processes(socket: PathBuf, block_bytes: u64, count: usize) -> anyhow::Result<Vec<Line>> {
+fn processes(socket: PathBuf, block_bytes: u64, chain: u32, count: usize) -> anyhow::Result<Vec<Line>> {
     let job = Job {
         socket,
         block_bytes,
         op: Op::Get,
-        chain: chain_number(ROUNDS - 1),
+        chain,
         count,
         batch: usize::try_from(CLIENT_BLOCKS.min(BATCH_BYTES / block_bytes))?,
         per_second: None,
         seconds: CLIENT_TIME.as_secs_f64(),
     };
     let mut lines = Vec::new();
-    for op in [Op::GetVerified, Op::LeaseVerified, Op::Get, Op::Put, Op::Exists, Op::Lease] {
+    let measure = |op: Op, lines: &mut Vec<Line>| -> anyhow::Result<()> {
         for clients in CLIENTS {
             let report = client::together(&Job { op, ..job.clone() }, clients)?;
             let name = format!("local_{}_{}_clients_{clients}", block_bytes, op.label());
             lines.extend(report.lines(&name, op, block_bytes)?);
         }
+        Ok(())
+    };
+    for op in [Op::GetVerified, Op::LeaseVerified, Op::Get, Op::Exists, Op::Lease] {
+        measure(op, &mut lines)?;
     }
     let whole = Job { op: Op::Readable, batch: count, ..job.clone() };
     let name = format!("local_{}_readable", block_bytes);
@@ -235,6 +385,8 @@ fn processes(socket: PathBuf, block_bytes: u64, count: usize) -> anyhow::Result<
         let quantiles = [("p50", 0.5), ("p99", 0.99), ("p999", 0.999)];
         lines.extend(report.latencies(&format!("local_{}_{}_open", block_bytes, op.label()), &quantiles)?);
     }
+    // Last, for what is put pushes out what is read.
+    measure(Op::Put, &mut lines)?;
     Ok(lines)
 }
 

@@ -113,6 +113,8 @@ pub(super) struct Daemon {
     config: PathBuf,
     /// Its gRPC address.
     pub(super) grpc: String,
+    /// Its metrics page.
+    pub(super) metrics: String,
     /// Its lane socket.
     pub(super) socket: PathBuf,
 }
@@ -149,8 +151,8 @@ impl Daemon {
         ));
         std::fs::write(&config, text)?;
         let process = spawn(dir, &config)?;
-        let mut daemon =
-            Self { process, dir: dir.to_owned(), config, grpc: format!("http://{grpc}"), socket };
+        let (grpc, metrics) = (format!("http://{grpc}"), format!("http://{metrics}/metrics"));
+        let mut daemon = Self { process, dir: dir.to_owned(), config, grpc, metrics, socket };
         daemon.wait_ready().await?;
         Ok(daemon)
     }
