@@ -375,6 +375,11 @@ impl<'span> Filled<'span> {
         }
         Ok(Self { target: target.address(), length: target.length(), _span: PhantomData })
     }
+
+    /// The same without its span, which the caller holds until the call that fills this has ended.
+    pub(crate) fn unbound(self) -> Filled<'static> {
+        Filled { target: self.target, length: self.length, _span: PhantomData }
+    }
 }
 
 impl BlockTarget for Filled<'_> {
