@@ -162,11 +162,11 @@ impl Source {
                 Ok(())
             }
             Self::Leased(block) => {
-                // SAFETY: the pieces hold the whole block, as the caller vouches.
                 let bytes = match way {
                     Way::ByLength => block.bytes().clone(),
                     Way::ThroughTheCache => block.bytes().clone().through_the_cache(),
                 };
+                // SAFETY: the pieces hold the whole block, as the caller vouches.
                 let found =
                     unsafe { bytes.scatter_and_checksum(&pieces.writable(), block.id(), block.generation()) };
                 if !block.is_valid() {
