@@ -106,6 +106,12 @@ impl SharedBytes {
         Self { stores: Stores::Streamed, ..self }
     }
 
+    /// The same, copied through the cache however long it is: for whoever copies so few that they fit there.
+    #[must_use]
+    pub fn through_the_cache(self) -> Self {
+        Self { stores: Stores::Cached, ..self }
+    }
+
     /// The same, whose copies are whole for other threads than the caller's only after [`drain`]: for whoever makes many.
     #[must_use]
     pub fn drained_later(self) -> Self {
@@ -354,23 +360,23 @@ mod tests {
             copy.fill(0);
             shared.copy_to(&mut copy);
             assert_eq!(copy, *memory, "plain copy of {length} bytes");
-            let past = shared.past_the_cache();
             copy.fill(0);
-            assert_eq!(
-                past.copy_and_checksum(&mut copy, block, 3),
-                whole,
-                "copy of {length} bytes past the cache"
-            );
-            assert_eq!(copy, *memory);
-            copy.fill(0);
-            past.copy_to(&mut copy);
-            assert_eq!(copy, *memory, "plain copy of {length} bytes past the cache");
-            copy.fill(0);
-            let mut later = past.clone().drained_later();
-            later.come_before(&past);
+            let mut later = shared.clone().past_the_cache().drained_later();
+            later.come_before(&shared);
             later.copy_to(&mut copy);
             drain();
             assert_eq!(copy, *memory, "copy of {length} bytes that is drained later");
+            for (way, shared) in
+                [("past", shared.clone().past_the_cache()), ("through", shared.through_the_cache())]
+            {
+                copy.fill(0);
+                let found = shared.copy_and_checksum(&mut copy, block, 3);
+                assert_eq!(found, whole, "copy of {length} bytes {way} the cache");
+                assert_eq!(copy, *memory);
+                copy.fill(0);
+                shared.copy_to(&mut copy);
+                assert_eq!(copy, *memory, "plain copy of {length} bytes {way} the cache");
+            }
         }
     }
 

@@ -148,7 +148,7 @@ impl Source {
     ///
     /// # Safety
     /// The pieces are valid for stores and as long as the block together.
-    unsafe fn copy_out(&self, pieces: &Pieces) -> Result<(), BadBlock> {
+    unsafe fn copy_out(&self, pieces: &Pieces, way: Way) -> Result<(), BadBlock> {
         match self {
             Self::Copied { bytes, .. } => {
                 let mut rest: &[u8] = bytes;
@@ -162,10 +162,13 @@ impl Source {
                 Ok(())
             }
             Self::Leased(block) => {
-                // SAFETY: the pieces hold the whole block, as the caller vouches.
-                let found = unsafe {
-                    block.bytes().scatter_and_checksum(&pieces.writable(), block.id(), block.generation())
+                let bytes = match way {
+                    Way::ByLength => block.bytes().clone(),
+                    Way::ThroughTheCache => block.bytes().clone().through_the_cache(),
                 };
+                // SAFETY: the pieces hold the whole block, as the caller vouches.
+                let found =
+                    unsafe { bytes.scatter_and_checksum(&pieces.writable(), block.id(), block.generation()) };
                 if !block.is_valid() {
                     return Err(Stale.into());
                 }
@@ -303,7 +306,17 @@ impl Span {
 pub(crate) struct Copy<'span> {
     source: Option<Source>,
     target: Pieces,
+    way: Way,
     _span: PhantomData<&'span ()>,
+}
+
+/// What a copy does to the cache.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Way {
+    /// A long block goes past it.
+    ByLength,
+    /// It stays there, as all that is copied with it.
+    ThroughTheCache,
 }
 
 impl<'span> Copy<'span> {
@@ -315,12 +328,17 @@ impl<'span> Copy<'span> {
         }
         target.expect_length(block.length)?;
         let source = block.held.here()?.source().ok();
-        Ok(Self { source, target: target.pieces(), _span: PhantomData })
+        Ok(Self { source, target: target.pieces(), way: Way::ByLength, _span: PhantomData })
     }
 
     /// The same without its span, which the caller holds until this copy has run for the last time.
     pub(crate) fn unbound(self) -> Copy<'static> {
-        Copy { source: self.source, target: self.target, _span: PhantomData }
+        Copy { source: self.source, target: self.target, way: self.way, _span: PhantomData }
+    }
+
+    /// The same another way.
+    pub(crate) fn by(self, way: Way) -> Self {
+        Self { way, ..self }
     }
 
     /// The addresses between which it writes.
@@ -337,7 +355,7 @@ impl<'span> Copy<'span> {
     pub(crate) fn run(&self) -> bool {
         // SAFETY: the span holds a writable buffer of the block's length in place. Other threads
         // may store there meanwhile, in Python as here: the copy is then any mix, in u8.
-        self.source.as_ref().is_some_and(|source| unsafe { source.copy_out(&self.target) }.is_ok())
+        self.source.as_ref().is_some_and(|source| unsafe { source.copy_out(&self.target, self.way) }.is_ok())
     }
 }
 
@@ -356,6 +374,11 @@ impl<'span> Filled<'span> {
             return Err(PyBufferError::new_err("the target is read-only"));
         }
         Ok(Self { target: target.address(), length: target.length(), _span: PhantomData })
+    }
+
+    /// The same without its span, which the caller holds until the call that fills this has ended.
+    pub(crate) fn unbound(self) -> Filled<'static> {
+        Filled { target: self.target, length: self.length, _span: PhantomData }
     }
 }
 
@@ -521,7 +544,7 @@ impl Block {
     fn copy_to(&self, py: Python<'_>, pieces: &Pieces) -> PyResult<()> {
         let source = self.held.here()?.source()?;
         // SAFETY: both callers pass memory of `self.length` bytes that they keep in place.
-        let copied = py.detach(move || unsafe { source.copy_out(pieces) });
+        let copied = py.detach(move || unsafe { source.copy_out(pieces, Way::ByLength) });
         copied.map_err(bad_block)
     }
 }

@@ -17,7 +17,7 @@ use terrace_core::ByteCount;
 use crate::arguments::{Keys, Manifest, Payload, durability, match_mode, purpose, span};
 use crate::block::{Block, Filled, Span};
 use crate::device::{Device, Layout};
-use crate::errors::invalid;
+use crate::errors::{Failure, invalid};
 use crate::lease::{ReadLease, WriteLease};
 use crate::on_device::{DeviceReadLease, DeviceWriteLease, Terms, without_host_frames};
 use crate::owned::Owned;
@@ -362,6 +362,36 @@ impl Calls {
         })
     }
 
+    /// Copies blocks into buffers, verified; answers which of them were there.
+    #[pyo3(signature = (space, keys, targets, *, wait=0.0, purpose="prefill"))]
+    fn get<'py>(
+        &self,
+        py: Python<'py>,
+        space: &Bound<'py, Space>,
+        keys: Keys,
+        targets: Vec<Bound<'py, PyAny>>,
+        wait: f64,
+        purpose: &str,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        let (session, space) = (self.session.here()?.clone(), space.get().space.clone());
+        let purpose = self::purpose(purpose)?;
+        let options = GetOptions { wait: span("wait", wait)?, purpose, verify: Verify::Checksum };
+        let spans = targets.iter().map(Span::of).collect::<PyResult<Vec<_>>>()?;
+        let filled = spans.iter().map(Filled::new).collect::<PyResult<Vec<_>>>()?;
+        // The spans go with the call, and are let go where the interpreter is held.
+        let mut filled: Vec<_> = filled.into_iter().map(Filled::unbound).collect();
+        let call = async move {
+            let outcomes = session.get(&space, &keys, &mut filled, options).await;
+            Ok((outcomes, spans))
+        };
+        self.engine.run(py, self.mode, call, |py, (outcomes, spans)| {
+            drop(spans);
+            let outcomes = outcomes.map_err(Failure::from)?;
+            let copied = outcomes.iter().map(|outcome| outcome.granted().is_some());
+            Ok(PyList::new(py, copied)?.into_any().unbind())
+        })
+    }
+
     /// Stores and seals blocks, each the child of the one before it.
     #[pyo3(signature = (space, keys, payloads, *, parent=None, durability="readable"))]
     fn write<'py>(
@@ -471,27 +501,6 @@ impl Calls {
 
 #[pymethods]
 impl Session {
-    /// Copies blocks into buffers, verified; answers which of them were there.
-    #[pyo3(signature = (space, keys, targets, *, wait=0.0, purpose="prefill"))]
-    fn get(
-        slf: &Bound<'_, Self>,
-        space: &Bound<'_, Space>,
-        keys: Keys,
-        targets: Vec<Bound<'_, PyAny>>,
-        wait: f64,
-        purpose: &str,
-    ) -> PyResult<Vec<bool>> {
-        let calls = slf.as_super().get();
-        let (session, space) = (calls.session.here()?, &space.get().space);
-        let purpose = self::purpose(purpose)?;
-        let options = GetOptions { wait: span("wait", wait)?, purpose, verify: Verify::Checksum };
-        let spans = targets.iter().map(Span::of).collect::<PyResult<Vec<_>>>()?;
-        let mut filled = spans.iter().map(Filled::new).collect::<PyResult<Vec<_>>>()?;
-        let call = async { Ok(session.get(space, &keys, &mut filled, options).await?) };
-        let outcomes = calls.engine.block_on(slf.py(), call)?;
-        Ok(outcomes.iter().map(|outcome| outcome.granted().is_some()).collect())
-    }
-
     fn __enter__(slf: Bound<'_, Self>) -> PyResult<Bound<'_, Self>> {
         slf.as_super().get().session.here()?;
         Ok(slf)

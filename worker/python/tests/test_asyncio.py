@@ -7,7 +7,7 @@ import threading
 import numpy as np
 import pytest
 import terrace_kv
-from conftest import PATIENCE, Daemon, keys, manifest, payload
+from conftest import BLOCK_BYTES, PATIENCE, Daemon, keys, manifest, payload
 
 
 @pytest.fixture(params=["lane", "grpc"])
@@ -37,6 +37,44 @@ def test_what_was_written_is_read(way: dict[str, str], daemon: Daemon) -> None:
             with pytest.raises(terrace_kv.InvalidArgument, match="key 0 has 0 bytes"):
                 await session.read(space, [b""])
             assert await session.clear(space) == 32
+
+    asyncio.run(asyncio.wait_for(work(), PATIENCE))
+    daemon.expect_quiet()
+
+
+def test_blocks_are_got_into_buffers(way: dict[str, str], daemon: Daemon) -> None:
+    """A buffer is let go while it is filled, or is held for ever; or what is lost passes for a good one."""
+
+    async def work() -> None:
+        async with await terrace_kv.connect_async(**way) as session:
+            space = await session.open_space(manifest())
+            names = keys(16)
+            await session.write(space, names, [payload(name) for name in names])
+            for _ in range(2):
+                targets = [bytearray(BLOCK_BYTES) for _ in range(17)]
+                getting = session.get(space, [*names, b"absent"], targets, wait=5.0)
+                with pytest.raises(BufferError):
+                    targets[0].clear()
+                assert await getting == [True] * 16 + [False]
+                assert [bytes(target) for target in targets[:16]] == [payload(name) for name in names]
+                targets[0].clear()
+            for bad in ([bytearray(BLOCK_BYTES - 1)], [bytes(BLOCK_BYTES)], []):
+                with pytest.raises((terrace_kv.InvalidArgument, BufferError)):
+                    await session.get(space, names[:1], bad)
+            # Waits for what never comes.
+            target = bytearray(BLOCK_BYTES)
+            getting = session.get(space, [b"absent"], [target], wait=PATIENCE)
+            getting.cancel()
+            for _ in range(1000):
+                try:
+                    target.clear()
+                    break
+                except BufferError:
+                    await asyncio.sleep(0.01)
+            assert not target
+            with pytest.raises(asyncio.CancelledError):
+                await getting
+        daemon.expect_leases(0)
 
     asyncio.run(asyncio.wait_for(work(), PATIENCE))
     daemon.expect_quiet()

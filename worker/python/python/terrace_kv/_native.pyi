@@ -396,6 +396,21 @@ class AsyncSession(_Session):
 
         Raises :class:`Unsupported` over gRPC; use ``read`` there.
         """
+    def get(
+        self,
+        space: Space,
+        keys: Sequence[bytes],
+        targets: Sequence[Buffer],
+        *,
+        wait: float = 0.0,
+        purpose: Purpose = "prefill",
+    ) -> Future[list[bool]]:
+        """Copies each block into the writable, contiguous buffer at its place. Answers which copies were compared with
+        their checksum and are the block; the target of another holds anything. Targets are held in place until the
+        call has ended, and hold anything if it is cancelled.
+
+        ``wait``: seconds that the answer may wait for blocks of slower tiers.
+        """
     def lease_write(
         self,
         space: Space,
