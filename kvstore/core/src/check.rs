@@ -422,6 +422,10 @@ impl Core {
     }
 
     fn check_sessions(&self) {
+        for (id, chunk) in self.chunks.iter() {
+            let open = chunk.mappers.iter().all(|mapper| self.sessions.contains_key(mapper));
+            assert!(open, "{id} is mapped by sessions that are open");
+        }
         self.departed.check();
         let limits = &self.config.limits;
         assert!(self.sessions.len() <= limits.sessions as usize, "sessions are limited");

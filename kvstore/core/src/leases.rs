@@ -99,6 +99,7 @@ impl Core {
         for window in windows {
             self.replace_window(window);
         }
+        self.chunks.forget_mapper(id);
         self.unclaim(id);
         self.memory_changed = true;
     }

@@ -396,6 +396,13 @@ impl ChunkTable {
         chunk
     }
 
+    /// The session is over: whatever it mapped, it does no longer.
+    pub(crate) fn forget_mapper(&mut self, session: SessionId) {
+        for chunk in self.slots.iter_mut().flatten() {
+            chunk.mappers.remove(&session);
+        }
+    }
+
     /// Those of one memory.
     pub(crate) fn iter_in(&self, memory: Memory) -> impl Iterator<Item = (ChunkId, &Chunk)> {
         self.iter().filter(move |(_, chunk)| chunk.memory == memory)

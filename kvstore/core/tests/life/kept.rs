@@ -97,3 +97,13 @@ fn what_is_kept_goes_last() {
     assert!(place(chunks[7]) < place(chunks[2]), "{order:?} of {chunks:?}");
     assert!(place(chunks[2]) < place(chunks[1]), "{order:?} of {chunks:?}");
 }
+
+/// Sessions come and go while a chunk stays: what a chunk knows of those that map it must not grow with them.
+#[test]
+fn sessions_that_are_over_are_forgotten() {
+    let (mut node, chunks) = full_node();
+    node.call(2, Request::MapChunk { chunk: chunks[0] });
+    // Every step looks whether all that is known to map a chunk is open.
+    node.tell(Input::SessionClosed { session: SessionId::new(2) });
+    node.run();
+}
