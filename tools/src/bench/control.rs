@@ -7,9 +7,11 @@ use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use anyhow::ensure;
+use bytes::Bytes;
 use hdrhistogram::Histogram;
 use prost::Message;
 use terrace_client::{MatchMode, ReadOptions, Session, Space, wire};
+use terrace_lane::PACKED_GRANT_BYTES;
 
 use super::{Line, Options, blocks, fair, stand};
 
@@ -18,7 +20,7 @@ pub(super) const BLOCK_BYTES: u64 = 64 << 10;
 const BLOCKS: usize = 128;
 /// Questions before those that count.
 const WARM: u32 = 500;
-const QUESTIONS: u32 = 5_000;
+const QUESTIONS: u32 = 200_000;
 /// Questions on the way at once.
 const DEPTH: usize = 16;
 /// Ours and the echo take turns so often.
@@ -66,15 +68,19 @@ async fn measure(options: &Options) -> anyhow::Result<Vec<Line>> {
     let keys = blocks::keys(1, BLOCKS);
     blocks::put(&session, &space, &keys, &vec![7; usize::try_from(BLOCK_BYTES)?]).await?;
     let mut lines = Vec::new();
+    let only = std::env::var("ONLY").unwrap_or_default();
     for case in CASES {
         for depth in [1, DEPTH] {
+            if !only.is_empty() && only != format!("{}/{depth}", case.name) {
+                continue;
+            }
             let keys = &keys[..case.blocks];
             let (mut ours, mut echo) = (Histogram::new(3)?, Histogram::new(3)?);
             let mut bare = Echo::start(case, keys)?;
             for turn in 0..TURNS {
                 let warm = if turn == 0 { WARM } else { WARM / 10 };
                 bare.ask(depth, warm, &mut Histogram::new(3)?)?;
-                bare.ask(depth, QUESTIONS / TURNS, &mut echo)?;
+                bare.ask(depth, 2000, &mut echo)?;
                 ask(&session, &space, keys, case, depth, warm, &mut Histogram::new(3)?).await?;
                 ask(&session, &space, keys, case, depth, QUESTIONS / TURNS, &mut ours).await?;
             }
@@ -85,6 +91,9 @@ async fn measure(options: &Options) -> anyhow::Result<Vec<Line>> {
             lines.push(Line::at_most(&format!("{name}_p50"), us(&ours, 0.5), p50 + case.more, "us"));
             lines.push(Line::at_most(&format!("{name}_p99"), us(&ours, 0.99), p99 * P99_TIMES, "us"));
         }
+    }
+    if !only.is_empty() {
+        return Ok(lines);
     }
     let fair = CASES[1];
     lines.extend(fair::run(&daemon.socket, &keys[..fair.blocks], fair).await?);
@@ -125,7 +134,7 @@ pub(super) async fn ask(
     Ok(())
 }
 
-/// The time of one answer. What was leased is given back after it.
+/// The time of one answer. What was leased is dropped after it, and so given back with a later question.
 async fn one(session: &Session, space: &Space, keys: &[[u8; 16]], ask: Ask) -> anyhow::Result<Duration> {
     let began = Instant::now();
     match ask {
@@ -133,7 +142,6 @@ async fn one(session: &Session, space: &Space, keys: &[[u8; 16]], ask: Ask) -> a
             let lease = session.lease_read(space, keys, ReadOptions::default()).await?;
             let taken = began.elapsed();
             ensure!(lease.prefix() == keys.len(), "only {} blocks were granted", lease.prefix());
-            lease.release().await?;
             Ok(taken)
         }
         Ask::Exists => {
@@ -185,28 +193,19 @@ impl Echo {
 fn sizes(ask: Ask, keys: &[[u8; 16]]) -> (usize, usize) {
     use wire::lane_request::Op;
     use wire::lane_response::Result as Answer;
-    let wanted = keys.iter().map(|key| key.to_vec().into()).collect();
+    let block_ids: Bytes = vec![7; 16 * keys.len()].into();
     let (op, answer) = match ask {
         Ask::Lease => {
-            let grant = wire::BlockGrant {
-                outcome: wire::GrantOutcome::Granted.into(),
-                chunk: 1,
-                frame: 100,
-                offset: BLOCK_BYTES * 100,
-                fence: 100,
-                length: BLOCK_BYTES,
-                checksum: u64::MAX,
-                block_id: vec![7; 16].into(),
-                ..wire::BlockGrant::default()
-            };
             let granted = wire::LeaseResponse {
                 lease: 1_000,
                 ttl_ms: 10_000,
-                blocks: vec![grant; keys.len()],
                 generation: 1,
+                packed: vec![7; PACKED_GRANT_BYTES * keys.len()].into(),
+                packed_length: BLOCK_BYTES,
+                ..wire::LeaseResponse::default()
             };
             let wanted =
-                wire::LeaseRequest { request_id: 1_000, keys: wanted, ..wire::LeaseRequest::default() };
+                wire::LeaseRequest { request_id: 1_000, packed: true, block_ids, ..Default::default() };
             (Op::Lease(wanted), Answer::Lease(granted))
         }
         Ask::Exists => {
@@ -214,8 +213,7 @@ fn sizes(ask: Ask, keys: &[[u8; 16]]) -> (usize, usize) {
                 prefix_blocks: u32::try_from(keys.len()).unwrap_or(u32::MAX),
                 present: vec![0xFF; keys.len().div_ceil(8)].into(),
             };
-            let wanted =
-                wire::ExistsRequest { spaces: vec![1], keys: wanted, ..wire::ExistsRequest::default() };
+            let wanted = wire::ExistsRequest { spaces: vec![1], block_ids, ..Default::default() };
             (Op::Exists(wanted), Answer::Exists(found))
         }
     };
