@@ -170,12 +170,15 @@ impl Curve {
                 }
             }
         }
-        // First all out and then all in: what changes lies side by side, and the sums change together.
-        for at in (0..self.path.len()).rev() {
-            self.vacate(self.path[at]);
-        }
-        for at in (0..self.path.len()).rev() {
-            self.make_hottest(self.path[at]);
+        // Whoever asks again for what was asked for last leaves everything where it is.
+        if !self.is_hottest() {
+            // First all out and then all in: what changes lies side by side, and the sums change together.
+            for at in (0..self.path.len()).rev() {
+                self.vacate(self.path[at]);
+            }
+            for at in (0..self.path.len()).rev() {
+                self.make_hottest(self.path[at]);
+            }
         }
         self.forget_cold();
         while self.entries.len() - self.free.len() > self.entries_max {
@@ -237,15 +240,24 @@ impl Curve {
         (0..64).find(|&shift| times <= 1 << shift).unwrap_or(63)
     }
 
+    /// Whether the last places are those of the request, its first block last.
+    fn is_hottest(&self) -> bool {
+        let slots = self.path.iter().zip((0..self.places.len()).rev());
+        let alike = slots.filter(|&(&slot, place)| self.places[place] == slot);
+        self.path.len() <= self.places.len() && alike.count() == self.path.len()
+    }
+
     /// The smallest size that holds the block; `None` if none does.
     fn point_of(&self, slot: u32, scale: f64, near: &mut Near) -> Option<usize> {
         let entry = self.entries[slot as usize];
         let hotter = self.total - self.by_place.up_to(entry.place as usize, near);
         let needed = real(hotter) * scale + real(entry.size);
-        // Neighbours mostly need the same size.
-        let above = near.point.checked_sub(1).is_none_or(|before| self.limits[before] < needed);
-        if !above || self.limits.get(near.point).is_some_and(|&limit| limit < needed) {
+        // Neighbours mostly need the same size, or the next.
+        if near.point > 0 && self.limits[near.point - 1] >= needed {
             near.point = self.limits.partition_point(|&limit| limit < needed);
+        }
+        while self.limits.get(near.point).is_some_and(|&limit| limit < needed) {
+            near.point += 1;
         }
         (near.point < CURVE_POINTS).then_some(near.point)
     }
