@@ -40,12 +40,16 @@ const GATHERED_BYTES_MAX: usize = 32 << 10;
 const GATHERED_FOR_MAX: Duration = Duration::from_micros(10);
 // Answers are handed out for so long before those that have theirs go on.
 const HANDED_OUT_FOR_MAX: Duration = Duration::from_micros(10);
+// A thread that always has answers to hand out lets others have its processor so often: they would wait for some
+// milliseconds until it is taken away, and ask the daemon for less than that.
+const YIELD_AFTER: Duration = Duration::from_micros(50);
 
 // An answer is looked for so long before its caller sleeps, or after another has arrived: what needs no device is answered
 // in less. Where so many in a row were not, the next hundreds are not looked for.
 const WATCHED_FOR_MAX: Duration = Duration::from_micros(50);
+const YIELDED_FOR_MAX: Duration = Duration::from_micros(5);
 const WATCHED_IN_VAIN_MAX: u32 = 8;
-const WATCHED_AGAIN_AFTER: u32 = 256;
+const WATCHED_AGAIN_AFTER: u32 = 1024;
 
 /// An answer with all that came with it. What a lease granted is owned here, so
 /// that an answer nobody waits for any more gives everything back.
@@ -300,8 +304,8 @@ impl LaneLink {
             return None;
         }
         let _watch = Watch::begin(&self.watching)?;
-        let (mut until, mut arrivals) =
-            (Instant::now() + WATCHED_FOR_MAX, self.arrivals.load(Ordering::Relaxed));
+        let mut arrivals = self.arrivals.load(Ordering::Relaxed);
+        let (mut until, mut others_ran) = (Instant::now() + WATCHED_FOR_MAX, false);
         loop {
             match answered.try_recv() {
                 Ok(answered) => {
@@ -309,19 +313,24 @@ impl LaneLink {
                     return Some(answered);
                 }
                 Err(TryRecvError::Closed) => return Some(Err(ClientError::Disconnected)),
-                Err(TryRecvError::Empty) => {
-                    let (now, arrived) = (Instant::now(), self.arrivals.load(Ordering::Relaxed));
-                    if arrived != arrivals {
-                        // Those of others, before this one's turn.
-                        (until, arrivals) = (now + WATCHED_FOR_MAX, arrived);
-                    } else if now >= until {
-                        self.watched_in_vain.fetch_add(1, Ordering::Relaxed);
-                        return None;
-                    }
-                    tokio::task::yield_now().await;
-                    std::thread::yield_now();
-                }
+                Err(TryRecvError::Empty) => {}
             }
+            let (now, arrived) = (Instant::now(), self.arrivals.load(Ordering::Relaxed));
+            if arrived != arrivals {
+                // Those of others, before this one's turn.
+                (until, arrivals) = (now + WATCHED_FOR_MAX, arrived);
+            } else if others_ran {
+                self.watched_in_vain.store(WATCHED_IN_VAIN_MAX, Ordering::Relaxed);
+                return None;
+            } else if now >= until {
+                self.watched_in_vain.fetch_add(1, Ordering::Relaxed);
+                return None;
+            }
+            std::thread::yield_now();
+            // If that was not the daemon, who had this processor wants it again, and who yields to him waits for a
+            // hundred times what it takes to be woken.
+            others_ran = now.elapsed() >= YIELDED_FOR_MAX;
+            tokio::task::yield_now().await;
         }
     }
 
@@ -399,6 +408,7 @@ impl LaneLink {
         keeper: Arc<Keeper>,
         chunks: Arc<Chunks>,
     ) {
+        let mut yielded = Instant::now();
         loop {
             let arrived = match reader.next().await {
                 Ok(Some(first)) => self.hand_out(first, &mut reader, &keeper, &chunks),
@@ -407,7 +417,13 @@ impl LaneLink {
             };
             match arrived {
                 // More is there already, and those who have their answers are to ask the next meanwhile.
-                Ok(Rest::MayBeThere) => tokio::task::yield_now().await,
+                Ok(Rest::MayBeThere) => {
+                    if yielded.elapsed() >= YIELD_AFTER {
+                        std::thread::yield_now();
+                        yielded = Instant::now();
+                    }
+                    tokio::task::yield_now().await;
+                }
                 Ok(Rest::None) => {}
                 Err(LaneError::Io(error)) => {
                     tracing::debug!(%error, "lane ended");

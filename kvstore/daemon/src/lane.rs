@@ -43,6 +43,8 @@ const UNSENT_FOR_MAX: Duration = Duration::from_micros(16);
 /// A client that asked so soon after its last answer is expected to do so again, and for so long its socket is looked at
 /// in place of going to sleep: to be woken takes longer.
 const BRISK_WITHIN: Duration = Duration::from_micros(30);
+const YIELDED_FOR_MAX: Duration = Duration::from_micros(5);
+const CROWDED_FOR: Duration = Duration::from_millis(100);
 /// Threads that serve connections, at most: the core, which all share, is busy before more of them are.
 const LOOPS_MAX: usize = 4;
 /// Pause after the kernel refused to accept, for example without descriptors.
@@ -163,7 +165,8 @@ async fn converse(
     tracing::debug!(pid, session = %session.id, client = session.client, "lane session");
     let reader = reader.reading();
     let (answers, answered_at) = (FuturesUnordered::new(), Instant::now());
-    let mut talk = Talk { service, session, reader, writer, answers, answered_at, is_brisk: false };
+    let (is_brisk, crowded_until) = (false, answered_at);
+    let mut talk = Talk { service, session, reader, writer, answers, answered_at, is_brisk, crowded_until };
     let ended = tokio::select! {
         () = stopped(&mut stop) => Ok(()),
         () = process_end(process.as_ref()) => Ok(()),
@@ -244,6 +247,8 @@ struct Talk {
     /// When the last answers that needed no wait went out, and whether the request after them came soon.
     answered_at: Instant,
     is_brisk: bool,
+    /// Others want this processor: until then nobody is expected in place of going to sleep.
+    crowded_until: Instant,
 }
 
 impl Talk {
@@ -270,12 +275,15 @@ impl Talk {
                     // What is answered at once goes out in few pieces; then others have this thread, and their sockets
                     // are looked at.
                     if self.begin_all(received, in_flight_max)? == AT_ONCE {
+                        // And threads that serve others have this processor, before the kernel takes it away.
+                        std::thread::yield_now();
                         tokio::task::yield_now().await;
                     }
                     continue;
                 }
-                () = awake_until(self.answered_at + BRISK_WITHIN), if self.is_brisk => {
+                crowded = awake_until(self.answered_at + BRISK_WITHIN), if self.is_brisk => {
                     self.is_brisk = false;
+                    self.crowded_until = crowded.map_or(self.crowded_until, |now| now + CROWDED_FOR);
                     continue;
                 }
             }
@@ -296,7 +304,8 @@ impl Talk {
     /// Begins to answer a request and more of what came with it, so that a batch costs few wake-ups. How many that were.
     fn begin_all(&mut self, first: Received<Asked>, in_flight_max: usize) -> Result<usize, LaneError> {
         let mut unsent_since = Instant::now();
-        self.is_brisk = unsent_since.duration_since(self.answered_at) < BRISK_WITHIN;
+        self.is_brisk = unsent_since.duration_since(self.answered_at) < BRISK_WITHIN
+            && unsent_since >= self.crowded_until;
         self.begin(first.message)?;
         let mut begun = 1;
         while begun < AT_ONCE
@@ -357,10 +366,23 @@ impl Talk {
 }
 
 /// Keeps this thread from going to sleep until then. Other connections have it meanwhile, and other threads this processor.
-async fn awake_until(then: Instant) {
-    while Instant::now() < then {
+/// Answers when it ended if one of those had it and no request came of that: it was not the client, will want it again,
+/// and who yields to it waits for a hundred times what it takes to be woken.
+async fn awake_until(then: Instant) -> Option<Instant> {
+    loop {
         tokio::task::yield_now().await;
+        let began = Instant::now();
+        if began >= then {
+            return None;
+        }
         std::thread::yield_now();
+        let ended = Instant::now();
+        if ended.duration_since(began) >= YIELDED_FOR_MAX {
+            // Once for the socket to be looked at, and once for whoever reads it.
+            tokio::task::yield_now().await;
+            tokio::task::yield_now().await;
+            return Some(ended);
+        }
     }
 }
 
