@@ -338,8 +338,8 @@ impl Hasher for Fingerprint {
             word.copy_from_slice(&value.to_le_bytes()[at..at + 8]);
             u64::from_le_bytes(word)
         });
-        // Each half is uniform, and so is this of both.
-        self.mix(low ^ high.rotate_left(32));
+        self.mix(low);
+        self.mix(high);
     }
 
     fn write_u64(&mut self, value: u64) {
