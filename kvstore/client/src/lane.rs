@@ -43,6 +43,9 @@ const HANDED_OUT_FOR_MAX: Duration = Duration::from_micros(10);
 // A thread that always has answers to hand out lets others have its processor so often: they would wait for some
 // milliseconds until it is taken away, and ask the daemon for less than that.
 const YIELD_AFTER: Duration = Duration::from_micros(50);
+// Where they keep it for longer than this, not before that.
+const AWAY_MAX: Duration = Duration::from_micros(500);
+const YIELD_AGAIN_AFTER: Duration = Duration::from_millis(100);
 
 // An answer is looked for so long before its caller sleeps, or after another has arrived: what needs no device is answered
 // in less. Where so many in a row were not, the next hundreds are not looked for.
@@ -408,7 +411,7 @@ impl LaneLink {
         keeper: Arc<Keeper>,
         chunks: Arc<Chunks>,
     ) {
-        let mut yielded = Instant::now();
+        let mut yield_at = Instant::now() + YIELD_AFTER;
         loop {
             let arrived = match reader.next().await {
                 Ok(Some(first)) => self.hand_out(first, &mut reader, &keeper, &chunks),
@@ -418,9 +421,11 @@ impl LaneLink {
             match arrived {
                 // More is there already, and those who have their answers are to ask the next meanwhile.
                 Ok(Rest::MayBeThere) => {
-                    if yielded.elapsed() >= YIELD_AFTER {
+                    let now = Instant::now();
+                    if now >= yield_at {
                         std::thread::yield_now();
-                        yielded = Instant::now();
+                        let away = now.elapsed();
+                        yield_at = now + away + if away < AWAY_MAX { YIELD_AFTER } else { YIELD_AGAIN_AFTER };
                     }
                     tokio::task::yield_now().await;
                 }

@@ -70,7 +70,9 @@ impl ReadLease {
 
 /// A sealed block in shared memory.
 #[derive(Clone, Debug)]
-pub struct ReadBlock(Source);
+pub struct ReadBlock {
+    source: Source,
+}
 
 /// Where what is known of a block is.
 #[derive(Clone, Debug)]
@@ -114,7 +116,7 @@ impl ReadBlock {
         let bytes = in_host_memory(frame.mapping)?
             .into_view(frame.offset, frame.length)
             .ok_or(ClientError::Protocol { detail: "a frame outside its chunk" })?;
-        Ok(Self(Source::Own(Arc::new(Own {
+        let source = Source::Own(Arc::new(Own {
             bytes,
             chunk: frame.chunk,
             frame: frame.frame,
@@ -123,16 +125,17 @@ impl ReadBlock {
             block: frame.block,
             generation: frame.generation,
             lease,
-        }))))
+        }));
+        Ok(Self { source })
     }
 
     /// The block at a position of a lease, where it was granted.
     pub(crate) fn leased(at: u32, lease: Arc<Lease>) -> Self {
-        Self(Source::Leased(lease, at))
+        Self { source: Source::Leased(lease, at) }
     }
 
     fn lease(&self) -> &Lease {
-        match &self.0 {
+        match &self.source {
             Source::Leased(lease, _) => lease,
             Source::Own(own) => &own.lease,
         }
@@ -140,7 +143,7 @@ impl ReadBlock {
 
     /// The frame, and its fence when it was granted.
     fn frame(&self) -> (u32, Fence) {
-        match &self.0 {
+        match &self.source {
             Source::Leased(lease, at) => {
                 let (grant, _) = lease.seen().grant(*at);
                 (grant.frame, Fence::new(grant.fence))
@@ -152,7 +155,7 @@ impl ReadBlock {
     /// Where it lies.
     pub(crate) fn place(&self) -> Place {
         let (frame, fence) = self.frame();
-        let chunk = match &self.0 {
+        let chunk = match &self.source {
             Source::Leased(lease, at) => lease.seen().grant(*at).0.chunk,
             Source::Own(own) => own.chunk,
         };
@@ -168,7 +171,7 @@ impl ReadBlock {
 
     /// Identity of the block.
     pub fn id(&self) -> BlockId {
-        match &self.0 {
+        match &self.source {
             Source::Leased(lease, at) => lease.seen().block(*at),
             Source::Own(own) => own.block,
         }
@@ -176,7 +179,7 @@ impl ReadBlock {
 
     /// Checksum that was sealed.
     pub fn checksum(&self) -> Checksum {
-        match &self.0 {
+        match &self.source {
             Source::Leased(lease, at) => Checksum::new(lease.seen().grant(*at).0.checksum),
             Source::Own(own) => own.checksum,
         }
@@ -184,7 +187,7 @@ impl ReadBlock {
 
     /// Generation of the space when it was leased: what its checksum is seeded with.
     pub fn generation(&self) -> u64 {
-        match &self.0 {
+        match &self.source {
             Source::Leased(lease, at) => lease.seen().grant(*at).1,
             Source::Own(own) => own.generation,
         }
@@ -198,7 +201,7 @@ impl ReadBlock {
     /// The bytes in place. Use them, then ask [`ReadBlock::is_valid`] before
     /// anything derived from them leaves.
     pub fn bytes(&self) -> &SharedBytes {
-        match &self.0 {
+        match &self.source {
             Source::Leased(lease, at) => lease.seen().bytes(*at),
             Source::Own(own) => &own.bytes,
         }

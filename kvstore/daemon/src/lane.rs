@@ -44,6 +44,7 @@ const UNSENT_FOR_MAX: Duration = Duration::from_micros(16);
 /// in place of going to sleep: to be woken takes longer.
 const BRISK_WITHIN: Duration = Duration::from_micros(30);
 const YIELDED_FOR_MAX: Duration = Duration::from_micros(5);
+const GIVEN_AWAY_MAX: Duration = Duration::from_micros(500);
 const CROWDED_FOR: Duration = Duration::from_millis(100);
 /// Threads that serve connections, at most: the core, which all share, is busy before more of them are.
 const LOOPS_MAX: usize = 4;
@@ -275,8 +276,7 @@ impl Talk {
                     // What is answered at once goes out in few pieces; then others have this thread, and their sockets
                     // are looked at.
                     if self.begin_all(received, in_flight_max)? == AT_ONCE {
-                        // And threads that serve others have this processor, before the kernel takes it away.
-                        std::thread::yield_now();
+                        self.give_way();
                         tokio::task::yield_now().await;
                     }
                     continue;
@@ -298,6 +298,19 @@ impl Talk {
             if answered == AT_ONCE {
                 tokio::task::yield_now().await;
             }
+        }
+    }
+
+    /// Threads that serve others have this processor before the kernel takes it away; not where they keep it.
+    fn give_way(&mut self) {
+        let began = Instant::now();
+        if began < self.crowded_until {
+            return;
+        }
+        std::thread::yield_now();
+        let ended = Instant::now();
+        if ended.duration_since(began) >= GIVEN_AWAY_MAX {
+            self.crowded_until = ended + CROWDED_FOR;
         }
     }
 

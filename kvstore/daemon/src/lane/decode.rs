@@ -217,6 +217,8 @@ mod tests {
             wait_ms: 300,
             purpose: 1,
             want_device: 5,
+            packed: true,
+            ..Default::default()
         };
         let exists = v1::ExistsRequest {
             spaces: vec![1, 300, u32::MAX],

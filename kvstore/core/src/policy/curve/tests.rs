@@ -127,10 +127,10 @@ fn sums_up_to_a_place_are_those_by_hand() {
             by_hand.fill(0);
         }
         let first = usize::try_from(bits(round) % 990).unwrap();
-        for place in first..first + 10 {
+        for (place, by_hand) in by_hand.iter_mut().enumerate().skip(first).take(10) {
             let size = bits(round * 10 + place as u64) % 3 * 1000;
             sums.set(place, size);
-            by_hand[place] = size;
+            *by_hand = size;
         }
         let mut near = Near::default();
         for look in 0..8 {
