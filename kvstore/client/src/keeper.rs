@@ -23,6 +23,8 @@ const SWEEP_INTERVAL: Duration = Duration::from_secs(1);
 const RENEWALS_AT_ONCE: usize = 32;
 // Most leases in one Release.
 const RELEASES_AT_ONCE: usize = 1024;
+// Most that go with one question: it waits until they are released.
+const RELEASES_BY_THE_WAY: usize = 64;
 // What may be released by the way waits so long for a question to go with.
 const BY_THE_WAY: Duration = Duration::from_millis(5);
 
@@ -38,7 +40,6 @@ pub(crate) struct Keeper {
 #[derive(Debug, Default)]
 struct Chores {
     leases: BTreeMap<u64, Kept>,
-    releases: Vec<u64>,
     /// To be released with the next question, or by then.
     soon: Vec<u64>,
     soon_by: Option<Instant>,
@@ -92,14 +93,6 @@ impl Keeper {
         self.chores().leases.remove(&id).is_some()
     }
 
-    fn release_later(&self, id: u64) {
-        let mut chores = self.chores();
-        chores.leases.remove(&id);
-        chores.releases.push(id);
-        drop(chores);
-        self.wake.notify_one();
-    }
-
     /// Releases a lease with the next question; if none is asked, in a moment.
     pub(crate) fn release_soon(&self, id: u64) {
         let mut chores = self.chores();
@@ -116,9 +109,11 @@ impl Keeper {
 
     /// What goes with a question that is asked now.
     pub(crate) fn release_by_the_way(&self) -> Option<Op> {
-        let leases = std::mem::take(&mut self.chores().soon);
-        let request_id = self.request_id();
-        (!leases.is_empty()).then(|| Op::Release(ReleaseRequest { request_id, leases }))
+        let mut chores = self.chores();
+        let more = chores.soon.len().saturating_sub(RELEASES_BY_THE_WAY);
+        let leases = chores.soon.split_off(more);
+        drop(chores);
+        (!leases.is_empty()).then(|| Op::Release(ReleaseRequest { request_id: self.request_id(), leases }))
     }
 
     /// Hands a window back as soon as nobody writes into it.
@@ -180,12 +175,11 @@ impl Keeper {
 
     fn take_releases(&self, now: Instant) -> Vec<u64> {
         let mut chores = self.chores();
-        let mut released = std::mem::take(&mut chores.releases);
-        if chores.soon_by.is_some_and(|by| by <= now) {
-            chores.soon_by = None;
-            released.append(&mut chores.soon);
+        if chores.soon_by.is_none_or(|by| by > now) {
+            return Vec::new();
         }
-        released
+        chores.soon_by = None;
+        std::mem::take(&mut chores.soon)
     }
 
     /// Releases leases and waits for the answer. True: the daemon knows.
@@ -293,7 +287,7 @@ impl LeaseToken {
 impl Drop for LeaseToken {
     fn drop(&mut self) {
         if !*self.released.get_mut() {
-            self.keeper.release_later(self.id);
+            self.keeper.release_soon(self.id);
         }
     }
 }

@@ -10,13 +10,14 @@ use prost::encoding::{encode_varint, encoded_len_varint};
 use prost::{DecodeError, Message};
 
 use terrace_core::BlockId;
-use terrace_lane::LaneMessage;
+use terrace_lane::{LaneMessage, PACKED_GRANT_BYTES, PackedGrant, block_ids};
 use terrace_proto::KEY_BYTES_MAX;
 use terrace_proto::v1::lane_request::Op;
 use terrace_proto::v1::lane_response::Result as Answer;
 use terrace_proto::v1::{self, BlockGrant, GrantOutcome, LaneResponse, MissReason};
 
 use crate::error::ClientError;
+use crate::space::Space;
 
 /// Tags: the number of a field and what follows it.
 const ID: u8 = 1 << 3;
@@ -24,6 +25,9 @@ const EXISTS: u8 = 4 << 3 | 2;
 const EXISTS_KEYS: u8 = 2 << 3 | 2;
 const LEASE: u8 = 6 << 3 | 2;
 const LEASE_KEYS: u8 = 4 << 3 | 2;
+const EXISTS_IDS: u8 = 4 << 3 | 2;
+const LEASE_IDS: u8 = 12 << 3 | 2;
+const BLOCK_ID_BYTES: usize = 16;
 const GRANTS: u8 = 3 << 3 | 2;
 
 /// Keys with the length of each before it, checked.
@@ -36,24 +40,13 @@ pub(crate) struct Keys {
 impl Keys {
     /// Of a request for at most `limit` blocks.
     pub(crate) fn of<K: AsRef<[u8]>>(keys: &[K], limit: usize) -> Result<Self, ClientError> {
-        if keys.len() > limit {
-            return Err(ClientError::TooManyBlocks { found: keys.len(), limit });
-        }
+        check(keys, limit)?;
         let mut bytes = Vec::with_capacity(keys.iter().map(|key| 1 + key.as_ref().len()).sum());
-        for (index, key) in keys.iter().map(AsRef::as_ref).enumerate() {
-            let found = key.len();
-            let length = u8::try_from(found).ok().filter(|_| (1..=KEY_BYTES_MAX).contains(&found));
-            let Some(length) = length else {
-                return Err(ClientError::BadKey { index, found, limit: KEY_BYTES_MAX });
-            };
-            bytes.push(length);
+        for key in keys.iter().map(AsRef::as_ref) {
+            bytes.push(u8::try_from(key.len()).expect("the length of a key is one byte"));
             bytes.extend_from_slice(key);
         }
         Ok(Self { bytes, count: keys.len() })
-    }
-
-    pub(crate) fn len(&self) -> usize {
-        self.count
     }
 
     fn list(&self) -> impl Iterator<Item = &[u8]> {
@@ -72,17 +65,68 @@ impl Keys {
     }
 }
 
-/// A look-up or a lease, whose keys are apart, as a `LaneRequest`. Its fields come before its keys.
-pub(crate) fn encode(id: u64, op: &Op, keys: &Keys) -> Option<Vec<u8>> {
+/// How a look-up or a lease names its blocks.
+#[derive(Debug)]
+pub(crate) enum Named {
+    Keys(Keys),
+    /// The ids of the blocks, 16 bytes each: hashed here, by whoever waits for the answer.
+    Blocks(Vec<u8>),
+}
+
+impl Named {
+    /// Of blocks of one space, whose daemon takes their ids.
+    pub(crate) fn blocks<K: AsRef<[u8]>>(
+        space: &Space,
+        keys: &[K],
+        limit: usize,
+    ) -> Result<Self, ClientError> {
+        check(keys, limit)?;
+        let blocks = block_ids(space.tenant_key(), space.id(), keys);
+        let mut bytes = Vec::with_capacity(blocks.len() * BLOCK_ID_BYTES);
+        blocks.iter().for_each(|block| bytes.extend_from_slice(&block.to_bytes()));
+        Ok(Self::Blocks(bytes))
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        match self {
+            Self::Keys(keys) => keys.count,
+            Self::Blocks(bytes) => bytes.len() / BLOCK_ID_BYTES,
+        }
+    }
+
+    /// Bytes as a field of a request.
+    fn field_bytes(&self) -> usize {
+        match self {
+            Self::Keys(keys) => keys.count + keys.bytes.len(),
+            Self::Blocks(bytes) if bytes.is_empty() => 0,
+            Self::Blocks(bytes) => 1 + encoded_len_varint(bytes.len() as u64) + bytes.len(),
+        }
+    }
+}
+
+/// Whether keys are what a request takes.
+fn check<K: AsRef<[u8]>>(keys: &[K], limit: usize) -> Result<(), ClientError> {
+    if keys.len() > limit {
+        return Err(ClientError::TooManyBlocks { found: keys.len(), limit });
+    }
+    let lengths = keys.iter().map(|key| key.as_ref().len()).enumerate();
+    match lengths.into_iter().find(|(_, found)| !(1..=KEY_BYTES_MAX).contains(found)) {
+        Some((index, found)) => Err(ClientError::BadKey { index, found, limit: KEY_BYTES_MAX }),
+        None => Ok(()),
+    }
+}
+
+/// A look-up or a lease, whose blocks are named apart, as a `LaneRequest`. Its fields come before them.
+pub(crate) fn encode(id: u64, op: &Op, named: &Named) -> Option<Vec<u8>> {
     const _: () = assert!(KEY_BYTES_MAX < 128, "the length of a key is one byte");
-    let (tag, key_tag, bare) = match op {
-        Op::Exists(request) => (EXISTS, EXISTS_KEYS, request.encoded_len()),
-        Op::Lease(request) => (LEASE, LEASE_KEYS, request.encoded_len()),
+    let (tag, tags, bare) = match op {
+        Op::Exists(request) => (EXISTS, (EXISTS_KEYS, EXISTS_IDS), request.encoded_len()),
+        Op::Lease(request) => (LEASE, (LEASE_KEYS, LEASE_IDS), request.encoded_len()),
         _ => return None,
     };
-    let length = (bare + keys.count + keys.bytes.len()) as u64;
+    let length = (bare + named.field_bytes()) as u64;
     let head = 2 + encoded_len_varint(id) + encoded_len_varint(length);
-    let mut message = Vec::with_capacity(head + bare + keys.count + keys.bytes.len());
+    let mut message = Vec::with_capacity(head + bare + named.field_bytes());
     message.put_u8(ID);
     encode_varint(id, &mut message);
     message.put_u8(tag);
@@ -92,12 +136,22 @@ pub(crate) fn encode(id: u64, op: &Op, keys: &Keys) -> Option<Vec<u8>> {
         Op::Lease(request) => request.encode(&mut message).ok()?,
         _ => return None,
     }
-    let mut rest = &keys.bytes[..];
-    while let Some(length) = rest.first() {
-        let (key, after) = rest.split_at(1 + usize::from(*length));
-        message.put_u8(key_tag);
-        message.extend_from_slice(key);
-        rest = after;
+    match named {
+        Named::Keys(keys) => {
+            let mut rest = &keys.bytes[..];
+            while let Some(length) = rest.first() {
+                let (key, after) = rest.split_at(1 + usize::from(*length));
+                message.put_u8(tags.0);
+                message.extend_from_slice(key);
+                rest = after;
+            }
+        }
+        Named::Blocks(bytes) if bytes.is_empty() => {}
+        Named::Blocks(bytes) => {
+            message.put_u8(tags.1);
+            encode_varint(bytes.len() as u64, &mut message);
+            message.extend_from_slice(bytes);
+        }
     }
     Some(message)
 }
@@ -115,6 +169,36 @@ pub(crate) struct Grant {
     pub(crate) checksum: u64,
     /// `None`: none, or not of 16 bytes.
     pub(crate) block: Option<BlockId>,
+}
+
+impl Grant {
+    /// Of a message without fields.
+    const EMPTY: Self = Self {
+        outcome: GrantOutcome::Unspecified,
+        reason: MissReason::Unspecified,
+        chunk: 0,
+        frame: 0,
+        offset: 0,
+        fence: 0,
+        length: 0,
+        checksum: 0,
+        block: None,
+    };
+
+    fn unpacked(bytes: &[u8; PACKED_GRANT_BYTES], length: u64) -> Self {
+        let packed = PackedGrant::from_bytes(bytes);
+        Self {
+            outcome: GrantOutcome::try_from(i32::from(packed.outcome)).unwrap_or_default(),
+            reason: MissReason::try_from(i32::from(packed.reason)).unwrap_or_default(),
+            chunk: packed.chunk,
+            frame: packed.frame,
+            offset: packed.offset,
+            fence: packed.fence,
+            length,
+            checksum: packed.checksum,
+            block: Some(BlockId::from_bytes(packed.block)),
+        }
+    }
 }
 
 impl From<&BlockGrant> for Grant {
@@ -146,12 +230,7 @@ impl LaneMessage for Answered {
             return Ok(answered);
         }
         let mut response = LaneResponse::decode(frame)?;
-        let grants = match &mut response.result {
-            Some(Answer::Lease(leased)) => {
-                std::mem::take(&mut leased.blocks).iter().map(Grant::from).collect()
-            }
-            _ => Vec::new(),
-        };
+        let grants = grants_of(&mut response);
         Ok(Self { response, grants })
     }
 
@@ -160,7 +239,19 @@ impl LaneMessage for Answered {
     }
 }
 
-/// The answer to a lease; `None` for anything else or unusual.
+/// The blocks of a lease, one by one or packed.
+fn grants_of(response: &mut LaneResponse) -> Vec<Grant> {
+    let Some(Answer::Lease(leased)) = &mut response.result else { return Vec::new() };
+    let (blocks, packed) = (std::mem::take(&mut leased.blocks), std::mem::take(&mut leased.packed));
+    // What is left of the last is none: the lease then answers too few keys, and is refused.
+    let packed = packed.as_chunks::<PACKED_GRANT_BYTES>().0;
+    let mut grants = Vec::with_capacity(blocks.len() + packed.len());
+    grants.extend(blocks.iter().map(Grant::from));
+    grants.extend(packed.iter().map(|bytes| Grant::unpacked(bytes, leased.packed_length)));
+    grants
+}
+
+/// The answer to a lease that is not packed; `None` for anything else or unusual.
 fn quick(frame: &[u8]) -> Option<Answered> {
     let mut rest = Rest(frame);
     let id = if *frame.first()? == ID {
@@ -174,7 +265,7 @@ fn quick(frame: &[u8]) -> Option<Answered> {
         return None;
     }
     let mut leased = v1::LeaseResponse::default();
-    let mut grants = Vec::with_capacity(rest.0.len() / 64);
+    let mut grants = Vec::new();
     while !rest.0.is_empty() {
         match rest.byte()? {
             0x08 => leased.lease = rest.number()?,
@@ -182,6 +273,9 @@ fn quick(frame: &[u8]) -> Option<Answered> {
             GRANTS => {
                 let length = usize::try_from(rest.number()?).ok()?;
                 let (one, after) = rest.0.split_at_checked(length)?;
+                if grants.is_empty() {
+                    grants.reserve(rest.0.len() / 64);
+                }
                 grants.push(grant(Rest(one))?);
                 rest = Rest(after);
             }
@@ -194,7 +288,7 @@ fn quick(frame: &[u8]) -> Option<Answered> {
 }
 
 fn grant(mut rest: Rest<'_>) -> Option<Grant> {
-    let mut grant = Grant::from(&BlockGrant::default());
+    let mut grant = Grant::EMPTY;
     while !rest.0.is_empty() {
         match rest.byte()? {
             0x08 => grant.outcome = GrantOutcome::try_from(i32::try_from(rest.number()?).ok()?).ok()?,
@@ -261,24 +355,47 @@ mod tests {
         let wanted: Vec<Bytes> = given.iter().cloned().map(Bytes::from).collect();
         let keys = Keys::of(&given, 64).unwrap();
         assert_eq!(keys.to_wire(), wanted);
+        let named = Named::Keys(keys);
         let lease =
             v1::LeaseRequest { request_id: 9, space: 1, kind: 1, ttl_ms: 70_000, ..Default::default() };
         let exists = v1::ExistsRequest { spaces: vec![1, 400], mode: 1, ..Default::default() };
         for (bare, whole) in [
-            (Op::Lease(lease.clone()), Op::Lease(v1::LeaseRequest { keys: wanted.clone(), ..lease })),
-            (Op::Exists(exists.clone()), Op::Exists(v1::ExistsRequest { keys: wanted.clone(), ..exists })),
+            (Op::Lease(lease.clone()), Op::Lease(v1::LeaseRequest { keys: wanted.clone(), ..lease.clone() })),
+            (
+                Op::Exists(exists.clone()),
+                Op::Exists(v1::ExistsRequest { keys: wanted.clone(), ..exists.clone() }),
+            ),
         ] {
-            let message = encode(1 << 33, &bare, &keys).unwrap();
+            let message = encode(1 << 33, &bare, &named).unwrap();
             let read = LaneRequest::decode(&message[..]).unwrap();
             assert_eq!(read, LaneRequest { id: 1 << 33, op: Some(whole) });
         }
-        assert!(encode(1, &Op::Release(v1::ReleaseRequest::default()), &keys).is_none());
+        assert!(encode(1, &Op::Release(v1::ReleaseRequest::default()), &named).is_none());
+        for count in [0, 1, 8, 128] {
+            let ids: Vec<u8> = (0..=255).cycle().take(16 * count).collect();
+            let (named, block_ids) = (Named::Blocks(ids.clone()), Bytes::from(ids));
+            assert_eq!(named.len(), count);
+            for (bare, whole) in [
+                (
+                    Op::Lease(lease.clone()),
+                    Op::Lease(v1::LeaseRequest { block_ids: block_ids.clone(), ..lease.clone() }),
+                ),
+                (
+                    Op::Exists(exists.clone()),
+                    Op::Exists(v1::ExistsRequest { block_ids: block_ids.clone(), ..exists.clone() }),
+                ),
+            ] {
+                let message = encode(7, &bare, &named).unwrap();
+                let read = LaneRequest::decode(&message[..]).unwrap();
+                assert_eq!(read, LaneRequest { id: 7, op: Some(whole) });
+            }
+        }
     }
 
     // Keys at the edges of what is allowed, and too many of them.
     #[test]
     fn keys_are_checked_before_they_are_sent() {
-        assert_eq!(Keys::of(&[vec![1u8; 1], vec![2; 64]], 2).unwrap().len(), 2);
+        assert_eq!(Keys::of(&[vec![1u8; 1], vec![2; 64]], 2).unwrap().count, 2);
         assert!(matches!(Keys::of(&[b""], 2), Err(ClientError::BadKey { index: 0, found: 0, .. })));
         assert!(matches!(Keys::of(&[[0u8; 65]], 2), Err(ClientError::BadKey { found: 65, .. })));
         assert!(matches!(Keys::of(&[[0u8; 300]], 2), Err(ClientError::BadKey { found: 300, .. })));
@@ -300,9 +417,16 @@ mod tests {
             device: 3,
         };
         let blocks = (0..64).map(|bit| grant(1 << bit)).chain([BlockGrant::default()]).collect();
-        let leased = v1::LeaseResponse { lease: u64::MAX, ttl_ms: 10_000, blocks, generation: 4 };
+        let leased = v1::LeaseResponse {
+            lease: u64::MAX,
+            ttl_ms: 10_000,
+            blocks,
+            generation: 4,
+            ..Default::default()
+        };
         let odd = BlockGrant { block_id: vec![1; 15].into(), ..grant(5) };
-        let few = v1::LeaseResponse { lease: 3, ttl_ms: 1, blocks: vec![grant(300), odd], generation: 0 };
+        let few =
+            v1::LeaseResponse { lease: 3, ttl_ms: 1, blocks: vec![grant(300), odd], ..Default::default() };
         let results = [
             Answer::Lease(leased),
             Answer::Lease(few),
@@ -315,12 +439,7 @@ mod tests {
     /// What the generated code makes of a frame.
     fn generated(frame: &[u8]) -> Option<(LaneResponse, Vec<Grant>)> {
         let mut response = LaneResponse::decode(frame).ok()?;
-        let grants = match &mut response.result {
-            Some(Answer::Lease(leased)) => {
-                std::mem::take(&mut leased.blocks).iter().map(Grant::from).collect()
-            }
-            _ => Vec::new(),
-        };
+        let grants = grants_of(&mut response);
         Some((response, grants))
     }
 
@@ -349,6 +468,48 @@ mod tests {
                 }
             }
             agree([good.clone(), good].concat());
+        }
+    }
+
+    // A byte in another's place would be another block's frame, and what a daemon sends may end anywhere.
+    #[test]
+    fn packed_blocks_are_what_the_daemon_granted() {
+        let packed = |number: u8| PackedGrant {
+            block: [number; 16],
+            chunk: number.into(),
+            offset: 1000,
+            fence: u64::MAX - u64::from(number),
+            checksum: 77,
+            frame: 5,
+            outcome: number % 6,
+            reason: 1,
+            ..PackedGrant::default()
+        };
+        let bytes: Vec<u8> = (0..6).flat_map(|number| packed(number).to_bytes()).collect();
+        for length in 0..=bytes.len() {
+            let leased = v1::LeaseResponse {
+                lease: 3,
+                packed: bytes[..length].to_vec().into(),
+                packed_length: 4096,
+                ..Default::default()
+            };
+            let answer = LaneResponse { id: 1, result: Some(Answer::Lease(leased)) };
+            let found = Answered::decode_frame(answer.encode_to_vec().into()).unwrap();
+            assert_eq!(found.grants.len(), length / PACKED_GRANT_BYTES);
+            for (number, grant) in (0..).zip(found.grants) {
+                let wanted = Grant {
+                    outcome: GrantOutcome::try_from(i32::from(number)).unwrap(),
+                    reason: MissReason::try_from(1).unwrap(),
+                    chunk: number.into(),
+                    frame: 5,
+                    offset: 1000,
+                    fence: u64::MAX - u64::from(number),
+                    length: 4096,
+                    checksum: 77,
+                    block: Some(BlockId::from_bytes([number; 16])),
+                };
+                assert_eq!(grant, wanted);
+            }
         }
     }
 }

@@ -7,16 +7,17 @@
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
 use std::path::Path;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use tokio::sync::oneshot::error::TryRecvError;
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, oneshot};
 use tokio::time::timeout;
 
 use terrace_core::ClientId;
-use terrace_lane::{LaneConnection, LaneError, LaneReader, LaneWriter};
+use terrace_lane::{LaneConnection, LaneError, LaneReader, LaneWriter, Received};
 use terrace_proto::LANE_VERSION;
 use terrace_proto::v1::lane_request::Op;
 use terrace_proto::v1::lane_response::Result as Answer;
@@ -26,15 +27,32 @@ use terrace_proto::v1::{GrantOutcome, LaneHello, LaneRequest, LeaseKind, Session
 use crate::chunks::{Chunks, WriterToken};
 use crate::error::ClientError;
 use crate::keeper::{Keeper, LeaseToken};
-use crate::keyed::{self, Answered, Grant, Keys};
+use crate::keyed::{self, Answered, Grant, Named};
 use crate::session::Target;
 use crate::status::Status;
 
 // Requests of one session that wait for their answers. Less than the 256 that
 // the daemon reads ahead by default, so that chores get through.
 const REQUESTS_IN_FLIGHT_MAX: usize = 192;
-// Requests are not gathered beyond this: the daemon may begin meanwhile.
+// Requests are not gathered beyond this, nor for longer: the daemon may begin meanwhile. A call and a wake-up take a
+// fifth of that time.
 const GATHERED_BYTES_MAX: usize = 32 << 10;
+const GATHERED_FOR_MAX: Duration = Duration::from_micros(10);
+// Answers are handed out for so long before those that have theirs go on.
+const HANDED_OUT_FOR_MAX: Duration = Duration::from_micros(10);
+// A thread that always has answers to hand out lets others have its processor so often: they would wait for some
+// milliseconds until it is taken away, and ask the daemon for less than that.
+const YIELD_AFTER: Duration = Duration::from_micros(50);
+// Where they keep it for longer than this, not before that.
+const AWAY_MAX: Duration = Duration::from_micros(500);
+const YIELD_AGAIN_AFTER: Duration = Duration::from_millis(100);
+
+// An answer is looked for so long before its caller sleeps, or after another has arrived: what needs no device is answered
+// in less. Where so many in a row were not, the next hundreds are not looked for.
+const WATCHED_FOR_MAX: Duration = Duration::from_micros(50);
+const YIELDED_FOR_MAX: Duration = Duration::from_micros(5);
+const WATCHED_IN_VAIN_MAX: u32 = 8;
+const WATCHED_AGAIN_AFTER: u32 = 1024;
 
 /// An answer with all that came with it. What a lease granted is owned here, so
 /// that an answer nobody waits for any more gives everything back.
@@ -53,14 +71,28 @@ pub(crate) struct Delivered {
 /// One connection to the daemon's socket.
 #[derive(Debug)]
 pub(crate) struct LaneLink {
-    writer: Mutex<LaneWriter<LaneRequest>>,
+    outbox: Mutex<Outbox>,
     stuck: Notify,
     waiting: Mutex<Waiting>,
     in_flight: Arc<Semaphore>,
     next_id: AtomicU64,
+    /// Somebody looks for his answer all the time, and so keeps this thread awake for all.
+    watching: AtomicBool,
+    /// So many answers in a row took longer than they were looked for.
+    watched_in_vain: AtomicU32,
+    /// How often answers arrived.
+    arrivals: AtomicU64,
     status: Arc<Status>,
     /// What a daemon that answers nothing is given, beyond what it was allowed to wait.
     answer_within: Duration,
+}
+
+/// What is on its way out.
+#[derive(Debug)]
+struct Outbox {
+    writer: LaneWriter<LaneRequest>,
+    /// When the first of what waits here was asked.
+    since: Instant,
 }
 
 #[derive(Debug)]
@@ -85,10 +117,40 @@ enum Company {
     Others,
 }
 
+impl Question<'_> {
+    /// Whether it is one of those that are answered from what is in memory.
+    fn is_keyed(&self) -> bool {
+        self.keys.is_some()
+    }
+}
+
+/// Whoever has it looks for his answer. There is one.
+struct Watch<'a>(&'a AtomicBool);
+
+impl<'a> Watch<'a> {
+    fn begin(watching: &'a AtomicBool) -> Option<Self> {
+        (!watching.swap(true, Ordering::Acquire)).then(|| Self(watching))
+    }
+}
+
+impl Drop for Watch<'_> {
+    fn drop(&mut self) {
+        self.0.store(false, Ordering::Release);
+    }
+}
+
+/// Whether more answers may have arrived than were handed out.
+enum Rest {
+    None,
+    MayBeThere,
+}
+
 /// What is asked. The keys of a look-up or a lease may be apart.
-struct Question {
+struct Question<'a> {
     op: Op,
-    keys: Option<Keys>,
+    keys: Option<Named>,
+    /// Whose leases may be given back with it.
+    keeper: Option<&'a Keeper>,
 }
 
 /// A connection whose session is open, before its tasks run.
@@ -145,11 +207,14 @@ impl LaneLink {
             _ => return Err(ClientError::Protocol { detail: "a hello that is not answered by a session" }),
         };
         let link = Self {
-            writer: Mutex::new(writer),
+            outbox: Mutex::new(Outbox { writer, since: Instant::now() }),
             stuck: Notify::new(),
             waiting: Mutex::new(Waiting { open: true, callers: HashMap::new() }),
             in_flight: Arc::new(Semaphore::new(REQUESTS_IN_FLIGHT_MAX)),
             next_id: AtomicU64::new(2),
+            watching: AtomicBool::new(false),
+            watched_in_vain: AtomicU32::new(0),
+            arrivals: AtomicU64::new(0),
             status,
             answer_within: target.answer_within(),
         };
@@ -165,13 +230,19 @@ impl LaneLink {
     /// As [`LaneLink::call`], for an answer that may take `allowed` more.
     pub(crate) async fn call_within(&self, op: Op, allowed: Duration) -> Result<Delivered, ClientError> {
         let permit = self.permit().await?;
-        self.ask(Question { op, keys: None }, Some(permit), allowed).await
+        self.ask(Question { op, keys: None, keeper: None }, Some(permit), allowed).await
     }
 
-    /// As [`LaneLink::call`], for a look-up or a lease whose keys are apart.
-    pub(crate) async fn call_keyed(&self, op: Op, keys: Keys) -> Result<Delivered, ClientError> {
+    /// As [`LaneLink::call`], for a look-up or a lease whose keys are apart. What `keeper` has to give back goes with it.
+    pub(crate) async fn call_keyed(
+        &self,
+        op: Op,
+        keys: Named,
+        keeper: &Keeper,
+    ) -> Result<Delivered, ClientError> {
         let permit = self.permit().await?;
-        self.ask(Question { op, keys: Some(keys) }, Some(permit), Duration::ZERO).await
+        let question = Question { op, keys: Some(keys), keeper: Some(keeper) };
+        self.ask(question, Some(permit), Duration::ZERO).await
     }
 
     /// Leave to have a request under way. Questions that were given up keep theirs until they are answered.
@@ -183,19 +254,12 @@ impl LaneLink {
 
     /// As [`LaneLink::call`], for the session's own chores: never behind callers that wait.
     pub(crate) async fn call_at_once(&self, op: Op) -> Result<Delivered, ClientError> {
-        self.ask(Question { op, keys: None }, None, Duration::ZERO).await
-    }
-
-    /// Says what needs no answer: it goes out with what is asked next.
-    pub(crate) fn tell(&self, op: Op) -> Result<(), ClientError> {
-        let id = self.next_id.fetch_add(1, Ordering::Relaxed);
-        let mut writer = self.writer.lock().unwrap_or_else(PoisonError::into_inner);
-        Ok(writer.queue(&LaneRequest { id, op: Some(op) }, Vec::new())?)
+        self.ask(Question { op, keys: None, keeper: None }, None, Duration::ZERO).await
     }
 
     async fn ask(
         &self,
-        question: Question,
+        question: Question<'_>,
         permit: Option<OwnedSemaphorePermit>,
         allowed: Duration,
     ) -> Result<Delivered, ClientError> {
@@ -206,7 +270,8 @@ impl LaneLink {
             _ => (None, allowed),
         };
         let id = self.next_id.fetch_add(1, Ordering::Relaxed);
-        let (answer, answered) = oneshot::channel();
+        let (answer, mut answered) = oneshot::channel();
+        let may_wait = allowed > Duration::ZERO || !question.is_keyed();
         let company = {
             let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
             if !waiting.open {
@@ -219,6 +284,9 @@ impl LaneLink {
             self.waiting.lock().unwrap_or_else(PoisonError::into_inner).callers.remove(&id);
             return Err(error);
         }
+        if !may_wait && let Some(answered) = self.watch(&mut answered).await {
+            return answered;
+        }
         let within = self.answer_within.saturating_add(allowed);
         match timeout(within, answered).await {
             Ok(answered) => answered.map_err(|_| ClientError::Disconnected)?,
@@ -226,45 +294,107 @@ impl LaneLink {
         }
     }
 
-    /// Who asks alone hands his request to the kernel at once. With others on the way the task that sends does it, after
-    /// those that are about to ask as well: many go out by one call, and wake the daemon once.
-    fn send(&self, id: u64, Question { op, keys }: Question, company: Company) -> Result<(), ClientError> {
-        let encoded = keys.and_then(|keys| keyed::encode(id, &op, &keys));
-        let mut writer = self.writer.lock().unwrap_or_else(PoisonError::into_inner);
-        match encoded {
-            Some(message) => writer.queue_encoded(&message)?,
-            None => writer.queue(&LaneRequest { id, op: Some(op) }, Vec::new())?,
+    /// Looks for an answer that is mostly there in a moment, in place of going to sleep: to be woken takes longer. Others
+    /// have this thread between the looks, and other threads this processor. One question at a time is looked for.
+    async fn watch(
+        &self,
+        answered: &mut oneshot::Receiver<Result<Delivered, ClientError>>,
+    ) -> Option<Result<Delivered, ClientError>> {
+        let vain = self.watched_in_vain.load(Ordering::Relaxed);
+        if vain >= WATCHED_IN_VAIN_MAX {
+            // Now and then, for it may have become quicker.
+            self.watched_in_vain.store((vain + 1) % WATCHED_AGAIN_AFTER, Ordering::Relaxed);
+            return None;
         }
-        if company == Company::Others && writer.queued_bytes() < GATHERED_BYTES_MAX {
-            self.stuck.notify_one();
+        let _watch = Watch::begin(&self.watching)?;
+        let mut arrivals = self.arrivals.load(Ordering::Relaxed);
+        let (mut until, mut others_ran) = (Instant::now() + WATCHED_FOR_MAX, false);
+        loop {
+            match answered.try_recv() {
+                Ok(answered) => {
+                    self.watched_in_vain.store(0, Ordering::Relaxed);
+                    return Some(answered);
+                }
+                Err(TryRecvError::Closed) => return Some(Err(ClientError::Disconnected)),
+                Err(TryRecvError::Empty) => {}
+            }
+            let (now, arrived) = (Instant::now(), self.arrivals.load(Ordering::Relaxed));
+            if arrived != arrivals {
+                // Those of others, before this one's turn.
+                (until, arrivals) = (now + WATCHED_FOR_MAX, arrived);
+            } else if others_ran {
+                self.watched_in_vain.store(WATCHED_IN_VAIN_MAX, Ordering::Relaxed);
+                return None;
+            } else if now >= until {
+                self.watched_in_vain.fetch_add(1, Ordering::Relaxed);
+                return None;
+            }
+            std::thread::yield_now();
+            // If that was not the daemon, who had this processor wants it again, and who yields to him waits for a
+            // hundred times what it takes to be woken.
+            others_ran = now.elapsed() >= YIELDED_FOR_MAX;
+            tokio::task::yield_now().await;
+        }
+    }
+
+    /// Who asks alone hands his request to the kernel at once. With others on the way the task that sends does it, after
+    /// those that are about to ask as well: many go out by one call, and wake the daemon once. Before the first of them
+    /// goes what was to be given back until then.
+    fn send(&self, id: u64, question: Question<'_>, company: Company) -> Result<(), ClientError> {
+        let Question { op, keys, keeper } = question;
+        let encoded = keys.and_then(|keys| keyed::encode(id, &op, &keys));
+        let mut outbox = self.outbox();
+        let is_first = outbox.writer.queued_bytes() == 0;
+        if is_first {
+            outbox.since = Instant::now();
+            if let Some(release) = keeper.and_then(Keeper::release_by_the_way) {
+                // Nobody waits for its answer.
+                let id = self.next_id.fetch_add(1, Ordering::Relaxed);
+                outbox.writer.queue(&LaneRequest { id, op: Some(release) }, Vec::new())?;
+            }
+        }
+        match encoded {
+            Some(message) => outbox.writer.queue_encoded(&message)?,
+            None => outbox.writer.queue(&LaneRequest { id, op: Some(op) }, Vec::new())?,
+        }
+        let gather = outbox.writer.queued_bytes() < GATHERED_BYTES_MAX
+            && (is_first || outbox.since.elapsed() < GATHERED_FOR_MAX);
+        if company == Company::Others && gather {
+            if is_first {
+                self.stuck.notify_one();
+            }
             return Ok(());
         }
-        match writer.try_flush() {
+        match outbox.writer.try_flush() {
             Ok(true) => Ok(()),
             Ok(false) => {
                 self.stuck.notify_one();
                 Ok(())
             }
             Err(error) => {
-                writer.close();
+                outbox.writer.close();
                 Err(error.into())
             }
         }
     }
 
+    fn outbox(&self) -> MutexGuard<'_, Outbox> {
+        self.outbox.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Ends the connection; the receiving task notices.
     pub(crate) fn close(&self) {
         self.status.close();
-        self.writer.lock().unwrap_or_else(PoisonError::into_inner).close();
+        self.outbox().writer.close();
     }
 
     /// Sends what callers could not. Runs until aborted or disconnected.
     pub(crate) async fn run_writer(self: Arc<Self>) {
-        let writable = self.writer.lock().unwrap_or_else(PoisonError::into_inner).writable();
+        let writable = self.outbox().writer.writable();
         loop {
             self.stuck.notified().await;
             loop {
-                let flushed = self.writer.lock().unwrap_or_else(PoisonError::into_inner).try_flush();
+                let flushed = self.outbox().writer.try_flush();
                 match flushed {
                     Ok(true) => break,
                     Ok(false) if writable.ready().await.is_ok() => {}
@@ -281,19 +411,25 @@ impl LaneLink {
         keeper: Arc<Keeper>,
         chunks: Arc<Chunks>,
     ) {
+        let mut yield_at = Instant::now() + YIELD_AFTER;
         loop {
-            match reader.next().await {
-                Ok(Some(received)) if received.message.response.id == 0 => {
-                    if let Some(Answer::Session(session)) = received.message.response.result
-                        && let Some(notice) = session.notice
-                    {
-                        take_notice(notice, &keeper, &chunks);
-                    }
-                }
-                Ok(Some(received)) => {
-                    self.deliver(received.message, received.descriptors, &keeper, &chunks);
-                }
+            let arrived = match reader.next().await {
+                Ok(Some(first)) => self.hand_out(first, &mut reader, &keeper, &chunks),
                 Ok(None) => break,
+                Err(error) => Err(error),
+            };
+            match arrived {
+                // More is there already, and those who have their answers are to ask the next meanwhile.
+                Ok(Rest::MayBeThere) => {
+                    let now = Instant::now();
+                    if now >= yield_at {
+                        std::thread::yield_now();
+                        let away = now.elapsed();
+                        yield_at = now + away + if away < AWAY_MAX { YIELD_AFTER } else { YIELD_AGAIN_AFTER };
+                    }
+                    tokio::task::yield_now().await;
+                }
+                Ok(Rest::None) => {}
                 Err(LaneError::Io(error)) => {
                     tracing::debug!(%error, "lane ended");
                     break;
@@ -311,6 +447,32 @@ impl LaneLink {
         waiting.callers.clear();
         drop(waiting);
         chunks.forget_all();
+    }
+
+    /// What has arrived, for a while.
+    fn hand_out(
+        &self,
+        first: Received<Answered>,
+        reader: &mut LaneReader<Answered>,
+        keeper: &Arc<Keeper>,
+        chunks: &Arc<Chunks>,
+    ) -> Result<Rest, LaneError> {
+        self.arrivals.fetch_add(1, Ordering::Relaxed);
+        let (began, mut next) = (Instant::now(), Some(first));
+        while let Some(Received { message, descriptors }) = next {
+            if message.response.id != 0 {
+                self.deliver(message, descriptors, keeper, chunks);
+            } else if let Some(Answer::Session(session)) = message.response.result
+                && let Some(notice) = session.notice
+            {
+                take_notice(notice, keeper, chunks);
+            }
+            if began.elapsed() >= HANDED_OUT_FOR_MAX {
+                return Ok(Rest::MayBeThere);
+            }
+            next = reader.next_ready()?;
+        }
+        Ok(Rest::None)
     }
 
     fn deliver(

@@ -1,22 +1,22 @@
 //! What read and write leases have in common.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use bytes::Bytes;
 
 use terrace_core::{BlockId, ByteCount, Checksum, Fence, MissReason};
-use terrace_lane::{Access, Mapping};
+use terrace_lane::{Access, Mapping, SharedBytes};
 use terrace_proto::v1::lane_request::Op;
 use terrace_proto::v1::lane_response::Result as Answer;
-use terrace_proto::v1::{GrantOutcome, LeaseKind, LeasePurpose, LeaseRequest, Tier};
+use terrace_proto::v1::{GrantOutcome, LeaseKind, LeasePurpose, LeaseRequest, LeaseResponse, Tier};
 
 use crate::chunks::{Mapped, WriterToken};
 use crate::convert::reason_from_wire;
 use crate::error::ClientError;
 use crate::keeper::LeaseToken;
-use crate::keyed::{Grant, Keys};
+use crate::keyed::{Grant, Named};
 use crate::session::LaneSession;
 use crate::space::Space;
 
@@ -94,6 +94,42 @@ pub(crate) struct Lease {
     token: LeaseToken,
     state: Arc<LeaseState>,
     session: Arc<LaneSession>,
+    seen: Seen,
+}
+
+/// What a read lease in host memory shows: kept once for all its guards, which are many and short-lived.
+#[derive(Debug, Default)]
+pub(crate) struct Seen {
+    grants: Vec<Grant>,
+    generation: u64,
+    /// Of each chunk in which a block was granted.
+    mappings: Vec<(u64, Arc<Mapping>)>,
+    /// One a grant, made when it is wanted.
+    views: Vec<OnceLock<SharedBytes>>,
+}
+
+impl Seen {
+    /// A block that was granted, and the space's generation.
+    pub(crate) fn grant(&self, at: u32) -> (&Grant, u64) {
+        (&self.grants[at as usize], self.generation)
+    }
+
+    /// Its identity.
+    pub(crate) fn block(&self, at: u32) -> BlockId {
+        self.grants[at as usize].block.expect("it was looked at when it was leased")
+    }
+
+    /// Its bytes.
+    pub(crate) fn bytes(&self, at: u32) -> &SharedBytes {
+        let at = at as usize;
+        self.views[at].get_or_init(|| {
+            let grant = &self.grants[at];
+            let mapping = self.mappings.iter().find(|(chunk, _)| *chunk == grant.chunk);
+            let view =
+                mapping.and_then(|(_, mapping)| mapping.view(grant.offset, ByteCount::new(grant.length)));
+            view.expect("it was looked at when it was leased")
+        })
+    }
 }
 
 impl Lease {
@@ -107,6 +143,10 @@ impl Lease {
 
     pub(crate) fn session(&self) -> &LaneSession {
         &self.session
+    }
+
+    pub(crate) fn seen(&self) -> &Seen {
+        &self.seen
     }
 
     /// Ends it now for all its guards. The daemon is told with the next question, or in a moment.
@@ -133,7 +173,7 @@ impl Lease {
 pub(crate) struct Wanted<'a> {
     pub(crate) space: &'a Space,
     pub(crate) kind: LeaseKind,
-    pub(crate) keys: Keys,
+    pub(crate) keys: Named,
     pub(crate) parent: Bytes,
     pub(crate) ttl: Option<Duration>,
     pub(crate) wait: Duration,
@@ -164,14 +204,16 @@ pub(crate) fn in_host_memory(mapping: Mapped) -> Result<Arc<Mapping>, ClientErro
     }
 }
 
-/// Leases and maps what was granted.
-///
-/// `block` makes a guard of a frame.
-pub(crate) async fn lease<B>(
-    session: &Arc<LaneSession>,
-    wanted: Wanted<'_>,
-    block: fn(Frame, Arc<Lease>) -> Result<B, ClientError>,
-) -> Result<(Option<Arc<Lease>>, Vec<Outcome<B>>), ClientError> {
+/// What the daemon said to a lease that it keeps from now on.
+struct Answered {
+    granted: LeaseResponse,
+    grants: Vec<Grant>,
+    writers: Vec<WriterToken>,
+    held: Option<(LeaseToken, Arc<LeaseState>)>,
+}
+
+/// Asks for a lease, which is renewed from now on.
+async fn ask(session: &Arc<LaneSession>, wanted: Wanted<'_>) -> Result<Answered, ClientError> {
     let ttl_ms = wanted.ttl.map_or(0, millis);
     let asked = wanted.keys.len();
     let request = LeaseRequest {
@@ -185,44 +227,47 @@ pub(crate) async fn lease<B>(
         wait_ms: millis(wanted.wait),
         purpose: wanted.purpose.into(),
         want_device: wanted.device.unwrap_or(0),
+        packed: true,
+        block_ids: Bytes::new(),
     };
-    if let Some(release) = session.keeper.release_by_the_way() {
-        session.link.tell(release)?;
-    }
-    let delivered = session.link.call_keyed(Op::Lease(request), wanted.keys).await?;
+    let delivered = session.link.call_keyed(Op::Lease(request), wanted.keys, &session.keeper).await?;
     let Answer::Lease(granted) = delivered.answer else {
         return Err(ClientError::Protocol { detail: "a lease was asked for" });
     };
     if delivered.grants.len() != asked {
         return Err(ClientError::Protocol { detail: "a lease that does not answer each key" });
     }
-    let lease = delivered.lease.map(|token| {
+    let held = delivered.lease.map(|token| {
         let state = Arc::new(LeaseState::default());
         let ttl = Duration::from_millis(granted.ttl_ms.max(1));
         session.keeper.keep(token.id(), Arc::clone(&state), ttl, ttl_ms);
-        Arc::new(Lease { token, state, session: Arc::clone(session) })
+        (token, state)
     });
-    let mut writers = delivered.writers.into_iter();
-    let mut outcomes = Vec::with_capacity(asked);
+    Ok(Answered { granted, grants: delivered.grants, writers: delivered.writers, held })
+}
+
+/// Leases and maps what was granted.
+///
+/// `block` makes a guard of a frame.
+pub(crate) async fn lease<B>(
+    session: &Arc<LaneSession>,
+    wanted: Wanted<'_>,
+    block: fn(Frame, Arc<Lease>) -> Result<B, ClientError>,
+) -> Result<(Option<Arc<Lease>>, Vec<Outcome<B>>), ClientError> {
+    let (space, kind) = (wanted.space, wanted.kind);
+    let Answered { granted, grants, writers, held } = ask(session, wanted).await?;
+    let lease = held.map(|(token, state)| {
+        Arc::new(Lease { token, state, session: Arc::clone(session), seen: Seen::default() })
+    });
+    let mut writers = writers.into_iter();
+    let mut outcomes = Vec::with_capacity(grants.len());
     // The blocks of a lease are mostly neighbours.
     let mut last: Option<(u64, Mapped)> = None;
-    for grant in &delivered.grants {
-        let outcome = match grant.outcome {
-            GrantOutcome::Unspecified => {
-                return Err(ClientError::Protocol { detail: "a block of a lease without an outcome" });
-            }
-            GrantOutcome::Promoting => Outcome::Promoting,
-            GrantOutcome::Missing => Outcome::Missing(reason_from_wire(grant.reason)),
-            GrantOutcome::Throttled => Outcome::Throttled,
-            GrantOutcome::Exists if wanted.kind == LeaseKind::Read => {
-                return Err(ClientError::Protocol { detail: "a read lease answered as a write lease" });
-            }
-            GrantOutcome::Exists => Outcome::Exists,
-            GrantOutcome::Granted => {
-                let Some(lease) = &lease else {
-                    return Err(ClientError::Protocol { detail: "a granted block without a lease" });
-                };
-                let access = if wanted.kind == LeaseKind::Write { Access::Write } else { Access::Read };
+    for grant in &grants {
+        let granted_as = match outcome(grant, kind)? {
+            Outcome::Granted(()) => {
+                let lease = lease.as_ref().ok_or(UNLEASED)?;
+                let access = if kind == LeaseKind::Write { Access::Write } else { Access::Read };
                 let mapping = match &last {
                     Some((chunk, mapping)) if *chunk == grant.chunk => mapping.clone(),
                     Some(_) | None => {
@@ -231,13 +276,86 @@ pub(crate) async fn lease<B>(
                         mapping
                     }
                 };
-                let frame = frame(mapping, wanted.space, granted.generation, grant, writers.next())?;
+                let frame = frame(mapping, space, granted.generation, grant, writers.next())?;
                 Outcome::Granted(block(frame, Arc::clone(lease))?)
             }
+            other => other.map(|()| unreachable!("it was not granted")),
         };
-        outcomes.push(outcome);
+        outcomes.push(granted_as);
     }
     Ok((lease, outcomes))
+}
+
+/// As [`lease`], for reading in host memory.
+///
+/// `block` makes the guard of a grant by its position.
+pub(crate) async fn lease_seen<B>(
+    session: &Arc<LaneSession>,
+    wanted: Wanted<'_>,
+    block: fn(u32, Arc<Lease>) -> B,
+) -> Result<(Option<Arc<Lease>>, Vec<Outcome<B>>), ClientError> {
+    let (space, kind) = (wanted.space, wanted.kind);
+    let Answered { granted, grants, writers: _, held } = ask(session, wanted).await?;
+    let mut mappings: Vec<(u64, Arc<Mapping>)> = Vec::new();
+    for grant in grants.iter().filter(|grant| grant.outcome == GrantOutcome::Granted) {
+        check(space, grant)?;
+        if mappings.last().is_none_or(|(chunk, _)| *chunk != grant.chunk)
+            && !mappings.iter().any(|(chunk, _)| *chunk == grant.chunk)
+        {
+            let mapping = session.chunks.mapping(&session.link, grant.chunk, Access::Read).await?;
+            mappings.push((grant.chunk, in_host_memory(mapping)?));
+        }
+    }
+    let mut last = mappings.first();
+    for grant in grants.iter().filter(|grant| grant.outcome == GrantOutcome::Granted) {
+        if last.is_none_or(|(chunk, _)| *chunk != grant.chunk) {
+            last = mappings.iter().find(|(chunk, _)| *chunk == grant.chunk);
+        }
+        if last.is_none_or(|(_, mapping)| !mapping.holds(grant.offset, ByteCount::new(grant.length))) {
+            return Err(ClientError::Protocol { detail: "a frame outside its chunk" });
+        }
+    }
+    let outcomes: Vec<Outcome<()>> =
+        grants.iter().map(|grant| outcome(grant, kind)).collect::<Result<_, _>>()?;
+    let views = std::iter::repeat_with(OnceLock::new).take(grants.len()).collect();
+    let lease = held.map(|(token, state)| {
+        let seen = Seen { grants, generation: granted.generation, mappings, views };
+        Arc::new(Lease { token, state, session: Arc::clone(session), seen })
+    });
+    let blocks = (0..).zip(outcomes).map(|(at, outcome)| match (outcome, &lease) {
+        (Outcome::Granted(()), None) => Err(UNLEASED),
+        (outcome, None) => Ok(outcome.map(|()| unreachable!("it was not granted"))),
+        (outcome, Some(lease)) => Ok(outcome.map(|()| block(at, Arc::clone(lease)))),
+    });
+    let blocks = blocks.collect::<Result<_, _>>()?;
+    Ok((lease, blocks))
+}
+
+const UNLEASED: ClientError = ClientError::Protocol { detail: "a granted block without a lease" };
+
+/// What became of a block of a lease of this kind.
+fn outcome(grant: &Grant, kind: LeaseKind) -> Result<Outcome<()>, ClientError> {
+    Ok(match grant.outcome {
+        GrantOutcome::Unspecified => {
+            return Err(ClientError::Protocol { detail: "a block of a lease without an outcome" });
+        }
+        GrantOutcome::Promoting => Outcome::Promoting,
+        GrantOutcome::Missing => Outcome::Missing(reason_from_wire(grant.reason)),
+        GrantOutcome::Throttled => Outcome::Throttled,
+        GrantOutcome::Exists if kind == LeaseKind::Read => {
+            return Err(ClientError::Protocol { detail: "a read lease answered as a write lease" });
+        }
+        GrantOutcome::Exists => Outcome::Exists,
+        GrantOutcome::Granted => Outcome::Granted(()),
+    })
+}
+
+/// What a granted frame must be.
+fn check(space: &Space, grant: &Grant) -> Result<BlockId, ClientError> {
+    if grant.length != space.block_bytes().get() {
+        return Err(ClientError::Protocol { detail: "a frame that is not one block long" });
+    }
+    grant.block.ok_or(ClientError::Protocol { detail: "a block id that is not 16 bytes long" })
 }
 
 fn frame(
@@ -247,9 +365,7 @@ fn frame(
     grant: &Grant,
     writer: Option<WriterToken>,
 ) -> Result<Frame, ClientError> {
-    if grant.length != space.block_bytes().get() {
-        return Err(ClientError::Protocol { detail: "a frame that is not one block long" });
-    }
+    let block = check(space, grant)?;
     Ok(Frame {
         mapping,
         chunk: grant.chunk,
@@ -258,7 +374,7 @@ fn frame(
         fence: Fence::new(grant.fence),
         length: ByteCount::new(grant.length),
         checksum: Checksum::new(grant.checksum),
-        block: grant.block.ok_or(ClientError::Protocol { detail: "a block id that is not 16 bytes long" })?,
+        block,
         generation,
         writer,
     })

@@ -20,7 +20,7 @@ use terrace_proto::v1::{LeaseKind, LeasePurpose};
 use crate::convert::parent_to_wire;
 use crate::error::ClientError;
 use crate::get::is_past_the_cache;
-use crate::keyed::Keys;
+use crate::keyed::Named;
 use crate::lease::{Outcome, Wanted, lease};
 use crate::session::{LaneSession, Session};
 use crate::space::Space;
@@ -145,7 +145,7 @@ impl Session {
         Ok(Leasing {
             lane: Arc::clone(self.lane("write")?),
             space: put.space.clone(),
-            keys: self.keys_of(put.space, &put.keys[run.clone()])?,
+            keys: self.named(put.space, &put.keys[run.clone()], LeaseKind::Write)?,
             parent: parent_to_wire(parent)?,
         })
     }
@@ -155,7 +155,7 @@ impl Session {
 struct Leasing {
     lane: Arc<LaneSession>,
     space: Space,
-    keys: Keys,
+    keys: Named,
     parent: Bytes,
 }
 

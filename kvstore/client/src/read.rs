@@ -71,6 +71,20 @@ impl ReadLease {
 /// A sealed block in shared memory.
 #[derive(Clone, Debug)]
 pub struct ReadBlock {
+    source: Source,
+}
+
+/// Where what is known of a block is.
+#[derive(Clone, Debug)]
+enum Source {
+    /// In a lease of many, at this position.
+    Leased(Arc<Lease>, u32),
+    Own(Arc<Own>),
+}
+
+/// A block by itself.
+#[derive(Debug)]
+struct Own {
     bytes: SharedBytes,
     chunk: u64,
     frame: u32,
@@ -102,7 +116,7 @@ impl ReadBlock {
         let bytes = in_host_memory(frame.mapping)?
             .into_view(frame.offset, frame.length)
             .ok_or(ClientError::Protocol { detail: "a frame outside its chunk" })?;
-        Ok(Self {
+        let source = Source::Own(Arc::new(Own {
             bytes,
             chunk: frame.chunk,
             frame: frame.frame,
@@ -111,45 +125,86 @@ impl ReadBlock {
             block: frame.block,
             generation: frame.generation,
             lease,
-        })
+        }));
+        Ok(Self { source })
+    }
+
+    /// The block at a position of a lease, where it was granted.
+    pub(crate) fn leased(at: u32, lease: Arc<Lease>) -> Self {
+        Self { source: Source::Leased(lease, at) }
+    }
+
+    fn lease(&self) -> &Lease {
+        match &self.source {
+            Source::Leased(lease, _) => lease,
+            Source::Own(own) => &own.lease,
+        }
+    }
+
+    /// The frame, and its fence when it was granted.
+    fn frame(&self) -> (u32, Fence) {
+        match &self.source {
+            Source::Leased(lease, at) => {
+                let (grant, _) = lease.seen().grant(*at);
+                (grant.frame, Fence::new(grant.fence))
+            }
+            Source::Own(own) => (own.frame, own.fence),
+        }
     }
 
     /// Where it lies.
     pub(crate) fn place(&self) -> Place {
+        let (frame, fence) = self.frame();
+        let chunk = match &self.source {
+            Source::Leased(lease, at) => lease.seen().grant(*at).0.chunk,
+            Source::Own(own) => own.chunk,
+        };
         Place {
-            bytes: self.bytes.downgrade(),
-            chunk: self.chunk,
-            frame: self.frame,
-            fence: self.fence,
-            checksum: self.checksum,
-            generation: self.generation,
+            bytes: self.bytes().downgrade(),
+            chunk,
+            frame,
+            fence,
+            checksum: self.checksum(),
+            generation: self.generation(),
         }
     }
 
     /// Identity of the block.
     pub fn id(&self) -> BlockId {
-        self.block
+        match &self.source {
+            Source::Leased(lease, at) => lease.seen().block(*at),
+            Source::Own(own) => own.block,
+        }
     }
 
     /// Checksum that was sealed.
     pub fn checksum(&self) -> Checksum {
-        self.checksum
+        match &self.source {
+            Source::Leased(lease, at) => Checksum::new(lease.seen().grant(*at).0.checksum),
+            Source::Own(own) => own.checksum,
+        }
     }
 
     /// Generation of the space when it was leased: what its checksum is seeded with.
     pub fn generation(&self) -> u64 {
-        self.generation
+        match &self.source {
+            Source::Leased(lease, at) => lease.seen().grant(*at).1,
+            Source::Own(own) => own.generation,
+        }
     }
 
     /// Payload length.
     pub fn length(&self) -> ByteCount {
-        ByteCount::new(self.bytes.len() as u64)
+        ByteCount::new(self.bytes().len() as u64)
     }
 
     /// The bytes in place. Use them, then ask [`ReadBlock::is_valid`] before
     /// anything derived from them leaves.
     pub fn bytes(&self) -> &SharedBytes {
-        &self.bytes
+        match &self.source {
+            Source::Leased(lease, at) => lease.seen().bytes(*at),
+            Source::Own(own) => &own.bytes,
+        }
     }
 
     /// Whether all bytes read until now were those of the granted block. Ask
@@ -157,8 +212,9 @@ impl ReadBlock {
     pub fn is_valid(&self) -> bool {
         // What was read before must not be read after the fence.
         atomic::fence(Ordering::Acquire);
-        let fence = self.bytes.mapping().and_then(|mapping| mapping.fence(self.frame));
-        fence == Some(self.fence) && self.lease.is_usable()
+        let (frame, granted) = self.frame();
+        let fence = self.bytes().mapping().and_then(|mapping| mapping.fence(frame));
+        fence == Some(granted) && self.lease().is_usable()
     }
 
     /// Copies the block out.
@@ -169,7 +225,7 @@ impl ReadBlock {
     /// # Panics
     /// If `target` is not one block long.
     pub fn read_into(&self, target: &mut [u8]) -> Result<(), Stale> {
-        self.bytes.copy_to(target);
+        self.bytes().copy_to(target);
         if self.is_valid() { Ok(()) } else { Err(Stale) }
     }
 
@@ -181,7 +237,7 @@ impl ReadBlock {
     /// # Panics
     /// If `target` is not one block long.
     pub fn read_verified(&self, target: &mut [u8]) -> Result<(), BadBlock> {
-        let found = self.bytes.copy_and_checksum(target, self.block, self.generation);
+        let found = self.bytes().copy_and_checksum(target, self.id(), self.generation());
         self.judge(found)
     }
 
@@ -190,7 +246,7 @@ impl ReadBlock {
     /// # Errors
     /// They are not the block's.
     pub fn verify(&self) -> Result<(), BadBlock> {
-        let found = self.bytes.checksum(self.block, self.generation);
+        let found = self.bytes().checksum(self.id(), self.generation());
         self.judge(found)
     }
 
@@ -198,8 +254,9 @@ impl ReadBlock {
         if !self.is_valid() {
             return Err(Stale.into());
         }
-        if found != self.checksum {
-            return Err(BadBlock::Checksum { expected: self.checksum.get(), found: found.get() });
+        let expected = self.checksum();
+        if found != expected {
+            return Err(BadBlock::Checksum { expected: expected.get(), found: found.get() });
         }
         Ok(())
     }

@@ -20,9 +20,9 @@ use crate::error::ClientError;
 use crate::get::is_past_the_cache;
 use crate::grpc::GrpcLink;
 use crate::keeper::{Keeper, return_one};
-use crate::keyed::Keys;
+use crate::keyed::{Keys, Named};
 use crate::lane::{LaneLink, Opened};
-use crate::lease::{Wanted, lease, millis};
+use crate::lease::{Wanted, lease, lease_seen, millis};
 use crate::places::Places;
 use crate::read::{ReadBlock, ReadLease, ReadOptions};
 use crate::space::Space;
@@ -127,6 +127,7 @@ pub(crate) struct Inner {
     number: u64,
     incarnation: u64,
     blocks_max: usize,
+    takes_block_ids: bool,
     pub(crate) devices: Vec<v1::HbmDevice>,
     pub(crate) backend: Backend,
     target: Target,
@@ -250,6 +251,7 @@ impl Session {
                 number,
                 incarnation: facts.incarnation,
                 blocks_max: blocks_max(facts),
+                takes_block_ids: facts.takes_block_ids,
                 devices: facts.devices.clone(),
                 backend,
                 target: target.clone(),
@@ -330,11 +332,19 @@ impl Session {
     }
 
     /// The same for a lease.
-    pub(crate) fn keys_of(&self, space: &Space, keys: &[impl AsRef<[u8]>]) -> Result<Keys, ClientError> {
+    pub(crate) fn named(
+        &self,
+        space: &Space,
+        keys: &[impl AsRef<[u8]>],
+        kind: v1::LeaseKind,
+    ) -> Result<Named, ClientError> {
         if space.session != self.inner.number {
             return Err(ClientError::ForeignSpace);
         }
-        Keys::of(keys, self.inner.blocks_max)
+        if kind == v1::LeaseKind::Read && self.inner.takes_block_ids {
+            return Named::blocks(space, keys, self.inner.blocks_max);
+        }
+        Keys::of(keys, self.inner.blocks_max).map(Named::Keys)
     }
 
     /// Whether the space was opened by this session.
@@ -402,13 +412,23 @@ impl Session {
         keys: &[impl AsRef<[u8]>],
         mode: MatchMode,
     ) -> Result<(usize, Vec<bool>), ClientError> {
-        let request =
-            v1::ExistsRequest { spaces: self.bundle(spaces)?, keys: Vec::new(), mode: mode_to_wire(mode) };
-        let wanted = Keys::of(keys, self.inner.blocks_max)?;
+        let request = v1::ExistsRequest {
+            spaces: self.bundle(spaces)?,
+            mode: mode_to_wire(mode),
+            ..Default::default()
+        };
+        let limit = self.inner.blocks_max;
         let answer = match &self.inner.backend {
-            Backend::Lane(lane) => lane.link.call_keyed(Op::Exists(request), wanted).await?.answer,
+            Backend::Lane(lane) => {
+                let named = match spaces {
+                    [space] if self.inner.takes_block_ids => Named::blocks(space, keys, limit)?,
+                    _ => Named::Keys(Keys::of(keys, limit)?),
+                };
+                lane.link.call_keyed(Op::Exists(request), named, &lane.keeper).await?.answer
+            }
             Backend::Grpc(link) => {
-                link.call(Op::Exists(v1::ExistsRequest { keys: wanted.to_wire(), ..request })).await?
+                let keys = Keys::of(keys, limit)?.to_wire();
+                link.call(Op::Exists(v1::ExistsRequest { keys, ..request })).await?
             }
         };
         let Answer::Exists(answer) = answer else {
@@ -457,7 +477,7 @@ impl Session {
         Ok(Wanted {
             space,
             kind: v1::LeaseKind::Read,
-            keys: self.keys_of(space, keys)?,
+            keys: self.named(space, keys, v1::LeaseKind::Read)?,
             parent: bytes::Bytes::new(),
             ttl: options.ttl,
             wait: options.wait,
@@ -478,7 +498,7 @@ impl Session {
         Ok(Wanted {
             space,
             kind: v1::LeaseKind::Write,
-            keys: self.keys_of(space, keys)?,
+            keys: self.named(space, keys, v1::LeaseKind::Write)?,
             parent: parent_to_wire(parent)?,
             ttl: options.ttl,
             wait: options.wait,
@@ -499,7 +519,7 @@ impl Session {
     ) -> Result<ReadLease, ClientError> {
         let lane = self.lane("lease_read")?;
         let wanted = self.to_read(space, keys, options, None)?;
-        let (lease, grants) = lease(lane, wanted, ReadBlock::new).await?;
+        let (lease, grants) = lease_seen(lane, wanted, ReadBlock::leased).await?;
         Ok(ReadLease { grants, lease })
     }
 

@@ -258,6 +258,7 @@ impl Core {
 
     /// Pins the Pinned copy. `None`: there is none, or a foreign session's bytes
     /// have to be verified first. The caller charges the tenant for the item and keeps it.
+    #[inline(always)]
     fn pin_resident(&mut self, holder: &mut Holder, index: BlockIndex) -> Option<(Grant, Option<Held>)> {
         let block = self.blocks.at(index);
         let (frame, listed) = match holder.memory {

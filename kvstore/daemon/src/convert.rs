@@ -205,6 +205,20 @@ pub(crate) fn blocks(
     Ok(terrace_lane::block_ids(key, space, keys))
 }
 
+/// Blocks that are named by their ids.
+pub(crate) fn named_blocks(ids: &[u8], limit: u32) -> Result<Vec<BlockId>, CallError> {
+    let (ids, rest) = ids.as_chunks::<16>();
+    if !rest.is_empty() {
+        return Err(CallError::invalid("block_ids ends within an id; each has 16 bytes"));
+    }
+    if ids.len() > limit as usize {
+        let found = ids.len();
+        let detail = format!("{found} blocks in one request; the limit is {limit}; split the request");
+        return Err(CallError::invalid(detail));
+    }
+    Ok(ids.iter().map(|id| BlockId::from_bytes(*id)).collect())
+}
+
 /// The block before the first one, if it is named.
 pub(crate) fn parent(key: &TenantKey, space: SpaceId, bytes: &[u8]) -> Result<Option<BlockId>, CallError> {
     if bytes.len() > KEY_BYTES_MAX {

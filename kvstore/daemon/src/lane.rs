@@ -12,7 +12,7 @@ use std::num::NonZero;
 use std::os::fd::OwnedFd;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use futures_util::FutureExt;
 use futures_util::stream::{FuturesUnordered, StreamExt};
@@ -21,7 +21,7 @@ use tokio::sync::{Semaphore, mpsc, watch};
 use tonic::Code;
 
 use terrace_core::{ClientId, MapAccess, Notice};
-use terrace_lane::{LaneConnection, LaneError, LaneReader, LaneServer, LaneWriter, ProcessEnd};
+use terrace_lane::{LaneConnection, LaneError, LaneReader, LaneServer, LaneWriter, ProcessEnd, Received};
 use terrace_proto::v1::{self, LaneRequest, LaneResponse, lane_request::Op, lane_response};
 use terrace_proto::{LANE_VERSION, MESSAGE_BYTES_MAX};
 
@@ -37,6 +37,15 @@ const HELLO_WITHIN: Duration = Duration::from_secs(10);
 const UNSENT_BYTES_MAX: usize = 2 * MESSAGE_BYTES_MAX;
 /// Requests that are begun, and answers that are sent, before other connections have their turn.
 const AT_ONCE: usize = 16;
+/// An answer waits for so long for those that go with it, while the next are being worked out: a call and a wake-up take
+/// some microseconds, and the client has something to do meanwhile.
+const UNSENT_FOR_MAX: Duration = Duration::from_micros(16);
+/// A client that asked so soon after its last answer is expected to do so again, and for so long its socket is looked at
+/// in place of going to sleep: to be woken takes longer.
+const BRISK_WITHIN: Duration = Duration::from_micros(30);
+const YIELDED_FOR_MAX: Duration = Duration::from_micros(5);
+const GIVEN_AWAY_MAX: Duration = Duration::from_micros(500);
+const CROWDED_FOR: Duration = Duration::from_millis(100);
 /// Threads that serve connections, at most: the core, which all share, is busy before more of them are.
 const LOOPS_MAX: usize = 4;
 /// Pause after the kernel refused to accept, for example without descriptors.
@@ -156,7 +165,9 @@ async fn converse(
     };
     tracing::debug!(pid, session = %session.id, client = session.client, "lane session");
     let reader = reader.reading();
-    let mut talk = Talk { service, session, reader, writer, answers: FuturesUnordered::new() };
+    let (answers, answered_at) = (FuturesUnordered::new(), Instant::now());
+    let (is_brisk, crowded_until) = (false, answered_at);
+    let mut talk = Talk { service, session, reader, writer, answers, answered_at, is_brisk, crowded_until };
     let ended = tokio::select! {
         () = stopped(&mut stop) => Ok(()),
         () = process_end(process.as_ref()) => Ok(()),
@@ -234,6 +245,11 @@ struct Talk {
     reader: LaneReader<Asked>,
     writer: LaneWriter<LaneResponse>,
     answers: FuturesUnordered<Answer>,
+    /// When the last answers that needed no wait went out, and whether the request after them came soon.
+    answered_at: Instant,
+    is_brisk: bool,
+    /// Others want this processor: until then nobody is expected in place of going to sleep.
+    crowded_until: Instant,
 }
 
 impl Talk {
@@ -257,21 +273,17 @@ impl Talk {
                 }
                 received = self.reader.next(), if may_read => {
                     let Some(received) = received? else { return Ok(()) };
-                    self.begin(received.message)?;
-                    let mut begun = 1;
-                    // More of what came with it, so that a batch costs few wake-ups.
-                    while begun < AT_ONCE && self.answers.len() < in_flight_max
-                        && let Some(received) = self.reader.next_ready()?
-                    {
-                        self.begin(received.message)?;
-                        begun += 1;
-                    }
-                    // What was answered at once goes out in one piece; then others have this thread, and their sockets
+                    // What is answered at once goes out in few pieces; then others have this thread, and their sockets
                     // are looked at.
-                    self.writer.try_flush()?;
-                    if begun == AT_ONCE {
+                    if self.begin_all(received, in_flight_max)? == AT_ONCE {
+                        self.give_way();
                         tokio::task::yield_now().await;
                     }
+                    continue;
+                }
+                crowded = awake_until(self.answered_at + BRISK_WITHIN), if self.is_brisk => {
+                    self.is_brisk = false;
+                    self.crowded_until = crowded.map_or(self.crowded_until, |now| now + CROWDED_FOR);
                     continue;
                 }
             }
@@ -287,6 +299,43 @@ impl Talk {
                 tokio::task::yield_now().await;
             }
         }
+    }
+
+    /// Threads that serve others have this processor before the kernel takes it away; not where they keep it.
+    fn give_way(&mut self) {
+        let began = Instant::now();
+        if began < self.crowded_until {
+            return;
+        }
+        std::thread::yield_now();
+        let ended = Instant::now();
+        if ended.duration_since(began) >= GIVEN_AWAY_MAX {
+            self.crowded_until = ended + CROWDED_FOR;
+        }
+    }
+
+    /// Begins to answer a request and more of what came with it, so that a batch costs few wake-ups. How many that were.
+    fn begin_all(&mut self, first: Received<Asked>, in_flight_max: usize) -> Result<usize, LaneError> {
+        let mut unsent_since = Instant::now();
+        self.is_brisk = unsent_since.duration_since(self.answered_at) < BRISK_WITHIN
+            && unsent_since >= self.crowded_until;
+        self.begin(first.message)?;
+        let mut begun = 1;
+        while begun < AT_ONCE
+            && self.answers.len() < in_flight_max
+            && let Some(received) = self.reader.next_ready()?
+        {
+            let now = Instant::now();
+            if now.duration_since(unsent_since) >= UNSENT_FOR_MAX {
+                self.writer.try_flush()?;
+                unsent_since = now;
+            }
+            self.begin(received.message)?;
+            begun += 1;
+        }
+        self.writer.try_flush()?;
+        self.answered_at = Instant::now();
+        Ok(begun)
     }
 
     fn queue(&mut self, answer: &Response, descriptors: Vec<OwnedFd>) -> Result<(), LaneError> {
@@ -329,6 +378,27 @@ impl Talk {
     }
 }
 
+/// Keeps this thread from going to sleep until then. Other connections have it meanwhile, and other threads this processor.
+/// Answers when it ended if one of those had it and no request came of that: it was not the client, will want it again,
+/// and who yields to it waits for a hundred times what it takes to be woken.
+async fn awake_until(then: Instant) -> Option<Instant> {
+    loop {
+        tokio::task::yield_now().await;
+        let began = Instant::now();
+        if began >= then {
+            return None;
+        }
+        std::thread::yield_now();
+        let ended = Instant::now();
+        if ended.duration_since(began) >= YIELDED_FOR_MAX {
+            // Once for the socket to be looked at, and once for whoever reads it.
+            tokio::task::yield_now().await;
+            tokio::task::yield_now().await;
+            return Some(ended);
+        }
+    }
+}
+
 /// Those that name many keys, whose keys may be apart, and all others.
 async fn respond(
     service: &Service,
@@ -343,8 +413,14 @@ async fn respond(
                 Some(keys) => service.lease_of(session, &wanted, &keys).await?,
                 None => service.lease_of(session, &wanted, &wanted.keys).await?,
             };
-            let bytes = encode::leased(id, &answer.leased()?);
-            return Ok((Response::Encoded { id, bytes }, Vec::new()));
+            let leased = answer.leased()?;
+            match wanted.packed.then(|| encode::packed(&leased)).flatten() {
+                Some(packed) => (lane_response::Result::Lease(packed), Vec::new()),
+                None => {
+                    let bytes = encode::leased(id, &leased);
+                    return Ok((Response::Encoded { id, bytes }, Vec::new()));
+                }
+            }
         }
         (Some(Op::Exists(wanted)), Some(keys)) => {
             let found = service.exists_of(session, &wanted, &keys).await?;

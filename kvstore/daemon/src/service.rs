@@ -175,6 +175,7 @@ impl Service {
             ttl_ms_max: self.facts.ttl_max.millis(),
             lane_socket: self.facts.lane_socket.clone(),
             devices: self.devices(),
+            takes_block_ids: true,
         };
         v1::SessionResponse { notice: Some(v1::session_response::Notice::Opened(opened)) }
     }
@@ -193,8 +194,16 @@ impl Service {
         session: &Session,
         space: u32,
         keys: &[impl AsRef<[u8]>],
+        ids: &[u8],
     ) -> Result<(OpenSpace, Vec<BlockId>), CallError> {
         let open = session.space(space)?;
+        if !ids.is_empty() {
+            if !keys.is_empty() {
+                return Err(CallError::invalid("both keys and block_ids; name the blocks by one of them"));
+            }
+            // The core grants no other tenant's, whatever they are.
+            return Ok((open, convert::named_blocks(ids, self.facts.blocks_max)?));
+        }
         let blocks = convert::blocks(&session.tenant.key, open.space, keys, self.facts.blocks_max)?;
         Ok((open, blocks))
     }
@@ -280,7 +289,8 @@ impl Service {
         request: &v1::ExistsRequest,
         keys: &[impl AsRef<[u8]>],
     ) -> Result<v1::ExistsResponse, CallError> {
-        let found = self.residences(session, &request.spaces, keys, request.mode()).await?;
+        let ids = &request.block_ids;
+        let found = self.residences(session, &request.spaces, (keys, ids), request.mode()).await?;
         let mut present = vec![0u8; found.len().div_ceil(8)];
         for (index, _) in found.iter().enumerate().filter(|(_, place)| place.is_some()) {
             present[index / 8] |= 1 << (index % 8);
@@ -294,7 +304,7 @@ impl Service {
         request: v1::MatchRequest,
     ) -> Result<v1::MatchResponse, CallError> {
         let mode = request.mode();
-        let mut found = self.residences(session, &request.spaces, &request.keys, mode).await?;
+        let mut found = self.residences(session, &request.spaces, (&request.keys, &[]), mode).await?;
         let prefix_blocks = prefix(&found);
         if convert::match_mode(mode) == terrace_core::MatchMode::Prefix {
             found.truncate(prefix_blocks as usize);
@@ -349,9 +359,14 @@ impl Service {
         &self,
         session: &Session,
         spaces: &[u32],
-        keys: &[impl AsRef<[u8]>],
+        (keys, ids): (&[impl AsRef<[u8]>], &[u8]),
         mode: v1::MatchMode,
     ) -> Result<Vec<Option<Residence>>, CallError> {
+        if !ids.is_empty() && spaces.len() > 1 {
+            return Err(CallError::invalid(
+                "block_ids name blocks of one space; name those of a bundle by keys",
+            ));
+        }
         if spaces.is_empty() || spaces.len() > BUNDLE_MAX {
             return Err(CallError::invalid(format!(
                 "{} spaces; a bundle has 1 to {BUNDLE_MAX}",
@@ -370,7 +385,7 @@ impl Service {
         let mut all: Option<Vec<Option<Residence>>> = None;
         for space in spaces {
             let limit = all.as_ref().map_or(keys.len(), Vec::len);
-            let (_, blocks) = self.blocks(session, *space, &keys[..limit])?;
+            let (_, blocks) = self.blocks(session, *space, &keys[..limit], ids)?;
             let reply = self.ask(session, Request::Match { blocks, mode }).await?;
             let found = expect!(reply, Reply::Matched { blocks } => blocks)?;
             all = Some(match all {
@@ -393,6 +408,7 @@ impl Service {
             ttl_ms: leased.ttl.millis(),
             blocks: convert::grants(leased.grants),
             generation: leased.generation,
+            ..Default::default()
         })
     }
 
@@ -406,7 +422,11 @@ impl Service {
         let began = Instant::now();
         check_request_id(request.request_id)?;
         let want = convert::want(request.want_tier(), request.want_device)?;
-        let (open, blocks) = self.blocks(session, request.space, keys)?;
+        let is_read = request.kind() == v1::LeaseKind::Read;
+        if !is_read && !request.block_ids.is_empty() {
+            return Err(CallError::invalid("block_ids are for reading; name blocks to write by their keys"));
+        }
+        let (open, blocks) = self.blocks(session, request.space, keys, &request.block_ids)?;
         let ttl = convert::ttl(request.ttl_ms);
         let (op, kind) = match request.kind() {
             v1::LeaseKind::Read => {
@@ -526,7 +546,7 @@ impl Service {
         session: &Session,
         request: v1::TouchRequest,
     ) -> Result<v1::TouchResponse, CallError> {
-        let (_, blocks) = self.blocks(session, request.space, &request.keys)?;
+        let (_, blocks) = self.blocks(session, request.space, &request.keys, &[])?;
         let reply = self.ask(session, Request::Touch { blocks }).await?;
         expect!(reply, Reply::Touched { count } => v1::TouchResponse { touched: count })
     }
@@ -537,7 +557,7 @@ impl Service {
         request: v1::PrefetchRequest,
     ) -> Result<v1::PrefetchResponse, CallError> {
         let want = convert::want(request.want_tier(), request.want_device)?;
-        let (_, blocks) = self.blocks(session, request.space, &request.keys)?;
+        let (_, blocks) = self.blocks(session, request.space, &request.keys, &[])?;
         let reply = self.ask(session, Request::Prefetch { blocks, want }).await?;
         expect!(reply, Reply::Prefetched { started, resident } => v1::PrefetchResponse { started, resident })
     }
@@ -564,7 +584,7 @@ impl Service {
             u8::try_from(request.priority).ok().filter(|priority| *priority <= 100).ok_or_else(|| {
                 CallError::invalid(format!("priority {} is outside 0 to 100", request.priority))
             })?;
-        let (_, blocks) = self.blocks(session, request.space, &request.keys)?;
+        let (_, blocks) = self.blocks(session, request.space, &request.keys, &[])?;
         let op = Request::Retain { blocks, ttl: Micros::from_millis(request.ttl_ms), priority };
         let reply = self.ask(session, op).await?;
         expect!(reply, Reply::Retained { count } => v1::RetainResponse { retained: count })

@@ -107,6 +107,41 @@ async fn wrong_names_and_numbers() {
     daemon.assert_quiet().await;
 }
 
+/// Blocks named by their ids: of a cut id, of too many, beside keys, of a bundle, and for writing, where the id would say
+/// nothing of the space that is written to. What nobody has is a miss.
+#[tokio::test(flavor = "multi_thread")]
+async fn wrong_ids() {
+    let folder = folder();
+    let daemon = Running::start(folder.path(), "[limits]\nblocks_per_request = 100");
+    let mut raw = Raw::open(&daemon).await;
+    let space = raw.space().await.space;
+    let read = |id, bytes: usize| wire::LeaseRequest {
+        request_id: id,
+        space,
+        kind: LeaseKind::Read.into(),
+        block_ids: vec![7; bytes].into(),
+        ..Default::default()
+    };
+    assert_refused(raw.lease(read(1, 17)).await, Code::InvalidArgument, "each has 16 bytes");
+    assert_refused(raw.lease(read(2, 16 * 101)).await, Code::InvalidArgument, "limit is 100");
+    let both = wire::LeaseRequest { keys: vec![b"k".as_slice().into()], ..read(3, 16) };
+    assert_refused(raw.lease(both).await, Code::InvalidArgument, "one of them");
+    let write = wire::LeaseRequest { kind: LeaseKind::Write.into(), ..read(4, 16) };
+    assert_refused(raw.lease(write).await, Code::InvalidArgument, "by their keys");
+    let bundle = wire::ExistsRequest {
+        spaces: vec![space, space],
+        block_ids: vec![7; 16].into(),
+        ..Default::default()
+    };
+    let bundle = raw.with(bundle);
+    assert_refused(raw.client.exists(bundle).await, Code::InvalidArgument, "one space");
+    let missing = raw.lease(read(5, 32)).await.unwrap();
+    assert_eq!((missing.lease, missing.blocks.len()), (0, 2));
+    assert!(missing.blocks.iter().all(|block| block.outcome() == wire::GrantOutcome::Missing));
+    drop(raw);
+    daemon.assert_quiet().await;
+}
+
 /// A writer seals what it did not write, or twice, or with a lease that is not its own.
 #[tokio::test(flavor = "multi_thread")]
 async fn wrong_seals_and_leases() {

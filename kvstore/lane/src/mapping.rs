@@ -172,6 +172,12 @@ impl Mapping {
         self.fences.fence(frame)
     }
 
+    /// Whether so many bytes from `offset` are inside the chunk.
+    #[inline]
+    pub fn holds(&self, offset: u64, length: ByteCount) -> bool {
+        self.data.part(offset, length).is_some()
+    }
+
     /// A readable view of `length` bytes from `offset`; `None` if that is not inside the chunk.
     pub fn view(self: &Arc<Self>, offset: u64, length: ByteCount) -> Option<SharedBytes> {
         Arc::clone(self).into_view(offset, length)

@@ -120,6 +120,7 @@ impl Fake {
                     ttl_ms: 60_000,
                     blocks: blocks.collect(),
                     generation: GENERATION,
+                    ..LeaseResponse::default()
                 };
                 (Answer::Lease(lease), vec![])
             }

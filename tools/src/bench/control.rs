@@ -7,9 +7,11 @@ use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use anyhow::ensure;
+use bytes::Bytes;
 use hdrhistogram::Histogram;
 use prost::Message;
 use terrace_client::{MatchMode, ReadOptions, Session, Space, wire};
+use terrace_lane::PACKED_GRANT_BYTES;
 
 use super::{Line, Options, blocks, fair, stand};
 
@@ -125,7 +127,7 @@ pub(super) async fn ask(
     Ok(())
 }
 
-/// The time of one answer. What was leased is given back after it.
+/// The time of one answer. What was leased is dropped after it, and so given back with a later question.
 async fn one(session: &Session, space: &Space, keys: &[[u8; 16]], ask: Ask) -> anyhow::Result<Duration> {
     let began = Instant::now();
     match ask {
@@ -133,7 +135,6 @@ async fn one(session: &Session, space: &Space, keys: &[[u8; 16]], ask: Ask) -> a
             let lease = session.lease_read(space, keys, ReadOptions::default()).await?;
             let taken = began.elapsed();
             ensure!(lease.prefix() == keys.len(), "only {} blocks were granted", lease.prefix());
-            lease.release().await?;
             Ok(taken)
         }
         Ask::Exists => {
@@ -185,28 +186,19 @@ impl Echo {
 fn sizes(ask: Ask, keys: &[[u8; 16]]) -> (usize, usize) {
     use wire::lane_request::Op;
     use wire::lane_response::Result as Answer;
-    let wanted = keys.iter().map(|key| key.to_vec().into()).collect();
+    let block_ids: Bytes = vec![7; 16 * keys.len()].into();
     let (op, answer) = match ask {
         Ask::Lease => {
-            let grant = wire::BlockGrant {
-                outcome: wire::GrantOutcome::Granted.into(),
-                chunk: 1,
-                frame: 100,
-                offset: BLOCK_BYTES * 100,
-                fence: 100,
-                length: BLOCK_BYTES,
-                checksum: u64::MAX,
-                block_id: vec![7; 16].into(),
-                ..wire::BlockGrant::default()
-            };
             let granted = wire::LeaseResponse {
                 lease: 1_000,
                 ttl_ms: 10_000,
-                blocks: vec![grant; keys.len()],
                 generation: 1,
+                packed: vec![7; PACKED_GRANT_BYTES * keys.len()].into(),
+                packed_length: BLOCK_BYTES,
+                ..wire::LeaseResponse::default()
             };
             let wanted =
-                wire::LeaseRequest { request_id: 1_000, keys: wanted, ..wire::LeaseRequest::default() };
+                wire::LeaseRequest { request_id: 1_000, packed: true, block_ids, ..Default::default() };
             (Op::Lease(wanted), Answer::Lease(granted))
         }
         Ask::Exists => {
@@ -214,8 +206,7 @@ fn sizes(ask: Ask, keys: &[[u8; 16]]) -> (usize, usize) {
                 prefix_blocks: u32::try_from(keys.len()).unwrap_or(u32::MAX),
                 present: vec![0xFF; keys.len().div_ceil(8)].into(),
             };
-            let wanted =
-                wire::ExistsRequest { spaces: vec![1], keys: wanted, ..wire::ExistsRequest::default() };
+            let wanted = wire::ExistsRequest { spaces: vec![1], block_ids, ..Default::default() };
             (Op::Exists(wanted), Answer::Exists(found))
         }
     };

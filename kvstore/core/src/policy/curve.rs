@@ -72,6 +72,8 @@ struct Sums {
 #[derive(Clone, Debug)]
 pub struct Curve {
     sizes: [u64; CURVE_POINTS],
+    /// The same as numbers to compare with.
+    limits: [f64; CURVE_POINTS],
     /// Hits that need at least this size and not less.
     hits: [Sums; CURVE_POINTS],
     asked: Sums,
@@ -86,8 +88,7 @@ pub struct Curve {
     places: Vec<u32>,
     /// No place before this one is taken.
     oldest: usize,
-    /// Sizes by place, as a Fenwick tree.
-    tree: Vec<u64>,
+    by_place: PlaceSums,
     total: u64,
     entries_max: usize,
     path: Vec<u32>,
@@ -103,8 +104,10 @@ impl Curve {
     /// For a tier of this size, from at most `entries_max` sampled blocks (at least 64).
     pub fn new(size: u64, entries_max: u32) -> Self {
         let entries_max = entries_max.max(64) as usize;
+        let sizes = sizes(size);
         Self {
-            sizes: sizes(size),
+            sizes,
+            limits: sizes.map(real),
             hits: [Sums::default(); CURVE_POINTS],
             asked: Sums::default(),
             sampled: Sums::default(),
@@ -114,7 +117,7 @@ impl Curve {
             index: HashTable::new(),
             places: Vec::new(),
             oldest: 0,
-            tree: vec![0; 4 * entries_max + 1],
+            by_place: PlaceSums::new(4 * entries_max),
             total: 0,
             entries_max,
             path: Vec::new(),
@@ -125,6 +128,7 @@ impl Curve {
     /// The tier has this size from now on: counts start anew, what is known of blocks stays.
     pub fn resize(&mut self, size: u64) {
         self.sizes = sizes(size);
+        self.limits = self.sizes.map(real);
         self.hits = [Sums::default(); CURVE_POINTS];
         self.asked = Sums::default();
         self.sampled = Sums::default();
@@ -143,18 +147,19 @@ impl Curve {
         if let (true, Some(first)) = (self.entries.is_empty(), blocks.peek()) {
             self.shift = self.shift.max(self.full_shift(first.size));
         }
+        let scale = self.scale();
+        let mut near = Near::default();
         for block in blocks {
             if block.key.leading_zeros() < self.shift || self.path.len() >= self.entries_max {
                 continue;
             }
             let own = Sums { tokens: f64::from(block.tokens), seconds: f64::from(block.seconds) };
-            let scale = self.scale();
             self.sampled.add(own, scale);
             match self.index.find(hash(block.key), |&slot| self.entries[slot as usize].key == block.key) {
                 // The request names it twice.
                 Some(&slot) if self.entries[slot as usize].place == NONE => {}
                 Some(&slot) => {
-                    if let Some(point) = self.point_of(slot, scale) {
+                    if let Some(point) = self.point_of(slot, scale, &mut near) {
                         self.hits[point].add(own, scale);
                     }
                     self.path.push(slot);
@@ -165,8 +170,15 @@ impl Curve {
                 }
             }
         }
-        for at in (0..self.path.len()).rev() {
-            self.make_hottest(self.path[at]);
+        // Whoever asks again for what was asked for last leaves everything where it is.
+        if !self.is_hottest() {
+            // First all out and then all in: what changes lies side by side, and the sums change together.
+            for at in (0..self.path.len()).rev() {
+                self.vacate(self.path[at]);
+            }
+            for at in (0..self.path.len()).rev() {
+                self.make_hottest(self.path[at]);
+            }
         }
         self.forget_cold();
         while self.entries.len() - self.free.len() > self.entries_max {
@@ -228,13 +240,26 @@ impl Curve {
         (0..64).find(|&shift| times <= 1 << shift).unwrap_or(63)
     }
 
+    /// Whether the last places are those of the request, its first block last.
+    fn is_hottest(&self) -> bool {
+        let slots = self.path.iter().zip((0..self.places.len()).rev());
+        let alike = slots.filter(|&(&slot, place)| self.places[place] == slot);
+        self.path.len() <= self.places.len() && alike.count() == self.path.len()
+    }
+
     /// The smallest size that holds the block; `None` if none does.
-    fn point_of(&self, slot: u32, scale: f64) -> Option<usize> {
+    fn point_of(&self, slot: u32, scale: f64, near: &mut Near) -> Option<usize> {
         let entry = self.entries[slot as usize];
-        let hotter = self.total - self.sum_to(entry.place);
+        let hotter = self.total - self.by_place.up_to(entry.place as usize, near);
         let needed = real(hotter) * scale + real(entry.size);
-        let point = self.sizes.partition_point(|&size| real(size) < needed);
-        (point < CURVE_POINTS).then_some(point)
+        // Neighbours mostly need the same size, or the next.
+        if near.point > 0 && self.limits[near.point - 1] >= needed {
+            near.point = self.limits.partition_point(|&limit| limit < needed);
+        }
+        while self.limits.get(near.point).is_some_and(|&limit| limit < needed) {
+            near.point += 1;
+        }
+        (near.point < CURVE_POINTS).then_some(near.point)
     }
 
     fn add(&mut self, block: Lookup) -> u32 {
@@ -256,7 +281,7 @@ impl Curve {
 
     fn make_hottest(&mut self, slot: u32) {
         self.vacate(slot);
-        if self.places.len() + 1 >= self.tree.len() {
+        if self.places.len() >= self.by_place.places() {
             self.compact();
         }
         let place = u32::try_from(self.places.len()).expect("places are bounded");
@@ -265,7 +290,7 @@ impl Curve {
         entry.place = place;
         let size = entry.size;
         self.total += size;
-        self.change(place, |cell| cell + size);
+        self.by_place.set(place as usize, size);
     }
 
     fn vacate(&mut self, slot: u32) {
@@ -276,7 +301,7 @@ impl Curve {
         self.places[place as usize] = NONE;
         self.entries[slot as usize].place = NONE;
         self.total -= size;
-        self.change(place, |cell| cell - size);
+        self.by_place.set(place as usize, 0);
     }
 
     /// Drops what no size of the curve would hold.
@@ -304,13 +329,13 @@ impl Curve {
     fn compact(&mut self) {
         self.places.retain(|&slot| slot != NONE);
         self.oldest = 0;
-        self.tree.fill(0);
+        self.by_place.clear();
         for at in 0..self.places.len() {
             let place = u32::try_from(at).expect("places are bounded");
             let entry = &mut self.entries[self.places[at] as usize];
             entry.place = place;
             let size = entry.size;
-            self.change(place, |cell| cell + size);
+            self.by_place.set(at, size);
         }
     }
 
@@ -327,31 +352,92 @@ impl Curve {
         self.compact();
     }
 
-    /// Applies a change to every cell of the tree that covers a place.
-    fn change(&mut self, place: u32, change: impl Fn(u64) -> u64) {
-        let mut at = place as usize + 1;
-        while at < self.tree.len() {
-            self.tree[at] = change(self.tree[at]);
-            at += at & at.wrapping_neg();
-        }
-    }
-
-    /// Sizes at this place and all before it.
-    fn sum_to(&self, place: u32) -> u64 {
-        let mut at = place as usize + 1;
-        let mut sum = 0;
-        while at > 0 {
-            sum += self.tree[at];
-            at &= at - 1;
-        }
-        sum
-    }
-
     fn decay(&mut self) {
         for sums in self.hits.iter_mut().chain([&mut self.asked, &mut self.sampled]) {
             sums.tokens *= DECAY_KEEP;
             sums.seconds *= DECAY_KEEP;
         }
+    }
+}
+
+/// Places in a group.
+const GROUP: usize = 64;
+
+/// Sizes by place, and their sums. A request uses neighbours, which were used by the one before it: one change of a
+/// group's sum serves many of its places, and the sum up to a place follows from that up to a place close by.
+#[derive(Clone, Debug)]
+struct PlaceSums {
+    sizes: Vec<u64>,
+    /// Sums of groups, as a Fenwick tree.
+    groups: Vec<u64>,
+    /// A group whose sum has changed by so much since it was put into the tree. It wraps around.
+    changed: (usize, u64),
+}
+
+/// Where the last look was.
+#[derive(Clone, Copy, Debug, Default)]
+struct Near {
+    place: usize,
+    /// Sizes up to there, if anything was looked at yet.
+    sum: Option<u64>,
+    point: usize,
+}
+
+impl PlaceSums {
+    fn new(places: usize) -> Self {
+        let groups = places.div_ceil(GROUP);
+        Self { sizes: vec![0; places], groups: vec![0; groups + 1], changed: (0, 0) }
+    }
+
+    fn places(&self) -> usize {
+        self.sizes.len()
+    }
+
+    fn clear(&mut self) {
+        self.sizes.fill(0);
+        self.groups.fill(0);
+        self.changed = (0, 0);
+    }
+
+    fn set(&mut self, place: usize, size: u64) {
+        let group = place / GROUP;
+        if group != self.changed.0 {
+            let (old, change) = std::mem::replace(&mut self.changed, (group, 0));
+            let mut at = old + 1;
+            while change != 0 && at < self.groups.len() {
+                self.groups[at] = self.groups[at].wrapping_add(change);
+                at += at & at.wrapping_neg();
+            }
+        }
+        let before = std::mem::replace(&mut self.sizes[place], size);
+        self.changed.1 = self.changed.1.wrapping_add(size).wrapping_sub(before);
+    }
+
+    /// Sizes at this place and all before it. Nothing has changed since `near` was new.
+    fn up_to(&self, place: usize, near: &mut Near) -> u64 {
+        let sum = match near.sum {
+            Some(sum) if place <= near.place && near.place - place < GROUP => {
+                sum - self.sizes[place + 1..=near.place].iter().sum::<u64>()
+            }
+            Some(sum) if place > near.place && place - near.place < GROUP => {
+                sum + self.sizes[near.place + 1..=place].iter().sum::<u64>()
+            }
+            Some(_) | None => {
+                let group = place / GROUP;
+                let mut sum = self.sizes[group * GROUP..=place].iter().sum::<u64>();
+                if self.changed.0 < group {
+                    sum = sum.wrapping_add(self.changed.1);
+                }
+                let mut at = group;
+                while at > 0 {
+                    sum = sum.wrapping_add(self.groups[at]);
+                    at &= at - 1;
+                }
+                sum
+            }
+        };
+        (near.place, near.sum) = (place, Some(sum));
+        sum
     }
 }
 

@@ -113,6 +113,7 @@ fn lease(mut rest: Rest<'_>) -> Option<(Op, Vec<Range<u32>>)> {
             0x40 => request.wait_ms = rest.number()?,
             0x48 => request.purpose = rest.choice()?,
             0x50 => request.want_device = rest.small()?,
+            0x58 => request.packed = rest.number()? != 0,
             _ => return None,
         }
     }
@@ -216,8 +217,15 @@ mod tests {
             wait_ms: 300,
             purpose: 1,
             want_device: 5,
+            packed: true,
+            ..Default::default()
         };
-        let exists = v1::ExistsRequest { spaces: vec![1, 300, u32::MAX], keys: keys(130), mode: 2 };
+        let exists = v1::ExistsRequest {
+            spaces: vec![1, 300, u32::MAX],
+            keys: keys(130),
+            mode: 2,
+            ..Default::default()
+        };
         let bare = v1::LeaseRequest { keys: keys(3), ..Default::default() };
         let ops = [
             Op::Lease(lease),

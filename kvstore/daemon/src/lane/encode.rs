@@ -4,6 +4,7 @@
 //! pin the blocks. The bytes are those of the generated code.
 
 use terrace_core::{Checksum, Grant, LeaseId, Micros};
+use terrace_lane::{PACKED_GRANT_BYTES, PackedGrant};
 use terrace_proto::v1;
 
 use crate::convert;
@@ -73,6 +74,48 @@ pub(crate) fn leased(id: u64, leased: &Leased<'_>) -> Vec<u8> {
     message.extend_from_slice(head.bytes());
     message.extend_from_slice(&body);
     message
+}
+
+/// The answer to whoever reads packed grants; `None` if these cannot be packed.
+pub(crate) fn packed(leased: &Leased<'_>) -> Option<v1::LeaseResponse> {
+    let mut bytes = Vec::with_capacity(leased.grants.len() * PACKED_GRANT_BYTES);
+    let mut packed_length = None;
+    for grant in leased.grants {
+        let (outcome, reason) = convert::outcome(grant);
+        let (outcome, reason) = (u8::try_from(outcome as i32).ok()?, u8::try_from(reason as i32).ok()?);
+        let one = match grant {
+            Grant::Granted { block, frame, fence, offset, length, checksum, memory } => {
+                if *packed_length.get_or_insert(length.get()) != length.get() {
+                    return None;
+                }
+                let (tier, device) = convert::memory(*memory);
+                PackedGrant {
+                    block: block.to_bytes(),
+                    chunk: frame.chunk.get(),
+                    offset: *offset,
+                    fence: fence.get(),
+                    checksum: checksum.map_or(0, Checksum::get),
+                    frame: frame.index,
+                    outcome,
+                    reason,
+                    tier: u8::try_from(tier as i32).ok()?,
+                    device: u8::try_from(device).ok()?,
+                }
+            }
+            Grant::Promoting | Grant::Missing(_) | Grant::Throttled | Grant::Exists => {
+                PackedGrant { outcome, reason, ..PackedGrant::default() }
+            }
+        };
+        bytes.extend_from_slice(&one.to_bytes());
+    }
+    Some(v1::LeaseResponse {
+        lease: leased.lease.map_or(0, LeaseId::get),
+        ttl_ms: leased.ttl.millis(),
+        blocks: Vec::new(),
+        generation: leased.generation,
+        packed: bytes.into(),
+        packed_length: packed_length.unwrap_or(0),
+    })
 }
 
 fn grant(fields: &mut Fields, grant: &Grant) {
@@ -160,7 +203,8 @@ const _: fn(v1::BlockGrant) = |grant| {
     } = grant;
 };
 const _: fn(v1::LeaseResponse) = |leased| {
-    let v1::LeaseResponse { lease: _, ttl_ms: _, blocks: _, generation: _ } = leased;
+    let v1::LeaseResponse { lease: _, ttl_ms: _, blocks: _, generation: _, packed: _, packed_length: _ } =
+        leased;
 };
 
 #[cfg(test)]
@@ -204,9 +248,49 @@ mod tests {
                 ttl_ms: 10_000,
                 blocks: convert::grants(grants),
                 generation: 5,
+                ..Default::default()
             };
             let result = Some(v1::lane_response::Result::Lease(wire));
             assert_eq!(ours, v1::LaneResponse { id: 300, result }.encode_to_vec(), "{count} grants");
         }
+    }
+    // The same for packed ones, which are not for blocks of several lengths.
+    #[test]
+    fn packed_grants_are_those_of_the_generated_code() {
+        let length = |mut grant: Grant| {
+            if let Grant::Granted { length, .. } = &mut grant {
+                *length = ByteCount::new(4096);
+            }
+            grant
+        };
+        let hbm = Memory::Hbm(GpuId::new(3));
+        let mut grants: Vec<Grant> = (0..64).map(|bit| length(granted(1 << bit, Memory::Pinned))).collect();
+        grants.extend((0..64).map(|bit| length(granted(u64::MAX >> bit, hbm))));
+        grants.extend([Grant::Promoting, Grant::Throttled, Grant::Exists]);
+        grants.extend([MissReason::Unknown, MissReason::Filling, MissReason::Device].map(Grant::Missing));
+        let ttl = Micros::from_millis(10_000);
+        let leased = Leased { lease: Some(LeaseId::new(9)), ttl, generation: 5, grants: &grants };
+        let answer = packed(&leased).unwrap();
+        assert_eq!((answer.lease, answer.ttl_ms, answer.generation), (9, 10_000, 5));
+        assert_eq!((answer.blocks.len(), answer.packed_length), (0, 4096));
+        let found = answer.packed.as_chunks().0.iter().map(PackedGrant::from_bytes).map(|grant| {
+            let is_granted = i32::from(grant.outcome) == v1::GrantOutcome::Granted as i32;
+            v1::BlockGrant {
+                outcome: grant.outcome.into(),
+                reason: grant.reason.into(),
+                chunk: grant.chunk,
+                frame: grant.frame,
+                offset: grant.offset,
+                fence: grant.fence,
+                length: if is_granted { answer.packed_length } else { 0 },
+                checksum: grant.checksum,
+                block_id: if is_granted { grant.block.to_vec().into() } else { Default::default() },
+                tier: grant.tier.into(),
+                device: grant.device.into(),
+            }
+        });
+        assert_eq!(found.collect::<Vec<_>>(), convert::grants(&grants));
+        let lengths = [granted(1, Memory::Pinned), granted(2, Memory::Pinned)];
+        assert_eq!(packed(&Leased { grants: &lengths, ..leased }), None);
     }
 }
