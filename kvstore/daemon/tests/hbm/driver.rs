@@ -92,8 +92,10 @@ async fn the_driver_serves_blocks() {
 async fn without_a_driver_the_node_serves_from_pinned() {
     let folder = folder();
     let driver = Driver::build(folder.path());
-    for (fault, said) in [(None, "no CUDA driver"), (Some("old"), "CUDA 11.4"), (Some("no_device"), "off: ")]
-    {
+    // What one life has written, the next may find on the device: each writes names of its own.
+    let names = keys(9);
+    let faults = [(None, "no CUDA driver"), (Some("old"), "CUDA 11.4"), (Some("no_device"), "off: ")];
+    for ((fault, said), names) in faults.into_iter().zip(names.chunks(3)) {
         let daemon = match (fault, &driver) {
             (None, _)
                 if matches!(terrace_gpudirect::probe(), terrace_gpudirect::HbmStatus::Present { .. }) =>
@@ -110,10 +112,9 @@ async fn without_a_driver_the_node_serves_from_pinned() {
         let found = device(&daemon, 0).await;
         assert!(!found.on && found.note.contains(said), "{fault:?}: {found:?}");
         assert_eq!(found.hbm, None, "a device that is not there is shown to clients");
-        let names = keys(3);
         let mut lane = Lane::on_device(folder.path(), 0).await;
-        let (_window, written) = lane.write(&names).await;
-        let read = lane.lease(LeaseKind::Read, &names).await;
+        let (_window, written) = lane.write(names).await;
+        let read = lane.lease(LeaseKind::Read, names).await;
         assert!(all_pinned(&written) && all_pinned(&read), "{:?}", places(&written));
         drop(lane);
         daemon.assert_quiet().await;
