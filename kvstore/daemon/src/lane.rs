@@ -36,7 +36,7 @@ const HELLO_WITHIN: Duration = Duration::from_secs(10);
 /// No request is read while more than this waits to be sent.
 const UNSENT_BYTES_MAX: usize = 2 * MESSAGE_BYTES_MAX;
 /// Requests that are begun, and answers that are sent, before other connections have their turn.
-const AT_ONCE: usize = 16;
+const AT_ONCE: usize = 8;
 /// An answer waits for so long for those that go with it, while the next are being worked out: a call and a wake-up take
 /// some microseconds, and the client has something to do meanwhile.
 const UNSENT_FOR_MAX: Duration = Duration::from_micros(16);
