@@ -188,12 +188,7 @@ pub(crate) fn blocks(
     keys: &[impl AsRef<[u8]>],
     limit: u32,
 ) -> Result<Vec<BlockId>, CallError> {
-    if keys.len() > limit as usize {
-        return Err(CallError::invalid(format!(
-            "{} keys in one request; the limit is {limit}; split the request",
-            keys.len()
-        )));
-    }
+    expect_at_most(limit, keys.len(), "keys")?;
     let lengths = || keys.iter().map(|key| key.as_ref().len());
     if let Some((index, found)) =
         lengths().enumerate().find(|&(_, found)| found == 0 || found > KEY_BYTES_MAX)
@@ -205,17 +200,21 @@ pub(crate) fn blocks(
     Ok(terrace_lane::block_ids(key, space, keys))
 }
 
+fn expect_at_most(limit: u32, found: usize, what: &str) -> Result<(), CallError> {
+    if found > limit as usize {
+        let detail = format!("{found} {what} in one request; the limit is {limit}; split the request");
+        return Err(CallError::invalid(detail));
+    }
+    Ok(())
+}
+
 /// Blocks that are named by their ids.
 pub(crate) fn named_blocks(ids: &[u8], limit: u32) -> Result<Vec<BlockId>, CallError> {
     let (ids, rest) = ids.as_chunks::<16>();
     if !rest.is_empty() {
         return Err(CallError::invalid("block_ids ends within an id; each has 16 bytes"));
     }
-    if ids.len() > limit as usize {
-        let found = ids.len();
-        let detail = format!("{found} blocks in one request; the limit is {limit}; split the request");
-        return Err(CallError::invalid(detail));
-    }
+    expect_at_most(limit, ids.len(), "blocks")?;
     Ok(ids.iter().map(|id| BlockId::from_bytes(*id)).collect())
 }
 

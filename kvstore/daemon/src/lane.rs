@@ -43,8 +43,11 @@ const UNSENT_FOR_MAX: Duration = Duration::from_micros(16);
 /// A client that asked so soon after its last answer is expected to do so again, and for so long its socket is looked at
 /// in place of going to sleep: to be woken takes longer.
 const BRISK_WITHIN: Duration = Duration::from_micros(30);
+/// Who yields the processor, and has it back only after so long, gave it to somebody who wanted it.
 const YIELDED_FOR_MAX: Duration = Duration::from_micros(5);
+/// Somebody who keeps it for so long wants it for himself.
 const GIVEN_AWAY_MAX: Duration = Duration::from_micros(500);
+/// After either, this long nobody is expected, and nothing is given away.
 const CROWDED_FOR: Duration = Duration::from_millis(100);
 /// Threads that serve connections, at most: the core, which all share, is busy before more of them are.
 const LOOPS_MAX: usize = 4;
