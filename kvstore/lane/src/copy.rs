@@ -8,8 +8,8 @@
 /// Blocks from this length on are copied past the cache: shorter ones are still in
 /// it when the reader looks at them.
 pub(crate) const STREAM_BYTES_MIN: usize = 256 << 10;
-#[cfg(target_arch = "x86_64")]
-const LINE: usize = 64;
+/// Bytes of a line of the cache.
+pub(crate) const LINE: usize = 64;
 
 /// So far ahead of a copy the source is fetched where the next one is known. Blocks of 64 KiB that do not lie side by side
 /// were copied at nine tenths of the pace of one long range without, and with half of it or less.

@@ -6,21 +6,14 @@
 //! 128 bits at a time, so bytes that nobody else changes are summed here as well.
 
 #[cfg(target_arch = "x86_64")]
-mod power;
-#[cfg(target_arch = "x86_64")]
 mod wide;
-#[cfg(target_arch = "x86_64")]
-mod widest;
 
 use terrace_core::{BlockId, ByteCount, Checksum, Checksummer};
 
-#[cfg(target_arch = "x86_64")]
-use crate::copy::FETCH_AHEAD_BYTES;
-use crate::copy::{STREAM_BYTES_MIN, drain};
+use crate::copy::{LINE, STREAM_BYTES_MIN, drain};
 
 /// Where the processor cannot fold: short enough to stay in the first-level cache.
 const BUFFER_BYTES: usize = 2 << 10;
-const LINE_BYTES: usize = 64;
 
 /// Where copies go.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -129,7 +122,7 @@ unsafe fn copy_and_sum_with(
     way: Way,
     summer: &mut Checksummer,
 ) {
-    let head = target.align_offset(LINE_BYTES).min(length);
+    let head = target.align_offset(LINE).min(length);
     let groups = width.whole(length - head);
     // SAFETY: head, groups and rest add up to the length, so that each part lies in the two ranges. The target of the
     // groups is aligned to a line, and the processor has the width.
@@ -196,9 +189,9 @@ impl Width {
         match self {
             Self::None => 0,
             #[cfg(target_arch = "x86_64")]
-            Self::Wide => length / wide::GROUP_BYTES * wide::GROUP_BYTES,
+            Self::Wide => length / wide::by_256::GROUP_BYTES * wide::by_256::GROUP_BYTES,
             #[cfg(target_arch = "x86_64")]
-            Self::Widest => length / widest::GROUP_BYTES * widest::GROUP_BYTES,
+            Self::Widest => length / wide::by_512::GROUP_BYTES * wide::by_512::GROUP_BYTES,
             #[cfg(not(target_arch = "x86_64"))]
             Self::Wide | Self::Widest => 0,
         }
@@ -218,54 +211,15 @@ unsafe fn fold(
     target: Option<(*mut u8, Way)>,
     summer: &mut Checksummer,
 ) {
-    use std::arch::x86_64::{
-        _mm256_store_si256, _mm256_stream_si256, _mm512_store_si512, _mm512_stream_si512,
-    };
-    const AHEAD: usize = FETCH_AHEAD_BYTES;
     let state = summer.state();
-    let none = source.wrapping_add(length);
-    // SAFETY: the caller's promise; the stores need no more than the alignment.
-    unsafe {
-        *summer = match (width, target) {
-            (Width::None, _) => unreachable!("nothing is folded on this processor"),
-            (Width::Wide, None) => Checksummer::from_folded(&wide::fold::<{ wide::AHEAD }>(
-                source,
-                length,
-                state,
-                none,
-                |_, _| (),
-            )),
-            (Width::Wide, Some((target, Way { stores: Stores::Cached, next: _ }))) => {
-                let store = |at, part| _mm256_store_si256(target.add(at).cast(), part);
-                Checksummer::from_folded(&wide::fold::<{ wide::AHEAD }>(source, length, state, none, store))
-            }
-            (Width::Wide, Some((target, Way { stores: Stores::Streamed, next }))) => {
-                let store = |at, part| _mm256_stream_si256(target.add(at).cast(), part);
-                Checksummer::from_folded(&match next.is_null() {
-                    true => wide::fold::<{ wide::AHEAD }>(source, length, state, none, store),
-                    false => wide::fold::<AHEAD>(source, length, state, next, store),
-                })
-            }
-            (Width::Widest, None) => Checksummer::from_folded(&widest::fold::<{ widest::AHEAD }>(
-                source,
-                length,
-                state,
-                none,
-                |_, _| (),
-            )),
-            (Width::Widest, Some((target, Way { stores: Stores::Cached, next: _ }))) => {
-                let store = |at, part| _mm512_store_si512(target.add(at).cast(), part);
-                Checksummer::from_folded(&widest::fold::<0>(source, length, state, none, store))
-            }
-            (Width::Widest, Some((target, Way { stores: Stores::Streamed, next }))) => {
-                let store = |at, part| _mm512_stream_si512(target.add(at).cast(), part);
-                Checksummer::from_folded(&match next.is_null() {
-                    true => widest::fold::<0>(source, length, state, none, store),
-                    false => widest::fold::<AHEAD>(source, length, state, next, store),
-                })
-            }
-        };
-    }
+    // SAFETY: the caller's promise.
+    *summer = unsafe {
+        match width {
+            Width::None => unreachable!("nothing is folded on this processor"),
+            Width::Wide => wide::by_256::whole(source, length, target, state),
+            Width::Widest => wide::by_512::whole(source, length, target, state),
+        }
+    };
 }
 
 /// Elsewhere nothing is folded.
