@@ -152,10 +152,10 @@ pub(crate) fn id_from_wire(bytes: &[u8], detail: &'static str) -> Result<[u8; 16
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
 
-    fn manifest() -> SpaceManifest {
+    pub(crate) fn manifest() -> SpaceManifest {
         SpaceManifest {
             model: "model".to_owned(),
             model_fingerprint: vec![1, 2, 3],

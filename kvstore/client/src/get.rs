@@ -11,7 +11,7 @@ use crate::lease::Outcome;
 use crate::read::{BadBlock, ReadBlock, ReadOptions, Stale};
 use crate::session::{Backend, LaneSession, Session};
 use crate::space::Space;
-use crate::transfer::batch_blocks;
+use crate::transfer::{batch_blocks, stream_blocks};
 
 /// Memory that one block is copied into by [`Session::get`].
 pub trait BlockTarget {
@@ -26,8 +26,9 @@ pub trait BlockTarget {
     /// Copies all of `source`, which is as long, as [`SharedBytes::copy_to`] does.
     fn copy_unsummed(&mut self, source: &SharedBytes);
 
-    /// Stores a payload, which is as long.
-    fn store(&mut self, payload: &[u8]);
+    /// Stores a piece of a block that comes over gRPC, from `offset` on; it ends within the length. Pieces come in order,
+    /// and may begin anew.
+    fn store(&mut self, offset: usize, piece: &[u8]);
 }
 
 impl BlockTarget for &mut [u8] {
@@ -43,8 +44,8 @@ impl BlockTarget for &mut [u8] {
         source.copy_to(self);
     }
 
-    fn store(&mut self, payload: &[u8]) {
-        self.copy_from_slice(payload);
+    fn store(&mut self, offset: usize, piece: &[u8]) {
+        self[offset..offset + piece.len()].copy_from_slice(piece);
     }
 }
 
@@ -138,16 +139,10 @@ impl Session {
         }
         check(space, keys.len(), targets)?;
         match &self.inner.backend {
-            Backend::Grpc(_) => {
-                let found = self.read_within(space, keys, options.wait).await?;
-                let outcomes = found.iter().zip(targets).map(|(payload, target)| match payload {
-                    Some(payload) => {
-                        target.store(payload);
-                        Outcome::Granted(())
-                    }
-                    None => Outcome::Missing(MissReason::Unknown),
-                });
-                Ok(outcomes.collect())
+            Backend::Grpc(link) => {
+                let keys = self.keys(space, keys)?;
+                let store = |at: usize, offset: usize, piece: &[u8]| targets[at].store(offset, piece);
+                stream_blocks(link, space, &keys, options.wait, store).await
             }
             Backend::Lane(lane) => {
                 let how = How::of(space, keys.len(), options.verify);

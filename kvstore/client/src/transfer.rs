@@ -8,12 +8,12 @@ use bytes::Bytes;
 use tokio::sync::mpsc;
 use tonic::Code;
 
-use terrace_core::{Checksum, Durability, SealOutcome};
+use terrace_core::{BlockId, Checksum, Checksummer, Durability, MissReason, SealOutcome};
 use terrace_lane::fold;
 use terrace_proto::v1::write_request::Part;
 use terrace_proto::v1::{GrantOutcome, ReadRequest, ReadResponse, WriteHeader, WritePiece, WriteRequest};
 
-use crate::convert::{durability_to_wire, parent_to_wire, seals_from_wire};
+use crate::convert::{durability_to_wire, parent_to_wire, reason_from_wire, seals_from_wire};
 use crate::error::ClientError;
 use crate::grpc::{ATTEMPTS_MAX, GrpcLink};
 use crate::lease::{Outcome, millis};
@@ -170,16 +170,42 @@ fn block_bytes(space: &Space) -> Result<usize, ClientError> {
         .map_err(|_| ClientError::Protocol { detail: "a block longer than this machine's memory" })
 }
 
+/// Whole blocks by value: `None` is a miss.
 async fn read_stream(
     link: &GrpcLink,
     space: &Space,
     keys: &[Bytes],
     wait: Duration,
 ) -> Result<Vec<Option<Vec<u8>>>, ClientError> {
+    let bytes = block_bytes(space)?;
+    let mut payloads: Vec<Vec<u8>> = vec![Vec::new(); keys.len()];
+    let store = |at: usize, offset: usize, piece: &[u8]| {
+        let payload = &mut payloads[at];
+        if offset == 0 {
+            payload.clear();
+            payload.reserve_exact(bytes);
+        }
+        payload.extend_from_slice(piece);
+    };
+    let outcomes = stream_blocks(link, space, keys, wait, store).await?;
+    let found = outcomes.iter().zip(payloads);
+    Ok(found.map(|(outcome, payload)| outcome.granted().map(|()| payload)).collect())
+}
+
+/// Reads blocks, and gives each piece to `store` with its block's position and its place in the block: in order, and from
+/// the beginning again when the stream is asked for again. Answers what became of each; what is `Granted` was given whole and
+/// right.
+pub(crate) async fn stream_blocks(
+    link: &GrpcLink,
+    space: &Space,
+    keys: &[Bytes],
+    wait: Duration,
+    mut store: impl FnMut(usize, usize, &[u8]),
+) -> Result<Vec<Outcome<()>>, ClientError> {
     let mut attempt = 1;
     loop {
         let request = ReadRequest { space: space.handle(), keys: keys.to_vec(), wait_ms: millis(wait) };
-        let mut assembly = Assembly::new(space, keys)?;
+        let mut assembly = Assembly::new(space, keys, &mut store);
         match read_pieces(link, request, wait, &mut assembly).await? {
             Ok(()) => return assembly.finish(),
             Err(status) if status.code() == Code::Unavailable && attempt < ATTEMPTS_MAX => attempt += 1,
@@ -193,7 +219,7 @@ async fn read_pieces(
     link: &GrpcLink,
     request: ReadRequest,
     wait: Duration,
-    assembly: &mut Assembly<'_>,
+    assembly: &mut Assembly<'_, impl FnMut(usize, usize, &[u8])>,
 ) -> Result<Result<(), tonic::Status>, ClientError> {
     let mut pieces = match link.within(wait, link.read(request)).await? {
         Ok(pieces) => pieces,
@@ -201,7 +227,7 @@ async fn read_pieces(
     };
     loop {
         match link.within(wait, pieces.message()).await? {
-            Ok(Some(piece)) => assembly.take(piece),
+            Ok(Some(piece)) => assembly.take(&piece),
             Ok(None) => return Ok(Ok(())),
             Err(status) => return Ok(Err(status)),
         }
@@ -209,74 +235,110 @@ async fn read_pieces(
 }
 
 /// Puts the pieces of a read stream together and judges them.
-struct Assembly<'a> {
+struct Assembly<'a, F> {
     space: &'a Space,
     keys: &'a [Bytes],
-    bytes: usize,
-    found: Vec<Option<Vec<u8>>>,
-    sums: Vec<Checksum>,
+    blocks: Vec<Found>,
+    store: F,
     wrong: Option<&'static str>,
     throttled: bool,
 }
 
-impl<'a> Assembly<'a> {
-    fn new(space: &'a Space, keys: &'a [Bytes]) -> Result<Self, ClientError> {
-        Ok(Self {
-            space,
-            keys,
-            bytes: block_bytes(space)?,
-            found: vec![None; keys.len()],
-            sums: vec![Checksum::new(0); keys.len()],
-            wrong: None,
-            throttled: false,
-        })
+/// What is known of a block.
+enum Found {
+    Arriving(Arriving),
+    Not(Outcome<()>),
+}
+
+/// A block whose pieces arrive. They are summed as they come, while they are in the cache.
+struct Arriving {
+    stored: u64,
+    summer: Checksummer,
+    sealed: Checksum,
+}
+
+impl<'a, F: FnMut(usize, usize, &[u8])> Assembly<'a, F> {
+    fn new(space: &'a Space, keys: &'a [Bytes], store: F) -> Self {
+        let blocks = keys.iter().map(|_| Found::Not(Outcome::Missing(MissReason::Unknown))).collect();
+        Self { space, keys, blocks, store, wrong: None, throttled: false }
     }
 
-    fn take(&mut self, piece: ReadResponse) {
+    fn take(&mut self, piece: &ReadResponse) {
+        let at = piece.index as usize;
+        let Some(found) = self.blocks.get_mut(at) else {
+            self.wrong = Some("a piece of a block that was not asked for");
+            return;
+        };
         match piece.outcome() {
             GrantOutcome::Granted => {}
             GrantOutcome::Throttled => {
                 self.throttled = true;
                 return;
             }
-            GrantOutcome::Promoting | GrantOutcome::Missing => return,
+            GrantOutcome::Promoting => {
+                *found = Found::Not(Outcome::Promoting);
+                return;
+            }
+            GrantOutcome::Missing => {
+                *found = Found::Not(Outcome::Missing(reason_from_wire(piece.reason())));
+                return;
+            }
             GrantOutcome::Exists | GrantOutcome::Unspecified => {
                 self.wrong = Some("a piece of a read without an outcome");
                 return;
             }
         }
-        let at = piece.index as usize;
-        let Some(target) = self.found.get_mut(at) else {
-            self.wrong = Some("a piece of a block that was not asked for");
-            return;
-        };
-        let payload = target.get_or_insert_with(|| Vec::with_capacity(self.bytes));
-        if piece.offset != payload.len() as u64 || payload.len() + piece.data.len() > self.bytes {
-            self.wrong = Some("pieces of a block with a gap or an overlap");
-            return;
+        if let Found::Not(_) = found {
+            *found = Found::Arriving(Arriving::new(self.space, &self.keys[at]));
         }
-        payload.extend_from_slice(&piece.data);
-        self.sums[at] = Checksum::new(piece.checksum);
+        let Found::Arriving(arriving) = found else { return };
+        match arriving.add(self.space, piece) {
+            Some(offset) => (self.store)(at, offset, &piece.data),
+            None => self.wrong = Some("pieces of a block with a gap or an overlap"),
+        }
     }
 
-    fn finish(mut self) -> Result<Vec<Option<Vec<u8>>>, ClientError> {
+    fn finish(self) -> Result<Vec<Outcome<()>>, ClientError> {
         if let Some(detail) = self.wrong {
             return Err(ClientError::Protocol { detail });
         }
         if self.throttled {
             return Err(ClientError::Throttled { message: "too many reads at once".to_owned() });
         }
-        for (at, slot) in self.found.iter_mut().enumerate() {
-            let Some(payload) = slot else { continue };
-            let block = self.space.block_id(&self.keys[at]);
-            // A short payload was cut off on the way: its fence moved.
-            let whole = payload.len() == self.bytes;
-            if !whole || fold::checksum(block, self.space.generation(), payload) != self.sums[at] {
-                tracing::warn!(%block, whole, "counted as a miss: not the bytes that were sealed");
-                *slot = None;
-            }
+        let bytes = self.space.block_bytes().get();
+        let judged = self.blocks.into_iter().zip(self.keys).map(|(found, key)| match found {
+            Found::Arriving(arriving) => arriving.judge(bytes, self.space.block_id(key)),
+            Found::Not(outcome) => outcome,
+        });
+        Ok(judged.collect())
+    }
+}
+
+impl Arriving {
+    fn new(space: &Space, key: &[u8]) -> Self {
+        let summer = Checksummer::new(space.block_id(key), space.block_bytes(), space.generation());
+        Self { stored: 0, summer, sealed: Checksum::new(0) }
+    }
+
+    /// Where the next piece belongs; `None` if it is not the next one.
+    fn add(&mut self, space: &Space, piece: &ReadResponse) -> Option<usize> {
+        let end = self.stored.checked_add(piece.data.len() as u64)?;
+        if piece.offset != self.stored || end > space.block_bytes().get() {
+            return None;
         }
-        Ok(self.found)
+        fold::update(&mut self.summer, &piece.data);
+        self.sealed = Checksum::new(piece.checksum);
+        usize::try_from(std::mem::replace(&mut self.stored, end)).ok()
+    }
+
+    fn judge(self, bytes: u64, block: BlockId) -> Outcome<()> {
+        // A short payload was cut off on the way: its fence moved.
+        let whole = self.stored == bytes;
+        if whole && self.summer.finish() == self.sealed {
+            return Outcome::Granted(());
+        }
+        tracing::warn!(%block, whole, "counted as a miss: not the bytes that were sealed");
+        Outcome::Missing(if whole { MissReason::Checksum } else { MissReason::Unknown })
     }
 }
 
@@ -358,4 +420,85 @@ async fn feed(
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use terrace_core::{ByteCount, SpaceManifest, TenantId};
+    use terrace_proto::v1::{self, OpenSpaceResponse};
+
+    use super::*;
+    use crate::convert::tests::manifest;
+
+    const PAYLOAD: &[u8] = b"ten bytes.";
+    const KEY: &[u8] = b"key";
+
+    fn space() -> Space {
+        let manifest = SpaceManifest { block_bytes: ByteCount::new(PAYLOAD.len() as u64), ..manifest() };
+        let tenant = TenantId::from_bytes([3; 16]);
+        let answer = OpenSpaceResponse {
+            tenant_key: vec![1; 32].into(),
+            tenant_id: tenant.to_bytes().to_vec().into(),
+            space_id: manifest.space_id(tenant).to_bytes().to_vec().into(),
+            ..OpenSpaceResponse::default()
+        };
+        Space::new(1, &manifest, &answer).unwrap()
+    }
+
+    /// What becomes of one block, and what was stored of it.
+    fn read(pieces: &[ReadResponse]) -> (Result<Outcome<()>, ClientError>, Vec<u8>) {
+        let (space, keys, mut stored) = (space(), [Bytes::from_static(KEY)], vec![0; PAYLOAD.len()]);
+        let store = |at: usize, offset: usize, piece: &[u8]| {
+            assert_eq!(at, 0);
+            stored[offset..offset + piece.len()].copy_from_slice(piece);
+        };
+        let mut assembly = Assembly::new(&space, &keys, store);
+        pieces.iter().for_each(|piece| assembly.take(piece));
+        let outcomes = assembly.finish();
+        (outcomes.map(|mut outcomes| outcomes.remove(0)), stored)
+    }
+
+    fn piece(offset: usize, data: &'static [u8]) -> ReadResponse {
+        let space = space();
+        ReadResponse {
+            outcome: GrantOutcome::Granted.into(),
+            offset: offset as u64,
+            length: PAYLOAD.len() as u64,
+            checksum: fold::checksum(space.block_id(KEY), space.generation(), PAYLOAD).get(),
+            data: Bytes::from_static(data),
+            ..ReadResponse::default()
+        }
+    }
+
+    // Whoever sends what it likes must not have it taken for the block, nor written beside its target.
+    #[test]
+    fn a_stream_is_the_block_or_a_miss_or_an_error() {
+        let whole = read(&[piece(0, b"ten "), piece(4, b"bytes.")]);
+        assert_eq!((whole.0.unwrap(), &whole.1[..]), (Outcome::Granted(()), PAYLOAD));
+        let missing = |reason| Outcome::Missing(reason);
+        assert_eq!(read(&[]).0.unwrap(), missing(MissReason::Unknown));
+        assert_eq!(read(&[piece(0, b"ten ")]).0.unwrap(), missing(MissReason::Unknown));
+        assert_eq!(read(&[piece(0, b"ten Bytes.")]).0.unwrap(), missing(MissReason::Checksum));
+        let told = |outcome: GrantOutcome, reason: v1::MissReason| {
+            let (outcome, reason) = (outcome.into(), reason.into());
+            read(&[ReadResponse { outcome, reason, ..ReadResponse::default() }]).0
+        };
+        assert_eq!(told(GrantOutcome::Promoting, v1::MissReason::Unspecified).unwrap(), Outcome::Promoting);
+        assert_eq!(told(GrantOutcome::Missing, v1::MissReason::Device).unwrap(), missing(MissReason::Device));
+        let throttled = told(GrantOutcome::Throttled, v1::MissReason::Unspecified);
+        assert!(matches!(throttled, Err(ClientError::Throttled { .. })), "{throttled:?}");
+        let bad = [
+            vec![piece(0, b"ten bytes.."), piece(0, PAYLOAD)],
+            vec![piece(0, b"ten "), piece(3, b"bytes.")],
+            vec![piece(4, b"bytes."), piece(0, PAYLOAD)],
+            vec![piece(0, PAYLOAD), piece(0, PAYLOAD)],
+            vec![piece(usize::MAX, b"x")],
+            vec![ReadResponse { index: 1, ..piece(0, PAYLOAD) }],
+            vec![ReadResponse::default()],
+        ];
+        for pieces in bad {
+            let (found, _) = read(&pieces);
+            assert!(matches!(found, Err(ClientError::Protocol { .. })), "{found:?}");
+        }
+    }
 }

@@ -5,6 +5,7 @@
 
 mod admin;
 mod block;
+mod pieces;
 mod reading;
 mod verify;
 mod watching;

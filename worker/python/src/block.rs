@@ -401,10 +401,10 @@ impl BlockTarget for Filled<'_> {
         unsafe { source.copy_to_raw(self.target.get()) };
     }
 
-    fn store(&mut self, payload: &[u8]) {
-        assert_eq!(payload.len(), self.length, "source and target of a copy have one length");
-        // SAFETY: as above; the payload is memory of our own.
-        unsafe { ptr::copy_nonoverlapping(payload.as_ptr(), self.target.get(), self.length) };
+    fn store(&mut self, offset: usize, piece: &[u8]) {
+        assert!(offset <= self.length && piece.len() <= self.length - offset, "a piece lies in its target");
+        // SAFETY: as above, from `offset` on; the piece is memory of our own.
+        unsafe { ptr::copy_nonoverlapping(piece.as_ptr(), self.target.get().add(offset), piece.len()) };
     }
 }
 

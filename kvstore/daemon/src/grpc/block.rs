@@ -17,6 +17,7 @@ use terrace_proto::v1::block_service_server::BlockService;
 use terrace_proto::v1::{self, SessionRequest, SessionResponse};
 
 use crate::convert::{self, CallError};
+use crate::grpc::pieces::Pieces;
 use crate::grpc::{reading, watching, writing};
 use crate::lane::{Stop, stopped};
 use crate::service::Service;
@@ -47,13 +48,14 @@ pub(crate) struct Blocks {
     service: Arc<Service>,
     tokens: Arc<Tokens>,
     streams: Arc<Semaphore>,
+    pieces: Arc<Pieces>,
     stop: Stop,
 }
 
 impl Blocks {
     pub(crate) fn new(service: Arc<Service>, stop: Stop) -> Self {
         let streams = Arc::new(Semaphore::new(service.facts().edges.streams));
-        Self { service, tokens: Arc::default(), streams, stop }
+        Self { service, tokens: Arc::default(), streams, pieces: Arc::default(), stop }
     }
 
     fn session(&self, metadata: &MetadataMap) -> Result<Arc<Session>, Status> {
@@ -214,7 +216,8 @@ impl BlockService for Blocks {
     async fn read(&self, request: Request<v1::ReadRequest>) -> Answer<Self::ReadStream> {
         let (guard, permit) = self.stream(request.metadata())?;
         let (sender, stream) = mpsc::channel(STREAM_QUEUE);
-        let read = reading::Read::new(self.service.clone(), guard, &request.into_inner())?;
+        let pieces = self.pieces.clone();
+        let read = reading::Read::new(self.service.clone(), guard, &request.into_inner(), pieces)?;
         tokio::spawn(async move {
             if let Err(error) = read.run(&sender).await {
                 // The reader may be gone, which ends the stream as well.

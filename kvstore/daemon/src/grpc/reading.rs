@@ -13,11 +13,10 @@ use terrace_core::{BlockId, Fence, FrameRef, Grant, LeaseId, MissReason, Purpose
 use terrace_proto::v1;
 
 use crate::convert::{self, CallError};
+use crate::grpc::pieces::{PIECE_BYTES, Pieces};
 use crate::service::Service;
 use crate::session::{Session, StreamGuard};
 
-/// Bytes of one message: large enough for few messages, small enough to send while copying.
-const PIECE_BYTES: u64 = 1 << 20;
 /// Blocks that one stream pins at a time.
 const BLOCKS_AT_ONCE: usize = 32;
 
@@ -29,6 +28,7 @@ pub(super) struct Read {
     session: StreamGuard,
     blocks: Vec<BlockId>,
     wait_ms: u64,
+    pieces: Arc<Pieces>,
 }
 
 /// Ends a lease when the stream lets go of it, whatever the reason.
@@ -69,11 +69,12 @@ impl Read {
         service: Arc<Service>,
         session: StreamGuard,
         request: &v1::ReadRequest,
+        pieces: Arc<Pieces>,
     ) -> Result<Self, CallError> {
         let open = session.space(request.space)?;
         let limit = service.facts().blocks_max;
         let blocks = convert::blocks(&session.tenant.key, open.space, &request.keys, limit)?;
-        Ok(Self { service, session, blocks, wait_ms: request.wait_ms })
+        Ok(Self { service, session, blocks, wait_ms: request.wait_ms, pieces })
     }
 
     pub(super) async fn run(self, sender: &Sender) -> Result<(), CallError> {
@@ -109,7 +110,7 @@ impl Read {
         let checksum = checksum.ok_or_else(|| CallError::internal("a read lease without a checksum"))?;
         let mut offset = 0;
         while offset < length.get() {
-            let bytes = (length.get() - offset).min(PIECE_BYTES);
+            let bytes = (length.get() - offset).min(PIECE_BYTES as u64);
             let Some(data) = self.piece(frame, fence, offset, bytes)? else {
                 if offset > 0 {
                     return Err(CallError::new(
@@ -151,12 +152,12 @@ impl Read {
     ) -> Result<Option<Bytes>, CallError> {
         let Some(memory) = self.service.engine().chunk(frame.chunk) else { return Ok(None) };
         let length = usize::try_from(bytes).map_err(|_| CallError::internal("piece length"))?;
-        let mut data = vec![0; length];
+        let mut piece = self.pieces.take(length);
         memory
-            .copy_out(frame.index, offset, &mut data)
+            .copy_out(frame.index, offset, &mut piece)
             .map_err(|outside| CallError::internal(&outside.to_string()))?;
         // The copy must be complete before the fence is looked at again.
         std::sync::atomic::fence(std::sync::atomic::Ordering::Acquire);
-        Ok((memory.fence(frame.index) == fence).then(|| data.into()))
+        Ok((memory.fence(frame.index) == fence).then(|| Bytes::from_owner(piece)))
     }
 }

@@ -9,7 +9,7 @@ use std::time::Instant;
 
 use anyhow::{Context, ensure};
 use bytes::Bytes;
-use terrace_client::{Session, Target, Transport, channel, wire};
+use terrace_client::{GetOptions, Session, Target, Transport, channel, wire};
 use terrace_planner::process::guarded;
 use terrace_proto::MESSAGE_BYTES_MAX;
 use terrace_proto::v1::block_service_client::BlockServiceClient;
@@ -46,13 +46,18 @@ pub(super) async fn run(daemon: &stand::Daemon) -> anyhow::Result<Vec<Line>> {
     let mut stream =
         BlockServiceClient::new(channel(&bare.address).await?).max_decoding_message_size(MESSAGE_BYTES_MAX);
     let gib = (BLOCKS as u64 * BLOCK_BYTES) as f64 / f64::from(1 << 30);
+    let mut memory = vec![0; BLOCKS * payload.len()];
     let (mut ours, mut limit) = (Vec::new(), Vec::new());
     for _ in 0..ROUNDS {
+        memory.fill(1);
+        let mut targets: Vec<_> = memory.chunks_exact_mut(payload.len()).collect();
         let began = Instant::now();
-        let found = session.read(&space, &keys).await?;
+        let found = session
+            .get(&space, &keys, &mut targets, GetOptions { wait: super::WAIT, ..GetOptions::default() })
+            .await?;
         ours.push(gib / began.elapsed().as_secs_f64());
-        ensure!(found.iter().flatten().all(|block| *block == payload), "other bytes than were put");
-        ensure!(found.iter().flatten().count() == BLOCKS, "a block that was put is not there");
+        ensure!(found.iter().all(|found| found.granted().is_some()), "not there: {found:?}");
+        ensure!(targets.iter().all(|block| *block == &payload[..]), "other bytes than were put");
 
         let began = Instant::now();
         let mut pieces = stream.read(wire::ReadRequest::default()).await?.into_inner();
