@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-from figures import say
+from figures import verdict
 
 
 class Story(Protocol):
@@ -31,7 +31,7 @@ def tell(story: S, run: Callable[[S], None]) -> None:
     """Runs a scenario; whatever happens in it, its processes end."""
     try:
         run(story)
-        say("done")
+        verdict()
     finally:
         story.end()
 

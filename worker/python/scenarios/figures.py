@@ -1,7 +1,12 @@
-"""What a scenario prints: JSON lines. A step says what happened; a figure has a unit, and a bar where there is one."""
+"""What a scenario prints: JSON lines. A step says what happened; a figure has a unit, and a bar where there is one.
+
+What must hold and does not ends a scenario. A figure that misses its bar does not: the rest is wanted all the same.
+"""
 
 import json
 from typing import Any
+
+_missed: list[str] = []
 
 
 def say(step: str, **facts: Any) -> None:
@@ -16,14 +21,23 @@ def figure(
     limit: float | None = None,
     bar: float | None = None,
     higher_is_better: bool = True,
-) -> bool:
+) -> None:
     """One figure as the other benchmarks print it: beside its limit, if it has one, with the ratio between them, which
-    must reach the bar. Answers whether it does."""
+    must reach the bar. One that does not fails the scenario at its end."""
     ratio = None if limit is None else (value / limit if higher_is_better else limit / value)
     ok = bar is None or (ratio is not None and ratio >= bar)
     line = {"name": name, "value": round(value, 4), "unit": unit, "limit": limit, "ratio": ratio, "bar": bar, "ok": ok}
     print(json.dumps(line), flush=True)
-    return ok
+    if not ok:
+        _missed.append(name)
+
+
+def verdict() -> None:
+    """The end of a scenario in which everything held."""
+    if _missed:
+        names = ", ".join(_missed)
+        raise SystemExit(f"MISSED: {names}. All else held. Seconds count on a machine that does nothing else only")
+    say("done")
 
 
 def check(holds: bool, what: str) -> None:

@@ -1,7 +1,7 @@
 """vLLM with Terrace from the first prompt to the last daemon's end: what must hold is checked, what it costs printed.
 
 ``vllm_scenario.py --model FOLDER --terraced PROGRAM --state FOLDER``. Steps and figures are JSON lines; what does not
-hold ends the run.
+hold ends the run, and a figure that misses its bar fails it at its end.
 """
 
 import statistics
@@ -115,8 +115,7 @@ class Story:
         cold, own, hit = (statistics.median(rows[name]) for name in ("cold", "own_cache", "hit"))
         figure("vllm_ttft_cold", cold, "s")
         figure("vllm_ttft_own_cache", own, "s")
-        reached = figure("vllm_ttft_hit", hit, "s", limit=cold, bar=RATIO_MIN, higher_is_better=False)
-        check(reached, "a hit is not fast enough")
+        figure("vllm_ttft_hit", hit, "s", limit=cold, bar=RATIO_MIN, higher_is_better=False)
 
     def come_from_the_store(self, server: Vllm, seeds: range) -> None:
         """Has prompts computed and stored, until they are loaded."""
