@@ -126,7 +126,7 @@ impl Bare {
 
     fn round(&mut self, set: &mut Set) {
         for (each, rates) in &mut self.loops {
-            set.target.fill(1);
+            set.cool();
             rates.push(set.rate(*each));
         }
     }
@@ -143,6 +143,8 @@ struct Set {
     block: usize,
     batch: usize,
     source: Pages,
+    /// The same bytes, to be compared with: a source that was looked at just now would be quicker to copy than blocks.
+    written: Pages,
     target: Pages,
     keys: Vec<[u8; 16]>,
     /// Of this process; no client process uses it.
@@ -157,10 +159,12 @@ impl Set {
     fn new(bytes: u64) -> anyhow::Result<Self> {
         let (block, count) = (usize::try_from(bytes)?, usize::try_from(SET_BYTES / bytes)?);
         // Not one repeated byte: a block must not pass for another.
-        let source = Pages::of(block * count, |at| at.wrapping_mul(0x9e37_79b9).to_le_bytes()[3]);
+        let byte = |at: usize| at.wrapping_mul(0x9e37_79b9).to_le_bytes()[3];
+        let (source, written) = (Pages::of(block * count, byte), Pages::of(block * count, byte));
         let target = Pages::of(block * count, |_| 1);
         let batch = usize::try_from(BATCH_BYTES / bytes)?;
-        Ok(Self { bytes, block, batch, source, target, keys: Vec::new(), chain: 0, read: 0, bare_put: 0.0 })
+        let keys = Vec::new();
+        Ok(Self { bytes, block, batch, source, written, target, keys, chain: 0, read: 0, bare_put: 0.0 })
     }
 
     fn count(&self) -> usize {
@@ -169,6 +173,15 @@ impl Set {
 
     fn gib(&self) -> f64 {
         self.source.len() as f64 / f64::from(1 << 30)
+    }
+
+    /// Leaves nothing of sources and blocks in the cache. What was overwritten just now lies there, and is in the way of
+    /// copies past it: of all of them.
+    fn cool(&mut self) {
+        const LINE: usize = 64;
+        let seen = self.written.iter().step_by(LINE).fold(0u8, |sum, byte| sum.wrapping_add(*byte));
+        std::hint::black_box(seen);
+        self.target.fill(1);
     }
 
     /// GiB/s of one go through all blocks.
@@ -211,7 +224,7 @@ impl Set {
             blocks::get(session, space, keys, target, verify).await?;
         }
         let rate = self.gib() / began.elapsed().as_secs_f64();
-        ensure!(*self.target == *self.source, "what was got is not what was written");
+        ensure!(*self.target == *self.written, "what was got is not what was written");
         Ok(rate)
     }
 
@@ -272,14 +285,13 @@ impl Set {
         let (mut bare_verified, mut bare_copied) = (Bare::of(&CHECKED), Bare::of(&COPIED));
         let mut memcpy = Vec::new();
         for _ in 0..ROUNDS {
-            // What was overwritten just now lies in the cache, and is in the way of copies past it: of all of them.
-            self.target.fill(1);
+            self.cool();
             verified.push(self.get(session, space, Verify::Checksum).await?);
             bare_verified.round(self);
-            self.target.fill(1);
+            self.cool();
             copied.push(self.get(session, space, Verify::Fence).await?);
             bare_copied.round(self);
-            self.target.fill(1);
+            self.cool();
             memcpy.push(self.rate(|source, target| target.copy_from_slice(source)));
         }
         let part = |what: &str, values: &[f64], bare: &Bare, bar| {
