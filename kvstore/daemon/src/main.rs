@@ -7,7 +7,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context, anyhow};
 use clap::{Parser, Subcommand};
-use rustix::process::{Signal as Kill, getpid, kill_process};
+use rustix::process::{Resource, Rlimit, Signal as Kill, getpid, getrlimit, kill_process, setrlimit};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tracing_subscriber::EnvFilter;
 
@@ -85,6 +85,9 @@ fn start() -> anyhow::Result<()> {
     }
     let colours = std::io::stderr().is_terminal();
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(colours).init();
+    if let Err(error) = allow_files() {
+        tracing::warn!(%error, "the limit of open files cannot be raised");
+    }
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .thread_name("terraced")
@@ -94,6 +97,12 @@ fn start() -> anyhow::Result<()> {
     // What still runs on blocking threads must not delay the end: all is persisted.
     runtime.shutdown_background();
     Ok(())
+}
+
+/// Takes as many open files as it may: each chunk of the pool is some, and a shell allows few.
+fn allow_files() -> rustix::io::Result<()> {
+    let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
+    setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum })
 }
 
 async fn run(config: Config) -> anyhow::Result<()> {

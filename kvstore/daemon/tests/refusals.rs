@@ -437,3 +437,32 @@ async fn limits_are_named_as_they_are_configured() {
     drop((greedy, other));
     daemon.assert_quiet().await;
 }
+
+/// A shell allows 1,024 open files; a pool of a few hundred chunks needs more.
+#[test]
+fn as_many_files_are_opened_as_are_allowed() {
+    let folder = folder();
+    let mut child = std::process::Command::new("sh")
+        .args(["-c", "ulimit -Sn 64; exec \"$0\" --config \"$1\"", env!("CARGO_BIN_EXE_terraced")])
+        .arg(common::config(folder.path(), ""))
+        .stderr(std::process::Stdio::null())
+        .spawn()
+        .unwrap();
+    let pid = rustix::process::Pid::from_child(&child);
+    let began = std::time::Instant::now();
+    let raised = loop {
+        let limits = std::fs::read_to_string(format!("/proc/{}/limits", child.id())).unwrap_or_default();
+        let line = limits.lines().find(|line| line.starts_with("Max open files")).unwrap_or_default();
+        let words: Vec<&str> = line.split_whitespace().collect();
+        if words.get(3).is_some_and(|soft| Some(soft) == words.get(4)) {
+            break true;
+        }
+        if began.elapsed() > common::PATIENCE {
+            break false;
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    };
+    rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
+    child.wait().unwrap();
+    assert!(raised, "the limit stayed at 64 of more");
+}
