@@ -438,6 +438,35 @@ async fn limits_are_named_as_they_are_configured() {
     daemon.assert_quiet().await;
 }
 
+fn processor_ticks(daemon: &Running) -> u64 {
+    let stat = std::fs::read_to_string(format!("/proc/{}/stat", daemon.pid())).unwrap();
+    let fields: Vec<&str> = stat.rsplit_once(')').unwrap().1.split_whitespace().collect();
+    // utime and stime, of which the first two fields are gone.
+    fields[11..13].iter().map(|ticks| ticks.parse::<u64>().unwrap()).sum()
+}
+
+/// A program that leaks connections must not cost the daemon a processor, and once it is gone nothing is left of it.
+#[tokio::test(flavor = "multi_thread")]
+async fn connections_beyond_the_open_files_cost_no_processor() {
+    let folder = folder();
+    let daemon = Running::start(folder.path(), "");
+    daemon.info().await;
+    let most = Some(daemon.footprint().1 as u64 + 16);
+    let limit = rustix::process::Rlimit { current: most, maximum: most };
+    let pid = rustix::process::Pid::from_raw(i32::try_from(daemon.pid()).unwrap());
+    rustix::process::prlimit(pid, rustix::process::Resource::Nofile, limit).unwrap();
+    let address = daemon.grpc.trim_start_matches("http://");
+    // The kernel takes those that the daemon cannot, up to the backlog.
+    let connections: Vec<_> = (0..64).map(|_| std::net::TcpStream::connect(address).unwrap()).collect();
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    let before = processor_ticks(&daemon);
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let ticks = processor_ticks(&daemon) - before;
+    assert!(ticks < 20, "{ticks} hundredths of a second of processor time in one");
+    drop(connections);
+    daemon.info().await;
+}
+
 /// A shell allows 1,024 open files; a pool of a few hundred chunks needs more.
 #[test]
 fn as_many_files_are_opened_as_are_allowed() {
