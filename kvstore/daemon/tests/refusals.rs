@@ -297,6 +297,24 @@ async fn what_is_taken_is_named() {
     daemon.assert_quiet().await;
 }
 
+/// A client that finds no place was told that its session had ended, and to lease again.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_connection_too_many_is_told_so() {
+    let folder = folder();
+    let daemon = Running::start(folder.path(), "[limits]\nlane_connections = 1\n");
+    let first = daemon.session(true).await;
+    let target = terrace_client::Target { grpc: None, ..daemon.target(true) };
+    let error = terrace_client::Session::connect(&target).await.map(|_| ()).unwrap_err();
+    assert!(matches!(&error, terrace_client::ClientError::Throttled { .. }), "{error:?}");
+    assert!(error.to_string().contains("limits.lane_connections"), "{error}");
+    first.close();
+    let began = std::time::Instant::now();
+    while terrace_client::Session::connect(&target).await.is_err() {
+        assert!(began.elapsed() < common::PATIENCE, "the place is not given back");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}
+
 /// The device is too small for what is written: the newest blocks stay, the oldest go, and nothing fails.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_full_device_evicts() {
