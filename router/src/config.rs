@@ -27,7 +27,7 @@ pub struct Options {
     #[arg(long, default_value = "127.0.0.1:8080")]
     pub listen: SocketAddr,
     /// gRPC addresses of the daemons, repeated or with commas between; the router reports to the first.
-    #[arg(long, default_value = "http://127.0.0.1:7100", env = "TERRACE_ENDPOINT", value_delimiter = ',')]
+    #[arg(long, default_value = "http://127.0.0.1:7070", env = "TERRACE_ENDPOINT", value_delimiter = ',')]
     pub grpc: Vec<String>,
     /// Unix socket of the first daemon, if it runs on this node.
     #[arg(long)]
@@ -255,7 +255,7 @@ pub enum BadConfig {
         found: String,
     },
     /// The daemon's address is no URL.
-    #[error("--grpc {found} is no address; write it like http://127.0.0.1:7100")]
+    #[error("--grpc {found} is no address; write it like http://127.0.0.1:7070")]
     Address {
         /// What was given.
         found: String,
@@ -385,6 +385,16 @@ mod tests {
         assert_eq!(options(&[]).check().unwrap().names_max, 0);
         let published = options(&["--publish", "tcp://127.0.0.1:1"]).check().unwrap();
         assert_eq!(published.names_max, NAMES, "what is published needs names");
+    }
+
+    /// A router that is told nothing must find a daemon that is told nothing.
+    #[test]
+    fn the_default_daemon_is_where_the_guide_says() {
+        let guide = include_str!("../../docs/user-guide.md");
+        let row = guide.lines().find(|line| line.starts_with("| `grpc_listen` |")).unwrap_or_default();
+        let grpc = &options(&[]).grpc[0];
+        let address = grpc.strip_prefix("http://").unwrap_or_default();
+        assert!(row.contains(&format!("`\"{address}\"`")), "{grpc}: {row}");
     }
 
     /// A limit of zero, or an address without a scheme, must be refused at the start, with the option's name.

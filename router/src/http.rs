@@ -32,6 +32,8 @@ const FIRST_TOKEN_MS: HeaderName = HeaderName::from_static("x-first-token-ms");
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 /// Longest id that is taken over from a caller.
 const REQUEST_ID_BYTES_MAX: usize = 128;
+/// Longest time that a body may take to come.
+const BODY_WITHIN: Duration = Duration::from_secs(30);
 /// How long the rest of a refused body is read for, so that its sender gets to
 /// read the answer instead of a broken connection.
 const DRAIN_TIME: Duration = Duration::from_secs(2);
@@ -236,8 +238,24 @@ fn context(router: &Router, model: &Arc<Model>) -> usize {
     known.into_iter().filter(|tokens| *tokens > 0).min().unwrap_or(usize::MAX)
 }
 
-/// Reads a body up to a limit.
+/// Reads a body up to a limit. One that does not come is given up: the request has a place meanwhile.
 pub(crate) async fn read_body(headers: &HeaderMap, body: Body, limit: usize) -> Result<Bytes, ApiError> {
+    read_body_within(headers, body, limit, BODY_WITHIN).await
+}
+
+async fn read_body_within(
+    headers: &HeaderMap,
+    body: Body,
+    limit: usize,
+    within: Duration,
+) -> Result<Bytes, ApiError> {
+    tokio::time::timeout(within, read_to_the_end(headers, body, limit)).await.unwrap_or_else(|_| {
+        let message = format!("the body did not come within {} s; send all of it at once", within.as_secs());
+        Err(ApiError::new(StatusCode::REQUEST_TIMEOUT, message).code("body_too_slow"))
+    })
+}
+
+async fn read_to_the_end(headers: &HeaderMap, body: Body, limit: usize) -> Result<Bytes, ApiError> {
     let too_large = || {
         let message = format!("the body is larger than {limit} bytes, which is the limit; send less");
         ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, message).code("body_too_large")
@@ -333,4 +351,21 @@ fn written(frame: &Frame, event: Event) -> (String, bool) {
 
 fn broken_off() -> ApiError {
     ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, "the router broke off this answer; see its log")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::convert::Infallible;
+
+    use super::*;
+
+    /// Clients that sent half a body held places for ever, until nobody else was served.
+    #[tokio::test]
+    async fn a_body_that_does_not_come_is_given_up() {
+        let half = futures_util::stream::once(async { Ok::<_, Infallible>("{\"messages\"") });
+        let body = Body::from_stream(half.chain(futures_util::stream::pending()));
+        let read = read_body_within(&HeaderMap::new(), body, 1000, Duration::from_millis(20)).await;
+        let error = read.unwrap_err();
+        assert_eq!((error.status, error.code), (StatusCode::REQUEST_TIMEOUT, Some("body_too_slow")));
+    }
 }

@@ -4,7 +4,7 @@
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use anyhow::{Context, bail, ensure};
+use anyhow::{Context, anyhow, bail, ensure};
 use clap::{Args, Subcommand};
 use serde_json::{Value, json};
 use terrace_core::{BlockHeader, BlockId, DeviceId, SpaceId};
@@ -12,7 +12,7 @@ use terrace_media::inspect::{
     CatalogReport, CheckOptions, CheckReport, EntryFilter, Finding, FindingKind, FrameReport, OfflineCatalog,
     OfflineDevice, check,
 };
-use terrace_media::{BadHeader, CopyState, FoundHeader, SlotHeader, SuperblockFacts};
+use terrace_media::{BadHeader, CopyState, FoundHeader, MediaError, SlotHeader, SuperblockFacts};
 
 use crate::block::parse_id;
 use crate::output::{self, Format};
@@ -82,12 +82,17 @@ pub(crate) struct ScanArgs {
 }
 
 pub(crate) fn run(command: Command, format: Format) -> anyhow::Result<ExitCode> {
-    match command {
+    let shown = match command {
         Command::Superblock { path } => superblock(&path, format),
         Command::Catalog(args) => catalog(&args, format),
         Command::Frame { path, slot, index } => frame(&path, slot, index, format),
         Command::Scan(args) => scan(&args, format),
-    }
+    };
+    // Its words end with their cause, which would follow once more.
+    shown.map_err(|error| match error.downcast::<MediaError>() {
+        Ok(error) => anyhow!("{error}"),
+        Err(error) => error,
+    })
 }
 
 fn superblock(path: &Path, format: Format) -> anyhow::Result<ExitCode> {

@@ -15,7 +15,8 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, TcpStream};
+use tokio_stream::{Stream, StreamExt};
 use tonic::transport::Server;
 use tonic::transport::server::TcpIncoming;
 
@@ -39,6 +40,9 @@ const FRAME_BYTES_MAX: u32 = (1 << 24) - 1;
 const CALLS_PER_CONNECTION: usize = 1024;
 /// A peer that is gone without a word is found by this.
 const KEEPALIVE: Duration = Duration::from_secs(10);
+
+/// Pause after a connection that could not be accepted.
+const ACCEPT_AGAIN: Duration = Duration::from_millis(100);
 
 /// Serves until `stop`, and then until the running calls have ended.
 ///
@@ -79,10 +83,22 @@ pub(crate) async fn serve(
         .add_service(blocks)
         .add_service(admin)
         .add_service(signals)
-        .serve_with_incoming_shutdown(TcpIncoming::from(listener).with_nodelay(Some(true)), async move {
+        .serve_with_incoming_shutdown(accepted(listener), async move {
             stopped(&mut stop).await;
         })
         .await
+}
+
+/// The connections of a listener. tonic asks again at once after an error, and one that stays (no more open files)
+/// would cost it a processor.
+fn accepted(listener: TcpListener) -> impl Stream<Item = std::io::Result<TcpStream>> {
+    TcpIncoming::from(listener).with_nodelay(Some(true)).then(async |connection| {
+        if let Err(error) = &connection {
+            tracing::warn!(%error, "cannot accept on the gRPC listener");
+            tokio::time::sleep(ACCEPT_AGAIN).await;
+        }
+        connection
+    })
 }
 
 /// Binds a listener, and says what to change when that fails.

@@ -10,6 +10,7 @@ pub(crate) mod encode;
 use std::future::Future;
 use std::num::NonZero;
 use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -33,6 +34,10 @@ use crate::tenant::Peer;
 
 /// A connection must say hello within this time.
 const HELLO_WITHIN: Duration = Duration::from_secs(10);
+/// A connection that is one too many is told so, if it says hello within this time.
+const REFUSE_WITHIN: Duration = Duration::from_secs(1);
+/// Of these, so many at a time; the rest are closed.
+const REFUSALS_MAX: usize = 16;
 /// No request is read while more than this waits to be sent.
 const UNSENT_BYTES_MAX: usize = 2 * MESSAGE_BYTES_MAX;
 /// Requests that are begun, and answers that are sent, before other connections have their turn.
@@ -115,6 +120,7 @@ impl Loops {
 pub(crate) async fn serve(server: LaneServer, mut loops: Loops, service: Arc<Service>, mut stop: Stop) {
     let most = service.facts().edges.lane_connections;
     let room = Arc::new(Semaphore::new(most));
+    let refusals = Arc::new(Semaphore::new(REFUSALS_MAX));
     loop {
         let accepted = tokio::select! {
             () = stopped(&mut stop) => break,
@@ -128,6 +134,13 @@ pub(crate) async fn serve(server: LaneServer, mut loops: Loops, service: Arc<Ser
             Ok(stream) => {
                 let Ok(permit) = room.clone().try_acquire_owned() else {
                     tracing::warn!("lane connection refused: `limits.lane_connections` are open");
+                    if let Ok(turn) = refusals.clone().try_acquire_owned() {
+                        loops.next().spawn(async move {
+                            // Whoever does not listen is not told.
+                            let _ = tokio::time::timeout(REFUSE_WITHIN, refuse(stream)).await;
+                            drop(turn);
+                        });
+                    }
                     continue;
                 };
                 let (service, stop) = (service.clone(), stop.clone());
@@ -143,6 +156,20 @@ pub(crate) async fn serve(server: LaneServer, mut loops: Loops, service: Arc<Ser
     }
     // Each connection gives its permit back when it has ended. Nobody closes the semaphore.
     let _ = room.acquire_many(u32::try_from(most).unwrap_or(u32::MAX)).await;
+}
+
+/// Answers the hello of a connection that is one too many.
+async fn refuse(stream: UnixStream) -> Result<(), LaneError> {
+    let connection: LaneConnection<LaneRequest, LaneResponse> = LaneConnection::from_stream(stream)?;
+    let (_, mut reader, mut writer) = connection.split();
+    let Some(first) = reader.next().await? else { return Ok(()) };
+    let error = CallError::new(
+        Code::ResourceExhausted,
+        "throttled by `limits.lane_connections`: too many connections are open; back off and ask again",
+    );
+    let result = Some(lane_response::Result::Error((&error).into()));
+    writer.queue(&LaneResponse { id: first.message.id, result }, Vec::new())?;
+    writer.flush().await
 }
 
 /// One connection from hello to end.

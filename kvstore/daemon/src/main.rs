@@ -2,11 +2,13 @@
 
 use std::io::{IsTerminal, Write};
 use std::path::PathBuf;
+use std::pin::pin;
 use std::process::ExitCode;
 
 use anyhow::{Context, anyhow};
 use clap::{Parser, Subcommand};
-use tokio::signal::unix::{SignalKind, signal};
+use rustix::process::{Resource, Rlimit, Signal as Kill, getpid, getrlimit, kill_process, setrlimit};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tracing_subscriber::EnvFilter;
 
 use terrace_media::LargePages;
@@ -83,6 +85,9 @@ fn start() -> anyhow::Result<()> {
     }
     let colours = std::io::stderr().is_terminal();
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(colours).init();
+    if let Err(error) = allow_files() {
+        tracing::warn!(%error, "the limit of open files cannot be raised");
+    }
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .thread_name("terraced")
@@ -94,23 +99,57 @@ fn start() -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Takes as many open files as it may: each chunk of the pool is some, and a shell allows few.
+fn allow_files() -> rustix::io::Result<()> {
+    let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
+    setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum })
+}
+
 async fn run(config: Config) -> anyhow::Result<()> {
-    let mut terminate = signal(SignalKind::terminate()).context("cannot wait for SIGTERM")?;
-    let mut interrupt = signal(SignalKind::interrupt()).context("cannot wait for SIGINT")?;
+    let mut signals = Signals {
+        terminate: signal(SignalKind::terminate()).context("cannot wait for SIGTERM")?,
+        interrupt: signal(SignalKind::interrupt()).context("cannot wait for SIGINT")?,
+    };
+    let mut starting = pin!(Daemon::start(config, terrace_media::Hooks::default()));
     let daemon = tokio::select! {
-        started = Daemon::start(config, terrace_media::Hooks::default()) => started?,
-        _ = terminate.recv() => return Ok(()),
-        _ = interrupt.recv() => return Ok(()),
+        started = &mut starting => {
+            let daemon = started?;
+            signals.next().await;
+            tracing::info!("stopping; a second signal ends at once");
+            daemon
+        }
+        () = signals.next() => {
+            tracing::info!("stopping when the start is through; a second signal ends at once");
+            tokio::select! {
+                started = &mut starting => started?,
+                () = signals.next() => end_at_once(),
+            }
+        }
     };
     tokio::select! {
-        _ = terminate.recv() => {}
-        _ = interrupt.recv() => {}
-    }
-    tracing::info!("stopping; a second signal ends at once");
-    tokio::select! {
         () = daemon.stop() => {}
-        _ = terminate.recv() => {}
-        _ = interrupt.recv() => {}
+        () = signals.next() => end_at_once(),
     }
     Ok(())
+}
+
+struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl Signals {
+    async fn next(&mut self) {
+        tokio::select! {
+            _ = self.terminate.recv() => {}
+            _ = self.interrupt.recv() => {}
+        }
+    }
+}
+
+/// As a kill: leaving by `exit` would run the destructors of RocksDB under its own threads.
+fn end_at_once() -> ! {
+    // Nobody but the kernel could refuse.
+    let _ = kill_process(getpid(), Kill::KILL);
+    std::process::abort()
 }

@@ -10,6 +10,7 @@
 mod common;
 
 use std::collections::BTreeSet;
+use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
@@ -118,4 +119,28 @@ fn assert_no_litter(data: &Path) {
     assert!(found.is_subset(&BTreeSet::from(known)), "litter in the data directory: {found:?}");
     let catalog = names(&data.join("catalog"));
     assert!(catalog.len() < 40, "litter in the catalog: {catalog:?}");
+}
+
+/// A service manager stops what it is just starting; the threads of the catalog must not be running when the process
+/// takes its memory apart.
+#[test]
+fn a_stop_while_starting_is_no_crash() {
+    let mut random = Random::new(seed("TERRACE_KILL_SEED"));
+    let folder = folder();
+    Running::start(folder.path(), &extra(folder.path())).terminate();
+    for round in 0..40 {
+        let mut child = Command::new(env!("CARGO_BIN_EXE_terraced"))
+            .arg("--config")
+            .arg(common::config(folder.path(), &extra(folder.path())))
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        std::thread::sleep(Duration::from_micros(u64::from(random.below(100_000))));
+        let pid = rustix::process::Pid::from_child(&child);
+        rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
+        let ended = child.wait().unwrap();
+        // Before it listens for signals, one ends it.
+        assert!(ended.success() || ended.signal() == Some(15), "round {round}: {ended}");
+    }
+    Running::start(folder.path(), &extra(folder.path())).terminate();
 }

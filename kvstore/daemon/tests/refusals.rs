@@ -297,6 +297,24 @@ async fn what_is_taken_is_named() {
     daemon.assert_quiet().await;
 }
 
+/// A client that finds no place was told that its session had ended, and to lease again.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_connection_too_many_is_told_so() {
+    let folder = folder();
+    let daemon = Running::start(folder.path(), "[limits]\nlane_connections = 1\n");
+    let first = daemon.session(true).await;
+    let target = terrace_client::Target { grpc: None, ..daemon.target(true) };
+    let error = terrace_client::Session::connect(&target).await.map(|_| ()).unwrap_err();
+    assert!(matches!(&error, terrace_client::ClientError::Throttled { .. }), "{error:?}");
+    assert!(error.to_string().contains("limits.lane_connections"), "{error}");
+    first.close();
+    let began = std::time::Instant::now();
+    while terrace_client::Session::connect(&target).await.is_err() {
+        assert!(began.elapsed() < common::PATIENCE, "the place is not given back");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}
+
 /// The device is too small for what is written: the newest blocks stay, the oldest go, and nothing fails.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_full_device_evicts() {
@@ -436,4 +454,62 @@ async fn limits_are_named_as_they_are_configured() {
     ask(&mut greedy, LeaseKind::Write, 100, 1).await.unwrap();
     drop((greedy, other));
     daemon.assert_quiet().await;
+}
+
+fn processor_ticks(daemon: &Running) -> u64 {
+    let stat = std::fs::read_to_string(format!("/proc/{}/stat", daemon.pid())).unwrap();
+    let fields: Vec<&str> = stat.rsplit_once(')').unwrap().1.split_whitespace().collect();
+    // utime and stime, of which the first two fields are gone.
+    fields[11..13].iter().map(|ticks| ticks.parse::<u64>().unwrap()).sum()
+}
+
+/// A program that leaks connections must not cost the daemon a processor, and once it is gone nothing is left of it.
+#[tokio::test(flavor = "multi_thread")]
+async fn connections_beyond_the_open_files_cost_no_processor() {
+    let folder = folder();
+    let daemon = Running::start(folder.path(), "");
+    daemon.info().await;
+    let most = Some(daemon.footprint().1 as u64 + 16);
+    let limit = rustix::process::Rlimit { current: most, maximum: most };
+    let pid = rustix::process::Pid::from_raw(i32::try_from(daemon.pid()).unwrap());
+    rustix::process::prlimit(pid, rustix::process::Resource::Nofile, limit).unwrap();
+    let address = daemon.grpc.trim_start_matches("http://");
+    // The kernel takes those that the daemon cannot, up to the backlog.
+    let connections: Vec<_> = (0..64).map(|_| std::net::TcpStream::connect(address).unwrap()).collect();
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    let before = processor_ticks(&daemon);
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let ticks = processor_ticks(&daemon) - before;
+    assert!(ticks < 20, "{ticks} hundredths of a second of processor time in one");
+    drop(connections);
+    daemon.info().await;
+}
+
+/// A shell allows 1,024 open files; a pool of a few hundred chunks needs more.
+#[test]
+fn as_many_files_are_opened_as_are_allowed() {
+    let folder = folder();
+    let mut child = std::process::Command::new("sh")
+        .args(["-c", "ulimit -Sn 64; exec \"$0\" --config \"$1\"", env!("CARGO_BIN_EXE_terraced")])
+        .arg(common::config(folder.path(), ""))
+        .stderr(std::process::Stdio::null())
+        .spawn()
+        .unwrap();
+    let pid = rustix::process::Pid::from_child(&child);
+    let began = std::time::Instant::now();
+    let raised = loop {
+        let limits = std::fs::read_to_string(format!("/proc/{}/limits", child.id())).unwrap_or_default();
+        let line = limits.lines().find(|line| line.starts_with("Max open files")).unwrap_or_default();
+        let words: Vec<&str> = line.split_whitespace().collect();
+        if words.get(3).is_some_and(|soft| Some(soft) == words.get(4)) {
+            break true;
+        }
+        if began.elapsed() > common::PATIENCE {
+            break false;
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    };
+    rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
+    child.wait().unwrap();
+    assert!(raised, "the limit stayed at 64 of more");
 }

@@ -300,13 +300,19 @@ pub struct MediaFacts {
     pub notes: Vec<String>,
 }
 
+/// Who has a lock, and what to do about it.
+fn owner(pid: &str) -> String {
+    if pid == std::process::id().to_string() {
+        return "this daemon: two devices of the configuration are one file".to_owned();
+    }
+    format!("pid {pid}; stop that daemon, or choose another `data_dir` or device")
+}
+
 /// Opening or scanning failed.
 #[derive(Debug, thiserror::Error)]
 pub enum MediaError {
     /// Another daemon runs here.
-    #[error(
-        "data directory {path} is already in use by pid {pid}; stop that daemon or choose another `data_dir`"
-    )]
+    #[error("{path} is already in use by {owner}", owner = owner(pid))]
     InUse {
         /// The directory or device.
         path: PathBuf,

@@ -145,6 +145,7 @@ fn replaced_device(
         // Added since, or there is no catalog yet.
         None => {}
         Some(_) => {
+            tracing::warn!(%device, "another device is in its place: the blocks of the old one are forgotten");
             notes.push(format!("device {device} was replaced; the blocks of the old one are forgotten"));
             catalog.blocks(4096, &mut |found| {
                 let of_device = |found: &&FoundHeader| found.frame.device == device;

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use common::*;
 use terrace_core::{Done, Fault, Fence, Via};
-use terrace_media::{Access, Backend, CatalogState, MediaError, MediaOp};
+use terrace_media::{Access, Backend, CatalogState, DeviceConfig, MediaError, MediaOp};
 
 /// A backend could lose, shift or mix up bytes: blocks are written directly and
 /// by bounce, and read back into other frames, through each backend.
@@ -344,6 +344,18 @@ fn a_second_daemon_is_turned_away() {
     assert!(matches!(error, MediaError::InUse { .. }), "the device is locked as well: {error}");
     drop(store);
     Store::open(&folder, Backend::Auto);
+}
+
+/// One file under two names would be two devices that overwrite each other's blocks.
+#[test]
+fn one_file_is_not_two_devices() {
+    let folder = folder();
+    let mut twice = config(&folder, Backend::Auto);
+    let link = folder.path().join("link.dat");
+    std::os::unix::fs::symlink(&twice.devices[0].path, &link).unwrap();
+    twice.devices.push(DeviceConfig { path: link, slots: twice.devices[0].slots });
+    let error = Store::with(twice).err().unwrap().to_string();
+    assert!(error.contains("two devices of the configuration are one file"), "{error}");
 }
 
 /// A wrong setting must not overwrite a device: another node, another chunk

@@ -7,7 +7,7 @@ use clap::{Args, ValueEnum};
 use terrace_core::{Admission, ByteCount, HEADER_PAGE_BYTES, Policy};
 
 use super::node::{DeviceModel, Hardware};
-use super::profile::{Profile, ReplayOptions};
+use super::profile::{Profile, ReplayOptions, check_rates};
 use super::serve::Service;
 use super::size::Size;
 use super::trace::Trace;
@@ -26,6 +26,8 @@ const CHUNKS_MIN: u64 = 64;
 pub(crate) const FRAMES_READY: u32 = 32;
 /// Most frames of a tier.
 const FRAMES_MAX: u64 = 1 << 31;
+/// Most prefill workers of a node or a cluster.
+pub(crate) const WORKERS_MAX: u32 = 4096;
 /// Bytes a second that memory copies.
 const MEMORY_RATE: f64 = 10e9;
 
@@ -167,18 +169,24 @@ impl Options {
     /// With what is wrong and what is allowed.
     pub(crate) fn check(&self) -> anyhow::Result<()> {
         self.replay.check()?;
-        let rates = [
-            ("--seconds-per-token", self.seconds_per_token.unwrap_or(1.0)),
+        let seconds = self.seconds_per_token.unwrap_or(1.0);
+        ensure!(
+            seconds.is_finite() && seconds > 0.0,
+            "--seconds-per-token is {seconds}: it must be more than 0"
+        );
+        self.profile().check()?;
+        check_rates(&[
             ("--decode-rate", self.decode_rate),
             ("--link-rate", self.link_rate),
             ("--device-read", self.device_read),
             ("--device-write", self.device_write),
             ("--speed", self.speed),
-            ("--workers", f64::from(self.workers)),
-        ];
-        for (name, rate) in rates {
-            ensure!(rate.is_finite() && rate > 0.0, "{name} is {rate}: it must be more than 0");
-        }
+        ])?;
+        ensure!(
+            (1..=WORKERS_MAX).contains(&self.workers),
+            "--workers is {}: allowed are 1 to {WORKERS_MAX}",
+            self.workers
+        );
         ensure!(self.device_latency <= 60_000_000, "--device-latency is more than a minute");
         ensure!(self.threads != Some(0), "--threads is 0: it must be 1 or more");
         let nvme =
@@ -195,11 +203,15 @@ impl Options {
         Ok(())
     }
 
-    /// Pinned and Nvme sizes to replay.
-    pub(crate) fn sizes(&self) -> Vec<(Size, Size)> {
+    /// Pinned and Nvme sizes to replay. Of those that nobody named, the ones that hold a block of this trace.
+    pub(crate) fn sizes(&self, trace: &Trace) -> Vec<(Size, Size)> {
         let Some(sweep) = &self.sweep else { return vec![(self.pinned, self.nvme)] };
-        let table = || SWEEP_PERCENT.iter().map(|percent| Size::Share(percent / 100.0)).collect();
-        let sizes: Vec<Size> = if sweep.is_empty() { table() } else { sweep.clone() };
+        let table = SWEEP_PERCENT.iter().map(|percent| Size::Share(percent / 100.0));
+        let sizes: Vec<Size> = if sweep.is_empty() {
+            table.filter(|size| size.frames(1, trace.distinct()) > 0).collect()
+        } else {
+            sweep.clone()
+        };
         sizes
             .into_iter()
             .map(|size| match self.sweep_tier {

@@ -1,5 +1,6 @@
 //! What recomputing a prefix costs, and how many bytes its KV has.
 
+use std::ops::RangeInclusive;
 use std::path::Path;
 
 use anyhow::ensure;
@@ -72,6 +73,24 @@ impl ReplayOptions {
     }
 }
 
+/// Tokens of a long prompt.
+const LONG_PROMPT: u64 = 1 << 20;
+/// A hundred thousand of these one after the other are not the end of the simulated time.
+const PREFILL_SECONDS_MAX: f64 = 1e8;
+/// Rates and factors that somebody can mean.
+const RATES: RangeInclusive<f64> = 1e-3..=1e9;
+
+/// Refuses what would run past the end of the simulated time.
+///
+/// # Errors
+/// With the option, and what is allowed.
+pub(crate) fn check_rates(rates: &[(&str, f64)]) -> anyhow::Result<()> {
+    for (name, rate) in rates {
+        ensure!(RATES.contains(rate), "{name} is {rate}: it must be more than 0, from 0.001 to 10^9");
+    }
+    Ok(())
+}
+
 /// A model on a worker.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct Profile {
@@ -102,6 +121,20 @@ impl Profile {
         rate: FLOPS_PER_SECOND,
         bytes_per_token: BYTES_PER_TOKEN,
     };
+
+    /// Refuses a model whose prompts take longer than can be simulated.
+    ///
+    /// # Errors
+    /// With what a long prompt would take.
+    pub(crate) fn check(&self) -> anyhow::Result<()> {
+        let seconds = self.seconds(LONG_PROMPT);
+        ensure!(
+            seconds <= PREFILL_SECONDS_MAX,
+            "a prompt of {LONG_PROMPT} tokens takes {seconds:.3e} seconds by --flops-linear, --flops-quadratic and \
+             --flops-rate, or by --seconds-per-token: at most {PREFILL_SECONDS_MAX:.0e} can be simulated"
+        );
+        Ok(())
+    }
 
     /// Seconds to prefill the first `tokens` tokens of a prompt.
     #[expect(clippy::cast_precision_loss, reason = "prompts are far shorter than 2^53 tokens")]

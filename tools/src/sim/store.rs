@@ -55,7 +55,7 @@ pub(crate) fn run(options: &Options, format: Format) -> anyhow::Result<ExitCode>
 fn replay_all(options: &Options, trace: &Trace) -> anyhow::Result<Vec<Run>> {
     let mut jobs = Vec::new();
     for policy in &options.policy {
-        for (pinned, nvme) in options.sizes() {
+        for (pinned, nvme) in options.sizes(trace) {
             let job = Job { policy: policy.policy(), pinned, nvme };
             // Wrong sizes are found before the first replay.
             options.hardware(trace, (pinned, nvme), job.policy)?;

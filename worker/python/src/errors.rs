@@ -1,5 +1,6 @@
 //! Errors of the client as exceptions of `terrace_kv`.
 
+use pyo3::prelude::*;
 use pyo3::{PyErr, import_exception};
 
 use terrace_client::{BadBlock, ClientError, Stale};
@@ -19,6 +20,27 @@ import_exception!(terrace_kv._errors, SessionEnded);
 import_exception!(terrace_kv._errors, StaleBlock);
 import_exception!(terrace_kv._errors, Throttled);
 import_exception!(terrace_kv._errors, Unsupported);
+
+/// Looks for the exceptions now: when the interpreter ends, nothing can be imported any more, and a destructor of the
+/// program that calls us then must get an exception.
+pub(crate) fn load(py: Python<'_>) -> PyResult<()> {
+    py.import("terrace_kv._errors")?;
+    py.get_type::<BufferInUse>();
+    py.get_type::<ClosedError>();
+    py.get_type::<ConnectError>();
+    py.get_type::<CorruptBlock>();
+    py.get_type::<DeviceFailed>();
+    py.get_type::<ForkedError>();
+    py.get_type::<InvalidArgument>();
+    py.get_type::<NoAnswer>();
+    py.get_type::<ProtocolError>();
+    py.get_type::<Refused>();
+    py.get_type::<SessionEnded>();
+    py.get_type::<StaleBlock>();
+    py.get_type::<Throttled>();
+    py.get_type::<Unsupported>();
+    Ok(())
+}
 
 /// Why a call failed, before the interpreter is needed to say so.
 #[derive(Debug)]

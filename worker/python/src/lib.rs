@@ -24,6 +24,8 @@ mod stream;
 /// The module `terrace_kv._native`; the package's stubs describe it.
 #[pyo3::pymodule(name = "_native")]
 mod native {
+    use pyo3::prelude::*;
+
     #[pymodule_export]
     use crate::block::{Block, WriteBlock};
     #[pymodule_export]
@@ -44,4 +46,9 @@ mod native {
     use crate::space::{Space, chain_keys};
     #[pymodule_export]
     use crate::stream::{AsyncStream, Stream};
+
+    #[pymodule_init]
+    fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
+        crate::errors::load(module.py())
+    }
 }

@@ -220,6 +220,29 @@ def test_the_interpreter_ends_with_everything_open(daemon: Daemon, end: str) -> 
     daemon.expect_quiet()
 
 
+@pytest.mark.parametrize("call", ["session.exists(space, [b'a'])", "terrace_kv.connect(path)", "lease.release()"])
+def test_a_destructor_at_the_very_end(daemon: Daemon, call: str) -> None:
+    """A ``__del__`` that runs when nothing can be imported any more is refused; the process does not abort."""
+    program = f"""
+        import sys, terrace_kv
+        from conftest import keys, manifest, payload
+        session = terrace_kv.connect(sys.argv[1])
+        space = session.open_space(manifest())
+        session.write(space, keys(1), [payload(name) for name in keys(1)])
+        lease = session.lease_read(space, keys(1), wait=5.0)
+        class Late:
+            def __del__(self, terrace_kv=terrace_kv, path=sys.argv[1], session=session, space=space, lease=lease):
+                try:
+                    {call}
+                except terrace_kv.SessionEnded:
+                    print("refused")
+        late = Late()
+    """
+    done = run_python(program, daemon.socket)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "refused\n", done.stderr
+
+
 def test_a_full_tenant_is_throttled_and_recovers(folder: Path, wire: SimpleNamespace) -> None:
     """Over a limit a lease fails or waits for ever: it must say "throttled", and go on when there is room."""
     running = Daemon(folder, wire, extra="[limits]\nleases_per_session = 4\n")

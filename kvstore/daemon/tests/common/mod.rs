@@ -180,6 +180,10 @@ impl Running {
         (kib << 10, std::fs::read_dir(proc.join("fd")).unwrap().count())
     }
 
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
     pub(crate) fn kill(mut self) {
         self.child.kill().unwrap();
         self.child.wait().unwrap();

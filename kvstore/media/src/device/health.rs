@@ -1,7 +1,7 @@
 //! Whether a device may be used: a device that does not answer, fails every
 //! read, or has become many times slower than it was is taken out; probes bring
-//! it back; one that keeps too much memory, or is taken out again and again, is
-//! ejected until the daemon starts again. Pure: time is an argument.
+//! it back; one that keeps too much memory, or is taken out again and again within
+//! hours, is ejected until the daemon starts again. Pure: time is an argument.
 
 use std::time::{Duration, Instant};
 
@@ -16,6 +16,8 @@ const PROBE_PAUSE_DOUBLINGS: u32 = 7;
 const PROBE_TIME_MAX: Duration = Duration::from_millis(30);
 /// Times that a device may be taken out before it stays out.
 const OUTS_MAX: u32 = 5;
+/// One of these is forgotten for so long that it was well: what happens once a week is no broken device.
+const OUT_FORGOTTEN_AFTER: Duration = Duration::from_secs(3600);
 /// Times the service time that the device itself once had, and that its peers have now.
 const SLOWDOWN_MAX: f64 = 50.0;
 const PEERS_MAX: f64 = 10.0;
@@ -51,6 +53,8 @@ pub(super) struct Health {
     pub(super) writes: Pace,
     failures: u32,
     outs: u32,
+    /// When it came back last.
+    back: Option<Instant>,
 }
 
 impl Health {
@@ -61,6 +65,7 @@ impl Health {
             writes: Pace::default(),
             failures: 0,
             outs: 0,
+            back: None,
         }
     }
 
@@ -98,7 +103,9 @@ impl Health {
 
     /// Takes the device out, or ejects it if that happened too often.
     pub(super) fn take_out(&mut self, reason: String, now: Instant) {
-        self.outs += 1;
+        let well = self.back.map_or(Duration::ZERO, |back| now.saturating_duration_since(back));
+        let forgotten = well.as_secs() / OUT_FORGOTTEN_AFTER.as_secs();
+        self.outs = self.outs.saturating_sub(u32::try_from(forgotten).unwrap_or(u32::MAX)) + 1;
         self.standing = if self.outs >= OUTS_MAX {
             Standing::Ejected { reason: format!("taken out {} times, last: {reason}", self.outs) }
         } else {
@@ -126,6 +133,7 @@ impl Health {
             return false;
         }
         self.standing = Standing::Well;
+        self.back = Some(now);
         self.failures = 0;
         self.reads.forget_lately();
         self.writes.forget_lately();
@@ -265,5 +273,24 @@ mod tests {
         assert!(matches!(health.standing, Standing::Ejected { .. }));
         assert!(!health.probe_due(now + Duration::from_secs(1000)));
         assert!(health.sentence(now).contains("ejected"));
+    }
+
+    /// In a life of weeks a busy machine makes any device slow five times; it must not lose the device for that. One
+    /// that is out for hours each time is not well meanwhile.
+    #[test]
+    fn what_was_long_ago_is_forgotten() {
+        let (hour, good) = (OUT_FORGOTTEN_AFTER, Duration::from_millis(1));
+        for (well, out, kept) in [(hour, Duration::ZERO, true), (hour / 2, hour * 10, false)] {
+            let (mut health, mut now) = (Health::new(), Instant::now());
+            for _ in 0..4 * OUTS_MAX {
+                health.take_out("test".to_owned(), now);
+                now += out;
+                for _ in 0..PROBES_GOOD {
+                    health.probed(true, good, now);
+                }
+                now += well;
+            }
+            assert_eq!(health.is_well(), kept, "well for {well:?}, out for {out:?}");
+        }
     }
 }

@@ -7,7 +7,8 @@ use clap::Args;
 
 use super::cluster::{Setting, speed_for};
 use super::policy::Policy;
-use crate::sim::profile::ReplayOptions;
+use crate::sim::options::WORKERS_MAX;
+use crate::sim::profile::{ReplayOptions, check_rates};
 use crate::sim::size::Size;
 use crate::sim::trace::Trace;
 
@@ -85,17 +86,15 @@ impl Options {
     /// With what is wrong and what is allowed.
     pub(crate) fn check(&self) -> anyhow::Result<()> {
         self.replay.check()?;
-        let rates = [
+        self.replay.profile().check()?;
+        check_rates(&[
             ("--private-rate", self.private_rate),
             ("--pool-rate", self.pool_rate),
             ("--speed", self.speed.unwrap_or(1.0)),
             ("--utilisation", self.utilisation.unwrap_or(1.0)),
             ("--starts", self.starts),
             ("--decode-rate", self.decode_rate),
-        ];
-        for (name, rate) in rates {
-            ensure!(rate.is_finite() && rate > 0.0, "{name} is {rate}: it must be more than 0");
-        }
+        ])?;
         let temperature = self.temperature;
         ensure!(
             temperature.is_finite() && temperature >= 0.0,
@@ -107,7 +106,11 @@ impl Options {
                 "--event-delay is {delay}: allowed are 0 to 3600 seconds"
             );
         }
-        ensure!((1..=4096).contains(&self.workers), "--workers is {}: allowed are 1 to 4096", self.workers);
+        ensure!(
+            (1..=WORKERS_MAX).contains(&self.workers),
+            "--workers is {}: allowed are 1 to {WORKERS_MAX}",
+            self.workers
+        );
         ensure!(self.threads != Some(0), "--threads is 0: it must be 1 or more");
         let sessions = self.sessions;
         ensure!(

@@ -24,7 +24,12 @@ fn options(arguments: &[&str]) -> Result<Options, String> {
 fn senseless_options_are_refused() {
     for (arguments, says) in [
         (&["--workers", "0"][..], "--workers"),
+        (&["--workers", "100000000"], "--workers"),
         (&["--speed=-1"], "--speed"),
+        (&["--link-rate", "1e-300"], "--link-rate"),
+        (&["--flops-linear", "1e300"], "--flops-linear"),
+        (&["--flops-rate", "1e-300"], "--flops-rate"),
+        (&["--seconds-per-token", "1e9"], "--seconds-per-token"),
         (&["--speed", "NaN"], "--speed"),
         (&["--flops-rate", "0"], "--flops-rate"),
         (&["--pinned", "12 parsecs"], "no size"),
@@ -82,5 +87,17 @@ fn a_sweep_is_complete_and_in_order() {
             assert_eq!(run.json()["requests"], 300);
         }
         assert!(runs[0].outcome.token_ratio() < runs[2].outcome.token_ratio());
+    }
+}
+
+/// A sweep without sizes failed on every trace of fewer than 1,000 distinct blocks, whose thousandth is none.
+#[test]
+fn a_sweep_of_a_short_trace_begins_where_a_block_fits() {
+    let trace = trace_of(&conversations(3, 40));
+    assert!(trace.distinct() < 1000, "{}", trace.distinct());
+    for model in ["node", "reference"] {
+        let runs = replay_all(&options(&["--sweep", "--model", model]).unwrap(), &trace).unwrap();
+        assert!((2..9).contains(&runs.len()), "{}", runs.len());
+        assert!(runs.iter().all(|run| run.pinned_frames > 0));
     }
 }
