@@ -583,7 +583,8 @@ impl Core {
         self.memory_changed = true;
     }
 
-    /// Moves a block out of a chunk: into a free frame, else it is evicted, else written first.
+    /// Moves a block out of a chunk: into a free frame, else it is evicted, else written first. One that is retained
+    /// takes the place of another one before that.
     fn move_out(&mut self, index: BlockIndex, source: FrameRef) {
         if let Memory::Hbm(gpu) = self.chunks.at(source.chunk).memory {
             return self.move_out_of_hbm(index, gpu);
@@ -594,7 +595,7 @@ impl Core {
         if matches!(block.arriving(), Arriving::Verifying(_)) || self.copies_running >= COPIES_MAX {
             return;
         }
-        if let Some(target) = self.take_free_pool_frame(space) {
+        if let Some(target) = self.take_free_pool_frame(space).or_else(|| self.frame_for_retained(index)) {
             return self.start_copy(index, source, target);
         }
         if matches!(nvme, Nvme::Sealed { .. }) {
@@ -610,6 +611,19 @@ impl Core {
             self.persist_now(index);
         } else {
             self.evict_from_pinned(index);
+        }
+    }
+
+    /// A block that is to be kept gets the frame of one that is not.
+    fn frame_for_retained(&mut self, index: BlockIndex) -> Option<FrameRef> {
+        let block = self.blocks.at(index);
+        let space = block.space;
+        if !block.is_retained() {
+            return None;
+        }
+        match self.pinned_victim(space) {
+            Choice::Evict(other) if !self.blocks.at(other).is_retained() => self.evict(other, None),
+            Choice::Evict(_) | Choice::Demote(_) | Choice::Nothing => None,
         }
     }
 

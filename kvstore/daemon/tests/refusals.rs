@@ -9,7 +9,7 @@ use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
-use common::{BLOCK_BYTES, Running, folder, keys, manifest, payload, payloads, socket};
+use common::{BLOCK_BYTES, Running, folder, http, keys, manifest, payload, payloads, socket};
 use terrace_client::wire::block_service_client::BlockServiceClient;
 use terrace_client::wire::{self, LeaseKind, SealOutcome, write_request::Part};
 use terrace_client::{Durability, to_wire};
@@ -336,16 +336,6 @@ async fn a_full_device_evicts() {
     assert!((40..200).contains(&there), "{there} blocks are there");
     drop((session, space));
     daemon.assert_quiet().await;
-}
-
-fn http(address: &str, path: &str) -> String {
-    let mut stream = std::net::TcpStream::connect(address).unwrap();
-    // HTTP/1.0 so that the answer is not cut into pieces.
-    write!(stream, "GET {path} HTTP/1.0\r\nHost: {address}\r\n\r\n").unwrap();
-    let mut answer = String::new();
-    stream.read_to_string(&mut answer).unwrap();
-    assert!(answer.contains(" 200 "), "{answer}");
-    answer
 }
 
 /// Prometheus' own opinion, where its tool is installed.

@@ -5,10 +5,12 @@
 //! same topic the newer one counts.
 //!
 //! After each connection the replay socket must give the last batch again; if it
-//! cannot, the publisher may be another process by now, and begins anew. One that is
-//! away for long holds nothing.
+//! cannot, the publisher may be another process by now, and begins anew. A replay that
+//! fails is tried again, whether or not the publisher has anything new to tell. One that
+//! is away for long holds nothing.
 
 use std::collections::BTreeMap;
+use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -24,10 +26,11 @@ use crate::zmtp::link::{self, Reader, Sent, Writer};
 use crate::zmtp::{Kind, LinkError, Message};
 
 mod bound;
+mod replay;
+
+use replay::{Replay, due};
 
 const CONNECT_TIME_MAX: Duration = Duration::from_secs(5);
-/// How long a whole replay may take.
-const REPLAY_TIME_MAX: Duration = Duration::from_secs(30);
 const PAUSE_MIN: Duration = Duration::from_millis(50);
 const PAUSE_MAX: Duration = Duration::from_secs(5);
 /// A connection that held so long was a good one: the next pause is short again.
@@ -35,12 +38,11 @@ const HELD: Duration = Duration::from_secs(10);
 /// Most topics of one engine.
 const TOPICS_MAX: usize = 64;
 const TOPIC_BYTES_MAX: usize = 256;
-/// What ends a replay, as a number.
-const REPLAY_END: u64 = u64::MAX;
 
 /// Follows one engine. Never ends; may be dropped at any time.
 pub(super) async fn follow(spec: Arc<Spec>, holders: Arc<Holders>, shown: Arc<Shown>, lost_after: Duration) {
-    let topics = Topics { spec: Arc::clone(&spec), holders, shown, publishers: BTreeMap::new() };
+    let publishers = BTreeMap::new();
+    let topics = Topics { spec: Arc::clone(&spec), holders, shown, publishers, lacks_start: false };
     match &spec.events {
         Events::Connect { address, replay } => connect(topics, address, replay.as_ref(), lost_after).await,
         Events::Bind { address } => bound::listen(topics, address, lost_after).await,
@@ -53,6 +55,8 @@ struct Topics {
     holders: Arc<Holders>,
     shown: Arc<Shown>,
     publishers: BTreeMap<Bytes, Publisher>,
+    /// What is known may begin later than what could be replayed: no replay was had before its first batch.
+    lacks_start: bool,
 }
 
 /// A batch as it came.
@@ -108,6 +112,16 @@ impl Topics {
     fn forget(&mut self) {
         self.publishers.values_mut().for_each(Publisher::forget);
     }
+
+    /// The last batch of a topic's publisher.
+    fn last(&self, topic: &Bytes) -> Option<u64> {
+        self.publishers.get(topic).and_then(Publisher::last)
+    }
+
+    /// Whether any publisher's batches are believed.
+    fn knows(&self) -> bool {
+        self.publishers.values().any(|publisher| publisher.last().is_some())
+    }
 }
 
 async fn connect(mut topics: Topics, address: &Address, replay: Option<&Address>, lost_after: Duration) {
@@ -142,12 +156,22 @@ async fn round(topics: &mut Topics, address: &Address, replay: Option<&Address>)
     };
     topics.shown.connected.store(true, Ordering::Relaxed);
     tracing::info!(engine = topics.spec.name, %address, "an engine's events are followed");
-    match replay {
-        Some(replay) => catch_up(topics, replay).await,
-        None => topics.forget(),
+    if replay.is_none() || topics.lacks_start {
+        topics.forget();
+    }
+    let mut replay = replay.map(Replay::new);
+    if let Some(replay) = &mut replay {
+        replay.catch_up(topics).await;
     }
     loop {
-        let message = match message(&mut reader, &mut writer).await {
+        let mut next = pin!(message(&mut reader, &mut writer));
+        let message = loop {
+            tokio::select! {
+                next = &mut next => break next,
+                replay = due(&mut replay) => replay.catch_up(topics).await,
+            }
+        };
+        let message = match message {
             Ok(message) => message,
             Err(error) => return error,
         };
@@ -156,12 +180,10 @@ async fn round(topics: &mut Topics, address: &Address, replay: Option<&Address>)
             topics.publisher(&batch.topic).map(|publisher| publisher.take(batch.number, &batch.payload));
         let Some(Taken::Gap { from }) = taken else { continue };
         Shown::count(&topics.shown.gaps);
-        if let Some(replay) = replay
-            && let Err(error) = recover(topics, replay, from).await
-        {
-            tracing::warn!(engine = topics.spec.name, %error, "what was missed cannot be had");
+        match &mut replay {
+            Some(replay) => replay.fill(topics, &batch, from).await,
+            None => topics.take_anyway(&batch),
         }
-        topics.take_anyway(&batch);
     }
 }
 
@@ -182,95 +204,4 @@ async fn message(reader: &mut Reader, writer: &mut Writer) -> Result<Message, Li
             return Ok(message);
         }
     }
-}
-
-/// After a connection: goes on behind the last batch if that is still the publisher's, else begins anew with
-/// all that it can replay.
-async fn catch_up(topics: &mut Topics, replay: &Address) {
-    let last = match &mut topics.publishers.values_mut().collect::<Vec<_>>()[..] {
-        // One process numbers its batches over all topics, so several cannot be told apart.
-        [publisher] => publisher.last(),
-        _ => None,
-    };
-    let result = match last {
-        None => Ok(false),
-        Some(last) => {
-            let mut is_same = false;
-            let asked = ask(topics, replay, last, |topics, batch| {
-                let known = topics.publishers.get(&batch.topic);
-                is_same |= known.is_some_and(|known| known.is_last(batch.number, &batch.payload));
-                false
-            });
-            asked.await.map(|()| is_same)
-        }
-    };
-    let result = match result {
-        Ok(true) => recover(topics, replay, last.map_or(0, |last| last + 1)).await,
-        Ok(false) => {
-            topics.forget();
-            recover(topics, replay, 0).await
-        }
-        Err(error) => Err(error),
-    };
-    if let Err(error) = result {
-        topics.forget();
-        tracing::warn!(engine = topics.spec.name, %error, "an engine's replay socket does not answer");
-    }
-}
-
-/// Takes the batches from a number on. A publisher that replays faster than its socket takes leaves some out;
-/// they are asked for again as long as that brings more.
-async fn recover(topics: &mut Topics, replay: &Address, mut from: u64) -> Result<(), LinkError> {
-    loop {
-        let (mut is_first, mut hole) = (true, None);
-        ask(topics, replay, from, |topics, batch| {
-            let first = std::mem::take(&mut is_first);
-            let known = topics.publishers.get(&batch.topic).and_then(Publisher::last);
-            hole = known.map(|last| last + 1).filter(|next| !first && batch.number > *next);
-            hole.is_none()
-        })
-        .await?;
-        match hole.filter(|hole| *hole > from) {
-            None => return Ok(()),
-            Some(hole) => from = hole,
-        }
-    }
-}
-
-/// Asks for the batches from a number on, and takes them as long as `goes_on` says so.
-async fn ask(
-    topics: &mut Topics,
-    replay: &Address,
-    from: u64,
-    mut goes_on: impl FnMut(&Topics, &Batch) -> bool,
-) -> Result<(), LinkError> {
-    let asked = async {
-        let (mut reader, mut writer) = open(replay, Kind::Dealer).await?;
-        writer.send_message(&[Bytes::new(), Bytes::copy_from_slice(&from.to_be_bytes())]).await?;
-        loop {
-            let message = message(&mut reader, &mut writer).await?;
-            // Older engines leave out the topic.
-            let (topic, number, payload) = match &message[..] {
-                [_, topic, number, payload] => (topic.clone(), number, payload),
-                [_, number, payload] => {
-                    (topics.publishers.keys().next().cloned().unwrap_or_default(), number, payload)
-                }
-                _ => return Err(LinkError::Peer("answers a replay with something else")),
-            };
-            let number = <[u8; 8]>::try_from(&number[..]).map(u64::from_be_bytes);
-            let number = number.map_err(|_| LinkError::Peer("answers a replay with something else"))?;
-            if number == REPLAY_END {
-                return Ok(());
-            }
-            let batch = Batch { topic, number, payload: payload.clone() };
-            if !batch.topic.starts_with(topics.spec.topic.as_bytes()) {
-                continue;
-            }
-            if !goes_on(topics, &batch) {
-                return Ok(());
-            }
-            topics.take_anyway(&batch);
-        }
-    };
-    timeout(REPLAY_TIME_MAX, asked).await.map_err(|_| LinkError::Silent)?
 }

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -275,6 +276,30 @@ def test_a_router_that_starts_late_learns_what_can_be_replayed(pairs: Any) -> No
     router = pairs(Router(f"name=v,connect=tcp://127.0.0.1:{events},replay=tcp://127.0.0.1:{again}"))
     wait_for(lambda: router.blocks() == {"v": 2}, "the replayed blocks")
     assert router.metric("terrace_router_engine_batches_total") == 5001
+    assert router.metric("terrace_router_engine_forgotten_total") == 0
+
+
+def test_a_router_that_reads_slowly_learns_what_can_be_replayed(pairs: Any) -> None:
+    """A publisher's socket throws away the end of a replay that is read too slowly. A router that stands still in the
+    middle of one would wait for the end, forget what it had, and know nothing until it connects again."""
+    import zmq
+
+    events, again = ports(2)
+    publisher = pairs(Publisher(f"tcp://*:{events}", f"tcp://127.0.0.1:{again}"))
+    publisher.order(many=4000, each=100, first=100)
+    publisher.publish(stored(VLLM))
+    router = pairs(Router(f"name=v,connect=tcp://127.0.0.1:{events},replay=tcp://127.0.0.1:{again}"))
+    wait_for(lambda: any("events are followed" in line for line in router.log), "the connection")
+    router.process.send_signal(signal.SIGSTOP)
+    # The publisher answers one after the other: a second answer means that the first was sent or thrown away.
+    with zmq.Context() as context, context.socket(zmq.DEALER) as other:
+        other.connect(f"tcp://127.0.0.1:{again}")
+        other.send_multipart((b"", (1 << 63).to_bytes(8, "big")))
+        assert other.poll(60_000)
+        other.recv_multipart()
+    router.process.send_signal(signal.SIGCONT)
+    wait_for(lambda: router.blocks() == {"v": 2}, "the replayed blocks")
+    assert router.metric("terrace_router_engine_batches_total") == 4001
     assert router.metric("terrace_router_engine_forgotten_total") == 0
 
 

@@ -6,15 +6,16 @@ use super::{Node, config, leased};
 
 /// Two frames.
 const CHUNK_BYTES: u64 = 7 * 4096;
-const CHUNKS: u8 = 8;
+pub(super) const CHUNKS: u8 = 8;
 
 /// A full pool without a device, each chunk of which holds two blocks.
-fn full_node() -> (Node, Vec<ChunkId>) {
+pub(super) fn full_node() -> (Node, Vec<ChunkId>) {
     let mut node = Node::of(Config {
         pinned_bytes: ByteCount::new(u64::from(CHUNKS) * CHUNK_BYTES),
         chunk_bytes: ByteCount::new(CHUNK_BYTES),
         device_slots: Vec::new(),
         chunks_ready_min: 0,
+        limits: Limits { retained_percent: 100, ..config().limits },
         ..config()
     });
     let chunks = (0..CHUNKS).map(|n| fill(&mut node, n)).collect();
@@ -23,7 +24,7 @@ fn full_node() -> (Node, Vec<ChunkId>) {
 }
 
 /// Writes two blocks into a new window, which becomes a chunk.
-fn fill(node: &mut Node, n: u8) -> ChunkId {
+pub(super) fn fill(node: &mut Node, n: u8) -> ChunkId {
     let blocks = [2 * n, 2 * n + 1];
     let op = node.lease_write(&blocks);
     let (lease, grants) = leased(node.serve(1, op));

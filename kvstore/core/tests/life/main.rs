@@ -9,6 +9,7 @@ mod kept;
 mod limits;
 mod reads;
 mod resumed;
+mod retained;
 
 use terrace_core::*;
 

@@ -6,7 +6,7 @@
 pub(crate) mod lane;
 pub(crate) mod load;
 
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Read as _, Write as _};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -203,6 +203,16 @@ impl Drop for Running {
         let _ = self.child.wait();
         let _ = std::fs::remove_file(socket(&self.folder));
     }
+}
+
+pub(crate) fn http(address: &str, path: &str) -> String {
+    let mut stream = std::net::TcpStream::connect(address).unwrap();
+    // HTTP/1.0 so that the answer is not cut into pieces.
+    write!(stream, "GET {path} HTTP/1.0\r\nHost: {address}\r\n\r\n").unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    assert!(answer.contains(" 200 "), "{answer}");
+    answer
 }
 
 pub(crate) fn manifest(rank: u32) -> SpaceManifest {
