@@ -246,7 +246,7 @@ struct Assembly<'a, F> {
 
 /// What is known of a block.
 enum Found {
-    Arriving(Arriving),
+    Arriving(Box<Arriving>),
     Not(Outcome<()>),
 }
 
@@ -289,7 +289,7 @@ impl<'a, F: FnMut(usize, usize, &[u8])> Assembly<'a, F> {
             }
         }
         if let Found::Not(_) = found {
-            *found = Found::Arriving(Arriving::new(self.space, &self.keys[at]));
+            *found = Found::Arriving(Box::new(Arriving::new(self.space, &self.keys[at])));
         }
         let Found::Arriving(arriving) = found else { return };
         match arriving.add(self.space, piece) {
