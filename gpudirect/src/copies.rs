@@ -24,8 +24,9 @@ use crate::device::{Device, Lane};
 use crate::error::DeviceError;
 use crate::pinned::Pinned;
 use crate::span::Piece;
+use crate::told::tell;
 
-use state::{Path, State, Told, Waiting};
+use state::{Path, State, Waiting};
 
 /// The caller's name for a job.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -159,22 +160,7 @@ impl Shared {
 
     /// Tells what has ended, in order. Not under the lock.
     fn tell(&self) {
-        let _telling = self.telling.lock().unwrap_or_else(PoisonError::into_inner);
-        loop {
-            let told = std::mem::take(&mut self.lock().told);
-            if told.is_empty() {
-                return;
-            }
-            for end in told {
-                match end {
-                    Told::Answered(id, result) => self.ends.answered(id, result),
-                    Told::Released(id, kept) => {
-                        drop(kept);
-                        self.ends.released(id);
-                    }
-                }
-            }
-        }
+        tell(&self.telling, &*self.ends, || std::mem::take(&mut self.lock().told));
     }
 }
 

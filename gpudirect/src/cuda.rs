@@ -24,7 +24,7 @@ use crate::error::DeviceError;
 use crate::host_bytes::HostBytes;
 use crate::span::{Direction, Piece, Span};
 
-pub(crate) use driver::{check, count, find, gpu, has, load, within};
+pub(crate) use driver::{check, count, find, gpu, has, load, wanted, within};
 use vmm::Vmm;
 
 /// The driver wakes devices that nobody used for a while, one after the other.

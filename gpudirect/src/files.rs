@@ -28,12 +28,13 @@ use crate::copies::{Ends, JobId};
 use crate::device::{Chunk, Device, DeviceKind};
 use crate::error::DeviceError;
 use crate::span::DeviceBytes;
+use crate::told::tell;
 
 pub use library::GdsInfo;
 use library::{Handle, Library};
 pub use log::log_to;
 pub use measure::{FileChoice, FileRate, measure_files};
-use table::{Table, Told};
+use table::Table;
 
 /// Opening asks the kernel module and every device.
 const OPEN_WITHIN: Duration = Duration::from_secs(20);
@@ -161,22 +162,7 @@ impl Shared {
 
     /// Tells what has ended, in order. Not under the lock.
     fn tell(&self) {
-        let _telling = self.telling.lock().unwrap_or_else(PoisonError::into_inner);
-        loop {
-            let told = std::mem::take(&mut self.lock().told);
-            if told.is_empty() {
-                return;
-            }
-            for end in told {
-                match end {
-                    Told::Answered(id, result) => self.ends.answered(id, result),
-                    Told::Released(id, job) => {
-                        drop(job);
-                        self.ends.released(id);
-                    }
-                }
-            }
-        }
+        tell(&self.telling, &*self.ends, || std::mem::take(&mut self.lock().told));
     }
 }
 

@@ -160,12 +160,9 @@ impl Kernel {
 /// Why kernels cannot run, or did not.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum KernelError {
-    /// No CUDA driver, or not this device.
-    #[error("no CUDA device for kernels: {detail}")]
-    NoDevice {
-        /// What the driver says, or that there is none.
-        detail: String,
-    },
+    /// There is no such device, it is full or lost, or something on it failed.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
     /// The compiler of kernels is not installed, or too new for the driver.
     #[error("NVRTC cannot be used: {detail}")]
     NoNvrtc {
@@ -196,53 +193,12 @@ pub enum KernelError {
         /// Of the device.
         found: String,
     },
-    /// The device is full.
-    #[error("no device memory for {bytes} bytes")]
-    NoMemory {
-        /// What was asked for.
-        bytes: usize,
-    },
     /// What was asked for does not fit the kernel. Nothing was launched.
     #[error("not a job for a kernel: {detail}")]
     BadJob {
         /// Why.
         detail: String,
     },
-    /// The device is gone, and what was on it.
-    #[error("the device is lost: {detail}")]
-    Lost {
-        /// The driver's name for it.
-        detail: String,
-    },
-    /// The driver says that something failed. What was under way must not be used.
-    #[error("{call} failed: {detail}")]
-    Driver {
-        /// What was called.
-        call: &'static str,
-        /// The driver's name for the failure.
-        detail: String,
-    },
-}
-
-impl From<DeviceError> for KernelError {
-    fn from(error: DeviceError) -> Self {
-        match error {
-            DeviceError::Lost { detail } => Self::Lost { detail },
-            DeviceError::Driver { call, detail } => Self::Driver { call, detail },
-            DeviceError::NoMemory { bytes } => Self::NoMemory { bytes: usize::try_from(bytes).unwrap_or(0) },
-            DeviceError::NoDriver { .. }
-            | DeviceError::DriverTooOld { .. }
-            | DeviceError::NoDevice { .. }
-            | DeviceError::Unsupported { .. }
-            | DeviceError::Hung { .. }
-            | DeviceError::OutOfBounds { .. }
-            | DeviceError::BadJob { .. }
-            | DeviceError::BadDescriptor { .. }
-            | DeviceError::InUse { .. }
-            | DeviceError::Throttled { .. }
-            | DeviceError::Late(_) => Self::NoDevice { detail: error.to_string() },
-        }
-    }
 }
 
 impl KernelError {

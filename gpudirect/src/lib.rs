@@ -18,6 +18,7 @@ mod pinned;
 mod span;
 mod status;
 mod sums;
+mod told;
 mod waited;
 
 pub use copies::{Copies, CopyCounts, CopyLimits, Ends, Job, JobId, Refused};

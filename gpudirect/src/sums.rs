@@ -46,7 +46,7 @@ impl Sums {
             DeviceKind::HostOnly => Ok(Self(How::InPlace)),
             DeviceKind::Cuda => match by_kernels(info.ordinal) {
                 Ok(how) => Ok(Self(how)),
-                Err(KernelError::Lost { detail }) => Err(DeviceError::Lost { detail }),
+                Err(KernelError::Device(error)) if error.is_lost() => Err(error),
                 Err(why) => Ok(Self(How::Copied { device: Arc::clone(device), why })),
             },
         }
@@ -157,10 +157,7 @@ fn sum_of(
 
 fn from_kernel(error: KernelError) -> DeviceError {
     match error {
-        KernelError::Lost { detail } => DeviceError::Lost { detail },
-        KernelError::Driver { call, detail } => DeviceError::Driver { call, detail },
-        KernelError::NoMemory { bytes } => DeviceError::NoMemory { bytes: bytes as u64 },
-        KernelError::NoDevice { detail } => DeviceError::NoDriver { detail },
+        KernelError::Device(error) => error,
         KernelError::NoNvrtc { .. }
         | KernelError::NoCompiler { .. }
         | KernelError::Refused { .. }

@@ -17,6 +17,7 @@ const UNSAFE_FOLDERS: &[&str] = &[
     "worker/src/kernels",
     "worker/python/src/block.rs",
     "worker/python/src/dlpack.rs",
+    "worker/python/src/span.rs",
 ];
 
 /// Rule and file, for files older than the rule.

@@ -11,6 +11,7 @@ use super::{CopyCounts, CopyLimits, Job, JobId};
 use crate::device::{Lane, Registered};
 use crate::error::DeviceError;
 use crate::span::{Direction, Piece};
+use crate::told::Told;
 
 /// One start of this many goes to the least urgent class that waits.
 const FAIRNESS: u32 = 8;
@@ -31,14 +32,6 @@ impl Path {
             Self::Bounce => "bounces",
         }
     }
-}
-
-/// Something to be told, in this order.
-#[derive(Debug)]
-pub(super) enum Told {
-    Answered(JobId, Result<(), DeviceError>),
-    /// With what the job kept while it waited, if it never started: to be dropped before.
-    Released(JobId, Option<Waiting>),
 }
 
 /// What a waiting job keeps.
@@ -93,7 +86,8 @@ pub(super) struct State {
     flights: BTreeSet<(Instant, u64)>,
     /// When the watch looks next; `None` while it looks or has nothing to wait for.
     pub(super) alarm_at: Option<Instant>,
-    pub(super) told: VecDeque<Told>,
+    /// With what a job kept while it waited, if it never started.
+    pub(super) told: VecDeque<Told<Option<Waiting>>>,
     pub(super) lost: Option<DeviceError>,
     /// Whether the device was shut after it was lost, and how that went.
     pub(super) shut: Option<Result<(), DeviceError>>,

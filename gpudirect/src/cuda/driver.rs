@@ -95,7 +95,8 @@ fn load_now() -> Result<u32, DeviceError> {
     }
 }
 
-fn wanted() -> String {
+/// The oldest driver that will do, for errors.
+pub(crate) fn wanted() -> String {
     format!("CUDA {}.{}", VERSION_MIN / 1000, VERSION_MIN % 1000 / 10)
 }
 

@@ -6,14 +6,7 @@ use std::time::{Duration, Instant};
 use super::{FileJob, FileLimits, FileRefused};
 use crate::copies::JobId;
 use crate::error::DeviceError;
-
-/// Something to be told, in this order.
-#[derive(Debug)]
-pub(super) enum Told {
-    Answered(JobId, Result<(), DeviceError>),
-    /// With the job, to be dropped before.
-    Released(JobId, Box<FileJob>),
-}
+use crate::told::Told;
 
 #[derive(Debug)]
 struct Entry {
@@ -34,7 +27,7 @@ pub(super) struct Table {
     deadlines: BTreeSet<(Instant, u64)>,
     /// Threads that are in a call, and since when.
     calls: BTreeMap<usize, Instant>,
-    pub(super) told: VecDeque<Told>,
+    pub(super) told: VecDeque<Told<Box<FileJob>>>,
     pub(super) closing: bool,
 }
 

@@ -12,7 +12,7 @@ use cudarc::driver::sys::{
 use super::nvrtc::{Nvrtc, Target};
 use super::queue::{KernelBytes, KernelQueue, Launch};
 use super::{Kernel, KernelError, Source};
-use crate::cuda::{check, count, gpu, has, load, within};
+use crate::cuda::{check, count, gpu, has, load, wanted, within};
 use crate::device::{Chunk, DeviceKind};
 use crate::error::DeviceError;
 
@@ -104,7 +104,7 @@ impl Cuda {
     /// that is installed, else from the PTX that we carry.
     ///
     /// # Errors
-    /// [`KernelError::NoDevice`], [`KernelError::TooOld`], or what the driver says.
+    /// [`DeviceError::NoDriver`], [`DeviceError::NoDevice`], [`KernelError::TooOld`], or what the driver says.
     pub fn open(ordinal: u32) -> Result<Self, KernelError> {
         within("opening the device for kernels", OPEN_WITHIN, move || Self::open_now(ordinal))?
     }
@@ -112,7 +112,7 @@ impl Cuda {
     fn open_now(ordinal: u32) -> Result<Self, KernelError> {
         load()?;
         if let Some(missing) = FUNCTIONS.iter().find(|name| !has(name)) {
-            return Err(KernelError::NoDevice { detail: format!("the driver has no {missing}") });
+            return Err(DeviceError::DriverTooOld { found: format!("no {missing}"), needed: wanted() }.into());
         }
         let count = count()?;
         let named = i32::try_from(ordinal).ok().filter(|_| ordinal < count);
@@ -221,7 +221,7 @@ impl Inner {
         let mut address = 0;
         // SAFETY: the context is current, the length is not zero, and the driver writes one address.
         match check("cuMemAlloc", unsafe { sys::cuMemAlloc_v2(&raw mut address, bytes) }) {
-            Err(DeviceError::NoMemory { .. }) => Err(KernelError::NoMemory { bytes }),
+            Err(DeviceError::NoMemory { .. }) => Err(no_memory(bytes)),
             answer => Ok(answer.map(|()| address)?),
         }
     }
@@ -233,6 +233,10 @@ impl Inner {
     }
 }
 
+fn no_memory(bytes: usize) -> KernelError {
+    DeviceError::NoMemory { bytes: bytes as u64 }.into()
+}
+
 impl KernelQueue for Cuda {
     fn describe(&self) -> String {
         self.described.clone()
@@ -240,7 +244,7 @@ impl KernelQueue for Cuda {
 
     fn allocate(&self, bytes: usize) -> Result<KernelBytes, KernelError> {
         self.inner.bind()?;
-        let rounded = bytes.max(256).checked_next_power_of_two().ok_or(KernelError::NoMemory { bytes })?;
+        let rounded = bytes.max(256).checked_next_power_of_two().ok_or_else(|| no_memory(bytes))?;
         // Above what is kept, nothing is gained by equal lengths.
         let rounded = if rounded <= KEPT_EACH_MAX { rounded } else { bytes };
         let address = self.inner.take(rounded)?;

@@ -15,6 +15,7 @@ use libloading::Library;
 use super::queue::{KernelBytes, KernelQueue, Launch};
 use super::{COMMON, Cuda, KernelError, Source};
 use crate::device::{Chunk, DeviceKind};
+use crate::error::DeviceError;
 
 type LaunchByName = unsafe extern "C" fn(*const c_char, *const c_uint, c_uint, *mut *mut c_void) -> c_int;
 
@@ -98,7 +99,12 @@ pub fn every_queue() -> Result<Vec<Arc<dyn KernelQueue>>, KernelError> {
     }
     match Cuda::open(0) {
         Ok(queue) => found.push(Arc::new(queue)),
-        Err(KernelError::NoDevice { detail }) => eprintln!("SKIPPED on a device: {detail}"),
+        Err(KernelError::Device(
+            error @ (DeviceError::NoDriver { .. }
+            | DeviceError::DriverTooOld { .. }
+            | DeviceError::NoDevice { .. }
+            | DeviceError::Unsupported { .. }),
+        )) => eprintln!("SKIPPED on a device: {error}"),
         Err(error) => return Err(error),
     }
     for queue in &found {
@@ -218,10 +224,8 @@ impl KernelQueue for FailsAfter {
         let left =
             self.launches.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(1));
         if left.is_err() {
-            return Err(KernelError::Driver {
-                call: "cuLaunchKernel",
-                detail: "a fault of a test".to_owned(),
-            });
+            let detail = "a fault of a test".to_owned();
+            return Err(DeviceError::Driver { call: "cuLaunchKernel", detail }.into());
         }
         // SAFETY: the caller's promise, passed through.
         unsafe { self.inner.launch(launch) }

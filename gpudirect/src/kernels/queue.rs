@@ -18,7 +18,7 @@ pub trait KernelQueue: Debug + Send + Sync {
     /// after what was launched before.
     ///
     /// # Errors
-    /// [`KernelError::NoMemory`], or what the driver says.
+    /// [`DeviceError::NoMemory`](crate::DeviceError::NoMemory), or what else the driver says.
     fn allocate(&self, bytes: usize) -> Result<KernelBytes, KernelError>;
 
     /// Copies host memory to the device and waits.

@@ -14,8 +14,9 @@ use crate::device_write::DeviceWriteLease;
 use crate::error::ClientError;
 use crate::get::{BlockTarget, GetOptions};
 use crate::lease::Outcome;
+use crate::questions::{Match, Prefetched};
 use crate::read::{ReadLease, ReadOptions};
-use crate::session::{Match, Prefetched, Target};
+use crate::session::Target;
 use crate::space::Space;
 use crate::write::{WriteLease, WriteOptions};
 

@@ -26,8 +26,9 @@ use crate::device_read::DeviceReadLease;
 use crate::device_write::DeviceWriteLease;
 use crate::error::ClientError;
 use crate::lease::{Frame, Lease, lease, millis};
+use crate::questions::Prefetched;
 use crate::read::ReadOptions;
-use crate::session::{Prefetched, Session};
+use crate::session::Session;
 use crate::space::Space;
 use crate::write::WriteOptions;
 

@@ -10,7 +10,7 @@ use prost::encoding::{encode_varint, encoded_len_varint};
 use prost::{DecodeError, Message};
 
 use terrace_core::BlockId;
-use terrace_lane::{LaneMessage, PACKED_GRANT_BYTES, PackedGrant, block_ids};
+use terrace_lane::{LaneMessage, PACKED_GRANT_BYTES, PackedGrant, block_ids, varint};
 use terrace_proto::KEY_BYTES_MAX;
 use terrace_proto::v1::lane_request::Op;
 use terrace_proto::v1::lane_response::Result as Answer;
@@ -326,19 +326,7 @@ impl Rest<'_> {
     }
 
     fn number(&mut self) -> Option<u64> {
-        let mut number = 0;
-        for place in 0..10 {
-            let byte = self.byte()?;
-            // The tenth has room for one bit.
-            if place == 9 && byte > 1 {
-                return None;
-            }
-            number |= u64::from(byte & 0x7F) << (7 * place);
-            if byte < 0x80 {
-                return Some(number);
-            }
-        }
-        None
+        varint(|| self.byte())
     }
 }
 

@@ -19,6 +19,7 @@ mod packed;
 mod shared;
 mod socket;
 mod syscall;
+mod varint;
 
 pub use copy::drain;
 pub use error::{LaneError, MapError};
@@ -28,3 +29,4 @@ pub use names::block_ids;
 pub use packed::{PACKED_GRANT_BYTES, PackedGrant};
 pub use shared::{SharedBytes, WeakBytes};
 pub use socket::{Admits, LaneConnection, LaneServer, PeerCredentials, ProcessEnd, SOCKET_PATH_BYTES_MAX};
+pub use varint::varint;

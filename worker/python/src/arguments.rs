@@ -11,8 +11,8 @@ use pyo3::types::{PyBytes, PyString};
 use terrace_client::{Durability, MatchMode, Purpose, SpaceKind, SpaceManifest};
 use terrace_core::{ByteCount, TokenCount};
 
-use crate::block::copy_in;
 use crate::errors::invalid;
+use crate::span::copy_in;
 
 /// Longest span that a caller may name; the daemon's own limits are far below.
 const SECONDS_MAX: f64 = 1e9;

@@ -1,4 +1,4 @@
-//! Blocks as objects of the buffer protocol. All unsafe code of the package is here.
+//! Blocks as objects of the buffer protocol.
 //!
 //! A view (`memoryview`, `numpy.frombuffer`, `torch.frombuffer`) points straight
 //! at the mapping or the copy. While one exists, what keeps its bytes in place
@@ -12,17 +12,17 @@ use std::ops::Range;
 use std::ptr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use pyo3::buffer::PyUntypedBuffer;
 use pyo3::exceptions::PyBufferError;
 use pyo3::ffi;
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 
-use terrace_client::{BadBlock, BlockId, BlockTarget, Checksum, ReadBlock, SharedBytes, Stale};
+use terrace_client::{BadBlock, BlockId, ReadBlock, Stale};
 
 use crate::errors::{bad_block, closed, in_use, invalid, stale};
 use crate::lease::Writing;
 use crate::owned::Owned;
+use crate::span::{Pieces, Span};
 
 /// Where the bytes of a sealed block are.
 #[derive(Clone, Debug)]
@@ -181,127 +181,6 @@ impl Source {
     }
 }
 
-/// An address that goes with a closure to where the interpreter is released.
-struct Address(*mut u8);
-
-// SAFETY: an address is a number; whoever follows it says why it may.
-unsafe impl Send for Address {}
-
-// SAFETY: as above.
-unsafe impl Sync for Address {}
-
-impl Address {
-    // A method, so that closures take the whole and not the pointer alone.
-    fn get(&self) -> *mut u8 {
-        self.0
-    }
-}
-
-/// Bytes that lie apart in pieces of one length, in their order. Goes with closures as an [`Address`] does.
-struct Pieces {
-    start: Address,
-    /// From the start, in bytes. One, or none where there is nothing.
-    offsets: Vec<isize>,
-    length: usize,
-}
-
-impl Pieces {
-    fn one(start: *mut u8, length: usize) -> Self {
-        Self { start: Address(start), offsets: vec![0], length }
-    }
-
-    fn bytes(&self) -> usize {
-        self.offsets.len().saturating_mul(self.length)
-    }
-
-    fn writable(&self) -> Vec<(*mut u8, usize)> {
-        let start = self.start.get();
-        self.offsets.iter().map(|offset| (start.wrapping_offset(*offset), self.length)).collect()
-    }
-
-    fn readable(&self) -> Vec<(*const u8, usize)> {
-        self.writable().into_iter().map(|(start, length)| (start.cast_const(), length)).collect()
-    }
-
-    /// The addresses from the first byte of all to the last.
-    fn place(&self) -> Range<usize> {
-        let at = |offset: &isize| self.start.get().wrapping_offset(*offset).addr();
-        let first = self.offsets.iter().map(at).min().unwrap_or(0);
-        let last = self.offsets.iter().map(at).max().unwrap_or(0);
-        first..last + self.length
-    }
-}
-
-/// Bytes of a Python object, held in place.
-pub(crate) struct Span {
-    buffer: PyUntypedBuffer,
-}
-
-impl Span {
-    /// Whatever lies in one piece.
-    pub(crate) fn of(object: &Bound<'_, PyAny>) -> PyResult<Self> {
-        let span = Self::of_pieces(object)?;
-        if !span.buffer.is_c_contiguous() {
-            return Err(PyBufferError::new_err("a C-contiguous buffer is needed; copy it first"));
-        }
-        Ok(span)
-    }
-
-    /// Whatever lies at addresses that can be counted.
-    pub(crate) fn of_pieces(object: &Bound<'_, PyAny>) -> PyResult<Self> {
-        let buffer = PyUntypedBuffer::get(object)?;
-        if buffer.suboffsets().is_some() {
-            return Err(PyBufferError::new_err("a buffer of pointers to others cannot be copied"));
-        }
-        Ok(Self { buffer })
-    }
-
-    /// Its bytes in the order of its elements, in as few pieces as there are.
-    fn pieces(&self) -> Pieces {
-        let start = self.buffer.buf_ptr().cast::<u8>();
-        if self.buffer.is_c_contiguous() {
-            return Pieces::one(start, self.length());
-        }
-        let dims: Vec<_> = self.buffer.shape().iter().zip(self.buffer.strides()).collect();
-        let mut length = self.buffer.item_size();
-        let mut inner = dims.len();
-        while let Some(at) = inner.checked_sub(1)
-            && isize::try_from(length) == Ok(*dims[at].1)
-        {
-            length *= dims[at].0;
-            inner = at;
-        }
-        let mut offsets = vec![0isize];
-        for (count, stride) in &dims[..inner] {
-            let steps = (0..**count).filter_map(|step| isize::try_from(step).ok()?.checked_mul(**stride));
-            let steps: Vec<isize> = steps.collect();
-            let with_each = |offset: isize| steps.iter().map(move |step| offset.wrapping_add(*step));
-            offsets = offsets.into_iter().flat_map(with_each).collect();
-        }
-        Pieces { start: Address(start), offsets, length }
-    }
-
-    fn length(&self) -> usize {
-        self.buffer.len_bytes()
-    }
-
-    fn is_readonly(&self) -> bool {
-        self.buffer.readonly()
-    }
-
-    fn address(&self) -> Address {
-        Address(self.buffer.buf_ptr().cast())
-    }
-
-    fn expect_length(&self, expected: usize) -> PyResult<()> {
-        let found = self.length();
-        if found == expected {
-            return Ok(());
-        }
-        Err(invalid(format!("the buffer has {found} bytes; this space's blocks have {expected}")))
-    }
-}
-
 /// One block, if it is still there, and a place in memory for it, held by a span.
 pub(crate) struct Copy<'span> {
     source: Option<Source>,
@@ -359,55 +238,6 @@ impl<'span> Copy<'span> {
     }
 }
 
-/// A span as what a session's `get` fills.
-pub(crate) struct Filled<'span> {
-    target: Address,
-    length: usize,
-    _span: PhantomData<&'span ()>,
-}
-
-impl<'span> Filled<'span> {
-    /// # Errors
-    /// A target that cannot be written.
-    pub(crate) fn new(target: &'span Span) -> PyResult<Self> {
-        if target.is_readonly() {
-            return Err(PyBufferError::new_err("the target is read-only"));
-        }
-        Ok(Self { target: target.address(), length: target.length(), _span: PhantomData })
-    }
-
-    /// The same without its span, which the caller holds until the call that fills this has ended.
-    pub(crate) fn unbound(self) -> Filled<'static> {
-        Filled { target: self.target, length: self.length, _span: PhantomData }
-    }
-}
-
-impl BlockTarget for Filled<'_> {
-    fn length(&self) -> usize {
-        self.length
-    }
-
-    fn copy(&mut self, source: &SharedBytes, block: BlockId, generation: u64) -> Checksum {
-        assert_eq!(source.len(), self.length, "source and target of a copy have one length");
-        // SAFETY: the span holds a writable buffer of this length in place, which is no part of the daemon's memory, as
-        // nobody gets a writable view of that. Other threads may store there meanwhile, in Python as here: the copy
-        // is then any mix, in u8.
-        unsafe { source.copy_and_checksum_to(self.target.get(), block, generation) }
-    }
-
-    fn copy_unsummed(&mut self, source: &SharedBytes) {
-        assert_eq!(source.len(), self.length, "source and target of a copy have one length");
-        // SAFETY: as above.
-        unsafe { source.copy_to_raw(self.target.get()) };
-    }
-
-    fn store(&mut self, offset: usize, piece: &[u8]) {
-        assert!(offset <= self.length && piece.len() <= self.length - offset, "a piece lies in its target");
-        // SAFETY: as above, from `offset` on; the piece is memory of our own.
-        unsafe { ptr::copy_nonoverlapping(piece.as_ptr(), self.target.get().add(offset), piece.len()) };
-    }
-}
-
 /// From here on this thread takes its turns on a processor in slices as short as the kernel has them, so that it gets the
 /// next one sooner. A kernel that knows none leaves it as it is.
 pub(crate) fn take_short_turns() {
@@ -423,28 +253,6 @@ pub(crate) fn take_short_turns() {
             let _refused = libc::syscall(libc::SYS_sched_setattr, own, &raw const attributes, none);
         }
     }
-}
-
-/// A copy of the bytes of any contiguous buffer.
-///
-/// # Errors
-/// An object without a contiguous buffer.
-pub(crate) fn copy_in(object: &Bound<'_, PyAny>) -> PyResult<Vec<u8>> {
-    let span = Span::of(object)?;
-    let (address, length) = (span.address(), span.length());
-    let copied = object.py().detach(move || {
-        let mut bytes = Vec::<u8>::with_capacity(length);
-        // SAFETY: `span` keeps `length` bytes at the address until we are back; the
-        // vector is new and has room for them, and is full afterwards. Another
-        // thread may store into the source meanwhile: what is copied is then any mix, in u8.
-        unsafe {
-            ptr::copy_nonoverlapping(address.get().cast_const(), bytes.as_mut_ptr(), length);
-            bytes.set_len(length);
-        }
-        bytes
-    });
-    drop(span);
-    Ok(copied)
 }
 
 /// What a view keeps in place.

@@ -12,8 +12,9 @@ use std::thread::{self, Thread};
 use pyo3::prelude::*;
 use rustix::thread::{CpuSet, Pid, gettid, sched_getaffinity, sched_getcpu, sched_setaffinity};
 
-use crate::block::{Block, Copy, Span, Way, take_short_turns};
+use crate::block::{Block, Copy, Way, take_short_turns};
 use crate::errors::invalid;
+use crate::span::Span;
 
 /// Below this a second thread costs more than it saves.
 const PARALLEL_BYTES_MIN: usize = 4 << 20;

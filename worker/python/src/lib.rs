@@ -19,6 +19,7 @@ mod results;
 mod runtime;
 mod session;
 mod space;
+mod span;
 mod stream;
 
 /// The module `terrace_kv._native`; the package's stubs describe it.

@@ -15,7 +15,7 @@ use terrace_client::{
 use terrace_core::ByteCount;
 
 use crate::arguments::{Keys, Manifest, Payload, durability, match_mode, purpose, span};
-use crate::block::{Block, Filled, Span};
+use crate::block::Block;
 use crate::device::{Device, Layout};
 use crate::errors::{Failure, invalid};
 use crate::lease::{ReadLease, WriteLease};
@@ -24,6 +24,7 @@ use crate::owned::Owned;
 use crate::results::{Match, Prefetched, seal_word};
 use crate::runtime::{Engine, Mode, done};
 use crate::space::Space;
+use crate::span::{Filled, Span};
 use crate::stream::{Feed, Stream};
 
 /// What blocking and asyncio sessions have in common; see the package's stubs.

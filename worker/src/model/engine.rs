@@ -4,6 +4,7 @@ use std::str::FromStr;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
+use terrace_gpudirect::DeviceError;
 use terrace_gpudirect::kernels::{Cuda, KernelError, KernelQueue, OnHost};
 
 use super::{ARITHMETIC, DEVICE_ARITHMETIC, DeviceModel, ForwardError, Model, Outcome, Scratch, Step};
@@ -26,7 +27,9 @@ impl ComputeDevice {
     /// What the device says, or that there is none.
     pub(crate) fn queue(self) -> Result<Arc<dyn KernelQueue>, KernelError> {
         match self {
-            Self::Cpu => Err(KernelError::NoDevice { detail: "the processor is none".to_owned() }),
+            Self::Cpu => {
+                Err(DeviceError::Unsupported { what: "kernels, on the processor".to_owned() }.into())
+            }
             Self::Cuda(ordinal) => Ok(Arc::new(Cuda::open(ordinal)?)),
             Self::HostOnly => Ok(Arc::new(OnHost::build()?)),
         }

@@ -9,7 +9,7 @@ use std::ops::Range;
 use bytes::Bytes;
 use prost::{DecodeError, Message};
 
-use terrace_lane::LaneMessage;
+use terrace_lane::{LaneMessage, varint};
 use terrace_proto::v1::{self, LaneRequest, lane_request::Op};
 use terrace_proto::{BLOCKS_PER_REQUEST_MAX, KEY_BYTES_MAX};
 
@@ -146,17 +146,8 @@ impl Rest<'_> {
         if self.at == self.end { Some(None) } else { self.byte().map(Some) }
     }
 
-    /// A number of up to nine bytes: our own need no more.
     fn number(&mut self) -> Option<u64> {
-        let mut number = 0;
-        for place in 0..9 {
-            let byte = self.byte()?;
-            number |= u64::from(byte & 0x7F) << (7 * place);
-            if byte < 0x80 {
-                return Some(number);
-            }
-        }
-        None
+        varint(|| self.byte())
     }
 
     fn small(&mut self) -> Option<u32> {
