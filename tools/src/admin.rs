@@ -11,6 +11,10 @@ use crate::cli::Target;
 use crate::connect::{admin, refused};
 use crate::output::{self, Format};
 
+/// What `info` and `doctor` say of a daemon whose catalog failed.
+pub(crate) const DEGRADED: &str =
+    "DEGRADED: the catalog takes no writes; blocks are served, none is persisted";
+
 /// The word for a tier.
 pub(crate) fn tier_name(tier: Tier) -> &'static str {
     match tier {
@@ -48,7 +52,7 @@ fn print_info(info: &v1::InfoResponse) {
         output::bytes(info.unpersisted_bytes)
     );
     if info.degraded {
-        println!("DEGRADED: the catalog takes no writes; blocks are served, none is persisted");
+        println!("{DEGRADED}");
     }
     if info.scan_done < 1.0 {
         println!("rebuilding the catalog from the devices: {:.0} % done", info.scan_done * 100.0);
@@ -78,16 +82,19 @@ fn print_tiers(tiers: &[TierInfo]) {
         ]);
     }
     output::print(&table);
-    for tier in tiers {
-        let name = tier_name(tier.tier());
-        let parts: Vec<&str> = [&tier.device, &tier.backend, &tier.note]
-            .into_iter()
-            .map(String::as_str)
-            .filter(|part| !part.is_empty())
-            .collect();
-        let state = if tier.on || tier.note.contains("off") { "" } else { "off: " };
-        println!("{name}: {state}{}", parts.join("; "));
-    }
+    tiers.iter().for_each(|tier| println!("{}", tier_words(tier)));
+}
+
+/// A tier's device, how it is driven, and what there is to say of it.
+pub(crate) fn tier_words(tier: &TierInfo) -> String {
+    let name = tier_name(tier.tier());
+    let parts: Vec<&str> = [&tier.device, &tier.backend, &tier.note]
+        .into_iter()
+        .map(String::as_str)
+        .filter(|part| !part.is_empty())
+        .collect();
+    let state = if tier.on || tier.note.contains("off") { "" } else { "off: " };
+    format!("{name}: {state}{}", parts.join("; "))
 }
 
 fn print_frames(tiers: &[TierInfo]) {

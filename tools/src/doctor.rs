@@ -6,8 +6,9 @@ use std::process::ExitCode;
 
 use rustix::process::{Resource, getrlimit};
 use serde_json::{Value, json};
-use terrace_proto::v1::{InfoRequest, Tier, TierInfo};
+use terrace_proto::v1::{InfoRequest, InfoResponse, Tier, TierInfo};
 
+use crate::admin::{DEGRADED, tier_words};
 use crate::cli::Target;
 use crate::connect;
 use crate::output::{self, Format};
@@ -81,10 +82,18 @@ pub(crate) async fn run(target: &Target, format: Format) -> anyhow::Result<ExitC
 
 async fn daemon_notes(target: &Target) -> Option<Vec<String>> {
     let mut admin = connect::admin(target).await.ok()?;
-    let info = admin.info(InfoRequest {}).await.ok()?.into_inner();
-    let device = |tier: &TierInfo| (tier.tier() == Tier::Hbm).then(|| format!("Hbm: {}", hbm_fact(tier)));
+    Some(said(admin.info(InfoRequest {}).await.ok()?.into_inner()))
+}
+
+/// What is wrong with a daemon, what it found, and its devices of Hbm.
+fn said(info: InfoResponse) -> Vec<String> {
+    let degraded = info.degraded.then(|| DEGRADED.to_owned());
+    let device = |tier: &TierInfo| match tier.tier() {
+        Tier::Hbm => Some(format!("Hbm: {}", hbm_fact(tier))),
+        _ => (!tier.on).then(|| tier_words(tier)),
+    };
     let devices: Vec<String> = info.tiers.iter().filter_map(device).collect();
-    Some(info.notes.into_iter().chain(devices).collect())
+    degraded.into_iter().chain(info.notes).chain(devices).collect()
 }
 
 /// A device of Hbm in a sentence, and what makes it slower than need be.
@@ -238,6 +247,25 @@ fn python() -> Fact {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Whoever asks what is wrong must hear of a catalog that failed and of a device that was taken out.
+    #[test]
+    fn a_daemon_that_is_not_well_says_so() {
+        let tier = |on, note: &str| TierInfo {
+            tier: Tier::Nvme.into(),
+            on,
+            device: "a.dat".to_owned(),
+            note: note.to_owned(),
+            ..TierInfo::default()
+        };
+        let notes = vec!["first start".to_owned()];
+        let tiers = vec![tier(true, ""), tier(false, "taken out 3 s ago")];
+        let well =
+            InfoResponse { notes: notes.clone(), tiers: tiers[..1].to_vec(), ..InfoResponse::default() };
+        assert_eq!(said(well), notes);
+        let words = said(InfoResponse { degraded: true, notes, tiers, ..InfoResponse::default() });
+        assert_eq!(words, [DEGRADED, "first start", "Nvme: off: a.dat; taken out 3 s ago"]);
+    }
 
     /// Containers hide files of /proc and /sys; no finding may panic on what is there or missing.
     #[test]

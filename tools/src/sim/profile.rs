@@ -86,7 +86,7 @@ const RATES: RangeInclusive<f64> = 1e-3..=1e9;
 /// With the option, and what is allowed.
 pub(crate) fn check_rates(rates: &[(&str, f64)]) -> anyhow::Result<()> {
     for (name, rate) in rates {
-        ensure!(RATES.contains(rate), "{name} is {rate}: it must be more than 0, from 0.001 to 10^9");
+        ensure!(RATES.contains(rate), "{name} is {rate:?}: it must be more than 0, from 0.001 to 10^9");
     }
     Ok(())
 }

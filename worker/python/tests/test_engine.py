@@ -148,6 +148,8 @@ def test_a_lease_ends_during_a_load(folder: Path, wire: SimpleNamespace) -> None
             view = memoryview(block)
             if index == 1:
                 short.expect_leases(0)
+                # The daemon has ended the lease; that it says so may be still on the way.
+                wait_for(lambda: not block.valid, "the notice")
             bytes(view)
 
         assert space.get(keys(5), take, wait=5.0) == [False] * 5
