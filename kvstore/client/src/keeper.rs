@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::Notify;
 
 use terrace_proto::v1::lane_request::Op;
-use terrace_proto::v1::{ReleaseRequest, RenewRequest, ReturnWindow, TouchRequest};
+use terrace_proto::v1::{ReleaseRequest, RenewRequest, ReturnWindow};
 
 use crate::chunks::Chunks;
 use crate::error::ClientError;
@@ -234,8 +234,8 @@ impl Keeper {
 
 /// Tells the daemon what was read where it was known to lie. An error means that the session is over.
 async fn touch(link: &LaneLink, used: Used) -> Result<(), ClientError> {
-    for (space, keys) in used.blocks {
-        match link.call_at_once(Op::Touch(TouchRequest { space, keys })).await {
+    for request in used.blocks {
+        match link.call_at_once(Op::Touch(request)).await {
             Err(ClientError::Disconnected) => return Err(ClientError::Disconnected),
             Err(error) => tracing::debug!(%error, "blocks that were read are not marked as used"),
             Ok(_) => {}

@@ -15,6 +15,7 @@ use bytes::Bytes;
 
 use terrace_core::{BlockId, Checksum, Fence};
 use terrace_lane::{SharedBytes, WeakBytes};
+use terrace_proto::v1::TouchRequest;
 
 use crate::get::{BlockTarget, How};
 use crate::status::Status;
@@ -125,15 +126,16 @@ struct Known<P> {
     space: u32,
     key: Bytes,
     recent: bool,
-    untold: bool,
+    /// How often it was found since the daemon was told.
+    untold: u32,
 }
 
 /// What was read where it was known to lie.
 #[derive(Debug, Default)]
 pub(crate) struct Used {
     pub(crate) chunks: BTreeSet<u64>,
-    /// Requests' worth of keys of one space.
-    pub(crate) blocks: Vec<(u32, Vec<Bytes>)>,
+    /// What the daemon is told, a request's worth of one space each.
+    pub(crate) blocks: Vec<TouchRequest>,
 }
 
 impl Places {
@@ -155,22 +157,24 @@ impl Places {
 
     /// Remembers where a block was granted.
     pub(crate) fn keep(&self, block: BlockId, place: Place, space: u32, key: &[u8]) {
-        let known =
-            Known { block, place, space, key: Bytes::copy_from_slice(key), recent: false, untold: false };
+        let known = Known { block, place, space, key: Bytes::copy_from_slice(key), recent: false, untold: 0 };
         self.table().keep(known);
     }
 
     /// What was used since the last time.
     pub(crate) fn take_used(&self) -> Used {
         let mut used = Used::default();
-        let mut spaces: BTreeMap<u32, Vec<Bytes>> = BTreeMap::new();
-        for known in self.table().known.iter_mut().filter(|known| known.untold) {
-            known.untold = false;
+        let mut spaces: BTreeMap<u32, Vec<(Bytes, u32)>> = BTreeMap::new();
+        for known in self.table().known.iter_mut().filter(|known| known.untold > 0) {
             used.chunks.insert(known.place.chunk);
-            spaces.entry(known.space).or_default().push(known.key.clone());
+            let reads = std::mem::take(&mut known.untold);
+            spaces.entry(known.space).or_default().push((known.key.clone(), reads));
         }
-        for (space, keys) in spaces {
-            used.blocks.extend(keys.chunks(self.blocks_max).map(|keys| (space, keys.to_vec())));
+        for (space, blocks) in spaces {
+            used.blocks.extend(blocks.chunks(self.blocks_max).map(|blocks| {
+                let (keys, reads) = blocks.iter().cloned().unzip();
+                TouchRequest { space, keys, reads }
+            }));
         }
         used
     }
@@ -185,7 +189,7 @@ impl<P> Table<P> {
         self.next = slot + 1;
         let known = &mut self.known[slot];
         known.recent = true;
-        known.untold = true;
+        known.untold = known.untold.saturating_add(1);
         Some(&known.place)
     }
 
@@ -226,7 +230,7 @@ mod tests {
         let mut id = [0; 16];
         id[..8].copy_from_slice(&number.to_le_bytes());
         let block = BlockId::from_bytes(id);
-        Known { block, place: number, space: 1, key: Bytes::new(), recent: false, untold: false }
+        Known { block, place: number, space: 1, key: Bytes::new(), recent: false, untold: 0 }
     }
 
     // A place under another block's name would be the wrong bytes, found by the checksum only, and a table without a bound

@@ -117,7 +117,8 @@ impl Session {
     /// # Errors
     /// Bad keys, or the session has ended.
     pub async fn touch(&self, space: &Space, keys: &[impl AsRef<[u8]>]) -> Result<u32, ClientError> {
-        let request = v1::TouchRequest { space: space.handle, keys: self.keys(space, keys)? };
+        let keys = self.keys(space, keys)?;
+        let request = v1::TouchRequest { space: space.handle, keys, reads: Vec::new() };
         Ok(call!(self, Touch, request).touched)
     }
 

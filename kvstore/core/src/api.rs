@@ -264,8 +264,8 @@ pub enum Request {
     Release { leases: Vec<LeaseId> },
     /// Gives back unwritten frames; no index means all.
     Abort { lease: LeaseId, indexes: Vec<u32> },
-    /// Marks blocks as used.
-    Touch { blocks: Vec<BlockId> },
+    /// Marks blocks as used. `reads` says how often each was read without a lease, if it says anything.
+    Touch { blocks: Vec<BlockId>, reads: Vec<u32> },
     /// Starts promotions.
     Prefetch { blocks: Vec<BlockId>, want: Memory },
     /// Keeps blocks longer.

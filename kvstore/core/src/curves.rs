@@ -1,7 +1,9 @@
 //! Miss-ratio curves: what a tier would serve at other sizes, estimated while it works.
 
 use crate::core::Core;
-use crate::ids::TenantId;
+use crate::evict::narrow;
+use crate::ids::{BlockId, TenantId};
+use crate::policy::ghost::Step;
 use crate::policy::{self, Asked, Curves, Lookup};
 use crate::units::ByteCount;
 
@@ -90,7 +92,48 @@ impl CurveBooks {
     }
 }
 
+/// What was read again, as the curves take a request.
+#[derive(Debug, Default)]
+struct Again {
+    asked: Asked,
+    count: u64,
+    lookups: Vec<Lookup>,
+}
+
+impl Again {
+    /// So many reads of a block, at one distance from the last.
+    fn add(&mut self, lookup: Lookup, seconds: f64, reads: u32) {
+        self.asked.tokens += f64::from(lookup.tokens) * f64::from(reads);
+        self.asked.seconds += seconds * f64::from(reads);
+        self.count += u64::from(reads);
+        let tokens = lookup.tokens.saturating_mul(reads);
+        self.lookups.push(Lookup { tokens, seconds: narrow(seconds * f64::from(reads)), ..lookup });
+    }
+}
+
 impl Core {
+    /// A tenant's blocks were read where they were known to lie, so often since it told last. The first of these reads
+    /// comes behind all that was asked for before; between the others lies what was read often in the same time.
+    pub(crate) fn read_again(&mut self, tenant: TenantId, blocks: &[BlockId], reads: &[u32]) {
+        let (mut first, mut others) = (Again::default(), Again::default());
+        for (&block, &reads) in blocks.iter().zip(reads).filter(|&(_, &reads)| reads > 0) {
+            let Some(index) = self.find(tenant, block) else { continue };
+            let held = self.blocks.at(index);
+            let space = self.spaces.at(held.space);
+            let seconds = space.compute.cost().seconds(held.depth);
+            let (size, tokens) = (space.frame_bytes.get(), space.block_tokens.get());
+            let lookup = Lookup { key: Step::key_of(block), size, tokens, seconds: narrow(seconds) };
+            first.add(lookup, seconds, 1);
+            if reads > 1 {
+                others.add(lookup, seconds, reads - 1);
+            }
+        }
+        self.counters.hits += first.count + others.count;
+        for Again { asked, count, lookups } in [first, others].into_iter().filter(|again| again.count > 0) {
+            self.curves.request(tenant, asked, count, lookups.into_iter());
+        }
+    }
+
     /// The curves that are being estimated, over all tenants and for each of the first few.
     pub fn curves(&self) -> Vec<CurveView> {
         let books = &self.curves;

@@ -104,7 +104,7 @@ impl Core {
             Request::Renew { lease, ttl } => Some(self.renew(asker.session, lease, ttl)),
             Request::Release { leases } => Some(self.release(asker.session, &leases)),
             Request::Abort { lease, indexes } => Some(self.abort(asker.session, lease, &indexes)),
-            Request::Touch { blocks } => Some(self.touched(tenant, &blocks)),
+            Request::Touch { blocks, reads } => Some(self.touched(tenant, &blocks, &reads)),
             Request::Prefetch { blocks, want } => Some(self.prefetch(tenant, &blocks, want)),
             Request::Shrink { gpu, bytes, answer_by } => self.shrink(asker, gpu, bytes, answer_by),
             Request::Retain { blocks, ttl, priority } => Some(self.retain(tenant, &blocks, ttl, priority)),
@@ -159,8 +159,9 @@ impl Core {
     }
 
     /// From tail to head, so that parents stay newer than their children.
-    fn touched(&mut self, tenant: TenantId, blocks: &[BlockId]) -> Reply {
+    fn touched(&mut self, tenant: TenantId, blocks: &[BlockId], reads: &[u32]) -> Reply {
         let mut touched = 0;
+        self.read_again(tenant, blocks, reads);
         self.tick = self.tick.next();
         for &block in blocks.iter().rev() {
             let Some(index) = self.find(tenant, block) else { continue };
@@ -281,7 +282,7 @@ fn blocks_in(op: &Request) -> usize {
         Request::Match { blocks, .. }
         | Request::LeaseRead { blocks, .. }
         | Request::LeaseWrite { blocks, .. }
-        | Request::Touch { blocks }
+        | Request::Touch { blocks, .. }
         | Request::Prefetch { blocks, .. }
         | Request::Retain { blocks, .. } => blocks.len(),
         Request::Seal { blocks, .. } => blocks.len(),

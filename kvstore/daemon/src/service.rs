@@ -547,7 +547,15 @@ impl Service {
         request: v1::TouchRequest,
     ) -> Result<v1::TouchResponse, CallError> {
         let (_, blocks) = self.blocks(session, request.space, &request.keys, &[])?;
-        let reply = self.ask(session, Request::Touch { blocks }).await?;
+        let reads = request.reads;
+        if !reads.is_empty() && reads.len() != blocks.len() {
+            return Err(CallError::invalid(format!(
+                "{} counts of reads for {} keys; send one for each key, or none",
+                reads.len(),
+                blocks.len()
+            )));
+        }
+        let reply = self.ask(session, Request::Touch { blocks, reads }).await?;
         expect!(reply, Reply::Touched { count } => v1::TouchResponse { touched: count })
     }
 

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use terrace_client::wire::{CurveRequest, Tier};
 use terrace_client::{
     ClientError, Durability, GetOptions, MissReason, Outcome, ReadOptions, Session, Space, Verify,
 };
@@ -146,4 +147,26 @@ async fn targets_are_checked_and_grpc_fills_them_too() {
     let streamed = remote.open_space(&manifest("client", BLOCK_BYTES)).await.unwrap();
     assert_eq!(get(&remote, &streamed, &keys(0, 2)).await.unwrap(), all(payloads(0, 2)));
     assert_eq!(get(&remote, &streamed, &keys(7, 1)).await.unwrap(), [Outcome::Missing(MissReason::Unknown)]);
+}
+
+// What is got without asking is a hit that operators must see, in the counters and in the curves.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_got_without_the_daemon_is_counted() {
+    let daemon = Daemon::start("");
+    let (session, space) = daemon.open().await;
+    session.write(&space, &keys(0, 8), None, &payloads(0, 8), Durability::Readable).await.unwrap();
+    for _ in 0..50 {
+        assert_eq!(get(&session, &space, &keys(0, 8)).await.unwrap(), all(payloads(0, 8)));
+    }
+    let mut admin = terrace_client::admin(&daemon.grpc()).await.unwrap();
+    until("all were counted", async || {
+        let curves = admin.curve(CurveRequest::default()).await.unwrap().into_inner().curves;
+        let pinned = curves.iter().find(|curve| curve.tier() == Tier::Pinned && curve.tenant.is_empty());
+        pinned.is_some_and(|curve| {
+            // Of the blocks that were put 8 were asked for, which is once each at least.
+            let ratio = curve.points.last().map_or(0.0, |point| point.token_hit_ratio);
+            curve.references >= 50 * 8 && ratio > 0.9
+        })
+    })
+    .await;
 }

@@ -2,6 +2,7 @@
 //! transition, and each bad input that the core decides.
 
 mod bursts;
+mod curves;
 mod demotion;
 mod full_device;
 mod hbm;
@@ -298,7 +299,7 @@ fn requests_that_can_never_be_granted_are_refused() {
         want: Memory::Pinned,
     };
     assert_eq!(node.call(1, unknown), Reply::Refused(Refusal::UnknownSpace));
-    let many = Request::Touch { blocks: vec![block(1); 65] };
+    let many = Request::Touch { blocks: vec![block(1); 65], reads: Vec::new() };
     assert_eq!(node.call(1, many), Reply::Refused(Refusal::TooManyBlocks { found: 65, limit: 64 }));
     assert_eq!(node.call(99, Request::Flush), Reply::Refused(Refusal::UnknownSession));
     let early = LeaseId::new(6 << 32 | 1);

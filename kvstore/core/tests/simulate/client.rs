@@ -288,7 +288,7 @@ impl World {
     fn ask_hint(&mut self, session: SessionId) {
         let (_, blocks, _) = self.some_blocks(session);
         let op = match self.random.below(5) {
-            0 => Request::Touch { blocks },
+            0 => Request::Touch { reads: blocks.iter().map(|_| 2).collect(), blocks },
             1 => Request::Prefetch { blocks, want: self.some_memory() },
             2 => Request::Retain { blocks, ttl: Micros::from_millis(self.random.below(500)), priority: 1 },
             3 => Request::Match { blocks, mode: MatchMode::Prefix },
