@@ -238,6 +238,12 @@ impl Set {
         self.keys = blocks::keys(self.chain, self.count());
     }
 
+    /// Until the daemon has nothing left to do of what was put before.
+    async fn settle(&mut self, metrics: &str) -> anyhow::Result<()> {
+        self.cool();
+        settle::settled(metrics).await
+    }
+
     /// Bursts: each begins when the daemon has nothing left to do of the one before. `isolated` is a tenant whose seals
     /// are copied.
     async fn puts_against_bare(
@@ -250,15 +256,15 @@ impl Set {
         let (mut fills, mut bare) = (Vec::new(), Bare::of(&CHECKED));
         for round in 0..ROUNDS {
             self.renew();
-            settle::settled(metrics).await?;
+            self.settle(metrics).await?;
             puts_isolated.push(self.put(isolated.0, isolated.1).await?);
             if round < FILL_ROUNDS {
-                settle::settled(metrics).await?;
+                self.settle(metrics).await?;
                 fills.push(self.fill(session, space).await?);
                 self.renew();
             }
-            settle::settled(metrics).await?;
             bare.round(self);
+            self.settle(metrics).await?;
             puts.push(self.put(session, space).await?);
         }
         // What is put from now on would push it out, for nothing else of it was ever used twice.
