@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use crate::api::{Admission, BlockHeader, Config, Done, Effect, Event, Fault, Input, IoClass, Via};
 use crate::curves::CurveBooks;
-use crate::evict::Duels;
+use crate::evict::{Duels, Lesson};
 use crate::ids::{
     BlockId, ChunkId, DeviceId, DiskFrame, Fence, FrameRef, LeaseId, OpId, SessionId, TenantId,
 };
@@ -274,6 +274,8 @@ pub struct Core {
     pub(crate) create_paused_until: Now,
     pub(crate) persist_paused_until: Now,
     pub(crate) burst: Burst,
+    /// What the requests of it teach.
+    pub(crate) lessons: VecDeque<Lesson>,
     pub(crate) degraded: bool,
     pub(crate) unpersisted: u64,
     pub(crate) scrub: Scrubber,
@@ -348,6 +350,7 @@ impl Core {
             create_paused_until: Now::default(),
             persist_paused_until: Now::default(),
             burst: Burst::default(),
+            lessons: VecDeque::new(),
             degraded: false,
             unpersisted: 0,
             scrub: Scrubber::default(),
@@ -480,6 +483,7 @@ impl Core {
             self.pump_reserve();
             self.pump_frames();
             self.pump_scrub();
+            self.pump_lessons();
             if !self.memory_changed && !self.disk_changed {
                 break;
             }
