@@ -533,6 +533,7 @@ fn take_notice(notice: Notice, keeper: &Keeper, chunks: &Chunks) {
                 keeper.return_window(recalled.chunk);
             }
         }
+        Notice::Window(opened) => keeper.map(opened.chunk),
         Notice::Dropped(dropped) => keeper.unmap(dropped.chunk),
         Notice::Rejected(rejected) => {
             tracing::error!(

@@ -256,6 +256,8 @@ pub struct Core {
     pub(crate) writes_running: u32,
     pub(crate) verifies_running: u32,
     pub(crate) copies_running: u32,
+    /// Windows that are open, or being made, before anybody needs them.
+    pub(crate) ahead: BTreeSet<ChunkId>,
     /// Chunks that are being emptied, and whether something changed for them.
     pub(crate) emptying: BTreeSet<ChunkId>,
     pub(crate) emptying_due: bool,
@@ -274,6 +276,10 @@ pub struct Core {
     pub(crate) create_paused_until: Now,
     pub(crate) persist_paused_until: Now,
     pub(crate) burst: Burst,
+    /// Who has written in it, and has not been given his next window yet.
+    pub(crate) wrote: BTreeSet<(SessionId, SpaceIndex)>,
+    /// Something changed for those.
+    pub(crate) ahead_due: bool,
     /// What the requests of it teach.
     pub(crate) lessons: VecDeque<Lesson>,
     pub(crate) degraded: bool,
@@ -338,6 +344,7 @@ impl Core {
             writes_running: 0,
             verifies_running: 0,
             copies_running: 0,
+            ahead: BTreeSet::new(),
             emptying: BTreeSet::new(),
             emptying_due: false,
             memory_changed: false,
@@ -350,6 +357,8 @@ impl Core {
             create_paused_until: Now::default(),
             persist_paused_until: Now::default(),
             burst: Burst::default(),
+            wrote: BTreeSet::new(),
+            ahead_due: false,
             lessons: VecDeque::new(),
             degraded: false,
             unpersisted: 0,
@@ -480,6 +489,8 @@ impl Core {
             self.pump_emptying();
             self.pump_writes();
             self.pump_commit();
+            self.ahead_due |= memory;
+            self.pump_ahead();
             self.pump_reserve();
             self.pump_frames();
             self.pump_scrub();

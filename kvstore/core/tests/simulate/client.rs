@@ -477,7 +477,7 @@ impl World {
                     self.ghosts.push((write.frame, session, steps + 60));
                 }
             }
-            Notice::WindowRecalled { .. } | Notice::ChunkDropped { .. } => {}
+            Notice::WindowRecalled { .. } | Notice::WindowOpened { .. } | Notice::ChunkDropped { .. } => {}
             Notice::SealRejected { .. } => self.seen.rejected += 1,
         }
     }
