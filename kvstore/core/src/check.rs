@@ -161,7 +161,7 @@ impl Core {
         }
         assert_eq!((creating, dropping), (held.creations, held.drops), "chunks come and go by operations");
         assert_eq!(closing, held.closings, "windows are closed by operations");
-        for &id in &self.ahead {
+        for &id in &self.ahead.windows {
             let chunk = self.chunks.at(id);
             let kind = matches!(
                 chunk.kind,

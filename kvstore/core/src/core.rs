@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use crate::api::{Admission, BlockHeader, Config, Done, Effect, Event, Fault, Input, IoClass, Via};
 use crate::curves::CurveBooks;
-use crate::evict::{Duels, Lesson};
+use crate::evict::Duels;
 use crate::ids::{
     BlockId, ChunkId, DeviceId, DiskFrame, Fence, FrameRef, LeaseId, OpId, SessionId, TenantId,
 };
@@ -28,6 +28,7 @@ use crate::units::{Micros, Now};
 use crate::urgency::Wanted;
 use crate::view::Counters;
 use crate::waiting::Wait;
+use crate::windows::Ahead;
 
 /// After a failure that may pass (no memory, no space, catalog), the next try.
 pub(crate) const RETRY_AFTER: Micros = Micros::from_millis(1000);
@@ -256,8 +257,7 @@ pub struct Core {
     pub(crate) writes_running: u32,
     pub(crate) verifies_running: u32,
     pub(crate) copies_running: u32,
-    /// Windows that are open, or being made, before anybody needs them.
-    pub(crate) ahead: BTreeSet<ChunkId>,
+    pub(crate) ahead: Ahead,
     /// Chunks that are being emptied, and whether something changed for them.
     pub(crate) emptying: BTreeSet<ChunkId>,
     pub(crate) emptying_due: bool,
@@ -276,12 +276,6 @@ pub struct Core {
     pub(crate) create_paused_until: Now,
     pub(crate) persist_paused_until: Now,
     pub(crate) burst: Burst,
-    /// Who has written in it, and has not been given his next window yet.
-    pub(crate) wrote: BTreeSet<(SessionId, SpaceIndex)>,
-    /// Something changed for those.
-    pub(crate) ahead_due: bool,
-    /// What the requests of it teach.
-    pub(crate) lessons: VecDeque<Lesson>,
     pub(crate) degraded: bool,
     pub(crate) unpersisted: u64,
     pub(crate) scrub: Scrubber,
@@ -295,14 +289,13 @@ impl Core {
         let memory_limit = config.pinned_bytes.get();
         let slots: u64 = config.device_slots.iter().map(|&slots| u64::from(slots)).sum();
         let curves = CurveBooks::new(memory_limit, slots * config.chunk_bytes.get());
-        let admit = admit_of(config.admission);
         Self {
+            admit: admit_of(config.admission),
             config,
             now: Now::default(),
             tick: Tick::default(),
             duels: Duels::new(gpus.len()),
             curves,
-            admit,
             effects: VecDeque::new(),
             fences: Vec::new(),
             events: Vec::new(),
@@ -344,7 +337,7 @@ impl Core {
             writes_running: 0,
             verifies_running: 0,
             copies_running: 0,
-            ahead: BTreeSet::new(),
+            ahead: Ahead::default(),
             emptying: BTreeSet::new(),
             emptying_due: false,
             memory_changed: false,
@@ -357,9 +350,6 @@ impl Core {
             create_paused_until: Now::default(),
             persist_paused_until: Now::default(),
             burst: Burst::default(),
-            wrote: BTreeSet::new(),
-            ahead_due: false,
-            lessons: VecDeque::new(),
             degraded: false,
             unpersisted: 0,
             scrub: Scrubber::default(),
@@ -489,7 +479,7 @@ impl Core {
             self.pump_emptying();
             self.pump_writes();
             self.pump_commit();
-            self.ahead_due |= memory;
+            self.ahead.due |= memory;
             self.pump_ahead();
             self.pump_reserve();
             self.pump_frames();

@@ -3,6 +3,8 @@
 //! A space has one set of lists a tier, for frames cannot serve another space.
 //! What was learned, and which order leads, is shared by all spaces of a tier.
 
+use std::collections::VecDeque;
+
 use crate::api::{Policy, Residence};
 use crate::core::Core;
 use crate::cost::ComputeCost;
@@ -78,6 +80,8 @@ pub(crate) struct Duels {
     pub(crate) nvme: Duel,
     /// One a device.
     pub(crate) hbm: Vec<Duel>,
+    /// What the requests of a burst teach.
+    lessons: VecDeque<Lesson>,
     sized: (u32, u32),
 }
 
@@ -85,7 +89,12 @@ impl Duels {
     pub(crate) fn new(gpus: usize) -> Self {
         let none = BlockCount::new(1);
         let hbm = vec![Duel::new(none); gpus];
-        Self { pinned: Duel::new(none), nvme: Duel::new(none), hbm, sized: (1, 1) }
+        Self { pinned: Duel::new(none), nvme: Duel::new(none), hbm, lessons: VecDeque::new(), sized: (1, 1) }
+    }
+
+    /// Whether something is yet to be learned.
+    pub(crate) fn are_behind(&self) -> bool {
+        !self.lessons.is_empty()
     }
 
     fn of(&self, tier: Tier) -> &Duel {
@@ -307,13 +316,13 @@ impl Core {
         let at = tick.next();
         open.asked = Some(Asked { first: blocks.first().copied(), at, space, added });
         self.tick = at;
-        if self.lessons.len() >= LESSONS_MAX
-            && let Some(oldest) = self.lessons.pop_front()
+        if self.duels.lessons.len() >= LESSONS_MAX
+            && let Some(oldest) = self.duels.lessons.pop_front()
         {
             self.learn_from(&oldest);
         }
         let lesson = self.lesson(blocks, depth, space, memory);
-        self.lessons.push_back(lesson);
+        self.duels.lessons.push_back(lesson);
     }
 
     /// Tells the curves and the shadows what was asked for.
@@ -331,7 +340,7 @@ impl Core {
     }
 
     fn catch_up(&mut self) {
-        while let Some(lesson) = self.lessons.pop_front() {
+        while let Some(lesson) = self.duels.lessons.pop_front() {
             self.learn_from(&lesson);
         }
     }

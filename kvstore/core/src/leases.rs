@@ -100,7 +100,7 @@ impl Core {
         for window in windows {
             self.replace_window(window);
         }
-        self.wrote.retain(|&(session, _)| session != id);
+        self.ahead.wrote.retain(|&(session, _)| session != id);
         self.chunks.forget_mapper(id);
         self.unclaim(id);
         self.memory_changed = true;

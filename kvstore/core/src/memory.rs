@@ -167,7 +167,7 @@ impl Core {
                 }
             }
             Some(_) => {
-                self.ahead.remove(&id);
+                self.ahead.windows.remove(&id);
                 self.chunks.at_mut(id).kind = ChunkKind::Replacing;
                 self.emptying.insert(id);
             }
@@ -195,7 +195,7 @@ impl Core {
 
     fn forget_chunk(&mut self, id: ChunkId) {
         let chunk = self.chunks.remove(id);
-        self.ahead.remove(&id);
+        self.ahead.windows.remove(&id);
         assert!(chunk.is_empty(), "a chunk goes when nothing is left in it");
         self.spaces.at_mut(chunk.space).pool_mut(chunk.memory).chunks -= 1;
         if let Memory::Hbm(gpu) = chunk.memory {
@@ -371,7 +371,7 @@ impl Core {
             return None;
         }
         if chunk.free.len() == chunk.frames.len() {
-            self.ahead.remove(&id);
+            self.ahead.windows.remove(&id);
         }
         chunk.take_free().map(|index| FrameRef { chunk: id, index })
     }

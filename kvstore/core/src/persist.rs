@@ -164,8 +164,8 @@ impl Core {
         let copies = !self.ready.is_empty() || self.stalled.values().any(|stalled| stalled.asks_again(false));
         copies && self.is_persisting()
             || self.wants_reserve().is_some()
-            || self.ahead_due
-            || !self.lessons.is_empty()
+            || self.ahead.due
+            || self.duels.are_behind()
     }
 
     /// A space whose first block asks for a frame once more. They take turns.

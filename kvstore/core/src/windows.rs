@@ -2,6 +2,8 @@
 //! adopted as an ordinary chunk if nobody can write into it any more. Otherwise it
 //! is replaced, and its memory is never used again.
 
+use std::collections::BTreeSet;
+
 use crate::api::{Effect, Fault, Locality, Notice, Refusal, Reply};
 use crate::core::{Core, Deadline, Op};
 use crate::evict::Relist;
@@ -17,6 +19,17 @@ const AHEAD_PART: u32 = 8;
 /// They stay open for so many times as long as others that are idle: whoever writes now and then finds his mapped.
 const AHEAD_IDLE: u64 = 32;
 
+/// Windows that are open before anybody needs them.
+#[derive(Debug, Default)]
+pub(crate) struct Ahead {
+    /// Nothing was granted in them yet. Those that are being made are among them.
+    pub(crate) windows: BTreeSet<ChunkId>,
+    /// Who has written, and has not been given his next window since.
+    pub(crate) wrote: BTreeSet<(SessionId, SpaceIndex)>,
+    /// Something changed for those.
+    pub(crate) due: bool,
+}
+
 impl Core {
     /// A session was granted blocks to write, of its own memory. If as many again do not fit into its windows, the next one
     /// is opened now, else when it pauses: to open one, and to map it, takes time from whoever writes.
@@ -24,8 +37,8 @@ impl Core {
         if self.sessions.get(&session).is_none_or(|open| open.locality != Locality::Local) {
             return;
         }
-        self.wrote.insert((session, space));
-        self.ahead_due = true;
+        self.ahead.wrote.insert((session, space));
+        self.ahead.due = true;
         if self.left_in_windows(session, space) < u64::from(blocks) {
             self.open_ahead(session, space);
         }
@@ -34,17 +47,17 @@ impl Core {
     /// Sessions that wrote and pause are given the windows that they will need: whoever has filled one before, some more
     /// than one, so that the first is used up without a wait for the second.
     pub(crate) fn pump_ahead(&mut self) {
-        if !self.ahead_due || self.burst.is_on(self.now) {
+        if !self.ahead.due || self.burst.is_on(self.now) {
             return;
         }
-        self.ahead_due = false;
-        for (session, space) in std::mem::take(&mut self.wrote) {
+        self.ahead.due = false;
+        for (session, space) in std::mem::take(&mut self.ahead.wrote) {
             let Some(open) = self.sessions.get(&session) else { continue };
             let window = u64::from(self.spaces.at(space).frames_per_chunk);
             let wanted = if open.fills { window + window.div_ceil(8) } else { window / 2 };
             if self.left_in_windows(session, space) < wanted && !self.open_ahead(session, space) {
                 // When there is memory.
-                self.wrote.insert((session, space));
+                self.ahead.wrote.insert((session, space));
             }
         }
     }
@@ -72,14 +85,14 @@ impl Core {
     fn open_ahead(&mut self, session: SessionId, space: SpaceIndex) -> bool {
         let Some(tenant) = self.sessions.get(&session).map(|open| open.tenant) else { return true };
         let most = self.chunks_max() / AHEAD_PART;
-        if count(self.ahead.len()) >= most {
+        if count(self.ahead.windows.len()) >= most {
             // Somebody writes no more, or into another space.
             self.recall_ahead(None, self.config.window_idle);
         }
-        let may = count(self.ahead.len()) < most && self.may_open_ahead(tenant, session);
+        let may = count(self.ahead.windows.len()) < most && self.may_open_ahead(tenant, session);
         if may {
             let window = self.create_chunk(space, Some(session), Memory::Pinned);
-            self.ahead.insert(window);
+            self.ahead.windows.insert(window);
         }
         may
     }
@@ -98,7 +111,7 @@ impl Core {
     /// Somebody waits for memory: the window that has been ahead for longest goes back, and for so long at least; of this
     /// tenant, if it is one's limit that is in the way. False: there is none.
     pub(crate) fn recall_ahead(&mut self, of: Option<TenantId>, idle: Micros) -> bool {
-        let ahead = self.ahead.iter().map(|&id| (id, self.chunks.at(id))).filter(|(_, chunk)| {
+        let ahead = self.ahead.windows.iter().map(|&id| (id, self.chunks.at(id))).filter(|(_, chunk)| {
             matches!(chunk.kind, ChunkKind::Window { .. })
                 && of.is_none_or(|tenant| chunk.tenant == tenant)
                 && self.now.since(chunk.touched) >= idle
@@ -128,8 +141,11 @@ impl Core {
         let Some(chunk) = self.chunks.find(id) else { return };
         let ChunkKind::Window { recalled: false, .. } = chunk.kind else { return };
         let idle = self.config.window_idle;
-        let patience =
-            if self.ahead.contains(&id) { Micros::new(idle.get().saturating_mul(AHEAD_IDLE)) } else { idle };
+        let patience = if self.ahead.windows.contains(&id) {
+            Micros::new(idle.get().saturating_mul(AHEAD_IDLE))
+        } else {
+            idle
+        };
         let idle_at = chunk.touched.after(patience);
         if chunk.counts.filling > 0 || idle_at > self.now {
             // Once somebody writes into it, it is idle sooner.
@@ -145,7 +161,7 @@ impl Core {
         let ChunkKind::Window { owner, recalled: false } = chunk.kind else { return };
         assert!(chunk.counts.filling == 0, "a window is recalled when nothing in it is being filled");
         chunk.kind = ChunkKind::Window { owner, recalled: true };
-        self.ahead.remove(&id);
+        self.ahead.windows.remove(&id);
         self.counters.windows_recalled += 1;
         self.at(self.now.after(self.config.window_recall_max), Deadline::WindowRecalled(id));
         self.effects

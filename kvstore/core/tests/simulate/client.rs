@@ -477,7 +477,8 @@ impl World {
                     self.ghosts.push((write.frame, session, steps + 60));
                 }
             }
-            Notice::WindowRecalled { .. } | Notice::WindowOpened { .. } | Notice::ChunkDropped { .. } => {}
+            Notice::WindowOpened { .. } => self.seen.ahead += 1,
+            Notice::WindowRecalled { .. } | Notice::ChunkDropped { .. } => {}
             Notice::SealRejected { .. } => self.seen.rejected += 1,
         }
     }
