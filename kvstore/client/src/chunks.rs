@@ -65,6 +65,15 @@ struct Chunk {
     idle_since: Option<Instant>,
 }
 
+/// When a mapping is asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Asking {
+    /// By somebody who waits for it.
+    InTurn,
+    /// By the session itself, ahead. Its pages are mapped as well, by another thread: both take their time.
+    AtOnce,
+}
+
 impl Chunks {
     pub(crate) fn new() -> Self {
         Self { table: Mutex::default(), devices: Mutex::default() }
@@ -99,22 +108,47 @@ impl Chunks {
         {
             return Ok(known);
         }
-        let mapping = self.map(link, chunk, access).await?;
+        let mapping = self.map(link, chunk, access, Asking::InTurn).await?;
+        Ok(self.mapped(chunk, access, mapping))
+    }
+
+    /// Maps a window that nothing is granted in yet, and its pages, beside whoever writes.
+    pub(crate) async fn map_ahead(&self, link: &LaneLink, chunk: u64) -> Result<(), ClientError> {
+        if self.table().get(&chunk).is_some_and(|known| known.mapping.is_some()) {
+            return Ok(());
+        }
+        let mapping = self.map(link, chunk, Access::Write, Asking::AtOnce).await?;
+        self.mapped(chunk, Access::Write, mapping);
+        Ok(())
+    }
+
+    /// Remembers a mapping, unless there is a good one already.
+    fn mapped(&self, chunk: u64, access: Access, mapping: Mapped) -> Mapped {
         let mut table = self.table();
         let entry = table.entry(chunk).or_default();
         match &entry.mapping {
             // Somebody was quicker: one mapping is enough.
-            Some(known) if access == Access::Read || known.is_writable() => Ok(known.clone()),
+            Some(known) if access == Access::Read || known.is_writable() => known.clone(),
             Some(_) | None => {
                 entry.mapping = Some(mapping.clone());
                 entry.idle_since = None;
-                Ok(mapping)
+                mapping
             }
         }
     }
 
-    async fn map(&self, link: &LaneLink, chunk: u64, access: Access) -> Result<Mapped, ClientError> {
-        let mut delivered = link.call(Op::MapChunk(MapChunk { chunk })).await?;
+    async fn map(
+        &self,
+        link: &LaneLink,
+        chunk: u64,
+        access: Access,
+        asking: Asking,
+    ) -> Result<Mapped, ClientError> {
+        let question = Op::MapChunk(MapChunk { chunk });
+        let mut delivered = match asking {
+            Asking::InTurn => link.call(question).await?,
+            Asking::AtOnce => link.call_at_once(question).await?,
+        };
         let Answer::MappedChunk(mapped) = delivered.answer else {
             return Err(ClientError::Protocol { detail: "a chunk's mapping was asked for" });
         };
@@ -128,7 +162,16 @@ impl Chunks {
         let bytes = ByteCount::new(mapped.bytes);
         let fence_bytes = ByteCount::new(mapped.fence_bytes);
         if mapped.tier() != Tier::Hbm {
-            return Ok(Mapped::Host(Mapping::map(data, bytes, fences, fence_bytes, granted)?));
+            let map = move || Mapping::map(data, bytes, fences, fence_bytes, granted);
+            let mapping = match asking {
+                Asking::InTurn => map()?,
+                Asking::AtOnce => {
+                    let mapped =
+                        tokio::task::spawn_blocking(move || map().inspect(|mapping| mapping.populate()));
+                    mapped.await.map_err(|_| ClientError::Disconnected)??
+                }
+            };
+            return Ok(Mapped::Host(mapping));
         }
         let own = self.device(mapped.device)?;
         let info = own.device.info();

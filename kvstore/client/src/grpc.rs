@@ -223,7 +223,8 @@ async fn hold(
                 Some(Notice::Rejected(rejected)) => {
                     tracing::error!(reason = rejected.reason, "a block of this session was rejected");
                 }
-                Some(Notice::Opened(_) | Notice::Recalled(_) | Notice::Dropped(_)) | None => {}
+                Some(Notice::Opened(_) | Notice::Recalled(_) | Notice::Window(_) | Notice::Dropped(_))
+                | None => {}
             },
             Ok(None) => break,
             Err(error) => {

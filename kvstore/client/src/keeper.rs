@@ -44,6 +44,8 @@ struct Chores {
     soon: Vec<u64>,
     soon_by: Option<Instant>,
     returns: BTreeSet<u64>,
+    /// Windows that nothing is granted in yet.
+    opened: BTreeSet<u64>,
     /// Chunks that hold nothing any more.
     dropped: BTreeSet<u64>,
 }
@@ -122,6 +124,12 @@ impl Keeper {
         self.wake.notify_one();
     }
 
+    /// Maps a window before it is needed. Not by the caller, which reads the socket.
+    pub(crate) fn map(&self, chunk: u64) {
+        self.chores().opened.insert(chunk);
+        self.wake.notify_one();
+    }
+
     /// Gives up the mapping of a chunk that the daemon drops. Not by the caller, which reads the socket.
     pub(crate) fn unmap(&self, chunk: u64) {
         self.chores().dropped.insert(chunk);
@@ -141,6 +149,12 @@ impl Keeper {
             dropped.into_iter().for_each(|chunk| chunks.dropped(chunk));
             if self.release(&link).await.is_err() || self.renew(&link).await.is_err() {
                 break;
+            }
+            let opened = std::mem::take(&mut self.chores().opened);
+            for chunk in opened {
+                if let Err(error) = chunks.map_ahead(&link, chunk).await {
+                    tracing::debug!(chunk, %error, "a window is not mapped ahead");
+                }
             }
             let returns = std::mem::take(&mut self.chores().returns);
             for chunk in returns {

@@ -22,7 +22,7 @@ use terrace_proto::LANE_VERSION;
 use terrace_proto::v1::lane_request::Op;
 use terrace_proto::v1::lane_response::Result as Answer;
 use terrace_proto::v1::session_response::Notice;
-use terrace_proto::v1::{GrantOutcome, LaneHello, LaneRequest, LeaseKind, SessionOpened};
+use terrace_proto::v1::{Durability, GrantOutcome, LaneHello, LaneRequest, LeaseKind, SessionOpened};
 
 use crate::chunks::{Chunks, WriterToken};
 use crate::error::ClientError;
@@ -50,6 +50,8 @@ const YIELD_AGAIN_AFTER: Duration = Duration::from_millis(100);
 // An answer is looked for so long before its caller sleeps, or after another has arrived: what needs no device is answered
 // in less. Where so many in a row were not, the next hundreds are not looked for.
 const WATCHED_FOR_MAX: Duration = Duration::from_micros(50);
+// The daemon has some hundreds of blocks to see to, and who sleeps is woken on its processor.
+const WRITE_WATCHED_FOR_MAX: Duration = Duration::from_millis(1);
 const YIELDED_FOR_MAX: Duration = Duration::from_micros(5);
 const WATCHED_IN_VAIN_MAX: u32 = 8;
 const WATCHED_AGAIN_AFTER: u32 = 1024;
@@ -118,9 +120,13 @@ enum Company {
 }
 
 impl Question<'_> {
-    /// Whether it is one of those that are answered from what is in memory.
-    fn is_keyed(&self) -> bool {
-        self.keys.is_some()
+    /// How long it is looked for, if it is one of those that are mostly answered from what is in memory, in a moment.
+    fn is_looked_for(&self, allowed: Duration) -> Option<Duration> {
+        match &self.op {
+            Op::Lease(lease) if lease.kind() == LeaseKind::Write => Some(WRITE_WATCHED_FOR_MAX),
+            Op::Seal(seal) if seal.durability() == Durability::Unspecified => Some(WRITE_WATCHED_FOR_MAX),
+            _ => (self.keys.is_some() && allowed == Duration::ZERO).then_some(WATCHED_FOR_MAX),
+        }
     }
 }
 
@@ -271,7 +277,7 @@ impl LaneLink {
         };
         let id = self.next_id.fetch_add(1, Ordering::Relaxed);
         let (answer, mut answered) = oneshot::channel();
-        let may_wait = allowed > Duration::ZERO || !question.is_keyed();
+        let look = question.is_looked_for(allowed);
         let company = {
             let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
             if !waiting.open {
@@ -284,7 +290,9 @@ impl LaneLink {
             self.waiting.lock().unwrap_or_else(PoisonError::into_inner).callers.remove(&id);
             return Err(error);
         }
-        if !may_wait && let Some(answered) = self.watch(&mut answered).await {
+        if let Some(within) = look
+            && let Some(answered) = self.watch(&mut answered, within).await
+        {
             return answered;
         }
         let within = self.answer_within.saturating_add(allowed);
@@ -299,6 +307,7 @@ impl LaneLink {
     async fn watch(
         &self,
         answered: &mut oneshot::Receiver<Result<Delivered, ClientError>>,
+        within: Duration,
     ) -> Option<Result<Delivered, ClientError>> {
         let vain = self.watched_in_vain.load(Ordering::Relaxed);
         if vain >= WATCHED_IN_VAIN_MAX {
@@ -308,7 +317,7 @@ impl LaneLink {
         }
         let _watch = Watch::begin(&self.watching)?;
         let mut arrivals = self.arrivals.load(Ordering::Relaxed);
-        let (mut until, mut others_ran) = (Instant::now() + WATCHED_FOR_MAX, false);
+        let (mut until, mut others_ran) = (Instant::now() + within, false);
         loop {
             match answered.try_recv() {
                 Ok(answered) => {
@@ -321,7 +330,7 @@ impl LaneLink {
             let (now, arrived) = (Instant::now(), self.arrivals.load(Ordering::Relaxed));
             if arrived != arrivals {
                 // Those of others, before this one's turn.
-                (until, arrivals) = (now + WATCHED_FOR_MAX, arrived);
+                (until, arrivals) = (now + within, arrived);
             } else if others_ran {
                 self.watched_in_vain.store(WATCHED_IN_VAIN_MAX, Ordering::Relaxed);
                 return None;
@@ -332,8 +341,13 @@ impl LaneLink {
             std::thread::yield_now();
             // If that was not the daemon, who had this processor wants it again, and who yields to him waits for a
             // hundred times what it takes to be woken.
-            others_ran = now.elapsed() >= YIELDED_FOR_MAX;
+            let looked = Instant::now();
+            others_ran = looked.duration_since(now) >= YIELDED_FOR_MAX;
             tokio::task::yield_now().await;
+            if looked.elapsed() >= WATCHED_FOR_MAX {
+                // The caller had something to do meanwhile, and looks for his answer from now on.
+                (until, others_ran) = (Instant::now() + within, false);
+            }
         }
     }
 
@@ -533,6 +547,7 @@ fn take_notice(notice: Notice, keeper: &Keeper, chunks: &Chunks) {
                 keeper.return_window(recalled.chunk);
             }
         }
+        Notice::Window(opened) => keeper.map(opened.chunk),
         Notice::Dropped(dropped) => keeper.unmap(dropped.chunk),
         Notice::Rejected(rejected) => {
             tracing::error!(

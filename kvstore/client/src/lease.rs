@@ -216,6 +216,7 @@ struct Answered {
 async fn ask(session: &Arc<LaneSession>, wanted: Wanted<'_>) -> Result<Answered, ClientError> {
     let ttl_ms = wanted.ttl.map_or(0, millis);
     let asked = wanted.keys.len();
+    let fills = wanted.kind == LeaseKind::Write && wanted.device.is_none();
     let request = LeaseRequest {
         request_id: session.keeper.request_id(),
         space: wanted.space.handle,
@@ -229,6 +230,7 @@ async fn ask(session: &Arc<LaneSession>, wanted: Wanted<'_>) -> Result<Answered,
         want_device: wanted.device.unwrap_or(0),
         packed: true,
         block_ids: Bytes::new(),
+        processor: if fills { terrace_lane::processor().map_or(0, |number| number + 1) } else { 0 },
     };
     let delivered = session.link.call_keyed(Op::Lease(request), wanted.keys, &session.keeper).await?;
     let Answer::Lease(granted) = delivered.answer else {

@@ -124,6 +124,9 @@ impl Session {
             drain();
             sealing.push_back((filled, Asked::begin(seal(lease, sums, put.durability)).await));
             let Some(mut asked) = next.take() else { break };
+            // Once for the socket to be looked at, and once for whoever reads it.
+            tokio::task::yield_now().await;
+            tokio::task::yield_now().await;
             // What these pin may be what the next one waits for.
             while sealing.len() > SEALING_MAX || !asked.is_answered().await {
                 let Some((filled, sealed)) = sealing.pop_front() else { break };

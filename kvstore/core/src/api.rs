@@ -769,6 +769,8 @@ pub enum Notice {
     LeaseRevoked { lease: LeaseId, reason: &'static str },
     /// Hand this window back.
     WindowRecalled { chunk: ChunkId },
+    /// This window is the session's next one. Nothing is granted in it yet: the time to map it.
+    WindowOpened { chunk: ChunkId },
     /// A block that this session sealed failed its first verification.
     SealRejected { space: SpaceId, block: BlockId },
     /// Unmap this chunk. Said by the shell, which knows who has mapped it.

@@ -161,6 +161,15 @@ impl Core {
         }
         assert_eq!((creating, dropping), (held.creations, held.drops), "chunks come and go by operations");
         assert_eq!(closing, held.closings, "windows are closed by operations");
+        for &id in &self.ahead.windows {
+            let chunk = self.chunks.at(id);
+            let kind = matches!(
+                chunk.kind,
+                ChunkKind::Window { recalled: false, .. } | ChunkKind::Creating { owner: Some(_) }
+            );
+            assert!(kind, "{id} is a window");
+            assert_eq!(chunk.counts.free, chunk.frames.len() as u64, "nothing was granted in {id} yet");
+        }
         for (index, space) in self.spaces.iter() {
             for memory in self.memories() {
                 let pool = space.pool(memory);

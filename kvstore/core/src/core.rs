@@ -28,6 +28,7 @@ use crate::units::{Micros, Now};
 use crate::urgency::Wanted;
 use crate::view::Counters;
 use crate::waiting::Wait;
+use crate::windows::Ahead;
 
 /// After a failure that may pass (no memory, no space, catalog), the next try.
 pub(crate) const RETRY_AFTER: Micros = Micros::from_millis(1000);
@@ -256,6 +257,7 @@ pub struct Core {
     pub(crate) writes_running: u32,
     pub(crate) verifies_running: u32,
     pub(crate) copies_running: u32,
+    pub(crate) ahead: Ahead,
     /// Chunks that are being emptied, and whether something changed for them.
     pub(crate) emptying: BTreeSet<ChunkId>,
     pub(crate) emptying_due: bool,
@@ -287,14 +289,13 @@ impl Core {
         let memory_limit = config.pinned_bytes.get();
         let slots: u64 = config.device_slots.iter().map(|&slots| u64::from(slots)).sum();
         let curves = CurveBooks::new(memory_limit, slots * config.chunk_bytes.get());
-        let admit = admit_of(config.admission);
         Self {
+            admit: admit_of(config.admission),
             config,
             now: Now::default(),
             tick: Tick::default(),
             duels: Duels::new(gpus.len()),
             curves,
-            admit,
             effects: VecDeque::new(),
             fences: Vec::new(),
             events: Vec::new(),
@@ -336,6 +337,7 @@ impl Core {
             writes_running: 0,
             verifies_running: 0,
             copies_running: 0,
+            ahead: Ahead::default(),
             emptying: BTreeSet::new(),
             emptying_due: false,
             memory_changed: false,
@@ -477,9 +479,12 @@ impl Core {
             self.pump_emptying();
             self.pump_writes();
             self.pump_commit();
+            self.ahead.due |= memory;
+            self.pump_ahead();
             self.pump_reserve();
             self.pump_frames();
             self.pump_scrub();
+            self.pump_lessons();
             if !self.memory_changed && !self.disk_changed {
                 break;
             }

@@ -3,6 +3,8 @@
 //! A space has one set of lists a tier, for frames cannot serve another space.
 //! What was learned, and which order leads, is shared by all spaces of a tier.
 
+use std::collections::VecDeque;
+
 use crate::api::{Policy, Residence};
 use crate::core::Core;
 use crate::cost::ComputeCost;
@@ -32,6 +34,8 @@ const SWEEP_PAUSE: Micros = Micros::from_millis(10);
 const RESIZE_EVERY: u32 = 1024;
 /// A tier is small, and more than one past for each of its blocks is remembered, until those would be so many.
 const PASTS_SMALL: u32 = 1 << 16;
+/// Requests that write, of which nothing is learned yet.
+const LESSONS_MAX: usize = 64;
 /// A block's worth never falls to nothing: of blocks that cost nothing the older goes first.
 pub(crate) const WORTH_MIN: f64 = 1e-15;
 
@@ -58,6 +62,17 @@ pub(crate) struct Evictable {
     pub(crate) s3: S3Fifo,
 }
 
+/// What is to be learned from a request.
+#[derive(Debug)]
+pub(crate) struct Lesson {
+    /// Those of its blocks that are in a sample, and their depths.
+    watched: Vec<(u64, u32)>,
+    blocks: usize,
+    first_depth: u32,
+    space: SpaceIndex,
+    memory: Memory,
+}
+
 /// One duel a tier.
 #[derive(Debug)]
 pub(crate) struct Duels {
@@ -65,6 +80,8 @@ pub(crate) struct Duels {
     pub(crate) nvme: Duel,
     /// One a device.
     pub(crate) hbm: Vec<Duel>,
+    /// What the requests of a burst teach.
+    lessons: VecDeque<Lesson>,
     sized: (u32, u32),
 }
 
@@ -72,7 +89,12 @@ impl Duels {
     pub(crate) fn new(gpus: usize) -> Self {
         let none = BlockCount::new(1);
         let hbm = vec![Duel::new(none); gpus];
-        Self { pinned: Duel::new(none), nvme: Duel::new(none), hbm, sized: (1, 1) }
+        Self { pinned: Duel::new(none), nvme: Duel::new(none), hbm, lessons: VecDeque::new(), sized: (1, 1) }
+    }
+
+    /// Whether something is yet to be learned.
+    pub(crate) fn are_behind(&self) -> bool {
+        !self.lessons.is_empty()
     }
 
     fn of(&self, tier: Tier) -> &Duel {
@@ -294,14 +316,38 @@ impl Core {
         let at = tick.next();
         open.asked = Some(Asked { first: blocks.first().copied(), at, space, added });
         self.tick = at;
-        self.learn(blocks, depth, space, memory);
+        if self.duels.lessons.len() >= LESSONS_MAX
+            && let Some(oldest) = self.duels.lessons.pop_front()
+        {
+            self.learn_from(&oldest);
+        }
+        let lesson = self.lesson(blocks, depth, space, memory);
+        self.duels.lessons.push_back(lesson);
     }
 
-    /// Tells the curves and the shadows what was asked for. Each of them looks at a sample of the blocks only.
+    /// Tells the curves and the shadows what was asked for.
     fn learn(&mut self, blocks: &[BlockId], first_depth: u32, space: SpaceIndex, memory: Memory) {
-        let held = self.spaces.at(space);
-        let (tenant, size, tokens) = (held.tenant, held.frame_bytes.get(), held.block_tokens.get());
-        let cost = held.compute.cost();
+        self.catch_up();
+        let lesson = self.lesson(blocks, first_depth, space, memory);
+        self.learn_from(&lesson);
+    }
+
+    /// What was written in a burst is learned when it is over: it costs as much as all else that is done for a block.
+    pub(crate) fn pump_lessons(&mut self) {
+        if !self.burst.is_on(self.now) {
+            self.catch_up();
+        }
+    }
+
+    fn catch_up(&mut self) {
+        while let Some(lesson) = self.duels.lessons.pop_front() {
+            self.learn_from(&lesson);
+        }
+    }
+
+    /// What the curves and the shadows learn from a request. Each of them looks at a sample of the blocks only.
+    fn lesson(&self, blocks: &[BlockId], first_depth: u32, space: SpaceIndex, memory: Memory) -> Lesson {
+        let tenant = self.spaces.at(space).tenant;
         let duels = matches!(self.config.policy, Policy::Duel | Policy::Learned);
         let nvme = self.disks.any_usable();
         let mut shift = self.curves.shift(tenant);
@@ -313,11 +359,21 @@ impl Core {
         if let (true, Memory::Hbm(gpu)) = (duels, memory) {
             shift = shift.min(self.duels.hbm[usize::from(gpu.get())].shift());
         }
-        let watched: Vec<(u64, u32)> = keys.filter(|(key, _)| key.leading_zeros() >= shift).collect();
+        let watched = keys.filter(|(key, _)| key.leading_zeros() >= shift).collect();
+        Lesson { watched, blocks: blocks.len(), first_depth, space, memory }
+    }
+
+    fn learn_from(&mut self, lesson: &Lesson) {
+        let &Lesson { ref watched, blocks, first_depth, space, memory } = lesson;
+        let held = self.spaces.at(space);
+        let (tenant, size, tokens) = (held.tenant, held.frame_bytes.get(), held.block_tokens.get());
+        let cost = held.compute.cost();
+        let duels = matches!(self.config.policy, Policy::Duel | Policy::Learned);
+        let nvme = self.disks.any_usable();
         let lookup =
             |&(key, depth): &(u64, u32)| Lookup { key, size, tokens, seconds: narrow(cost.seconds(depth)) };
-        let asked = asked_of(cost, tokens, first_depth, blocks.len());
-        let count = blocks.len() as u64;
+        let asked = asked_of(cost, tokens, first_depth, blocks);
+        let count = blocks as u64;
         self.curves.request(tenant, asked, count, watched.iter().map(lookup));
         if !duels {
             return;

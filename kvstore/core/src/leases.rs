@@ -43,6 +43,7 @@ impl Core {
             repeats: Repeats::default(),
             asked: None,
             holds_on: false,
+            fills: false,
         });
     }
 
@@ -99,6 +100,7 @@ impl Core {
         for window in windows {
             self.replace_window(window);
         }
+        self.ahead.wrote.retain(|&(session, _)| session != id);
         self.chunks.forget_mapper(id);
         self.unclaim(id);
         self.memory_changed = true;

@@ -1,7 +1,7 @@
 //! Memory of Pinned and Hbm: chunks come, serve a space as pool or window, are
 //! emptied, and go. One chunk belongs to one tenant and one space for life.
 
-use crate::api::{Effect, Fault};
+use crate::api::{Effect, Fault, Notice};
 use crate::core::{Core, Deadline, Op, RETRY_AFTER};
 use crate::evict::Relist;
 use crate::ids::{ChunkId, Fence, FrameRef, GpuId, Memory, OpId, SessionId};
@@ -10,6 +10,7 @@ use crate::residence::Vacate;
 use crate::state::block::{Arriving, BlockIndex, Nvme, WRITE_FAULTS_MAX};
 use crate::state::chunk::{Chunk, ChunkKind, Filler, FrameState};
 use crate::state::count;
+use crate::state::session::WaitId;
 use crate::state::space::SpaceIndex;
 use crate::units::{Micros, Now};
 
@@ -52,10 +53,14 @@ impl Core {
     }
 
     fn may_create(&self, reserve: Reserve) -> bool {
-        let kept = match reserve {
+        self.may_create_leaving(match reserve {
             Reserve::Kept => self.config.chunks_ready_min,
             Reserve::Used => 0,
-        };
+        })
+    }
+
+    /// Whether there may be one more chunk of Pinned, beside so many that are kept for others.
+    pub(crate) fn may_create_leaving(&self, kept: u32) -> bool {
         self.chunks.may_insert()
             && self.now >= self.create_paused_until
             && self.chunks.pinned_len() < self.chunks_max().saturating_sub(kept)
@@ -76,7 +81,12 @@ impl Core {
         }
     }
 
-    fn create_chunk(&mut self, space: SpaceIndex, owner: Option<SessionId>, memory: Memory) -> ChunkId {
+    pub(crate) fn create_chunk(
+        &mut self,
+        space: SpaceIndex,
+        owner: Option<SessionId>,
+        memory: Memory,
+    ) -> ChunkId {
         let private = owner.is_some_and(|session| self.is_isolated(session));
         let held = self.spaces.at_mut(space);
         let (tenant, frames, frame_bytes) = (held.tenant, held.frames_per_chunk, held.frame_bytes);
@@ -148,8 +158,16 @@ impl Core {
                 chunk.kind = ChunkKind::Window { owner, recalled: false };
                 chunk.touched = self.now;
                 self.at(self.now.after(self.config.window_idle), Deadline::WindowIdle(id));
+                let of_owner =
+                    |wait: &WaitId| self.waits.get(wait).is_some_and(|wait| wait.asker.session == owner);
+                // Whoever waits for it maps it when he has his answer.
+                if memory == Memory::Pinned && !self.writers.iter().any(of_owner) {
+                    let notice = Notice::WindowOpened { chunk: id };
+                    self.effects.push_back(Effect::Notify { session: owner, notice });
+                }
             }
             Some(_) => {
+                self.ahead.windows.remove(&id);
                 self.chunks.at_mut(id).kind = ChunkKind::Replacing;
                 self.emptying.insert(id);
             }
@@ -177,6 +195,7 @@ impl Core {
 
     fn forget_chunk(&mut self, id: ChunkId) {
         let chunk = self.chunks.remove(id);
+        self.ahead.windows.remove(&id);
         assert!(chunk.is_empty(), "a chunk goes when nothing is left in it");
         self.spaces.at_mut(chunk.space).pool_mut(chunk.memory).chunks -= 1;
         if let Memory::Hbm(gpu) = chunk.memory {
@@ -335,6 +354,7 @@ impl Core {
             return Allocated::Wait;
         }
         if self.lease_allowance(tenant, session) < self.config.chunk_bytes.get() {
+            self.recall_ahead(Some(tenant), Micros::default());
             return Allocated::Never;
         }
         if self.may_create_in(memory, Reserve::Used) {
@@ -349,6 +369,9 @@ impl Core {
         let chunk = self.chunks.at_mut(id);
         if !matches!(chunk.kind, ChunkKind::Window { recalled: false, .. }) {
             return None;
+        }
+        if chunk.free.len() == chunk.frames.len() {
+            self.ahead.windows.remove(&id);
         }
         chunk.take_free().map(|index| FrameRef { chunk: id, index })
     }
@@ -370,7 +393,12 @@ impl Core {
             ChunkKind::Pool => false,
         });
         let coming = coming || self.late_drops(memory) >= LATE_DROPS_MAX;
-        if coming || paused || self.retire_chunk(memory) { Allocated::Wait } else { Allocated::Never }
+        let freed = coming || paused || self.retire_chunk(memory);
+        if freed || memory == Memory::Pinned && self.recall_ahead(None, Micros::default()) {
+            Allocated::Wait
+        } else {
+            Allocated::Never
+        }
     }
 
     /// Sessions that may keep the memory of a chunk after it is gone: a process that stands still does.

@@ -162,7 +162,10 @@ impl Core {
     /// Whether something waits for the end of a burst only.
     pub(crate) fn is_held_back(&self) -> bool {
         let copies = !self.ready.is_empty() || self.stalled.values().any(|stalled| stalled.asks_again(false));
-        copies && self.is_persisting() || self.wants_reserve().is_some()
+        copies && self.is_persisting()
+            || self.wants_reserve().is_some()
+            || self.ahead.due
+            || self.duels.are_behind()
     }
 
     /// A space whose first block asks for a frame once more. They take turns.

@@ -49,6 +49,7 @@ impl Core {
     /// A window is its session's no more. Its tenant stays charged until the memory is back.
     pub(crate) fn window_left(&mut self, owner: SessionId, window: ChunkId) {
         let bytes = self.config.chunk_bytes.get();
+        self.ahead.windows.remove(&window);
         if let Some(open) = self.sessions.get_mut(&owner)
             && open.windows.remove(&window)
         {

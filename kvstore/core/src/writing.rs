@@ -49,6 +49,8 @@ struct Writing {
     allowance: u64,
     /// Bytes of `items` that its tenant is not charged for yet.
     owed: u64,
+    /// A limit was in the way of a block.
+    short: bool,
 }
 
 /// Whose blocks are being sealed.
@@ -93,7 +95,7 @@ impl Core {
         self.writes(asker.session, &blocks, parent, space, memory);
         let can_wait = self.may_wait(asker.session).is_ok();
         let patience = self.now.after(self.config.limits.lease_ttl_default);
-        let grants = Vec::with_capacity(blocks.len());
+        let (grants, asked) = (Vec::with_capacity(blocks.len()), count(blocks.len()));
         let wait = self.wait(asker, Some(patience), WaitKind::Write { lease, grants, blocks, parent });
         self.advance_write(wait);
         if self.waits.contains_key(&wait) {
@@ -102,6 +104,9 @@ impl Core {
             } else {
                 self.answer_due(wait);
             }
+        }
+        if memory == Memory::Pinned {
+            self.wrote(asker.session, space, asked);
         }
         None
     }
@@ -178,6 +183,9 @@ impl Core {
             }
         }
         self.charge(writing.tenant, writing.session, writing.owed);
+        if writing.short {
+            self.recall_ahead(Some(writing.tenant), Micros::default());
+        }
         writing.frames.into_iter().for_each(|frame| self.free_frame(frame));
         if let Some(lease) = self.leases.get_mut(&lease) {
             lease.items = writing.items;
@@ -205,6 +213,7 @@ impl Core {
             tenant,
             allowance: self.lease_allowance(tenant, session),
             owed: 0,
+            short: false,
         })
     }
 
@@ -234,6 +243,7 @@ impl Core {
         }
         // Room for the block and, perhaps, for its parent.
         if self.blocks.len() + 2 > self.config.limits.blocks || writing.allowance < writing.frame_bytes {
+            writing.short = true;
             return throttled;
         }
         let wanted = writing.items.len() - position;

@@ -22,7 +22,9 @@ use tokio::sync::{Semaphore, mpsc, watch};
 use tonic::Code;
 
 use terrace_core::{ClientId, MapAccess, Notice};
-use terrace_lane::{LaneConnection, LaneError, LaneReader, LaneServer, LaneWriter, ProcessEnd, Received};
+use terrace_lane::{
+    LaneConnection, LaneError, LaneReader, LaneServer, LaneWriter, ProcessEnd, Received, leave_processor,
+};
 use terrace_proto::v1::{self, LaneRequest, LaneResponse, lane_request::Op, lane_response};
 use terrace_proto::{LANE_VERSION, MESSAGE_BYTES_MAX};
 
@@ -48,6 +50,8 @@ const UNSENT_FOR_MAX: Duration = Duration::from_micros(16);
 /// A client that asked so soon after its last answer is expected to do so again, and for so long its socket is looked at
 /// in place of going to sleep: to be woken takes longer.
 const BRISK_WITHIN: Duration = Duration::from_micros(30);
+/// A client that fills what it leased at once asks again, or seals, within this time: so long 32 MiB take.
+const FILLED_WITHIN: Duration = Duration::from_millis(5);
 /// Who yields the processor, and has it back only after so long, gave it to somebody who wanted it.
 const YIELDED_FOR_MAX: Duration = Duration::from_micros(5);
 /// Somebody who keeps it for so long wants it for himself.
@@ -197,7 +201,9 @@ async fn converse(
     let reader = reader.reading();
     let (answers, answered_at) = (FuturesUnordered::new(), Instant::now());
     let (is_brisk, crowded_until) = (false, answered_at);
-    let mut talk = Talk { service, session, reader, writer, answers, answered_at, is_brisk, crowded_until };
+    let filling = Filling { leases: 0, leased_at: answered_at, at_once: false, processor: None };
+    let mut talk =
+        Talk { service, session, reader, writer, answers, answered_at, is_brisk, crowded_until, filling };
     let ended = tokio::select! {
         () = stopped(&mut stop) => Ok(()),
         () = process_end(process.as_ref()) => Ok(()),
@@ -280,6 +286,46 @@ struct Talk {
     is_brisk: bool,
     /// Others want this processor: until then nobody is expected in place of going to sleep.
     crowded_until: Instant,
+    filling: Filling,
+}
+
+/// What the client fills at the moment. Who leases a run of blocks, fills them at once and leases the next meanwhile is
+/// waited for awake, on another processor than he works on.
+#[derive(Debug)]
+struct Filling {
+    /// Leases for writing that were not sealed in yet.
+    leases: u32,
+    leased_at: Instant,
+    /// The last one was sealed in soon.
+    at_once: bool,
+    /// Where the client was when he asked.
+    processor: Option<u32>,
+}
+
+impl Filling {
+    fn asked(&mut self, op: Option<&Op>, now: Instant) {
+        match op {
+            Some(Op::Lease(lease)) if lease.kind() == v1::LeaseKind::Write => {
+                self.leases = self.leases.saturating_add(1);
+                self.leased_at = now;
+                self.processor = lease.processor.checked_sub(1);
+            }
+            Some(Op::Seal(_)) => {
+                self.leases = self.leases.saturating_sub(1);
+                self.at_once = now.duration_since(self.leased_at) < FILLED_WITHIN;
+            }
+            _ => {}
+        }
+    }
+
+    /// Nobody came.
+    fn over(&mut self) {
+        (self.leases, self.at_once) = (0, false);
+    }
+
+    fn is_on(&self) -> bool {
+        self.at_once && self.leases > 0 && self.processor.is_some()
+    }
 }
 
 impl Talk {
@@ -289,6 +335,7 @@ impl Talk {
         loop {
             let writable = self.writer.writable();
             let unsent = self.writer.queued_bytes();
+            let (awake, patience) = self.expected();
             let may_read = self.answers.len() < in_flight_max && unsent < UNSENT_BYTES_MAX;
             tokio::select! {
                 ready = writable.ready(), if unsent > 0 => ready?,
@@ -311,8 +358,11 @@ impl Talk {
                     }
                     continue;
                 }
-                crowded = awake_until(self.answered_at + BRISK_WITHIN), if self.is_brisk => {
+                crowded = awake_until(awake, patience), if awake > self.answered_at => {
                     self.is_brisk = false;
+                    if self.filling.is_on() {
+                        self.filling.over();
+                    }
                     self.crowded_until = crowded.map_or(self.crowded_until, |now| now + CROWDED_FOR);
                     continue;
                 }
@@ -329,6 +379,15 @@ impl Talk {
                 tokio::task::yield_now().await;
             }
         }
+    }
+
+    /// Until when the next question is waited for awake, and how long others may have the processor meanwhile.
+    fn expected(&self) -> (Instant, Duration) {
+        if self.filling.is_on() && self.answered_at >= self.crowded_until {
+            return (self.answered_at + FILLED_WITHIN, GIVEN_AWAY_MAX);
+        }
+        let expected = if self.is_brisk { BRISK_WITHIN } else { Duration::ZERO };
+        (self.answered_at + expected, YIELDED_FOR_MAX)
     }
 
     /// Threads that serve others have this processor before the kernel takes it away; not where they keep it.
@@ -364,8 +423,16 @@ impl Talk {
             begun += 1;
         }
         self.writer.try_flush()?;
+        self.work_beside();
         self.answered_at = Instant::now();
         Ok(begun)
+    }
+
+    /// The client has his answer, and something to do.
+    fn work_beside(&self) {
+        if let Some(number) = self.filling.processor.filter(|_| self.filling.is_on()) {
+            leave_processor(number);
+        }
     }
 
     fn queue(&mut self, answer: &Response, descriptors: Vec<OwnedFd>) -> Result<(), LaneError> {
@@ -386,6 +453,7 @@ impl Talk {
     /// Begins to answer. What needs no wait is answered here and now.
     fn begin(&mut self, asked: Asked) -> Result<(), LaneError> {
         let (service, session) = (self.service.clone(), self.session.clone());
+        self.filling.asked(asked.request.op.as_ref(), Instant::now());
         let mut answer: Answer = Box::pin(async move {
             let id = asked.request.id;
             let answered = match check_id(id) {
@@ -411,7 +479,7 @@ impl Talk {
 /// Keeps this thread from going to sleep until then. Other connections have it meanwhile, and other threads this processor.
 /// Answers when it ended if one of those had it and no request came of that: it was not the client, will want it again,
 /// and who yields to it waits for a hundred times what it takes to be woken.
-async fn awake_until(then: Instant) -> Option<Instant> {
+async fn awake_until(then: Instant, patience: Duration) -> Option<Instant> {
     loop {
         tokio::task::yield_now().await;
         let began = Instant::now();
@@ -420,7 +488,7 @@ async fn awake_until(then: Instant) -> Option<Instant> {
         }
         std::thread::yield_now();
         let ended = Instant::now();
-        if ended.duration_since(began) >= YIELDED_FOR_MAX {
+        if ended.duration_since(began) >= patience {
             // Once for the socket to be looked at, and once for whoever reads it.
             tokio::task::yield_now().await;
             tokio::task::yield_now().await;

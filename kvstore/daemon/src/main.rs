@@ -61,6 +61,7 @@ fn main() -> ExitCode {
 
 fn start() -> anyhow::Result<()> {
     let arguments = Arguments::parse();
+    terrace_lane::keep_freed_memory();
     if let Some(Command::Config { action: ConfigAction::Check { config } }) = arguments.command {
         let config = Config::read(&config)?;
         writeln!(std::io::stdout(), "{}\nok", config.summary())?;

@@ -226,6 +226,11 @@ impl Mapping {
         Ok(())
     }
 
+    /// Maps all pages, as [`Self::map_ahead`] does.
+    pub fn populate(&self) {
+        self.map_ahead(self.data.start.as_ptr(), self.data.length);
+    }
+
     /// Maps the pages between two addresses, where each sixteen of them would cost a fault of their own: a MiB takes 82
     /// us so, which took 238. They are there already. Populated as if for reading, they can be written where the mapping
     /// allows it, for the kernel watches no writes to this memory. Pages that are mapped take half as long again, so

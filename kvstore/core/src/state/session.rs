@@ -35,6 +35,8 @@ pub(crate) struct Session {
     pub(crate) asked: Option<Asked>,
     /// The memory of a chunk that it had mapped did not come back in time, the last time that one was dropped.
     pub(crate) holds_on: bool,
+    /// It has filled a window, and so will fill the next one.
+    pub(crate) fills: bool,
 }
 
 /// A request for a prefix.

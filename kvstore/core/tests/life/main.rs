@@ -1,6 +1,7 @@
 //! The life of a block through the public surface, one step at a time: each
 //! transition, and each bad input that the core decides.
 
+mod ahead;
 mod bursts;
 mod curves;
 mod demotion;

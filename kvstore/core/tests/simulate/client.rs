@@ -477,6 +477,7 @@ impl World {
                     self.ghosts.push((write.frame, session, steps + 60));
                 }
             }
+            Notice::WindowOpened { .. } => self.seen.ahead += 1,
             Notice::WindowRecalled { .. } | Notice::ChunkDropped { .. } => {}
             Notice::SealRejected { .. } => self.seen.rejected += 1,
         }

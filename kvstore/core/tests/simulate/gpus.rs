@@ -44,7 +44,7 @@ impl World {
     pub(crate) fn assert_limited(&self, memory: Memory) {
         let chunks = self.chunks.values().filter(|chunk| chunk.memory == memory).count() as u64;
         let most = match memory {
-            Memory::Pinned => 7,
+            Memory::Pinned => 8,
             Memory::Hbm(gpu) => {
                 assert!(!self.lost.contains(&gpu), "a lost device gets no chunk");
                 configs(CHUNK_BYTES)[usize::from(gpu.get())].bytes.get() / CHUNK_BYTES

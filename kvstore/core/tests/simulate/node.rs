@@ -19,7 +19,7 @@ pub(crate) const GARBAGE: u64 = 0xdead;
 pub(crate) fn config(incarnation: u32) -> Config {
     Config {
         incarnation,
-        pinned_bytes: ByteCount::new(7 * CHUNK_BYTES),
+        pinned_bytes: ByteCount::new(8 * CHUNK_BYTES),
         chunk_bytes: ByteCount::new(CHUNK_BYTES),
         device_slots: vec![SLOTS; usize::from(DEVICES)],
         hbm: crate::gpus::configs(CHUNK_BYTES),

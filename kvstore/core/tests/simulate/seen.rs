@@ -18,6 +18,7 @@ pub(crate) struct Seen {
     pub(crate) retired: u64,
     pub(crate) replaced: u64,
     pub(crate) adopted: u64,
+    pub(crate) ahead: u64,
     pub(crate) kept: u64,
     pub(crate) intakes: u64,
     pub(crate) copies: u64,
@@ -45,7 +46,7 @@ pub(crate) struct Seen {
 }
 
 impl Seen {
-    fn fields(&self) -> [u64; 37] {
+    fn fields(&self) -> [u64; 38] {
         [
             self.reads,
             self.moved,
@@ -60,6 +61,7 @@ impl Seen {
             self.retired,
             self.replaced,
             self.adopted,
+            self.ahead,
             self.kept,
             self.intakes,
             self.copies,
@@ -101,6 +103,7 @@ impl Seen {
         self.retired += other.retired;
         self.replaced += other.replaced;
         self.adopted += other.adopted;
+        self.ahead += other.ahead;
         self.kept += other.kept;
         self.intakes += other.intakes;
         self.copies += other.copies;

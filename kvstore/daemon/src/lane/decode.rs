@@ -114,6 +114,7 @@ fn lease(mut rest: Rest<'_>) -> Option<(Op, Vec<Range<u32>>)> {
             0x48 => request.purpose = rest.choice()?,
             0x50 => request.want_device = rest.small()?,
             0x58 => request.packed = rest.number()? != 0,
+            0x68 => request.processor = rest.small()?,
             _ => return None,
         }
     }
@@ -209,6 +210,7 @@ mod tests {
             purpose: 1,
             want_device: 5,
             packed: true,
+            processor: 3,
             ..Default::default()
         };
         let exists = v1::ExistsRequest {

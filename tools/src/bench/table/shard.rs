@@ -261,6 +261,7 @@ impl Shard {
                     op: Request::ReturnWindow { chunk },
                 });
             }
+            Effect::Notify { notice: Notice::WindowOpened { .. }, .. } => {}
             Effect::Notify { notice, .. } => bail!("the core says {notice:?}"),
             Effect::EndSession { .. } | Effect::SetFences { .. } | Effect::Publish { .. } => {}
             Effect::Read { .. }
