@@ -250,7 +250,11 @@ fn count(registry: &Registry, name: &str, help: &str, value: u64) -> Result<(), 
 pub(crate) fn counted(counters: &Counters) -> [(&'static str, &'static str, u64); 39] {
     let c = counters;
     [
-        ("terrace_hits_total", "Blocks of read leases granted at once, and blocks that clients found by themselves.", c.hits),
+        (
+            "terrace_hits_total",
+            "Blocks of read leases granted at once, and blocks that clients found by themselves.",
+            c.hits,
+        ),
         ("terrace_hits_nvme_total", "Blocks of read leases that had to be fetched.", c.hits_nvme),
         ("terrace_misses_total", "Blocks of read leases that no tier had.", c.misses),
         ("terrace_admissions_refused_total", "Blocks not worth a write to Nvme.", c.admissions_refused),
