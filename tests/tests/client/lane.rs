@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use terrace_client::{
-    ClientError, Durability, MatchMode, Outcome, ReadOptions, SealOutcome, Session, Stale, Transport,
+    ClientError, Durability, MatchMode, Outcome, ReadOptions, SealOutcome, Session, Space, Stale, Transport,
     WriteOptions,
 };
 
@@ -299,4 +299,33 @@ async fn tenants_are_apart() {
     assert_eq!(red.read(&reds, &keys(0, 1)).await.unwrap(), [None]);
     let error = Session::connect(&target("blue", "r-secret")).await.unwrap_err();
     assert!(matches!(error, ClientError::Refused { .. }), "no falling back on a refusal: {error}");
+}
+
+// A session that pauses has its next window, which must be his to write into, be in nobody's way, and go with him.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_next_window_is_open_before_it_is_needed() {
+    // 16 chunks of some 140 blocks each.
+    let daemon = Daemon::start("");
+    let windows = async || daemon.pinned().await.windows;
+    let write = async |session: &Session, space: &Space, first, count| {
+        session.write(space, &keys(first, count), None, &payloads(first, count), Durability::Readable).await
+    };
+    let (session, space) = daemon.open().await;
+    write(&session, &space, 0, 120).await.unwrap();
+    until("the next window is open", async || windows().await == 2).await;
+    // Into both of them.
+    write(&session, &space, 120, 120).await.unwrap();
+    let found = session.read(&space, &keys(0, 240)).await.unwrap();
+    assert_eq!(found, payloads(0, 240).into_iter().map(Some).collect::<Vec<_>>());
+
+    // All memory, twice over: what is ahead of the first session makes room.
+    let other = daemon.session().await;
+    let there = other.open_space(&manifest("client", BLOCK_BYTES)).await.unwrap();
+    for part in 0..10 {
+        let outcomes = write(&other, &there, 1000 + 450 * part, 450).await.unwrap();
+        assert!(outcomes.iter().all(|outcome| *outcome == SealOutcome::Sealed), "{part}: {outcomes:?}");
+    }
+    drop((session, other));
+    until("windows go with their sessions", async || windows().await == 0).await;
+    daemon.wait_quiet().await;
 }
