@@ -129,6 +129,70 @@ async fn a_hanging_device_is_a_miss_and_comes_back() {
     daemon.stop().await;
 }
 
+/// Both superblocks of one of two devices are overwritten. The daemon could refuse to start, so that the good device
+/// serves nobody, or take the bad one for a new one: it must start without it, say so, and touch nothing of it. When
+/// its bytes are right again, all of its blocks are there, even if the catalog was lost meanwhile.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_overwritten_device_keeps_no_other_from_serving() {
+    const START: usize = 1 << 20;
+    let folder = folder();
+    let daemon = start(folder.path(), Hooks::default()).await;
+    {
+        let session = session(folder.path()).await;
+        let space = session.open_space(&manifest(0)).await.unwrap();
+        for part in keys(BLOCKS).chunks(8) {
+            let written =
+                session.write(&space, part, None, &payloads(part, 0), Durability::Durable).await.unwrap();
+            assert!(written.iter().all(|outcome| *outcome == SealOutcome::Sealed), "{written:?}");
+        }
+    }
+    daemon.stop().await;
+    let path = folder.path().join("nvme1.dat");
+    let good = std::fs::read(&path).unwrap();
+    let overwrite = |bytes: &[u8]| {
+        let file = std::fs::File::options().write(true).open(&path).unwrap();
+        std::os::unix::fs::FileExt::write_all_at(&file, bytes, 0).unwrap();
+    };
+    overwrite(&[0x55; START]);
+    let bad = std::fs::read(&path).unwrap();
+    for lost_catalog in [false, true] {
+        if lost_catalog {
+            std::fs::remove_dir_all(folder.path().join("data/catalog")).unwrap();
+        }
+        let daemon = start(folder.path(), Hooks::default()).await;
+        let until = Instant::now() + PATIENCE;
+        while info(&daemon).await.scan_done < 1.0 {
+            assert!(Instant::now() < until, "the scan does not end");
+        }
+        let session = session(folder.path()).await;
+        let count = read(&session).await.into_iter().filter(|there| *there).count();
+        assert!(count > 0 && count < BLOCKS as usize, "{count} blocks are there: those of the other device");
+        let said = info(&daemon).await;
+        let tier = said.tiers.iter().find(|tier| tier.device.ends_with("nvme1.dat")).unwrap();
+        assert!(!tier.on && tier.note.contains("no Terrace device"), "{tier:?}");
+        assert!(said.notes.iter().any(|note| note.contains("without a device")), "{:?}", said.notes);
+        let space = session.open_space(&manifest(0)).await.unwrap();
+        let more = keys(BLOCKS + 1 + u32::from(lost_catalog)).pop().unwrap();
+        let bytes = payloads(std::slice::from_ref(&more), 0);
+        let written = session.write(&space, &[more], None, &bytes, Durability::Durable).await.unwrap();
+        assert_eq!(written, [SealOutcome::Sealed], "the other device takes blocks");
+        assert!(session.clear(&space).await.is_err(), "the device would bring the blocks back");
+        daemon.engine().view(terrace_core::Core::check);
+        drop(session);
+        daemon.stop().await;
+        assert!(std::fs::read(&path).unwrap() == bad, "the device was touched");
+    }
+    overwrite(&good[..START]);
+    let daemon = start(folder.path(), Hooks::default()).await;
+    let session = session(folder.path()).await;
+    let until = Instant::now() + PATIENCE;
+    while !read_first(&session, BLOCKS + 2).await.iter().all(|there| *there) {
+        assert!(Instant::now() < until, "the device is not back: {:?}", info(&daemon).await.tiers);
+    }
+    drop(session);
+    daemon.stop().await;
+}
+
 /// One of two devices becomes a hundred times slower and more. Every reader could wait for it from then on: it must be
 /// taken out, its blocks be misses at once, those of the other come as before, and all be there again when it is quick.
 #[tokio::test(flavor = "multi_thread")]

@@ -56,6 +56,8 @@ pub(crate) fn open_catalog(
         Err(error @ (CatalogError::NewerFormat { .. } | CatalogError::NoRoom { .. })) => {
             return Err(error.into());
         }
+        // There would be nothing to rebuild it from, and nothing that says how many lives there were.
+        Err(error) if slots.none_left() => return Err(error.into()),
         Err(error) => {
             let moved_to = catalog::move_aside(&path).map_err(|source| MediaError::File {
                 path: path.clone(),
@@ -79,12 +81,17 @@ pub(crate) fn open_catalog(
         notes.push("the catalog is of an earlier time than the devices: they are scanned".to_owned());
         rebuild = true;
     }
+    if rebuild {
+        // What no scan can look into now is scanned when it is back.
+        slots.ids().filter(|id| slots.is_out(*id)).for_each(|id| batch.delete_meta(&device_key(id)));
+    }
     rebuild &= slots.ids().any(|device| !slots.fresh(device));
     if rebuild {
         batch.put_meta("rebuild", &[1]);
     } else {
         batch.delete_meta("rebuild");
     }
+    let carve_sequence = carves.iter().map(|(_, sequence)| *sequence).max().unwrap_or(0);
     carves.retain(|(carve, _)| carve.slot < slots.slots(carve.device));
     let incarnation = loaded.incarnation.max(slots.incarnation()).saturating_add(1);
     batch.put_meta("incarnation", &incarnation.to_le_bytes());
@@ -96,7 +103,6 @@ pub(crate) fn open_catalog(
         // theirs would be durable in this life and gone in the next.
         record.generation = record.generation.max(slots.lowest(record.tenant, record.space));
     }
-    let carve_sequence = carves.iter().map(|(_, sequence)| *sequence).max().unwrap_or(0);
     let report = OpenReport {
         incarnation,
         spaces,

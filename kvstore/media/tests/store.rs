@@ -379,6 +379,54 @@ fn foreign_devices_are_refused_untouched() {
     assert_eq!(std::fs::metadata(device_path(&folder)).unwrap().len(), 3 << 20);
 }
 
+/// The only device is overwritten. A node that has served from it could keep its memory from serving as well: it
+/// starts, and begins no new life of a catalog that it cannot rebuild.
+#[test]
+fn an_overwritten_only_device_leaves_the_memory() {
+    let folder = folder();
+    drop(Store::open(&folder, Backend::Auto));
+    std::fs::write(device_path(&folder), vec![b'x'; 3 << 20]).unwrap();
+    let store = Store::open(&folder, Backend::Auto);
+    let facts = store.media.facts();
+    assert!(!facts.devices[0].usable && !facts.devices[0].opened, "{facts:?}");
+    assert!(store.report.incarnation > 1 && store.report.carves.is_empty());
+    drop(store);
+    assert!(std::fs::read(device_path(&folder)).unwrap().iter().all(|byte| *byte == b'x'));
+    std::fs::remove_dir_all(folder.path().join("data/catalog")).unwrap();
+    let refused = Store::with(config(&folder, Backend::Auto));
+    assert!(matches!(refused.err().unwrap(), MediaError::NotOurs { .. }), "lives would be counted anew");
+}
+
+/// A device of another node beside a good one: its owner must be able to open it meanwhile, and nothing of it may
+/// change. A newer format is refused, whatever else there is.
+#[test]
+fn a_device_of_another_node_is_left_to_it() {
+    let folder = folder();
+    let path = folder.path().join("other.dat");
+    let mut owner = config(&folder, Backend::Auto);
+    (owner.node, owner.data_dir) = ([8; 16], folder.path().join("owner"));
+    owner.devices[0].path.clone_from(&path);
+    drop(Store::with(owner).unwrap());
+    let before = std::fs::read(&path).unwrap();
+    let both = || {
+        let mut config = config(&folder, Backend::Auto);
+        config.devices.push(DeviceConfig { path: path.clone(), slots: 4 });
+        config
+    };
+    let store = Store::with(both()).unwrap();
+    assert_eq!(
+        store.media.facts().devices.iter().map(|device| device.usable).collect::<Vec<_>>(),
+        [true, false]
+    );
+    assert!(std::fs::File::open(&path).unwrap().try_lock().is_ok(), "its owner cannot open it");
+    drop(store);
+    assert!(std::fs::read(&path).unwrap() == before);
+    let file = std::fs::File::options().write(true).open(&path).unwrap();
+    file.write_all_at(&9u32.to_le_bytes(), 8).unwrap();
+    file.write_all_at(b"TERRSUP1", 0).unwrap();
+    assert!(matches!(Store::with(both()).err().unwrap(), MediaError::NewerFormat { found: 9, .. }));
+}
+
 /// A device that replaced another one must not be asked for the old one's blocks.
 #[test]
 fn a_replaced_device_is_forgotten() {
