@@ -16,13 +16,30 @@ impl Core {
     }
 
     /// Which limit keeps the session from leasing more bytes.
-    pub(crate) fn leased_bytes_limit(&self, session: SessionId) -> Limit {
+    fn leased_bytes_limit(&self, session: SessionId) -> Limit {
         let Some(open) = self.sessions.get(&session) else { return Limit::LeasedBytes };
         let limits = &self.config.limits;
         let of_tenant = self.tenants.get(&open.tenant).map_or(0, |held| held.leased_bytes);
         let left_to_tenant = limits.leased_bytes_per_tenant.get().saturating_sub(of_tenant);
         let left = limits.leased_bytes_per_session.get().saturating_sub(open.leased_bytes);
         if left < left_to_tenant { Limit::LeasedBytesOfSession } else { Limit::LeasedBytes }
+    }
+
+    /// Why a lease got no frame at all.
+    pub(crate) fn no_frame_limit(&self, session: SessionId) -> Limit {
+        let tenant = self.sessions.get(&session).map(|open| open.tenant);
+        let allowance = tenant.map_or(0, |tenant| self.lease_allowance(tenant, session));
+        if self.blocks.len() + 2 > self.config.limits.blocks {
+            return Limit::Blocks;
+        }
+        if allowance < self.config.chunk_bytes.get() {
+            return self.leased_bytes_limit(session);
+        }
+        match (self.create_failed, self.chunks.pinned_len() < self.chunks_max()) {
+            (true, _) => Limit::Memory,
+            (false, false) => Limit::Pool,
+            (false, true) => self.leased_bytes_limit(session),
+        }
     }
 
     pub(crate) fn charge(&mut self, tenant: TenantId, session: SessionId, bytes: u64) {
