@@ -289,14 +289,13 @@ impl Core {
         let memory_limit = config.pinned_bytes.get();
         let slots: u64 = config.device_slots.iter().map(|&slots| u64::from(slots)).sum();
         let curves = CurveBooks::new(memory_limit, slots * config.chunk_bytes.get());
-        let admit = admit_of(config.admission);
         Self {
+            admit: admit_of(config.admission),
             config,
             now: Now::default(),
             tick: Tick::default(),
             duels: Duels::new(gpus.len()),
             curves,
-            admit,
             effects: VecDeque::new(),
             fences: Vec::new(),
             events: Vec::new(),

@@ -3,7 +3,8 @@
 
 use crate::api::Limit;
 use crate::core::Core;
-use crate::ids::{ChunkId, SessionId, TenantId};
+use crate::ids::{ChunkId, Memory, SessionId, TenantId};
+use crate::state::chunk::{Chunk, ChunkKind};
 
 impl Core {
     /// Bytes that the session may yet lease.
@@ -32,13 +33,17 @@ impl Core {
         if self.blocks.len() + 2 > self.config.limits.blocks {
             return Limit::Blocks;
         }
-        if allowance < self.config.chunk_bytes.get() {
-            return self.leased_bytes_limit(session);
-        }
-        match (self.create_failed, self.chunks.pinned_len() < self.chunks_max()) {
-            (true, _) => Limit::Memory,
-            (false, false) => Limit::Pool,
-            (false, true) => self.leased_bytes_limit(session),
+        let is_full = self.chunks.pinned_len() >= self.chunks_max();
+        let is_pool = |chunk: &Chunk| chunk.kind == ChunkKind::Pool;
+        // Then it does not help what a session may lease.
+        let is_windows = is_full && !self.chunks.iter_in(Memory::Pinned).any(|(_, chunk)| is_pool(chunk));
+        let may_lease = allowance >= self.config.chunk_bytes.get();
+        if may_lease && self.create_failed {
+            Limit::Memory
+        } else if is_windows || (may_lease && is_full) {
+            Limit::Pool
+        } else {
+            self.leased_bytes_limit(session)
         }
     }
 
