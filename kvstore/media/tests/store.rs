@@ -413,12 +413,15 @@ fn a_device_of_another_node_is_left_to_it() {
         config.devices.push(DeviceConfig { path: path.clone(), slots: 4 });
         config
     };
-    let store = Store::with(both()).unwrap();
+    let mut store = Store::with(both()).unwrap();
     assert_eq!(
         store.media.facts().devices.iter().map(|device| device.usable).collect::<Vec<_>>(),
         [true, false]
     );
     assert!(std::fs::File::open(&path).unwrap().try_lock().is_ok(), "its owner cannot open it");
+    let cleared =
+        store.run(|op| MediaOp::ClearSpace { op, space: space(), tenant: tenant(), generation: 2 });
+    assert_eq!(cleared, Err(Fault::Device), "the device would bring the blocks back");
     drop(store);
     assert!(std::fs::read(&path).unwrap() == before);
     let file = std::fs::File::options().write(true).open(&path).unwrap();
