@@ -45,37 +45,18 @@ pub(crate) fn open_catalog(
     notes: &mut Vec<String>,
 ) -> Result<OpenedCatalog, MediaError> {
     let path = config.data_dir.join("catalog");
-    let open = || Catalog::open(&path, Arc::clone(&config.hooks.catalog_fails));
-    let attempt = open().and_then(|(catalog, new)| {
-        let loaded = load(&catalog)?;
-        Ok((catalog, new, loaded))
-    });
-    let (catalog, state, loaded) = match attempt {
-        Ok((catalog, true, loaded)) => (catalog, CatalogState::New, loaded),
-        Ok((catalog, false, loaded)) => (catalog, CatalogState::Opened, loaded),
-        Err(error @ (CatalogError::NewerFormat { .. } | CatalogError::NoRoom { .. })) => {
-            return Err(error.into());
-        }
-        // There would be nothing to rebuild it from, and nothing that says how many lives there were.
-        Err(error) if slots.none_left() => return Err(error.into()),
-        Err(error) => {
-            let moved_to = catalog::move_aside(&path).map_err(|source| MediaError::File {
-                path: path.clone(),
-                action: "move the damaged catalog aside",
-                source,
-            })?;
-            tracing::error!(%error, moved_to = %moved_to.display(), "catalog damaged: rebuilding it from the devices");
-            let (catalog, _) = open()?;
-            let loaded = load(&catalog)?;
-            (catalog, CatalogState::Damaged { reason: error.to_string(), moved_to }, loaded)
-        }
-    };
+    let (catalog, state, loaded) = open_or_begin(config, slots, &path)?;
     let mut batch = Batch::default();
     let mut carves = loaded.carves;
     // A new catalog has the mark from its first batch on.
     let mut rebuild = loaded.rebuild;
     for device in slots.ids() {
         rebuild |= replaced_device(&catalog, slots, device, &mut carves, &mut batch, notes)?;
+    }
+    if !catalog.usable() && batch.len() > 0 {
+        // Blocks of a device that is gone would be told of until there is room to forget them.
+        catalog::check_room(&path)?;
+        return Err(catalog.closed().into());
     }
     if state == CatalogState::Opened && slots.incarnation() > loaded.incarnation {
         notes.push("the catalog is of an earlier time than the devices: they are scanned".to_owned());
@@ -96,7 +77,16 @@ pub(crate) fn open_catalog(
     let incarnation = loaded.incarnation.max(slots.incarnation()).saturating_add(1);
     batch.put_meta("incarnation", &incarnation.to_le_bytes());
     batch.delete_meta("clean");
-    catalog.write(batch)?;
+    if catalog.usable() {
+        catalog.write(batch)?;
+    } else {
+        // The superblocks name this life, so a start that comes before there is room scans the devices.
+        catalog.write_later(&batch);
+        notes.push(
+            "the disk of the catalog was full at the start: nothing is persisted until there is room"
+                .to_owned(),
+        );
+    }
     let mut spaces = loaded.spaces;
     for record in &mut spaces {
         // The superblocks know of a clear first, and a crash may come between. Blocks of an older generation than
@@ -113,6 +103,37 @@ pub(crate) fn open_catalog(
         notes: Vec::new(),
     };
     Ok(OpenedCatalog { catalog, report, carve_sequence })
+}
+
+fn open_or_begin(
+    config: &MediaConfig,
+    slots: &Slots,
+    path: &Path,
+) -> Result<(Catalog, CatalogState, Loaded), MediaError> {
+    let open = || Catalog::open(path, Arc::clone(&config.hooks.catalog_fails));
+    let attempt = open().and_then(|(catalog, new)| {
+        let loaded = load(&catalog)?;
+        Ok((catalog, new, loaded))
+    });
+    match attempt {
+        Ok((catalog, true, loaded)) => Ok((catalog, CatalogState::New, loaded)),
+        Ok((catalog, false, loaded)) => Ok((catalog, CatalogState::Opened, loaded)),
+        Err(error @ (CatalogError::NewerFormat { .. } | CatalogError::NoRoom { .. })) => Err(error.into()),
+        // There would be nothing to rebuild it from, and nothing that says how many lives there were.
+        Err(error) if slots.none_left() => Err(error.into()),
+        Err(error) => {
+            catalog::check_room(path)?;
+            let moved_to = catalog::move_aside(path).map_err(|source| MediaError::File {
+                path: path.to_owned(),
+                action: "move the damaged catalog aside",
+                source,
+            })?;
+            tracing::error!(%error, moved_to = %moved_to.display(), "catalog damaged: rebuilding it from the devices");
+            let (catalog, _) = open()?;
+            let loaded = load(&catalog)?;
+            Ok((catalog, CatalogState::Damaged { reason: error.to_string(), moved_to }, loaded))
+        }
+    }
 }
 
 struct Loaded {
