@@ -12,6 +12,7 @@
 //! may use a newer RocksDB, and what that wrote must not be taken for damage.
 
 use std::collections::BTreeMap;
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock, mpsc};
@@ -26,6 +27,7 @@ use crate::entry::{
 };
 use crate::facts::room;
 use crate::header::u32_at;
+use crate::open::keep_to_owner;
 
 /// Major and minor format. Version 2 of a block's value came with 2.0.
 const FORMAT: u32 = 2;
@@ -512,6 +514,14 @@ pub(crate) fn check_room(path: &Path) -> Result<(), CatalogError> {
 
 fn open_store(path: &Path) -> Result<DB, CatalogError> {
     check_room(path)?;
+    // RocksDB makes files that everybody may read.
+    let made = std::fs::DirBuilder::new().recursive(true).mode(0o700).create(path);
+    made.map_err(|error| CatalogError::File {
+        path: path.to_owned(),
+        action: "make its folder",
+        reason: error.to_string(),
+    })?;
+    keep_to_owner(path);
     DB::open(&store_options(path)?, path)
         .map_err(|error| CatalogError::Store { path: path.to_owned(), reason: error.to_string() })
 }

@@ -2,6 +2,7 @@
 //! catalog, and what to do where catalog and devices disagree.
 
 use std::fs::File;
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -25,10 +26,27 @@ pub(crate) fn lock_directory(path: &Path) -> Result<File, MediaError> {
         |action: &'static str| move |source| MediaError::File { path: path.to_owned(), action, source };
     std::fs::create_dir_all(path).map_err(failed("make the data directory"))?;
     let mut options = File::options();
-    options.read(true).write(true).create(true).truncate(false);
+    // Whoever can open it can hold the lock, so nobody else may; one of an earlier version is closed to them.
+    options.read(true).write(true).create(true).truncate(false).mode(0o600);
     let lock = options.open(path.join("lock")).map_err(failed("open its lock file"))?;
+    keep_to_owner(&path.join("lock"));
     lock_exclusively(&lock, path)?;
     Ok(lock)
+}
+
+/// Takes away what group and others may do with a file or folder of ours, if an earlier version let them.
+pub(crate) fn keep_to_owner(path: &Path) {
+    let narrow = || {
+        let mode = std::fs::metadata(path)?.permissions().mode();
+        if mode & 0o077 == 0 {
+            return Ok(());
+        }
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode & 0o700))
+    };
+    let narrowed: std::io::Result<()> = narrow();
+    if let Err(error) = narrowed {
+        tracing::warn!(path = %path.display(), %error, "other users may open this; make it the daemon's own user's alone");
+    }
 }
 
 /// An open catalog and what it said.

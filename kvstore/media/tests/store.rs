@@ -3,7 +3,8 @@
 
 mod common;
 
-use std::os::unix::fs::FileExt;
+use std::fs::Permissions;
+use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -346,6 +347,22 @@ fn a_second_daemon_is_turned_away() {
     Store::open(&folder, Backend::Auto);
 }
 
+/// Whoever can open the lock can hold it, and the catalog says whose blocks there are: neither is for other users,
+/// nor stays so after an earlier version.
+#[test]
+fn lock_and_catalog_are_the_owners_alone() {
+    let folder = folder();
+    let data = folder.path().join("data");
+    let mode = |name: &str| std::fs::metadata(data.join(name)).unwrap().permissions().mode() & 0o777;
+    for _ in 0..2 {
+        drop(Store::open(&folder, Backend::Auto));
+        assert_eq!((mode("lock"), mode("catalog")), (0o600, 0o700));
+        for (name, wide) in [("lock", 0o644), ("catalog", 0o755)] {
+            std::fs::set_permissions(data.join(name), Permissions::from_mode(wide)).unwrap();
+        }
+    }
+}
+
 /// One file under two names would be two devices that overwrite each other's blocks.
 #[test]
 fn one_file_is_not_two_devices() {
@@ -419,8 +436,7 @@ fn a_device_of_another_node_is_left_to_it() {
         [true, false]
     );
     assert!(std::fs::File::open(&path).unwrap().try_lock().is_ok(), "its owner cannot open it");
-    let cleared =
-        store.run(|op| MediaOp::ClearSpace { op, space: space(), tenant: tenant(), generation: 2 });
+    let cleared = store.run(|op| MediaOp::ClearSpace { op, space: space(), tenant: tenant(), generation: 2 });
     assert_eq!(cleared, Err(Fault::Device), "the device would bring the blocks back");
     drop(store);
     assert!(std::fs::read(&path).unwrap() == before);
