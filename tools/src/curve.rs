@@ -49,7 +49,7 @@ pub(crate) async fn run(target: &Target, format: Format, options: &Options) -> a
     let request = CurveRequest { tier: tier.into(), tenant: options.tenant.clone().unwrap_or_default() };
     let answer = admin(target).await?.curve(request).await.map_err(refused)?.into_inner();
     if let Some(path) = &options.svg {
-        if answer.curves.iter().all(|curve| curve.points.is_empty()) {
+        if answer.curves.iter().all(|curve| !is_known(curve)) {
             bail!("nothing to plot: {}", nothing(options));
         }
         let drawing = chart::draw(&plots(&answer.curves))?;
@@ -69,14 +69,25 @@ fn nothing(options: &Options) -> String {
     format!("the daemon has estimated no curve{whose} yet: it needs some traffic first")
 }
 
+/// Without a block that was asked for, every point would be a hit ratio of nothing.
+fn is_known(curve: &v1::TierCurve) -> bool {
+    curve.references > 0 && !curve.points.is_empty()
+}
+
+fn title(curve: &v1::TierCurve) -> String {
+    let now = format!("{}, {} now", tier_name(curve.tier()), output::bytes(curve.capacity_bytes));
+    if curve.references == 0 {
+        return format!("{now}; no block was asked for yet, so there is no curve");
+    }
+    let sampled = curve.sample_rate * 100.0;
+    format!("{now}; from {} blocks asked for, {sampled:.2} % of them sampled", curve.references)
+}
+
 fn print(curve: &v1::TierCurve) {
-    println!(
-        "{}, {} now; from {} blocks asked for, {:.2} % of them sampled",
-        tier_name(curve.tier()),
-        output::bytes(curve.capacity_bytes),
-        curve.references,
-        curve.sample_rate * 100.0
-    );
+    println!("{}", title(curve));
+    if !is_known(curve) {
+        return;
+    }
     let mut table = output::table(&[">SIZE", ">TOKENS", ">SECONDS", ">SAVED SO FAR", "", ""]);
     let here = nearest(curve);
     for (place, point) in curve.points.iter().enumerate() {
@@ -133,7 +144,7 @@ fn curve_json(curve: &v1::TierCurve) -> Value {
 fn plots(curves: &[v1::TierCurve]) -> Vec<Plot> {
     #[expect(clippy::cast_precision_loss, reason = "a position on an axis")]
     let gib = |bytes: u64| bytes as f64 / GIB;
-    let drawn = curves.iter().filter(|curve| !curve.points.is_empty());
+    let drawn = curves.iter().filter(|curve| is_known(curve));
     drawn
         .map(|curve| {
             let line = |name: &str, value: fn(&v1::CurvePoint) -> f64| Series {
@@ -192,6 +203,16 @@ mod tests {
         assert_eq!(nearest(&curve()), Some(1));
         assert_eq!(nearest(&v1::TierCurve { points: vec![], ..curve() }), None);
         assert_eq!((meter(0.5), meter(2.0)), ("#####.....".to_owned(), "##########".to_owned()));
+    }
+
+    /// Rows of 0.0 % before the first request would be read as a tier that is of no use.
+    #[test]
+    fn no_curve_before_the_first_block_is_asked_for() {
+        let unasked = v1::TierCurve { references: 0, ..curve() };
+        assert!(!is_known(&unasked) && is_known(&curve()));
+        assert_eq!(title(&unasked), "Nvme, 90.0 GiB now; no block was asked for yet, so there is no curve");
+        assert!(title(&curve()).ends_with("from 1000 blocks asked for, 25.00 % of them sampled"));
+        assert!(plots(&[unasked]).is_empty());
     }
 
     /// A line that is left out of the plot, or percent that are shares, would mislead.

@@ -455,6 +455,10 @@ pub enum Limit {
     LeasedBytes,
     /// `Limits::leased_bytes_per_session`.
     LeasedBytesOfSession,
+    /// The last chunk could not be made: the machine has no memory or no descriptors for it.
+    Memory,
+    /// `Config::pinned_bytes`: the pool has all of its chunks, and what is in them is in use.
+    Pool,
     /// `Limits::requests_waiting`.
     RequestsWaiting,
     /// `Limits::requests_waiting_per_session`.

@@ -274,6 +274,8 @@ pub struct Core {
     /// The space whose pool was taken from last.
     pub(crate) pool_space: Option<SpaceIndex>,
     pub(crate) create_paused_until: Now,
+    /// The last chunk of host memory could not be made.
+    pub(crate) create_failed: bool,
     pub(crate) persist_paused_until: Now,
     pub(crate) burst: Burst,
     pub(crate) degraded: bool,
@@ -348,6 +350,7 @@ impl Core {
             warm_victims: 0,
             pool_space: None,
             create_paused_until: Now::default(),
+            create_failed: false,
             persist_paused_until: Now::default(),
             burst: Burst::default(),
             degraded: false,

@@ -123,6 +123,9 @@ impl Core {
             self.spaces.at_mut(space).pool_mut(memory).creating -= 1;
         }
         self.memory_changed = true;
+        if memory == Memory::Pinned {
+            self.create_failed = outcome.is_err();
+        }
         if outcome.is_err() {
             self.counters.memory_faults += 1;
             let paused_until = self.now.after(RETRY_AFTER);

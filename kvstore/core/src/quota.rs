@@ -3,7 +3,8 @@
 
 use crate::api::Limit;
 use crate::core::Core;
-use crate::ids::{ChunkId, SessionId, TenantId};
+use crate::ids::{ChunkId, Memory, SessionId, TenantId};
+use crate::state::chunk::{Chunk, ChunkKind};
 
 impl Core {
     /// Bytes that the session may yet lease.
@@ -16,13 +17,34 @@ impl Core {
     }
 
     /// Which limit keeps the session from leasing more bytes.
-    pub(crate) fn leased_bytes_limit(&self, session: SessionId) -> Limit {
+    fn leased_bytes_limit(&self, session: SessionId) -> Limit {
         let Some(open) = self.sessions.get(&session) else { return Limit::LeasedBytes };
         let limits = &self.config.limits;
         let of_tenant = self.tenants.get(&open.tenant).map_or(0, |held| held.leased_bytes);
         let left_to_tenant = limits.leased_bytes_per_tenant.get().saturating_sub(of_tenant);
         let left = limits.leased_bytes_per_session.get().saturating_sub(open.leased_bytes);
         if left < left_to_tenant { Limit::LeasedBytesOfSession } else { Limit::LeasedBytes }
+    }
+
+    /// Why a lease got no frame at all.
+    pub(crate) fn no_frame_limit(&self, session: SessionId) -> Limit {
+        let tenant = self.sessions.get(&session).map(|open| open.tenant);
+        let allowance = tenant.map_or(0, |tenant| self.lease_allowance(tenant, session));
+        if self.blocks.len() + 2 > self.config.limits.blocks {
+            return Limit::Blocks;
+        }
+        let is_full = self.chunks.pinned_len() >= self.chunks_max();
+        let is_pool = |chunk: &Chunk| chunk.kind == ChunkKind::Pool;
+        // Then it does not help what a session may lease.
+        let is_windows = is_full && !self.chunks.iter_in(Memory::Pinned).any(|(_, chunk)| is_pool(chunk));
+        let may_lease = allowance >= self.config.chunk_bytes.get();
+        if may_lease && self.create_failed {
+            Limit::Memory
+        } else if is_windows || (may_lease && is_full) {
+            Limit::Pool
+        } else {
+            self.leased_bytes_limit(session)
+        }
     }
 
     pub(crate) fn charge(&mut self, tenant: TenantId, session: SessionId, bytes: u64) {

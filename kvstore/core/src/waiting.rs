@@ -201,7 +201,7 @@ impl Core {
             self.forget_lease(id);
             let throttled = !grants.is_empty() && grants.iter().all(|grant| *grant == Grant::Throttled);
             if throttled {
-                return Reply::Throttled(self.leased_bytes_limit(session));
+                return Reply::Throttled(self.no_frame_limit(session));
             }
             return Reply::Leased { lease: None, ttl, blocks: grants };
         }

@@ -208,7 +208,7 @@ impl Config {
         }
         let pinned_bytes = pinned(file.pinned_bytes.as_deref().unwrap_or("auto"), chunk_bytes, &mut notes)?;
         let lane_socket = file.lane_socket.unwrap_or_else(|| file.data_dir.join("lane.sock"));
-        let limits = limits(&file.limits, pinned_bytes)?;
+        let limits = limits(&file.limits, pinned_bytes, chunk_bytes)?;
         let devices = devices(&file.data_dir, file.device, chunk_bytes, &mut notes)?;
         let hbm = hbm::devices(file.hbm, chunk_bytes, &mut notes)?;
         let admission = admission(
@@ -486,9 +486,11 @@ fn tenants(listed: Vec<file::TenantFile>) -> Result<Vec<Tenant>, ConfigError> {
     Ok(tenants)
 }
 
-fn limits(file: &LimitsFile, pinned_bytes: ByteCount) -> Result<Limits, ConfigError> {
+fn limits(file: &LimitsFile, pinned_bytes: ByteCount, chunk_bytes: ByteCount) -> Result<Limits, ConfigError> {
     let leased = match file.leased_bytes_per_tenant.as_deref() {
-        None => pinned_bytes,
+        // Windows count as whole chunks and what is being filled in them once more: with every chunk a window, some
+        // must be left for that.
+        None => ByteCount::new(pinned_bytes.get().saturating_add(chunk_bytes.get())),
         Some(text) => length("limits.leased_bytes_per_tenant", text)?,
     };
     let leased_bytes_per_session = match file.leased_bytes_per_session.as_deref() {

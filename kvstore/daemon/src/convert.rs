@@ -100,6 +100,14 @@ impl From<Limit> for CallError {
             Limit::LeasedBytesOfSession => {
                 "`limits.leased_bytes_per_session`: release leases or hand windows back first"
             }
+            Limit::Memory => {
+                "no memory for a chunk: the daemon's log says what the system refused (open files: `ulimit -Hn`; \
+                 memory of the machine)"
+            }
+            Limit::Pool => {
+                "`pinned_bytes`: every chunk of the pool is in use, and each session that writes fills one a space; \
+                 raise it, or release leases and hand windows back"
+            }
             Limit::RequestsWaiting => "`limits.requests_waiting`: too many requests wait",
             Limit::RequestsWaitingOfSession => {
                 "`limits.requests_waiting_per_session`: too many requests of this session wait"

@@ -125,6 +125,9 @@ impl Daemon {
         let core = core_config(&config, &hbm, report.incarnation);
         let device_slots = core.device_slots.clone();
         let engine = Engine::new(core, Arc::new(media), hbm, events, spaces, &completions);
+        if !engine.media().facts().catalog_usable {
+            engine.catalog_failed();
+        }
         let restored = tokio::task::spawn_blocking({
             let engine = engine.clone();
             let incarnation = report.incarnation;

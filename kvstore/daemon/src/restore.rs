@@ -87,7 +87,7 @@ pub(crate) fn scan_to_the_end(engine: &Arc<Engine>, status: &Status, device_slot
 fn from_headers(engine: &Arc<Engine>, status: &Status, device_slots: &[u32]) -> Result<(), CatalogError> {
     // After a kill, a header page may be read back that only the drive's cache
     // holds. The core takes found blocks for durable, so make them that first.
-    for device in engine.media().facts().devices {
+    for device in engine.media().facts().devices.into_iter().filter(|device| device.opened) {
         let synced = std::fs::File::open(&device.path).and_then(|file| file.sync_data());
         if let Err(error) = synced {
             tracing::error!(device = %device.path.display(), %error, "a device cannot be synced; its blocks are not looked for");

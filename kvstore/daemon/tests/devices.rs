@@ -129,6 +129,79 @@ async fn a_hanging_device_is_a_miss_and_comes_back() {
     daemon.stop().await;
 }
 
+/// Both superblocks of one of two devices are overwritten. The daemon could refuse to start, so that the good device
+/// serves nobody, or take the bad one for a new one: it must start without it, say so, and touch nothing of it. When
+/// its bytes are right again, all of its blocks are there, even if the catalog was lost meanwhile.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_overwritten_device_keeps_no_other_from_serving() {
+    const START: usize = 1 << 20;
+    let folder = folder();
+    let daemon = start(folder.path(), Hooks::default()).await;
+    {
+        let session = session(folder.path()).await;
+        let space = session.open_space(&manifest(0)).await.unwrap();
+        let keys = keys(BLOCKS);
+        // The first ones have slots carved on both devices.
+        for part in [&keys[..4], &keys[4..]] {
+            let written = session.write(&space, part, None, &payloads(part, 0), Durability::Durable).await;
+            assert!(written.unwrap().iter().all(|outcome| *outcome == SealOutcome::Sealed));
+        }
+    }
+    let on_good = |info: &wire::InfoResponse| {
+        let tier = info.tiers.iter().find(|tier| tier.device.ends_with("nvme0.dat")).unwrap();
+        usize::try_from(tier.frames.as_ref().unwrap().sealed).unwrap()
+    };
+    let there = on_good(&info(&daemon).await);
+    assert!((1..BLOCKS as usize).contains(&there), "{there} blocks lie on the good device");
+    daemon.stop().await;
+    let path = folder.path().join("nvme1.dat");
+    let good = std::fs::read(&path).unwrap();
+    let overwrite = |bytes: &[u8]| {
+        let file = std::fs::File::options().write(true).open(&path).unwrap();
+        std::os::unix::fs::FileExt::write_all_at(&file, bytes, 0).unwrap();
+    };
+    overwrite(&[0x55; START]);
+    let bad = std::fs::read(&path).unwrap();
+    for lost_catalog in [false, true] {
+        if lost_catalog {
+            std::fs::remove_dir_all(folder.path().join("data/catalog")).unwrap();
+        }
+        let daemon = start(folder.path(), Hooks::default()).await;
+        let session = session(folder.path()).await;
+        let until = Instant::now() + PATIENCE;
+        // A scan may be under way.
+        while {
+            let count = read(&session).await.into_iter().filter(|there| *there).count();
+            assert!(count < BLOCKS as usize, "the device was to be unreadable");
+            count < there
+        } {
+            assert!(Instant::now() < until, "fewer than the {there} blocks of the other device");
+        }
+        let said = info(&daemon).await;
+        let tier = said.tiers.iter().find(|tier| tier.device.ends_with("nvme1.dat")).unwrap();
+        assert!(!tier.on && tier.note.contains("no Terrace device"), "{tier:?}");
+        assert!(said.notes.iter().any(|note| note.contains("without a device")), "{:?}", said.notes);
+        let space = session.open_space(&manifest(0)).await.unwrap();
+        let more = keys(BLOCKS + 1 + u32::from(lost_catalog)).pop().unwrap();
+        let bytes = payloads(std::slice::from_ref(&more), 0);
+        let written = session.write(&space, &[more], None, &bytes, Durability::Durable).await.unwrap();
+        assert_eq!(written, [SealOutcome::Sealed], "the other device takes blocks");
+        daemon.engine().view(terrace_core::Core::check);
+        drop(session);
+        daemon.stop().await;
+        assert!(std::fs::read(&path).unwrap() == bad, "the device was touched");
+    }
+    overwrite(&good[..START]);
+    let daemon = start(folder.path(), Hooks::default()).await;
+    let session = session(folder.path()).await;
+    let until = Instant::now() + PATIENCE;
+    while !read_first(&session, BLOCKS + 2).await.iter().all(|there| *there) {
+        assert!(Instant::now() < until, "the device is not back: {:?}", info(&daemon).await.tiers);
+    }
+    drop(session);
+    daemon.stop().await;
+}
+
 /// One of two devices becomes a hundred times slower and more. Every reader could wait for it from then on: it must be
 /// taken out, its blocks be misses at once, those of the other come as before, and all be there again when it is quick.
 #[tokio::test(flavor = "multi_thread")]

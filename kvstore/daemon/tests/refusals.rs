@@ -396,6 +396,34 @@ async fn curves_that_cannot_be_are_refused() {
     daemon.terminate();
 }
 
+/// The smallest pool that is allowed: the windows of two writers could use up what the tenant may lease, so that neither
+/// gets a frame. Both must write; a third must be told of the pool.
+#[tokio::test(flavor = "multi_thread")]
+async fn two_chunks_are_enough_for_two_writers() {
+    let folder = folder();
+    let daemon = Running::start(
+        folder.path(),
+        "chunk_bytes = \"4MiB\"\npinned_bytes = \"8MiB\"\nwindow_idle_ms = 60000\n",
+    );
+    let sessions = [daemon.session(true).await, daemon.session(true).await];
+    for round in 0..3 {
+        for (at, session) in (0u8..).zip(&sessions) {
+            let space = session.open_space(&manifest(u32::from(at))).await.unwrap();
+            let key = [keys(3)[round]];
+            let written = session.write(&space, &key, None, &payloads(&key, at), Durability::Readable).await;
+            assert!(written.is_ok(), "writer {at}, round {round}: {written:?}");
+        }
+    }
+    let third = daemon.session(true).await;
+    let space = third.open_space(&manifest(0)).await.unwrap();
+    let key = [keys(9)[8]];
+    let refused =
+        third.write(&space, &key, None, &payloads(&key, 0), Durability::Readable).await.unwrap_err();
+    assert!(refused.to_string().contains("`pinned_bytes`"), "{refused}");
+    drop((sessions, third));
+    daemon.terminate();
+}
+
 /// A client goes over each of its limits: the answer must name the limit as the configuration calls it, and another
 /// session of the tenant must go on.
 #[tokio::test(flavor = "multi_thread")]

@@ -269,6 +269,8 @@ pub struct DeviceFacts {
     pub waiting: [u64; 6],
     /// It is given work.
     pub usable: bool,
+    /// False if the node has run without it since the start: nothing of it was touched.
+    pub opened: bool,
     /// What is wrong with it; empty if nothing.
     pub condition: String,
     /// I/Os that it answered after the wait for them had been ended.

@@ -12,9 +12,10 @@
 //! may use a newer RocksDB, and what that wrote must not be taken for damage.
 
 use std::collections::BTreeMap;
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, PoisonError, RwLock, mpsc};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, mpsc};
 
 use rocksdb::{DB, DBRecoveryMode, Options, ReadOptions, WriteBatch, WriteOptions};
 use terrace_core::{BlockHeader, BlockId, DeviceId, DiskFrame, SpaceId, UseStats};
@@ -26,6 +27,7 @@ use crate::entry::{
 };
 use crate::facts::room;
 use crate::header::u32_at;
+use crate::open::keep_to_owner;
 
 /// Major and minor format. Version 2 of a block's value came with 2.0.
 const FORMAT: u32 = 2;
@@ -37,6 +39,8 @@ const CACHE_BYTES: usize = 16 << 20;
 const OPEN_FILES_MAX: i32 = 128;
 /// Tables are mostly read from end to end.
 const TABLE_BLOCK_BYTES: usize = 16 << 10;
+/// A folder that cannot be made, so that RocksDB keeps no log.
+const NO_LOG: &str = "/dev/null/log";
 const READAHEAD_BYTES: usize = 2 << 20;
 /// Batches that a walk reads ahead of who takes them.
 const BATCHES_AHEAD: usize = 4;
@@ -165,13 +169,19 @@ pub(crate) struct Catalog {
     store: RwLock<Option<DB>>,
     failed: AtomicBool,
     fails: Arc<AtomicBool>,
+    /// Entries that go in when it takes writes for the first time in this life.
+    later: Mutex<Option<Vec<u8>>>,
 }
 
 impl Catalog {
-    /// Opens or makes it, and brings an older format up to ours. The flag says that it is new.
+    /// Opens or makes it, and brings an older format up to ours. The flag says that it is new. On a full disk
+    /// one of our format is opened for reading, and takes writes after a [`Self::reopen`].
     pub(crate) fn open(path: &Path, fails: Arc<AtomicBool>) -> Result<(Self, bool), CatalogError> {
         check_format(path)?;
         let new = !path.join("CURRENT").exists();
+        if !new && let Err(full) = check_room(path) {
+            return Self::open_full(path, fails, full).map(|catalog| (catalog, false));
+        }
         let catalog = Self::around(path, open_store(path)?, fails);
         let found = catalog.format()?;
         if found.is_none() && !new {
@@ -190,6 +200,26 @@ impl Catalog {
         Ok((catalog, new))
     }
 
+    /// Opens it where nothing can be written. What keeps that from being enough is the full disk's fault.
+    fn open_full(path: &Path, fails: Arc<AtomicBool>, full: CatalogError) -> Result<Self, CatalogError> {
+        match Self::open_read_only(path, Path::new(NO_LOG)) {
+            Ok(catalog) if catalog.format() == Ok(Some(FORMAT)) => {
+                tracing::error!(error = %full, "the catalog is opened for reading: nothing is persisted");
+                Ok(Self { fails, ..catalog })
+            }
+            Ok(_) => Err(full),
+            Err(error) => {
+                tracing::error!(%error, "the catalog cannot be opened for reading either");
+                Err(full)
+            }
+        }
+    }
+
+    /// Entries that [`Self::reopen`] adds, because now there is no room for them.
+    pub(crate) fn write_later(&self, batch: &Batch) {
+        *self.later.lock().unwrap_or_else(PoisonError::into_inner) = Some(batch.0.data().to_vec());
+    }
+
     /// Opens it for reading only, without changing a file of it. RocksDB keeps its own log in `log_dir`.
     pub(crate) fn open_read_only(path: &Path, log_dir: &Path) -> Result<Self, CatalogError> {
         check_format(path)?;
@@ -205,7 +235,13 @@ impl Catalog {
     }
 
     fn around(path: &Path, store: DB, fails: Arc<AtomicBool>) -> Self {
-        Self { path: path.to_owned(), store: RwLock::new(Some(store)), failed: AtomicBool::new(false), fails }
+        Self {
+            path: path.to_owned(),
+            store: RwLock::new(Some(store)),
+            failed: AtomicBool::new(false),
+            fails,
+            later: Mutex::new(None),
+        }
     }
 
     /// Its major format, unless that is newer than ours; `None` if it says nothing.
@@ -272,10 +308,13 @@ impl Catalog {
         self.blocks(4096, &mut |_| {})?;
         self.carves()?;
         self.spaces()?;
-        let mut probe = Batch::default();
+        let later = self.later.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let mut probe = later.map_or_else(Batch::default, |data| Batch(WriteBatch::from_data(&data)));
         probe.put_meta("reopened", &[1]);
         self.failed.store(false, Ordering::Release);
-        self.write(probe)
+        self.write(probe)?;
+        *self.later.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        Ok(())
     }
 
     /// Moves it aside and begins a new one with these entries, in which a scan must find the rest.
@@ -291,6 +330,7 @@ impl Catalog {
             *store = Some(open_store(&self.path)?);
             moved_to
         };
+        *self.later.lock().unwrap_or_else(PoisonError::into_inner) = None;
         begin(&mut entries);
         entries.put_meta("format", &FORMAT.to_le_bytes());
         entries.put_meta("minor", &MINOR.to_le_bytes());
@@ -461,7 +501,7 @@ pub(crate) fn check_record(record: &SpaceRecord) -> Result<(), CatalogError> {
 }
 
 /// Refuses to touch the store when the disk is as good as full.
-fn check_room(path: &Path) -> Result<(), CatalogError> {
+pub(crate) fn check_room(path: &Path) -> Result<(), CatalogError> {
     let existing = path.ancestors().find(|folder| folder.exists()).unwrap_or(path);
     let failed =
         |error: std::io::Error| CatalogError::Store { path: path.to_owned(), reason: error.to_string() };
@@ -474,6 +514,14 @@ fn check_room(path: &Path) -> Result<(), CatalogError> {
 
 fn open_store(path: &Path) -> Result<DB, CatalogError> {
     check_room(path)?;
+    // RocksDB makes files that everybody may read.
+    let made = std::fs::DirBuilder::new().recursive(true).mode(0o700).create(path);
+    made.map_err(|error| CatalogError::File {
+        path: path.to_owned(),
+        action: "make its folder",
+        reason: error.to_string(),
+    })?;
+    keep_to_owner(path);
     DB::open(&store_options(path)?, path)
         .map_err(|error| CatalogError::Store { path: path.to_owned(), reason: error.to_string() })
 }

@@ -16,6 +16,7 @@ mod entry;
 mod facts;
 mod faults;
 mod fences;
+mod find;
 #[cfg(test)]
 mod golden;
 mod header;

@@ -2,6 +2,7 @@
 //! catalog, and what to do where catalog and devices disagree.
 
 use std::fs::File;
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -25,10 +26,27 @@ pub(crate) fn lock_directory(path: &Path) -> Result<File, MediaError> {
         |action: &'static str| move |source| MediaError::File { path: path.to_owned(), action, source };
     std::fs::create_dir_all(path).map_err(failed("make the data directory"))?;
     let mut options = File::options();
-    options.read(true).write(true).create(true).truncate(false);
+    // Whoever can open it can hold the lock, so nobody else may; one of an earlier version is closed to them.
+    options.read(true).write(true).create(true).truncate(false).mode(0o600);
     let lock = options.open(path.join("lock")).map_err(failed("open its lock file"))?;
+    keep_to_owner(&path.join("lock"));
     lock_exclusively(&lock, path)?;
     Ok(lock)
+}
+
+/// Takes away what group and others may do with a file or folder of ours, if an earlier version let them.
+pub(crate) fn keep_to_owner(path: &Path) {
+    let narrow = || {
+        let mode = std::fs::metadata(path)?.permissions().mode();
+        if mode & 0o077 == 0 {
+            return Ok(());
+        }
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode & 0o700))
+    };
+    let narrowed: std::io::Result<()> = narrow();
+    if let Err(error) = narrowed {
+        tracing::warn!(path = %path.display(), %error, "other users may open this; make it the daemon's own user's alone");
+    }
 }
 
 /// An open catalog and what it said.
@@ -45,29 +63,7 @@ pub(crate) fn open_catalog(
     notes: &mut Vec<String>,
 ) -> Result<OpenedCatalog, MediaError> {
     let path = config.data_dir.join("catalog");
-    let open = || Catalog::open(&path, Arc::clone(&config.hooks.catalog_fails));
-    let attempt = open().and_then(|(catalog, new)| {
-        let loaded = load(&catalog)?;
-        Ok((catalog, new, loaded))
-    });
-    let (catalog, state, loaded) = match attempt {
-        Ok((catalog, true, loaded)) => (catalog, CatalogState::New, loaded),
-        Ok((catalog, false, loaded)) => (catalog, CatalogState::Opened, loaded),
-        Err(error @ (CatalogError::NewerFormat { .. } | CatalogError::NoRoom { .. })) => {
-            return Err(error.into());
-        }
-        Err(error) => {
-            let moved_to = catalog::move_aside(&path).map_err(|source| MediaError::File {
-                path: path.clone(),
-                action: "move the damaged catalog aside",
-                source,
-            })?;
-            tracing::error!(%error, moved_to = %moved_to.display(), "catalog damaged: rebuilding it from the devices");
-            let (catalog, _) = open()?;
-            let loaded = load(&catalog)?;
-            (catalog, CatalogState::Damaged { reason: error.to_string(), moved_to }, loaded)
-        }
-    };
+    let (catalog, state, loaded) = open_or_begin(config, slots, &path)?;
     let mut batch = Batch::default();
     let mut carves = loaded.carves;
     // A new catalog has the mark from its first batch on.
@@ -75,9 +71,18 @@ pub(crate) fn open_catalog(
     for device in slots.ids() {
         rebuild |= replaced_device(&catalog, slots, device, &mut carves, &mut batch, notes)?;
     }
+    if !catalog.usable() && batch.len() > 0 {
+        // Blocks of a device that is gone would be told of until there is room to forget them.
+        catalog::check_room(&path)?;
+        return Err(catalog.closed().into());
+    }
     if state == CatalogState::Opened && slots.incarnation() > loaded.incarnation {
         notes.push("the catalog is of an earlier time than the devices: they are scanned".to_owned());
         rebuild = true;
+    }
+    if rebuild {
+        // What no scan can look into now is scanned when it is back.
+        slots.ids().filter(|id| slots.is_out(*id)).for_each(|id| batch.delete_meta(&device_key(id)));
     }
     rebuild &= slots.ids().any(|device| !slots.fresh(device));
     if rebuild {
@@ -85,18 +90,27 @@ pub(crate) fn open_catalog(
     } else {
         batch.delete_meta("rebuild");
     }
+    let carve_sequence = carves.iter().map(|(_, sequence)| *sequence).max().unwrap_or(0);
     carves.retain(|(carve, _)| carve.slot < slots.slots(carve.device));
     let incarnation = loaded.incarnation.max(slots.incarnation()).saturating_add(1);
     batch.put_meta("incarnation", &incarnation.to_le_bytes());
     batch.delete_meta("clean");
-    catalog.write(batch)?;
+    if catalog.usable() {
+        catalog.write(batch)?;
+    } else {
+        // The superblocks name this life, so a start that comes before there is room scans the devices.
+        catalog.write_later(&batch);
+        notes.push(
+            "the disk of the catalog was full at the start: nothing is persisted until there is room"
+                .to_owned(),
+        );
+    }
     let mut spaces = loaded.spaces;
     for record in &mut spaces {
         // The superblocks know of a clear first, and a crash may come between. Blocks of an older generation than
         // theirs would be durable in this life and gone in the next.
         record.generation = record.generation.max(slots.lowest(record.tenant, record.space));
     }
-    let carve_sequence = carves.iter().map(|(_, sequence)| *sequence).max().unwrap_or(0);
     let report = OpenReport {
         incarnation,
         spaces,
@@ -107,6 +121,37 @@ pub(crate) fn open_catalog(
         notes: Vec::new(),
     };
     Ok(OpenedCatalog { catalog, report, carve_sequence })
+}
+
+fn open_or_begin(
+    config: &MediaConfig,
+    slots: &Slots,
+    path: &Path,
+) -> Result<(Catalog, CatalogState, Loaded), MediaError> {
+    let open = || Catalog::open(path, Arc::clone(&config.hooks.catalog_fails));
+    let attempt = open().and_then(|(catalog, new)| {
+        let loaded = load(&catalog)?;
+        Ok((catalog, new, loaded))
+    });
+    match attempt {
+        Ok((catalog, true, loaded)) => Ok((catalog, CatalogState::New, loaded)),
+        Ok((catalog, false, loaded)) => Ok((catalog, CatalogState::Opened, loaded)),
+        Err(error @ (CatalogError::NewerFormat { .. } | CatalogError::NoRoom { .. })) => Err(error.into()),
+        // There would be nothing to rebuild it from, and nothing that says how many lives there were.
+        Err(error) if slots.none_left() => Err(error.into()),
+        Err(error) => {
+            catalog::check_room(path)?;
+            let moved_to = catalog::move_aside(path).map_err(|source| MediaError::File {
+                path: path.to_owned(),
+                action: "move the damaged catalog aside",
+                source,
+            })?;
+            tracing::error!(%error, moved_to = %moved_to.display(), "catalog damaged: rebuilding it from the devices");
+            let (catalog, _) = open()?;
+            let loaded = load(&catalog)?;
+            Ok((catalog, CatalogState::Damaged { reason: error.to_string(), moved_to }, loaded))
+        }
+    }
 }
 
 struct Loaded {

@@ -10,6 +10,7 @@ use terrace_core::{BlockHeader, ByteCount, DeviceId, Fault, SpaceId, TenantId};
 
 use crate::api::{DeviceFacts, MediaConfig, MediaError};
 use crate::device::{Alarm, BlockIo, Device, DeviceFile, Measured, Patience, Rig, SCRATCH_BYTES, Scheduler};
+use crate::find::{Found, Good, find};
 use crate::record::Recorder;
 use crate::side::SideIo;
 use crate::superblock::{CLEARED_MAX, DATA_START, Superblock};
@@ -22,10 +23,20 @@ pub(crate) const SYNC_PATIENCE: Duration = Duration::from_secs(30);
 
 /// All devices of the node, by `DeviceId`.
 pub(crate) struct Slots {
-    devices: Vec<Entry>,
+    devices: Vec<Place>,
     chunk_bytes: u64,
     in_flight_max: u64,
     alarm: Arc<Alarm>,
+}
+
+enum Place {
+    In(Box<Entry>),
+    /// It was found unfit at the start, and is closed.
+    Out {
+        path: PathBuf,
+        slots: u32,
+        reason: String,
+    },
 }
 
 struct Entry {
@@ -53,79 +64,61 @@ impl Entry {
 }
 
 impl Slots {
-    /// Opens every device. Nothing is written before all were found good.
+    /// Opens every device. Nothing is written before all were looked at.
     pub(crate) fn open(config: &MediaConfig, notes: &mut Vec<String>) -> Result<Self, MediaError> {
-        let chunk_bytes = config.chunk_bytes.get();
-        let mut opened = Vec::with_capacity(config.devices.len());
-        for device in &config.devices {
-            let bytes = device_bytes(device.slots, chunk_bytes)?;
-            let file = Arc::new(DeviceFile::open(&device.path, bytes)?);
-            let side = SideIo::new(Arc::clone(&file), config.backend);
-            let found = if file.fresh { None } else { Superblock::read(&side, &device.path)? };
-            if let Some(superblock) = &found {
-                check(superblock, config, &device.path)?;
-            }
-            opened.push((device, bytes, file, side, found));
+        let found = find(config)?;
+        if u16::try_from(found.len()).is_err() {
+            return Err(MediaError::BadConfig("more than 65,536 devices"));
         }
-        let known = opened.iter().filter_map(|(.., found)| found.as_ref().map(|found| found.incarnation));
-        let incarnation = known.max().unwrap_or(0);
-        let alarm = Arc::new(Alarm::default());
-        let patience = Patience {
-            io: config.hooks.io_patience.unwrap_or(IO_PATIENCE),
-            sync: config.hooks.sync_patience.unwrap_or(SYNC_PATIENCE),
+        let superblock = |found: &Found<'_>| match found {
+            Found::Good(good) => good.superblock.as_ref().map(|known| known.incarnation),
+            Found::Out(..) => None,
         };
-        let in_flight_max = config.bytes_in_flight_max.get();
-        let mut devices = Vec::with_capacity(opened.len());
-        for (number, (device, bytes, file, side, found)) in opened.into_iter().enumerate() {
-            if file.missing_bytes > 0 && found.as_ref().is_some_and(|found| found.slots >= device.slots) {
-                notes.push(format!(
-                    "{}: {} bytes were missing at its end; the blocks there are lost",
-                    device.path.display(),
-                    file.missing_bytes
-                ));
-            }
-            file.preallocate(bytes)?;
-            let fresh = found.is_none();
-            let mut superblock = found.unwrap_or_else(|| Superblock {
-                uuid: random_uuid(&device.path),
-                node: config.node,
-                chunk_bytes: config.chunk_bytes,
-                slots: 0,
-                incarnation,
-                sequence: 0,
-                cleared: std::collections::BTreeMap::new(),
-            });
-            if fresh || superblock.slots != device.slots {
-                superblock.slots = device.slots;
-                superblock.write(&device.path, |offset, pages| side.write_synced(offset, pages))?;
-            }
-            let io: Arc<dyn BlockIo> = Arc::new(Device::start(Arc::clone(&file), config.backend)?);
-            let id = u16::try_from(number).map_err(|_| MediaError::BadConfig("more than 65,536 devices"))?;
-            let id = DeviceId::new(id);
-            let io = match &config.hooks.wrap_device {
-                Some(wrap) => wrap(id, io),
-                None => io,
-            };
-            let scheduler = Arc::new(Scheduler::new(id, io, in_flight_max, patience, Arc::clone(&alarm)));
-            let io = Arc::clone(&scheduler) as Arc<dyn BlockIo>;
-            devices.push(Entry {
-                recorder: Recorder::new(Arc::clone(&io), patience),
-                io,
-                scheduler,
-                file,
-                measured: OnceLock::new(),
-                side,
-                superblock: Mutex::new(superblock),
-                path: device.path.clone(),
-                slots: device.slots,
-                fresh,
+        let incarnation = found.iter().filter_map(superblock).max().unwrap_or(0);
+        let alarm = Arc::new(Alarm::default());
+        let mut devices = Vec::with_capacity(found.len());
+        for (number, found) in (0..).zip(found) {
+            devices.push(match found {
+                Found::Good(good) => {
+                    let entry = start(DeviceId::new(number), good, incarnation, config, &alarm, notes)?;
+                    Place::In(Box::new(entry))
+                }
+                Found::Out(device, error) => {
+                    tracing::error!(device = %device.path.display(), %error, "the node runs without a device; its blocks are misses");
+                    notes.push(format!("the node runs without a device, whose blocks are misses: {error}"));
+                    let reason = format!("not used in this life of the daemon: {error}");
+                    Place::Out { path: device.path.clone(), slots: device.slots, reason }
+                }
             });
         }
-        Ok(Self { devices, chunk_bytes, in_flight_max, alarm })
+        let in_flight_max = config.bytes_in_flight_max.get();
+        Ok(Self { devices, chunk_bytes: config.chunk_bytes.get(), in_flight_max, alarm })
     }
 
+    /// The device, unless the node runs without it.
     fn entry(&self, device: DeviceId) -> Option<&Entry> {
-        self.devices.get(usize::from(device.get()))
+        match self.devices.get(usize::from(device.get()))? {
+            Place::In(entry) => Some(entry),
+            Place::Out { .. } => None,
+        }
+    }
+
+    /// The devices that there are.
+    fn entries(&self) -> impl Iterator<Item = &Entry> {
+        self.devices.iter().filter_map(|place| match place {
+            Place::In(entry) => Some(&**entry),
+            Place::Out { .. } => None,
+        })
+    }
+
+    /// The node runs without it: nothing is known of what it holds.
+    pub(crate) fn is_out(&self, device: DeviceId) -> bool {
+        self.entry(device).is_none()
+    }
+
+    /// The node has devices, and runs without all of them.
+    pub(crate) fn none_left(&self) -> bool {
+        !self.devices.is_empty() && self.entries().next().is_none()
     }
 
     /// Device ids, in order.
@@ -148,7 +141,7 @@ impl Slots {
 
     /// Devices that are given no work.
     pub(crate) fn unusable(&self) -> Vec<DeviceId> {
-        let is_out = |device: &DeviceId| self.scheduler(*device).is_some_and(|device| !device.is_usable());
+        let is_out = |device: &DeviceId| self.scheduler(*device).is_none_or(|device| !device.is_usable());
         self.ids().filter(is_out).collect()
     }
 
@@ -156,8 +149,8 @@ impl Slots {
     pub(crate) fn watch(&self, pool: &dyn Fn() -> u64, period: Duration) {
         while self.alarm.wait(period) {
             let pool = pool();
-            let slowdowns: Vec<f64> = self.devices.iter().map(|entry| entry.scheduler.slowdown()).collect();
-            for (place, entry) in self.devices.iter().enumerate() {
+            let slowdowns: Vec<f64> = self.entries().map(|entry| entry.scheduler.slowdown()).collect();
+            for (place, entry) in self.entries().enumerate() {
                 entry.scheduler.look(middle_of_others(&slowdowns, place), pool);
             }
         }
@@ -165,7 +158,7 @@ impl Slots {
 
     /// Measures the devices, one after another, until told to stop.
     pub(crate) fn self_test(&self, stop: &AtomicBool) {
-        for entry in &self.devices {
+        for entry in self.entries() {
             if stop.load(Ordering::Acquire) {
                 return;
             }
@@ -200,8 +193,9 @@ impl Slots {
         self.chunk_bytes
     }
 
+    /// It held nothing when it was opened, or cannot be looked into.
     pub(crate) fn fresh(&self, device: DeviceId) -> bool {
-        self.entry(device).is_some_and(|entry| entry.fresh)
+        self.entry(device).is_none_or(|entry| entry.fresh)
     }
 
     pub(crate) fn uuid(&self, device: DeviceId) -> Option<[u8; 16]> {
@@ -225,13 +219,13 @@ impl Slots {
     /// between two of them, and a device may have come back from an earlier time.
     pub(crate) fn allows(&self, device: DeviceId, header: &BlockHeader) -> bool {
         let allows = |entry: &Entry| lock(entry).allows(header.tenant, header.space, header.generation);
-        self.entry(device).is_some() && self.devices.iter().all(allows)
+        self.entry(device).is_some() && self.entries().all(allows)
     }
 
     /// Lowest valid generation of a space, as the devices know it.
     pub(crate) fn lowest(&self, tenant: TenantId, space: SpaceId) -> u64 {
         let of_device = |entry: &Entry| lock(entry).cleared.get(&(tenant, space)).copied().unwrap_or(0);
-        self.devices.iter().map(of_device).max().unwrap_or(0)
+        self.entries().map(of_device).max().unwrap_or(0)
     }
 
     /// Raises a lowest valid generation on every device, durably.
@@ -241,7 +235,13 @@ impl Slots {
         space: SpaceId,
         generation: u64,
     ) -> Result<(), Fault> {
-        for entry in &self.devices {
+        if self.ids().any(|device| self.is_out(device)) {
+            tracing::warn!(
+                "a space cannot be cleared while the node runs without a device: it might bring the blocks back"
+            );
+            return Err(Fault::Device);
+        }
+        for entry in self.entries() {
             let mut next = lock(entry).clone();
             let lowest = next.cleared.entry((tenant, space)).or_insert(0);
             if *lowest >= generation {
@@ -265,19 +265,19 @@ impl Slots {
 
     /// The highest incarnation that any superblock names.
     pub(crate) fn incarnation(&self) -> u32 {
-        self.devices.iter().map(|entry| lock(entry).incarnation).max().unwrap_or(0)
+        self.entries().map(|entry| lock(entry).incarnation).max().unwrap_or(0)
     }
 
     /// Records this life of the daemon on every device, and what the others know of clears.
     pub(crate) fn set_incarnation(&self, incarnation: u32) -> Result<(), MediaError> {
         let mut cleared = std::collections::BTreeMap::new();
-        for entry in &self.devices {
+        for entry in self.entries() {
             for (space, lowest) in &lock(entry).cleared {
                 let known = cleared.entry(*space).or_insert(*lowest);
                 *known = (*known).max(*lowest);
             }
         }
-        for entry in &self.devices {
+        for entry in self.entries() {
             let mut next = lock(entry).clone();
             next.incarnation = incarnation;
             if cleared.len() <= CLEARED_MAX {
@@ -310,13 +310,97 @@ impl Slots {
                 queued: io.queued,
                 waiting,
                 usable: condition.is_empty(),
+                opened: true,
                 condition,
                 late,
                 self_test: measured.map_or_else(Vec::new, |measured| measured.lines.clone()),
                 self_test_note: measured.and_then(|measured| measured.note.clone()).unwrap_or_default(),
             }
         };
-        self.devices.iter().map(facts_of).collect()
+        let facts_of_place = |place: &Place| match place {
+            Place::In(entry) => facts_of(entry),
+            Place::Out { path, slots, reason } => facts_of_out(path, *slots, reason),
+        };
+        self.devices.iter().map(facts_of_place).collect()
+    }
+}
+
+/// Starts a device that was found good, and writes its superblock if that is new.
+fn start(
+    id: DeviceId,
+    good: Good<'_>,
+    incarnation: u32,
+    config: &MediaConfig,
+    alarm: &Arc<Alarm>,
+    notes: &mut Vec<String>,
+) -> Result<Entry, MediaError> {
+    let Good { config: device, bytes, file, side, superblock: found } = good;
+    if file.missing_bytes > 0 && found.as_ref().is_some_and(|found| found.slots >= device.slots) {
+        notes.push(format!(
+            "{}: {} bytes were missing at its end; the blocks there are lost",
+            device.path.display(),
+            file.missing_bytes
+        ));
+    }
+    file.preallocate(bytes)?;
+    let fresh = found.is_none();
+    let mut superblock = found.unwrap_or_else(|| Superblock {
+        uuid: random_uuid(&device.path),
+        node: config.node,
+        chunk_bytes: config.chunk_bytes,
+        slots: 0,
+        incarnation,
+        sequence: 0,
+        cleared: std::collections::BTreeMap::new(),
+    });
+    if fresh || superblock.slots != device.slots {
+        superblock.slots = device.slots;
+        superblock.write(&device.path, |offset, pages| side.write_synced(offset, pages))?;
+    }
+    let io: Arc<dyn BlockIo> = Arc::new(Device::start(Arc::clone(&file), config.backend)?);
+    let io = match &config.hooks.wrap_device {
+        Some(wrap) => wrap(id, io),
+        None => io,
+    };
+    let patience = Patience {
+        io: config.hooks.io_patience.unwrap_or(IO_PATIENCE),
+        sync: config.hooks.sync_patience.unwrap_or(SYNC_PATIENCE),
+    };
+    let in_flight_max = config.bytes_in_flight_max.get();
+    let scheduler = Arc::new(Scheduler::new(id, io, in_flight_max, patience, Arc::clone(alarm)));
+    let io = Arc::clone(&scheduler) as Arc<dyn BlockIo>;
+    Ok(Entry {
+        recorder: Recorder::new(Arc::clone(&io), patience),
+        io,
+        scheduler,
+        file,
+        measured: OnceLock::new(),
+        side,
+        superblock: Mutex::new(superblock),
+        path: device.path.clone(),
+        slots: device.slots,
+        fresh,
+    })
+}
+
+fn facts_of_out(path: &Path, slots: u32, reason: &str) -> DeviceFacts {
+    DeviceFacts {
+        path: path.to_owned(),
+        uuid: [0; 16],
+        slots,
+        backend: String::new(),
+        writable: false,
+        read_bytes: 0,
+        write_bytes: 0,
+        errors: 0,
+        queued: 0,
+        waiting: [0; 6],
+        usable: false,
+        opened: false,
+        condition: reason.to_owned(),
+        late: 0,
+        self_test: Vec::new(),
+        self_test_note: String::new(),
     }
 }
 
@@ -330,35 +414,6 @@ fn middle_of_others(values: &[f64], place: usize) -> Option<f64> {
 
 fn lock(entry: &Entry) -> MutexGuard<'_, Superblock> {
     entry.superblock.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-fn device_bytes(slots: u32, chunk_bytes: u64) -> Result<u64, MediaError> {
-    let bytes = u64::from(slots).checked_mul(chunk_bytes).and_then(|bytes| bytes.checked_add(DATA_START));
-    bytes
-        .filter(|_| slots > 0)
-        .ok_or(MediaError::BadConfig("a device has at least one slot and fewer than 2^64 bytes"))
-}
-
-fn check(superblock: &Superblock, config: &MediaConfig, path: &Path) -> Result<(), MediaError> {
-    if superblock.node != config.node {
-        return Err(MediaError::OtherNode {
-            path: path.to_owned(),
-            found: hex(&superblock.node),
-            ours: hex(&config.node),
-        });
-    }
-    if superblock.chunk_bytes != config.chunk_bytes {
-        return Err(MediaError::OtherChunkBytes {
-            path: path.to_owned(),
-            found: superblock.chunk_bytes.get(),
-            ours: config.chunk_bytes.get(),
-        });
-    }
-    Ok(())
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// A device's identity need only differ from that of a device that took its

@@ -3,7 +3,8 @@
 
 mod common;
 
-use std::os::unix::fs::FileExt;
+use std::fs::Permissions;
+use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -346,6 +347,22 @@ fn a_second_daemon_is_turned_away() {
     Store::open(&folder, Backend::Auto);
 }
 
+/// Whoever can open the lock can hold it, and the catalog says whose blocks there are: neither is for other users,
+/// nor stays so after an earlier version.
+#[test]
+fn lock_and_catalog_are_the_owners_alone() {
+    let folder = folder();
+    let data = folder.path().join("data");
+    let mode = |name: &str| std::fs::metadata(data.join(name)).unwrap().permissions().mode() & 0o777;
+    for _ in 0..2 {
+        drop(Store::open(&folder, Backend::Auto));
+        assert_eq!((mode("lock"), mode("catalog")), (0o600, 0o700));
+        for (name, wide) in [("lock", 0o644), ("catalog", 0o755)] {
+            std::fs::set_permissions(data.join(name), Permissions::from_mode(wide)).unwrap();
+        }
+    }
+}
+
 /// One file under two names would be two devices that overwrite each other's blocks.
 #[test]
 fn one_file_is_not_two_devices() {
@@ -377,6 +394,56 @@ fn foreign_devices_are_refused_untouched() {
     fresh.data_dir = folder.path().join("fresh");
     assert!(matches!(Store::with(fresh).err().unwrap(), MediaError::NotOurs { .. }));
     assert_eq!(std::fs::metadata(device_path(&folder)).unwrap().len(), 3 << 20);
+}
+
+/// The only device is overwritten. A node that has served from it could keep its memory from serving as well: it
+/// starts, and begins no new life of a catalog that it cannot rebuild.
+#[test]
+fn an_overwritten_only_device_leaves_the_memory() {
+    let folder = folder();
+    drop(Store::open(&folder, Backend::Auto));
+    std::fs::write(device_path(&folder), vec![b'x'; 3 << 20]).unwrap();
+    let store = Store::open(&folder, Backend::Auto);
+    let facts = store.media.facts();
+    assert!(!facts.devices[0].usable && !facts.devices[0].opened, "{facts:?}");
+    assert!(store.report.incarnation > 1 && store.report.carves.is_empty());
+    drop(store);
+    assert!(std::fs::read(device_path(&folder)).unwrap().iter().all(|byte| *byte == b'x'));
+    std::fs::remove_dir_all(folder.path().join("data/catalog")).unwrap();
+    let refused = Store::with(config(&folder, Backend::Auto));
+    assert!(matches!(refused.err().unwrap(), MediaError::NotOurs { .. }), "lives would be counted anew");
+}
+
+/// A device of another node beside a good one: its owner must be able to open it meanwhile, and nothing of it may
+/// change. A newer format is refused, whatever else there is.
+#[test]
+fn a_device_of_another_node_is_left_to_it() {
+    let folder = folder();
+    let path = folder.path().join("other.dat");
+    let mut owner = config(&folder, Backend::Auto);
+    (owner.node, owner.data_dir) = ([8; 16], folder.path().join("owner"));
+    owner.devices[0].path.clone_from(&path);
+    drop(Store::with(owner).unwrap());
+    let before = std::fs::read(&path).unwrap();
+    let both = || {
+        let mut config = config(&folder, Backend::Auto);
+        config.devices.push(DeviceConfig { path: path.clone(), slots: 4 });
+        config
+    };
+    let mut store = Store::with(both()).unwrap();
+    assert_eq!(
+        store.media.facts().devices.iter().map(|device| device.usable).collect::<Vec<_>>(),
+        [true, false]
+    );
+    assert!(std::fs::File::open(&path).unwrap().try_lock().is_ok(), "its owner cannot open it");
+    let cleared = store.run(|op| MediaOp::ClearSpace { op, space: space(), tenant: tenant(), generation: 2 });
+    assert_eq!(cleared, Err(Fault::Device), "the device would bring the blocks back");
+    drop(store);
+    assert!(std::fs::read(&path).unwrap() == before);
+    let file = std::fs::File::options().write(true).open(&path).unwrap();
+    file.write_all_at(&9u32.to_le_bytes(), 8).unwrap();
+    file.write_all_at(b"TERRSUP1", 0).unwrap();
+    assert!(matches!(Store::with(both()).err().unwrap(), MediaError::NewerFormat { found: 9, .. }));
 }
 
 /// A device that replaced another one must not be asked for the old one's blocks.

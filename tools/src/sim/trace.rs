@@ -22,6 +22,8 @@ const BLOCKS_MAX: usize = 1 << 30;
 const TOKENS_MAX: u64 = 1 << 31;
 /// First bytes of a zstd frame.
 const ZSTD_MAGIC: [u8; 4] = [0x28, 0xb5, 0x2f, 0xfd];
+/// First bytes of a gzip file.
+const GZIP_MAGIC: [u8; 2] = [0x1f, 0x8b];
 /// Whether a session is drawn is told in steps of one in so many.
 const DRAWS: f64 = 1_000_000.0;
 /// Block sizes that are tried when the caller names none.
@@ -50,6 +52,7 @@ enum Session {
 pub(crate) struct Lines {
     path: PathBuf,
     source: BufReader<Box<dyn Read + Send>>,
+    compressed: bool,
     number: u64,
     line: String,
 }
@@ -60,15 +63,21 @@ impl Lines {
     pub(crate) fn open(path: &Path) -> anyhow::Result<Self> {
         let unreadable = || format!("cannot read the trace {}", path.display());
         let mut file = BufReader::with_capacity(1 << 18, File::open(path).with_context(unreadable)?);
-        let compressed = file.fill_buf().with_context(unreadable)?.starts_with(&ZSTD_MAGIC);
+        let start = file.fill_buf().with_context(unreadable)?;
+        ensure!(
+            !start.starts_with(&GZIP_MAGIC),
+            "{} is compressed with gzip; traces are JSON lines, plain or zstd: unpack it (gunzip)",
+            path.display()
+        );
+        let compressed = start.starts_with(&ZSTD_MAGIC);
         let source: Box<dyn Read + Send> = if compressed {
             let decoder = ruzstd::decoding::StreamingDecoder::new(file);
-            Box::new(decoder.with_context(|| format!("{} is damaged", path.display()))?)
+            Box::new(decoder.with_context(|| damaged(path))?)
         } else {
             Box::new(file)
         };
         let source = BufReader::with_capacity(1 << 18, source);
-        Ok(Self { path: path.to_owned(), source, number: 0, line: String::new() })
+        Ok(Self { path: path.to_owned(), source, compressed, number: 0, line: String::new() })
     }
 
     /// Reads a line. `None` at the end.
@@ -77,7 +86,7 @@ impl Lines {
             self.number += 1;
             self.line.clear();
             let read = self.source.by_ref().take(LINE_BYTES_MAX).read_line(&mut self.line);
-            let length = read.with_context(|| self.place())?;
+            let length = read.map_err(|error| self.unreadable(error))?;
             if length == 0 {
                 return Ok(None);
             }
@@ -106,9 +115,24 @@ impl Lines {
         Ok(Some(line))
     }
 
+    /// What is wrong with the file, and what to do. Text that is no UTF-8 is `InvalidData`.
+    fn unreadable(&self, error: std::io::Error) -> anyhow::Error {
+        let text = error.kind() == std::io::ErrorKind::InvalidData;
+        let what = match (text, self.compressed) {
+            (true, _) => format!("{}: this is no text; traces are JSON lines, plain or zstd", self.place()),
+            (false, true) => format!("{}: {}", self.place(), damaged(&self.path)),
+            (false, false) => self.place(),
+        };
+        anyhow::Error::new(error).context(what)
+    }
+
     fn place(&self) -> String {
         format!("{}:{}", self.path.display(), self.number)
     }
+}
+
+fn damaged(path: &Path) -> String {
+    format!("{} is cut short or damaged (zstd -t tells): fetch or copy it again", path.display())
 }
 
 impl Iterator for Lines {

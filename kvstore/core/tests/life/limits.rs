@@ -67,6 +67,39 @@ fn one_session_cannot_pin_its_tenants_share() {
     leased(node.serve(1, op));
 }
 
+/// A pool whose chunks cannot be made (no descriptors, no memory), and one whose chunks are all in use: both refuse a
+/// write, and neither may be blamed on what the session holds, because to release leases would not help.
+#[test]
+fn a_pool_without_room_is_no_limit_of_the_session() {
+    let mut node = Node::with(config().limits);
+    let refused = |node: &mut Node, session, number, outcome: fn(&Effect) -> Result<Done, Fault>| {
+        let op = node.lease_write(&[number]);
+        let request = node.ask(session, op);
+        for _ in 0..600 {
+            node.run_with(outcome);
+            if let Some(reply) = node.reply(request) {
+                return reply;
+            }
+            node.after(100);
+        }
+        panic!("not answered within a minute")
+    };
+    let fails = |effect: &Effect| match effect {
+        Effect::CreateChunk { .. } => Err(Fault::NoMemory),
+        _ => Ok(Done::Plain),
+    };
+    assert_eq!(refused(&mut node, 1, 1, fails), Reply::Throttled(Limit::Memory));
+    node.after(10_000);
+    for session in [3, 4, 5] {
+        node.open(session, 1, Locality::Local);
+    }
+    // Each fills a window, and there are four chunks.
+    for (number, session) in (10..).zip([1, 2, 3, 4]) {
+        leased(refused(&mut node, session, number, |_| Ok(Done::Plain)));
+    }
+    assert_eq!(refused(&mut node, 5, 20, |_| Ok(Done::Plain)), Reply::Throttled(Limit::Pool));
+}
+
 /// A client renews for ever: its lease must end at the longest hold all the same, and it must be told why.
 #[test]
 fn a_hoarder_is_revoked() {

@@ -224,9 +224,16 @@ fn is_alive(pid: &str) -> bool {
     state.is_some_and(|state| state != "Z" && state != "X")
 }
 
-/// The process that /proc/locks names for this inode.
+/// The process that /proc/locks names for this file. It names inodes, and devices in a way of its own, so files of
+/// two file systems may look alike: a process counts if it has this one open, or if that cannot be told.
 fn lock_owner(file: &File) -> Option<String> {
-    let inode = file.metadata().map_or(0, |facts| facts.ino()).to_string();
+    let facts = file.metadata().ok()?;
+    let inode = facts.ino().to_string();
+    let has_open = |pid: &str| {
+        let Ok(open) = std::fs::read_dir(format!("/proc/{pid}/fd")) else { return true };
+        let is_it = |found: std::fs::Metadata| (found.dev(), found.ino()) == (facts.dev(), facts.ino());
+        open.flatten().any(|entry| std::fs::metadata(entry.path()).is_ok_and(is_it))
+    };
     let locks = std::fs::read_to_string("/proc/locks").unwrap_or_default();
     locks.lines().find_map(|line| {
         // `1: FLOCK  ADVISORY  WRITE 1234 fe:00:131 0 EOF`
@@ -234,6 +241,6 @@ fn lock_owner(file: &File) -> Option<String> {
         let kind = words.next()?;
         let pid = words.nth(2)?;
         let found = words.next()?.rsplit(':').next()?;
-        (kind == "FLOCK" && found == inode).then(|| pid.to_owned())
+        (kind == "FLOCK" && found == inode && has_open(pid)).then(|| pid.to_owned())
     })
 }

@@ -48,7 +48,17 @@ fn files_that_are_no_traces_are_refused() {
         ruzstd::encoding::CompressionLevel::Fastest,
     );
     assert_eq!(Trace::read(file(&whole).path(), None, None).unwrap().asks.len(), 5000);
-    assert!(Trace::read(file(&whole[..whole.len() / 2]).path(), None, None).is_err());
+    let said = |bytes: &[u8]| format!("{:#}", Trace::read(file(bytes).path(), None, None).unwrap_err());
+    for cut in [whole.len() / 2, 5] {
+        let error = said(&whole[..cut]);
+        assert!(
+            error.contains("is cut short or damaged") && error.contains("copy it again"),
+            "{cut}: {error}"
+        );
+    }
+    let gzip = said(&[0x1f, 0x8b, 8, 0, 0, 0]);
+    assert!(gzip.contains("compressed with gzip") && gzip.contains("gunzip"), "{gzip}");
+    assert!(said(&[b'{', 0xff, 0xfe]).contains("this is no text"));
 }
 
 /// A wrong block size would count tokens that are not there: it is told from all prompts, or asked for.
