@@ -289,8 +289,7 @@ impl Core {
         let disks = Disks::new(&config.device_slots, config.chunk_bytes);
         let gpus = Gpus::new(&config.hbm);
         let memory_limit = config.pinned_bytes.get();
-        let slots: u64 = config.device_slots.iter().map(|&slots| u64::from(slots)).sum();
-        let curves = CurveBooks::new(memory_limit, slots * config.chunk_bytes.get());
+        let curves = CurveBooks::new(&config);
         Self {
             admit: admit_of(config.admission),
             config,

@@ -1,5 +1,6 @@
 //! Miss-ratio curves: what a tier would serve at other sizes, estimated while it works.
 
+use crate::api::Config;
 use crate::core::Core;
 use crate::evict::narrow;
 use crate::ids::{BlockId, TenantId};
@@ -56,7 +57,9 @@ pub(crate) struct CurveBooks {
 }
 
 impl CurveBooks {
-    pub(crate) fn new(pinned: u64, nvme: u64) -> Self {
+    pub(crate) fn new(config: &Config) -> Self {
+        let slots: u64 = config.device_slots.iter().map(|&slots| u64::from(slots)).sum();
+        let (pinned, nvme) = (config.pinned_bytes.get(), slots * config.chunk_bytes.get());
         let (pinned_curves, nvme_curves) = (Curves::new(pinned.max(1)), Curves::new(nvme.max(1)));
         Self { pinned: pinned_curves, nvme: nvme_curves, sizes: (pinned, nvme), references: 0 }
     }
