@@ -2,10 +2,11 @@
 
 /// What a heap keeps at its end; there are a few heaps a processor.
 #[cfg(all(target_os = "linux", target_env = "gnu"))]
-const KEPT_BYTES: libc::c_int = 4 << 20;
-/// Larger pieces are mapped from the kernel one by one, and given back to it.
+const KEPT_BYTES: libc::c_int = 8 << 20;
+/// Larger pieces are mapped from the kernel one by one, and given back to it: larger than the messages of a stream, of
+/// which each is made in memory of its own, some more than a mebibyte.
 #[cfg(all(target_os = "linux", target_env = "gnu"))]
-const MAPPED_FROM_BYTES: libc::c_int = 1 << 20;
+const MAPPED_FROM_BYTES: libc::c_int = 4 << 20;
 
 /// From now on some freed memory stays with the process. By itself the C library gives it back to the kernel from 128 KiB on,
 /// and fetches it again page by page, a microsecond each: a sixth of what the answers to a burst of writes took. For the
