@@ -208,7 +208,8 @@ pub(crate) fn blocks(
     Ok(terrace_lane::block_ids(key, space, keys))
 }
 
-fn expect_at_most(limit: u32, found: usize, what: &str) -> Result<(), CallError> {
+/// Refuses a request that names more than the limit.
+pub(crate) fn expect_at_most(limit: u32, found: usize, what: &str) -> Result<(), CallError> {
     if found > limit as usize {
         let detail = format!("{found} {what} in one request; the limit is {limit}; split the request");
         return Err(CallError::invalid(detail));

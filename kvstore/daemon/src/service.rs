@@ -486,13 +486,7 @@ impl Service {
     ) -> Result<v1::SealResponse, CallError> {
         let began = Instant::now();
         check_request_id(request.request_id)?;
-        if request.blocks.len() > self.facts.blocks_max as usize {
-            let limit = self.facts.blocks_max;
-            return Err(CallError::invalid(format!(
-                "{} blocks in one request; the limit is {limit}; split the request",
-                request.blocks.len()
-            )));
-        }
+        convert::expect_at_most(self.facts.blocks_max, request.blocks.len(), "blocks")?;
         let durability = convert::durability(request.durability());
         let op = Request::Seal {
             repeat: request.request_id,
