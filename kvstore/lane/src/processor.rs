@@ -4,40 +4,26 @@
 //! turns, while others are idle. Where idle ones look as if their host had taken them away, as they do in a virtual machine,
 //! none of them is looked for.
 
-use std::mem::{MaybeUninit, size_of};
+use rustix::thread::{CpuSet, sched_getaffinity, sched_getcpu, sched_setaffinity};
 
-/// The processor that the caller runs on just now; `None` if the kernel does not say.
+/// The processor that the caller runs on just now; `None` if its number is none that can be.
 pub fn processor() -> Option<u32> {
-    // SAFETY: plain call without arguments.
-    u32::try_from(unsafe { libc::sched_getcpu() }).ok()
+    u32::try_from(sched_getcpu()).ok()
 }
 
 /// If the calling thread runs on this processor and may run on others, it goes on on one of those. It may come back at any
 /// time: what it may run on is as before. Takes some 50 us where the other one sleeps.
 pub fn leave_processor(number: u32) {
-    let Some(place) = usize::try_from(number).ok().filter(|place| *place < 8 * size_of::<libc::cpu_set_t>())
-    else {
-        return;
-    };
+    let Some(place) = usize::try_from(number).ok().filter(|place| *place < CpuSet::MAX_CPU) else { return };
     if processor() != Some(number) {
         return;
     }
-    let mut allowed = MaybeUninit::<libc::cpu_set_t>::zeroed();
-    // SAFETY: zero is the calling thread; the set is as long as is said, and zeros are a set.
-    let mut allowed = unsafe {
-        if libc::sched_getaffinity(0, size_of::<libc::cpu_set_t>(), allowed.as_mut_ptr()) != 0 {
-            return;
-        }
-        allowed.assume_init()
-    };
-    let before = allowed;
-    // SAFETY: the place is inside the set. Zero is the calling thread, and the sets are as long as is said; a set that the
-    // kernel refuses, for example because nothing is in it, changes nothing.
-    unsafe {
-        libc::CPU_CLR(place, &mut allowed);
-        if libc::sched_setaffinity(0, size_of::<libc::cpu_set_t>(), &allowed) == 0 {
-            libc::sched_setaffinity(0, size_of::<libc::cpu_set_t>(), &before);
-        }
+    let Ok(before) = sched_getaffinity(None) else { return };
+    let mut others = before;
+    others.unset(place);
+    // A set that the kernel refuses, for example because nothing is in it, changes nothing.
+    if sched_setaffinity(None, &others).is_ok() {
+        let _refused = sched_setaffinity(None, &before);
     }
 }
 
