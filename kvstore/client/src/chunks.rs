@@ -9,6 +9,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use tokio::sync::RwLock;
+
 use terrace_core::ByteCount;
 use terrace_gpudirect::Device;
 use terrace_lane::{Access, FenceMapping, Mapping};
@@ -29,6 +31,8 @@ const MAPPING_IDLE_MAX: Duration = Duration::from_secs(2);
 #[derive(Debug)]
 pub(crate) struct Chunks {
     table: Mutex<BTreeMap<u64, Chunk>>,
+    /// Held by whoever asks for frames to write, and alone by whoever fills some before he is granted them.
+    pub(crate) turn: RwLock<()>,
     /// Devices of the daemon that this process reaches, by the daemon's numbers.
     devices: Mutex<BTreeMap<u32, Arc<Own>>>,
 }
@@ -63,6 +67,20 @@ struct Chunk {
     writers: usize,
     recalled: bool,
     idle_since: Option<Instant>,
+    /// Handle of the space that a window is for, if it is known.
+    space: Option<u32>,
+    /// Of a window: no frame from this one on was ever granted.
+    unused_from: u32,
+}
+
+/// A window that is mapped and has frames that were never granted. It is not returned meanwhile.
+#[derive(Debug)]
+pub(crate) struct Unused {
+    pub(crate) chunk: u64,
+    pub(crate) mapping: Arc<Mapping>,
+    /// The first of them, if there is one.
+    pub(crate) frame: u32,
+    _writer: WriterToken,
 }
 
 /// When a mapping is asked for.
@@ -76,7 +94,7 @@ enum Asking {
 
 impl Chunks {
     pub(crate) fn new() -> Self {
-        Self { table: Mutex::default(), devices: Mutex::default() }
+        Self { table: Mutex::default(), turn: RwLock::default(), devices: Mutex::default() }
     }
 
     /// From now on, chunks of the daemon's device `number` are mapped by `device`.
@@ -110,6 +128,33 @@ impl Chunks {
         }
         let mapping = self.map(link, chunk, access, Asking::InTurn).await?;
         Ok(self.mapped(chunk, access, mapping))
+    }
+
+    /// The daemon said what a window is for.
+    pub(crate) fn is_window_of(&self, chunk: u64, space: u32) {
+        self.table().entry(chunk).or_default().space = Some(space);
+    }
+
+    /// The windows of a space, as the daemon takes frames from them.
+    pub(crate) fn unused(self: &Arc<Self>, keeper: &Arc<Keeper>, space: u32) -> Vec<Unused> {
+        let found: Vec<(u64, Arc<Mapping>, u32)> = {
+            let table = self.table();
+            let windows = table.iter().filter(|(_, entry)| entry.space == Some(space) && !entry.recalled);
+            let mapped = windows.filter_map(|(chunk, entry)| match &entry.mapping {
+                Some(Mapped::Host(mapping)) if mapping.is_writable() => {
+                    Some((*chunk, Arc::clone(mapping), entry.unused_from))
+                }
+                Some(_) | None => None,
+            });
+            mapped.collect()
+        };
+        let held = found.into_iter().map(|(chunk, mapping, frame)| Unused {
+            chunk,
+            mapping,
+            frame,
+            _writer: WriterToken::new(self, keeper, chunk, frame),
+        });
+        held.collect()
     }
 
     /// Maps a window that nothing is granted in yet, and its pages, beside whoever writes.
@@ -289,8 +334,13 @@ pub(crate) struct WriterToken {
 }
 
 impl WriterToken {
-    pub(crate) fn new(chunks: &Arc<Chunks>, keeper: &Arc<Keeper>, chunk: u64) -> Self {
-        chunks.table().entry(chunk).or_default().writers += 1;
+    /// `end`: the last frame that was granted, and one.
+    pub(crate) fn new(chunks: &Arc<Chunks>, keeper: &Arc<Keeper>, chunk: u64, end: u32) -> Self {
+        let mut table = chunks.table();
+        let entry = table.entry(chunk).or_default();
+        entry.writers += 1;
+        entry.unused_from = entry.unused_from.max(end);
+        drop(table);
         Self { chunks: Arc::clone(chunks), keeper: Arc::clone(keeper), chunk }
     }
 }

@@ -211,7 +211,7 @@ pub struct DeviceWriteBlock {
     granted: Granted,
     sealed: Option<Checksum>,
     // Present while stores are allowed.
-    writer: Option<WriterToken>,
+    writer: Option<Arc<WriterToken>>,
 }
 
 impl DeviceWriteBlock {

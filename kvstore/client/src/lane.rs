@@ -66,8 +66,8 @@ pub(crate) struct Delivered {
     pub(crate) descriptors: Vec<OwnedFd>,
     /// Ends the lease of a `LeaseResponse` when dropped.
     pub(crate) lease: Option<LeaseToken>,
-    /// One for each granted block of a write lease, in order.
-    pub(crate) writers: Vec<WriterToken>,
+    /// One for each granted block of a write lease, in order. Those of neighbours are the same.
+    pub(crate) writers: Vec<Arc<WriterToken>>,
 }
 
 /// One connection to the daemon's socket.
@@ -249,6 +249,12 @@ impl LaneLink {
         let permit = self.permit().await?;
         let question = Question { op, keys: Some(keys), keeper: Some(keeper) };
         self.ask(question, Some(permit), Duration::ZERO).await
+    }
+
+    /// Whether frames to write were asked for that were not answered yet, be it to somebody who has gone.
+    pub(crate) fn is_asked_for_frames(&self) -> bool {
+        let waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
+        waiting.callers.values().any(|caller| caller.lease == Some(LeaseKind::Write))
     }
 
     /// Leave to have a request under way. Questions that were given up keep theirs until they are answered.
@@ -526,13 +532,20 @@ fn own_grants(
     kind: Option<LeaseKind>,
     keeper: &Arc<Keeper>,
     chunks: &Arc<Chunks>,
-) -> (Option<LeaseToken>, Vec<WriterToken>) {
+) -> (Option<LeaseToken>, Vec<Arc<WriterToken>>) {
     let lease = (lease != 0).then(|| LeaseToken::new(lease, Arc::clone(keeper)));
     if kind != Some(LeaseKind::Write) {
         return (lease, Vec::new());
     }
-    let blocks = grants.iter().filter(|block| block.outcome == GrantOutcome::Granted);
-    (lease, blocks.map(|block| WriterToken::new(chunks, keeper, block.chunk)).collect())
+    let granted = |block: &&Grant| block.outcome == GrantOutcome::Granted;
+    let granted: Vec<&Grant> = grants.iter().filter(granted).collect();
+    let mut writers = Vec::with_capacity(granted.len());
+    for blocks in granted.chunk_by(|one, next| one.chunk == next.chunk) {
+        let end = blocks.iter().map(|block| block.frame.saturating_add(1)).max().unwrap_or(0);
+        let writer = Arc::new(WriterToken::new(chunks, keeper, blocks[0].chunk, end));
+        writers.extend(std::iter::repeat_n(writer, blocks.len()));
+    }
+    (lease, writers)
 }
 
 fn take_notice(notice: Notice, keeper: &Keeper, chunks: &Chunks) {
@@ -547,7 +560,13 @@ fn take_notice(notice: Notice, keeper: &Keeper, chunks: &Chunks) {
                 keeper.return_window(recalled.chunk);
             }
         }
-        Notice::Window(opened) => keeper.map(opened.chunk),
+        Notice::Window(opened) => {
+            // An older daemon says nothing of the space.
+            if opened.space != 0 {
+                chunks.is_window_of(opened.chunk, opened.space);
+            }
+            keeper.map(opened.chunk);
+        }
         Notice::Dropped(dropped) => keeper.unmap(dropped.chunk),
         Notice::Rejected(rejected) => {
             tracing::error!(

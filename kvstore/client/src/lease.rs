@@ -180,6 +180,8 @@ pub(crate) struct Wanted<'a> {
     pub(crate) purpose: LeasePurpose,
     /// The daemon's number of the device whose memory is wanted; `None` is host memory.
     pub(crate) device: Option<u32>,
+    /// The caller sees to it that nobody else of the session asks for frames to write: [`Chunks::turn`] is his.
+    pub(crate) alone: bool,
 }
 
 /// One granted frame, mapped and checked.
@@ -193,7 +195,7 @@ pub(crate) struct Frame {
     pub(crate) checksum: Checksum,
     pub(crate) block: BlockId,
     pub(crate) generation: u64,
-    pub(crate) writer: Option<WriterToken>,
+    pub(crate) writer: Option<Arc<WriterToken>>,
 }
 
 /// A frame's mapping, which is in host memory.
@@ -208,7 +210,7 @@ pub(crate) fn in_host_memory(mapping: Mapped) -> Result<Arc<Mapping>, ClientErro
 struct Answered {
     granted: LeaseResponse,
     grants: Vec<Grant>,
-    writers: Vec<WriterToken>,
+    writers: Vec<Arc<WriterToken>>,
     held: Option<(LeaseToken, Arc<LeaseState>)>,
 }
 
@@ -232,7 +234,12 @@ async fn ask(session: &Arc<LaneSession>, wanted: Wanted<'_>) -> Result<Answered,
         block_ids: Bytes::new(),
         processor: if fills { terrace_lane::processor().map_or(0, |number| number + 1) } else { 0 },
     };
+    let in_turn = match wanted.kind {
+        LeaseKind::Write if !wanted.alone => Some(session.chunks.turn.read().await),
+        LeaseKind::Write | LeaseKind::Read | LeaseKind::Unspecified => None,
+    };
     let delivered = session.link.call_keyed(Op::Lease(request), wanted.keys, &session.keeper).await?;
+    drop(in_turn);
     let Answer::Lease(granted) = delivered.answer else {
         return Err(ClientError::Protocol { detail: "a lease was asked for" });
     };
@@ -274,6 +281,9 @@ pub(crate) async fn lease<B>(
                     Some((chunk, mapping)) if *chunk == grant.chunk => mapping.clone(),
                     Some(_) | None => {
                         let mapping = session.chunks.mapping(&session.link, grant.chunk, access).await?;
+                        if access == Access::Write {
+                            session.chunks.is_window_of(grant.chunk, space.handle);
+                        }
                         last = Some((grant.chunk, mapping.clone()));
                         mapping
                     }
@@ -365,7 +375,7 @@ fn frame(
     space: &Space,
     generation: u64,
     grant: &Grant,
-    writer: Option<WriterToken>,
+    writer: Option<Arc<WriterToken>>,
 ) -> Result<Frame, ClientError> {
     let block = check(space, grant)?;
     Ok(Frame {

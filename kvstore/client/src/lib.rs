@@ -27,6 +27,7 @@ mod convert;
 mod device;
 mod device_read;
 mod device_write;
+mod early;
 mod error;
 mod get;
 mod grpc;

@@ -18,6 +18,7 @@ use terrace_lane::drain;
 use terrace_proto::v1::{LeaseKind, LeasePurpose};
 
 use crate::convert::parent_to_wire;
+use crate::early::{Early, FilledEarly};
 use crate::error::ClientError;
 use crate::get::is_past_the_cache;
 use crate::keyed::Named;
@@ -111,22 +112,21 @@ impl Session {
     ) -> Result<(), ClientError> {
         let Some(first) = open.first() else { return Ok(()) };
         let (mut sealing, mut next) = (VecDeque::new(), None);
-        let mut lease = self.leasing(put, first)?.ask().await?;
+        let (mut lease, mut early) = self.lease_first(put, first).await?;
         for (at, run) in open.iter().enumerate() {
             if let Some(run) = open.get(at + 1) {
-                next = Some(Asked::begin(self.leasing(put, run)?.ask()).await);
+                next = Some(Asked::begin(self.leasing(put, run)?.ask(false)).await);
             }
             if is_past_the_cache(put.space, put.keys.len()) {
                 lease.go_past_the_cache();
             }
             lease.drain_later();
-            let (filled, sums) = fill(&mut lease, run.start, put.payloads, outcomes)?;
+            let (filled, sums) = fill(&mut lease, run.start, put.payloads, &early, outcomes)?;
+            early.clear();
             drain();
             sealing.push_back((filled, Asked::begin(seal(lease, sums, put.durability)).await));
             let Some(mut asked) = next.take() else { break };
-            // Once for the socket to be looked at, and once for whoever reads it.
-            tokio::task::yield_now().await;
-            tokio::task::yield_now().await;
+            look_at_the_socket().await;
             // What these pin may be what the next one waits for.
             while sealing.len() > SEALING_MAX || !asked.is_answered().await {
                 let Some((filled, sealed)) = sealing.pop_front() else { break };
@@ -138,6 +138,29 @@ impl Session {
             told(&filled, sealed.end().await?, outcomes);
         }
         Ok(())
+    }
+
+    /// Leases the first run, and fills meanwhile what it will probably be granted.
+    async fn lease_first<K: AsRef<[u8]>>(
+        &self,
+        put: &Put<'_, K>,
+        first: &Range<usize>,
+    ) -> Result<(WriteLease, Vec<FilledEarly>), ClientError> {
+        let leasing = self.leasing(put, first)?;
+        let lane = Arc::clone(&leasing.lane);
+        let Some((turn, mut early)) = Early::begin(&lane, put, first.clone()) else {
+            return Ok((leasing.ask(false).await?, Vec::new()));
+        };
+        let mut asked = Asked::begin(leasing.ask(true)).await;
+        while !asked.is_answered().await {
+            if !early.go_on() {
+                // Others want their turn.
+                drop((early, turn));
+                return Ok((asked.end().await?, Vec::new()));
+            }
+            look_at_the_socket().await;
+        }
+        Ok((asked.end().await?, early.end()))
     }
 
     fn leasing(&self, put: &Put<'_, impl AsRef<[u8]>>, run: &Range<usize>) -> Result<Leasing, ClientError> {
@@ -164,7 +187,7 @@ struct Leasing {
 
 impl Leasing {
     /// Given up, what was granted is released.
-    async fn ask(self) -> Result<WriteLease, ClientError> {
+    async fn ask(self, alone: bool) -> Result<WriteLease, ClientError> {
         let Self { lane, space, keys, parent } = self;
         let wanted = Wanted {
             space: &space,
@@ -175,10 +198,17 @@ impl Leasing {
             wait: READ_WAIT,
             purpose: LeasePurpose::Unspecified,
             device: None,
+            alone,
         };
         let (lease, grants) = lease(&lane, wanted, WriteBlock::new).await?;
         Ok(WriteLease { lease, grants })
     }
+}
+
+/// Once for the socket to be looked at, and once for whoever reads it.
+async fn look_at_the_socket() {
+    tokio::task::yield_now().await;
+    tokio::task::yield_now().await;
 }
 
 /// Runs of blocks that are still to be written, so that each one's parent is the one before it.
@@ -219,11 +249,13 @@ fn pieces(open: Range<usize>, most: usize) -> Vec<Range<usize>> {
     (0..count).map(|piece| at(piece)..at(piece + 1)).collect()
 }
 
-/// Fills what was granted, which begins at `start`; answers the positions, and what they are sealed with.
+/// Fills what was granted, which begins at `start`, but for what was filled early; answers the positions, and what they are
+/// sealed with.
 fn fill(
     lease: &mut WriteLease,
     start: usize,
     payloads: &[&[u8]],
+    early: &[FilledEarly],
     outcomes: &mut [Option<SealOutcome>],
 ) -> Result<Filled, ClientError> {
     let (mut filled, mut sums) =
@@ -232,7 +264,11 @@ fn fill(
         match grant {
             Outcome::Granted(block) => {
                 // Of the payload, not of the frame: what is sealed is what was given.
-                sums.push((index, block.write_checked(payloads[at])?));
+                let sum = match early.get(at - start).filter(|early| block.is(early)) {
+                    Some(early) => early.checksum,
+                    None => block.write_checked(payloads[at])?,
+                };
+                sums.push((index, sum));
                 filled.push(at);
             }
             Outcome::Exists => outcomes[at] = Some(SealOutcome::Already),

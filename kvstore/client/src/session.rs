@@ -378,6 +378,7 @@ impl Session {
             wait: options.wait,
             purpose: purpose_to_wire(options.purpose),
             device,
+            alone: false,
         })
     }
 
@@ -399,6 +400,7 @@ impl Session {
             wait: options.wait,
             purpose: v1::LeasePurpose::Unspecified,
             device,
+            alone: false,
         })
     }
 

@@ -13,6 +13,7 @@ use terrace_proto::v1::{AbortRequest, SealBlock, SealRequest};
 use crate::again;
 use crate::chunks::{Mapped, WriterToken};
 use crate::convert::{durability_to_wire, seals_from_wire};
+use crate::early::FilledEarly;
 use crate::error::ClientError;
 use crate::lease::{Frame, Lease, Outcome, in_host_memory};
 use crate::read::ReadBlock;
@@ -225,7 +226,7 @@ pub struct WriteBlock {
 #[derive(Debug)]
 struct Writer {
     view: SharedBytesMut,
-    _window: WriterToken,
+    _window: Arc<WriterToken>,
 }
 
 impl WriteBlock {
@@ -254,6 +255,12 @@ impl WriteBlock {
     pub(crate) fn end(&mut self, sealed: Option<Checksum>) {
         self.sealed = sealed;
         self.writer = None;
+    }
+
+    /// Whether this is what was filled before it was granted.
+    pub(crate) fn is(&self, early: &FilledEarly) -> bool {
+        let FilledEarly { chunk, frame, block, generation, checksum: _ } = *early;
+        (chunk, frame, block, generation) == (self.chunk, self.frame, self.block, self.generation)
     }
 
     /// A reading guard of it, if it was sealed.

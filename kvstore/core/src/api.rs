@@ -774,7 +774,7 @@ pub enum Notice {
     /// Hand this window back.
     WindowRecalled { chunk: ChunkId },
     /// This window is the session's next one. Nothing is granted in it yet: the time to map it.
-    WindowOpened { chunk: ChunkId },
+    WindowOpened { chunk: ChunkId, space: SpaceId },
     /// A block that this session sealed failed its first verification.
     SealRejected { space: SpaceId, block: BlockId },
     /// Unmap this chunk. Said by the shell, which knows who has mapped it.

@@ -165,7 +165,7 @@ impl Core {
                     |wait: &WaitId| self.waits.get(wait).is_some_and(|wait| wait.asker.session == owner);
                 // Whoever waits for it maps it when he has his answer.
                 if memory == Memory::Pinned && !self.writers.iter().any(of_owner) {
-                    let notice = Notice::WindowOpened { chunk: id };
+                    let notice = Notice::WindowOpened { chunk: id, space: self.spaces.at(space).id };
                     self.effects.push_back(Effect::Notify { session: owner, notice });
                 }
             }

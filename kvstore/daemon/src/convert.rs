@@ -507,7 +507,9 @@ pub(crate) fn notice(notice: &Notice, handle: impl Fn(SpaceId) -> u32) -> v1::Se
             Wire::Revoked(v1::LeaseRevoked { lease: lease.get(), reason: (*reason).to_owned() })
         }
         Notice::WindowRecalled { chunk } => Wire::Recalled(v1::WindowRecalled { chunk: chunk.get() }),
-        Notice::WindowOpened { chunk } => Wire::Window(v1::WindowOpened { chunk: chunk.get() }),
+        Notice::WindowOpened { chunk, space } => {
+            Wire::Window(v1::WindowOpened { chunk: chunk.get(), space: handle(*space) })
+        }
         Notice::ChunkDropped { chunk } => Wire::Dropped(v1::ChunkDropped { chunk: chunk.get() }),
         Notice::SealRejected { space, block } => Wire::Rejected(v1::SealRejected {
             space: handle(*space),

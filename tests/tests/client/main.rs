@@ -9,3 +9,4 @@ mod get;
 mod grpc;
 mod lane;
 mod life;
+mod put;

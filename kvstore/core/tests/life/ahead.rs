@@ -19,7 +19,7 @@ fn numbers(from: u8, count: u8) -> Vec<u8> {
 /// Windows that sessions were told of so far.
 fn told(node: &Node) -> Vec<ChunkId> {
     let of = |effect: &Effect| match effect {
-        Effect::Notify { notice: Notice::WindowOpened { chunk }, .. } => Some(*chunk),
+        Effect::Notify { notice: Notice::WindowOpened { chunk, .. }, .. } => Some(*chunk),
         _ => None,
     };
     node.effects.iter().filter_map(of).collect()
