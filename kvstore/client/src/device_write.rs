@@ -4,24 +4,17 @@ use std::sync::Arc;
 
 use terrace_core::{BlockId, ByteCount, Checksum, Durability, SealOutcome};
 use terrace_gpudirect::{DeviceBytes, DeviceError, copy_in};
-use terrace_proto::v1::SealBlock;
 
 use crate::chunks::WriterToken;
 use crate::device::{COPY_WITHIN, Granted, Where, place};
 use crate::device_read::{DeviceBlock, Leased};
 use crate::error::ClientError;
-use crate::lease::{Frame, Lease, Outcome};
-use crate::write::{self, WriteBlock, WriteLease};
+use crate::lease::{Frame, Lease};
+use crate::write::{Fill, WriteBlock, WriteLease, Writer};
 
 /// Frames reserved for writing, on a device where it has room. Dropping it gives back what is not sealed, and unpins
-/// what is: no work on the device may use its frames any more then.
-#[derive(Debug)]
-pub struct DeviceWriteLease {
-    // Before the grants: the lease ends before its windows go back.
-    pub(crate) lease: Option<Arc<Lease>>,
-    /// One entry a key, in order.
-    pub grants: Vec<Outcome<Reserved>>,
-}
+/// what is: no work on the device may store into its frames any more then, nor when they are sealed or given back.
+pub type DeviceWriteLease = WriteLease<Reserved>;
 
 /// A frame to fill, where it is.
 #[derive(Debug)]
@@ -40,13 +33,21 @@ impl Reserved {
             Self::Device(block) => Some(block),
         }
     }
+}
 
-    fn is_writable(&self) -> bool {
-        match self {
-            Self::Host(block) => block.is_writable(),
-            Self::Device(block) => block.is_writable(),
-        }
-    }
+/// The right to store into a frame, where it is.
+#[derive(Debug)]
+pub struct ReservedWriter(There);
+
+#[derive(Debug)]
+enum There {
+    Host(Writer),
+    Device(Arc<WriterToken>),
+}
+
+impl Fill for Reserved {
+    type Writer = ReservedWriter;
+    type Reader = Leased;
 
     fn length(&self) -> ByteCount {
         match self {
@@ -55,12 +56,43 @@ impl Reserved {
         }
     }
 
-    fn end(&mut self, sealed: Option<Checksum>) {
+    fn is_writable(&self) -> bool {
         match self {
-            Self::Host(block) => block.end(sealed),
+            Self::Host(block) => block.is_writable(),
+            Self::Device(block) => block.is_writable(),
+        }
+    }
+
+    fn stop(&mut self) -> Option<ReservedWriter> {
+        match self {
+            Self::Host(block) => block.stop().map(There::Host),
+            Self::Device(block) => block.writer.take().map(There::Device),
+        }
+        .map(ReservedWriter)
+    }
+
+    fn go_on(&mut self, writer: ReservedWriter) {
+        match (self, writer.0) {
+            (Self::Host(block), There::Host(writer)) => block.go_on(writer),
+            (Self::Device(block), There::Device(writer)) => block.writer = Some(writer),
+            (Self::Host(_), There::Device(_)) | (Self::Device(_), There::Host(_)) => {
+                unreachable!("a block has its own writer back")
+            }
+        }
+    }
+
+    fn sealed(&mut self, checksum: Checksum) {
+        match self {
+            Self::Host(block) => block.sealed(checksum),
+            Self::Device(block) => block.sealed = Some(checksum),
+        }
+    }
+
+    fn reader(&self) -> Option<Leased> {
+        match self {
+            Self::Host(block) => block.reader().map(Leased::Host),
             Self::Device(block) => {
-                block.sealed = sealed;
-                block.writer = None;
+                Some(Leased::Device(DeviceBlock::sealed(block.granted.clone(), block.sealed?)))
             }
         }
     }
@@ -78,21 +110,6 @@ impl DeviceWriteLease {
                 Reserved::Device(DeviceWriteBlock { granted, sealed: None, writer })
             }
         })
-    }
-
-    /// The daemon's number of the lease; `None` when nothing was granted.
-    pub fn id(&self) -> Option<u64> {
-        self.lease.as_ref().map(|lease| lease.id())
-    }
-
-    /// The frame at a position, if it was granted.
-    pub fn block(&self, index: u32) -> Option<&Reserved> {
-        self.grants.get(index as usize).and_then(Outcome::granted)
-    }
-
-    /// The frame at a position, if it was granted.
-    pub fn block_mut(&mut self, index: u32) -> Option<&mut Reserved> {
-        self.grants.get_mut(index as usize).and_then(Outcome::granted_mut)
     }
 
     /// As [`crate::WriteLease::seal`]. What lies on the device is summed there, by a kernel on a GPU; the first time,
@@ -122,76 +139,6 @@ impl DeviceWriteLease {
             blocks.extend(sums.into_iter().collect::<Result<Vec<_>, DeviceError>>()?);
         }
         self.seal_with(&blocks, durability).await
-    }
-
-    /// As [`DeviceWriteLease::seal`], with checksums that the caller computed.
-    ///
-    /// # Errors
-    /// As [`crate::WriteLease::seal`].
-    pub async fn seal_with(
-        &mut self,
-        blocks: &[(u32, Checksum)],
-        durability: Durability,
-    ) -> Result<Vec<SealOutcome>, ClientError> {
-        let mut wanted = Vec::with_capacity(blocks.len());
-        for (index, checksum) in blocks {
-            let length = self.writable(*index)?.length().get();
-            wanted.push(SealBlock { index: *index, length, checksum: checksum.get() });
-        }
-        let Some(lease) = self.lease.clone().filter(|_| !wanted.is_empty()) else {
-            return Ok(Vec::new());
-        };
-        let outcomes = write::seal(&lease, wanted, durability).await?;
-        for (index, checksum) in blocks {
-            if let Some(block) = self.block_mut(*index) {
-                block.end(Some(*checksum));
-            }
-        }
-        Ok(outcomes)
-    }
-
-    /// As [`crate::WriteLease::abort`]. No work on the device stores into the blocks any more.
-    ///
-    /// # Errors
-    /// The session has ended, or the daemon refused.
-    pub async fn abort(&mut self, indexes: &[u32]) -> Result<u32, ClientError> {
-        let indexes: Vec<u32> =
-            indexes.iter().copied().filter(|index| self.writable(*index).is_ok()).collect();
-        let Some(lease) = self.lease.clone().filter(|_| !indexes.is_empty()) else {
-            return Ok(0);
-        };
-        let aborted = write::abort(&lease, indexes.clone()).await?;
-        for index in indexes {
-            if let Some(block) = self.block_mut(index) {
-                block.end(None);
-            }
-        }
-        Ok(aborted)
-    }
-
-    /// As [`crate::WriteLease::reader`].
-    pub fn reader(&self, index: u32) -> Option<Leased> {
-        match self.block(index)? {
-            Reserved::Host(block) => block.reader().map(Leased::Host),
-            Reserved::Device(block) => {
-                Some(Leased::Device(DeviceBlock::sealed(block.granted.clone(), block.sealed?)))
-            }
-        }
-    }
-
-    /// As [`crate::WriteLease::release`].
-    ///
-    /// # Errors
-    /// The session has ended; so has the lease.
-    pub async fn release(self) -> Result<(), ClientError> {
-        match &self.lease {
-            Some(lease) => lease.release().await,
-            None => Ok(()),
-        }
-    }
-
-    fn writable(&self, index: u32) -> Result<&Reserved, ClientError> {
-        self.block(index).filter(|block| block.is_writable()).ok_or(ClientError::NotWritable { index })
     }
 }
 

@@ -31,55 +31,59 @@ pub struct WriteOptions {
 /// Frames reserved for writing. Dropping it gives back what is not sealed, and
 /// unpins what is.
 #[derive(Debug)]
-pub struct WriteLease {
+pub struct WriteLease<B = WriteBlock> {
     // Before the grants: the lease ends before its windows go back.
     pub(crate) lease: Option<Arc<Lease>>,
     /// One entry a key, in order.
-    pub grants: Vec<Outcome<WriteBlock>>,
+    pub grants: Vec<Outcome<B>>,
 }
 
-impl WriteLease {
+/// A frame to fill, wherever it is.
+pub trait Fill {
+    /// The right to store.
+    type Writer;
+    /// A guard to read it by.
+    type Reader;
+
+    /// Payload length.
+    fn length(&self) -> ByteCount;
+    /// Whether stores are allowed.
+    fn is_writable(&self) -> bool;
+    /// Nobody stores from now on. The window is not handed back while the caller has the right to.
+    fn stop(&mut self) -> Option<Self::Writer>;
+    /// Stores are allowed again.
+    fn go_on(&mut self, writer: Self::Writer);
+    /// It was sealed with this checksum.
+    fn sealed(&mut self, checksum: Checksum);
+    /// A guard, if it was sealed.
+    fn reader(&self) -> Option<Self::Reader>;
+}
+
+impl<B: Fill> WriteLease<B> {
     /// The daemon's number of the lease; `None` when nothing was granted.
     pub fn id(&self) -> Option<u64> {
         self.lease.as_ref().map(|lease| lease.id())
     }
 
     /// The block at a position, if it was granted.
-    pub fn block(&self, index: u32) -> Option<&WriteBlock> {
+    pub fn block(&self, index: u32) -> Option<&B> {
         self.grants.get(index as usize).and_then(Outcome::granted)
     }
 
     /// The block at a position, if it was granted.
-    pub fn block_mut(&mut self, index: u32) -> Option<&mut WriteBlock> {
+    pub fn block_mut(&mut self, index: u32) -> Option<&mut B> {
         self.grants.get_mut(index as usize).and_then(Outcome::granted_mut)
     }
 
-    /// Publishes the blocks at these positions with the checksums of what is in
-    /// their frames now. One outcome a position. The blocks are immutable from
-    /// here on: nobody may store into them any more, whatever the outcome.
-    /// Sealed blocks stay pinned until the lease goes. When cancelled, they may
+    /// Publishes the blocks at these positions with checksums that the caller
+    /// computed. One outcome a position. The blocks are immutable from here on:
+    /// they cannot be stored into again unless the daemon refused. Sealed blocks
+    /// stay pinned until the lease goes. When cancelled or not answered, they may
     /// or may not be sealed.
     ///
     /// # Errors
     /// A position that cannot be written, or the session has ended, or the
     /// daemon refused: then nothing was sealed.
-    pub async fn seal(
-        &mut self,
-        indexes: &[u32],
-        durability: Durability,
-    ) -> Result<Vec<SealOutcome>, ClientError> {
-        let mut blocks = Vec::with_capacity(indexes.len());
-        for index in indexes {
-            let block = self.writable(*index)?;
-            blocks.push((*index, block.seal_value().1));
-        }
-        self.seal_with(&blocks, durability).await
-    }
-
-    /// As [`WriteLease::seal`], with checksums that the caller computed.
-    ///
-    /// # Errors
-    /// As [`WriteLease::seal`].
     pub async fn seal_with(
         &mut self,
         blocks: &[(u32, Checksum)],
@@ -93,13 +97,19 @@ impl WriteLease {
         let Some(lease) = self.lease.clone().filter(|_| !wanted.is_empty()) else {
             return Ok(Vec::new());
         };
-        let outcomes = seal(&lease, wanted, durability).await?;
-        for (index, checksum) in blocks {
-            if let Some(block) = self.block_mut(*index) {
-                block.end(Some(*checksum));
+        let writers = self.stop(blocks.iter().map(|(index, _)| *index));
+        let sealed = seal(&lease, wanted, durability).await;
+        match &sealed {
+            Ok(_) => {
+                for (index, checksum) in blocks {
+                    if let Some(block) = self.block_mut(*index) {
+                        block.sealed(*checksum);
+                    }
+                }
             }
+            Err(error) => self.go_on_after(error, writers),
         }
-        Ok(outcomes)
+        sealed
     }
 
     /// Gives back the frames at these positions unwritten. Nobody may store
@@ -113,19 +123,18 @@ impl WriteLease {
         let Some(lease) = self.lease.clone().filter(|_| !indexes.is_empty()) else {
             return Ok(0);
         };
-        let aborted = abort(&lease, indexes.clone()).await?;
-        for index in indexes {
-            if let Some(block) = self.block_mut(index) {
-                block.end(None);
-            }
+        let writers = self.stop(indexes.iter().copied());
+        let aborted = abort(&lease, indexes).await;
+        if let Err(error) = &aborted {
+            self.go_on_after(error, writers);
         }
-        Ok(aborted)
+        aborted
     }
 
     /// A reading guard of a block that this lease has sealed. It shares the
     /// lease, and outlives this value. `None` if the block was not sealed. If
     /// the seal lost ([`SealOutcome::Already`] and worse) the guard may be stale.
-    pub fn reader(&self, index: u32) -> Option<ReadBlock> {
+    pub fn reader(&self, index: u32) -> Option<B::Reader> {
         self.block(index)?.reader()
     }
 
@@ -140,6 +149,46 @@ impl WriteLease {
             Some(lease) => lease.release().await,
             None => Ok(()),
         }
+    }
+
+    /// Takes the right to store before the daemon is told so, for it may have been told although no answer comes.
+    fn stop(&mut self, indexes: impl Iterator<Item = u32>) -> Vec<(u32, B::Writer)> {
+        indexes.filter_map(|index| Some((index, self.block_mut(index)?.stop()?))).collect()
+    }
+
+    /// What the daemon refused, it has not done.
+    fn go_on_after(&mut self, error: &ClientError, writers: Vec<(u32, B::Writer)>) {
+        if !matches!(error, ClientError::Refused { .. } | ClientError::Throttled { .. }) {
+            return;
+        }
+        for (index, writer) in writers {
+            if let Some(block) = self.block_mut(index) {
+                block.go_on(writer);
+            }
+        }
+    }
+
+    pub(crate) fn writable(&self, index: u32) -> Result<&B, ClientError> {
+        self.block(index).filter(|block| block.is_writable()).ok_or(ClientError::NotWritable { index })
+    }
+}
+
+impl WriteLease {
+    /// As [`WriteLease::seal_with`], with the checksums of what is in the frames now.
+    ///
+    /// # Errors
+    /// As [`WriteLease::seal_with`].
+    pub async fn seal(
+        &mut self,
+        indexes: &[u32],
+        durability: Durability,
+    ) -> Result<Vec<SealOutcome>, ClientError> {
+        let mut blocks = Vec::with_capacity(indexes.len());
+        for index in indexes {
+            let block = self.writable(*index)?;
+            blocks.push((*index, block.seal_value().1));
+        }
+        self.seal_with(&blocks, durability).await
     }
 
     /// Ends the lease now. The daemon is told with the next question, or in a moment.
@@ -166,14 +215,10 @@ impl WriteLease {
             }
         }
     }
-
-    fn writable(&self, index: u32) -> Result<&WriteBlock, ClientError> {
-        self.block(index).filter(|block| block.writer.is_some()).ok_or(ClientError::NotWritable { index })
-    }
 }
 
 /// Publishes blocks of a lease: one outcome each.
-pub(crate) async fn seal(
+async fn seal(
     lease: &Lease,
     blocks: Vec<SealBlock>,
     durability: Durability,
@@ -195,7 +240,7 @@ pub(crate) async fn seal(
 }
 
 /// Gives frames of a lease back unwritten; answers how many. No index at all would mean every one.
-pub(crate) async fn abort(lease: &Lease, indexes: Vec<u32>) -> Result<u32, ClientError> {
+async fn abort(lease: &Lease, indexes: Vec<u32>) -> Result<u32, ClientError> {
     let session = lease.session();
     let request = AbortRequest { request_id: session.keeper.request_id(), lease: lease.id(), indexes };
     match session.link.call(Op::Abort(request)).await?.answer {
@@ -224,7 +269,7 @@ pub struct WriteBlock {
 
 /// The right to store. The view goes before the token that holds the window.
 #[derive(Debug)]
-struct Writer {
+pub struct Writer {
     view: SharedBytesMut,
     _window: Arc<WriterToken>,
 }
@@ -251,33 +296,10 @@ impl WriteBlock {
         })
     }
 
-    /// Nobody stores any more: it was sealed with a checksum, or given back.
-    pub(crate) fn end(&mut self, sealed: Option<Checksum>) {
-        self.sealed = sealed;
-        self.writer = None;
-    }
-
     /// Whether this is what was filled before it was granted.
     pub(crate) fn is(&self, early: &FilledEarly) -> bool {
         let FilledEarly { chunk, frame, block, generation, checksum: _ } = *early;
         (chunk, frame, block, generation) == (self.chunk, self.frame, self.block, self.generation)
-    }
-
-    /// A reading guard of it, if it was sealed.
-    pub(crate) fn reader(&self) -> Option<ReadBlock> {
-        let frame = Frame {
-            mapping: Mapped::Host(Arc::clone(&self.mapping)),
-            chunk: self.chunk,
-            frame: self.frame,
-            offset: self.offset,
-            fence: self.fence,
-            length: self.length(),
-            checksum: self.sealed?,
-            block: self.block,
-            generation: self.generation,
-            writer: None,
-        };
-        ReadBlock::new(frame, Arc::clone(&self.lease)).ok()
     }
 
     /// Identity of the block.
@@ -361,5 +383,46 @@ impl WriteBlock {
     /// Length and checksum of what is in the frame now.
     pub fn seal_value(&self) -> (ByteCount, Checksum) {
         (self.length(), self.bytes.checksum(self.block, self.generation))
+    }
+}
+
+impl Fill for WriteBlock {
+    type Writer = Writer;
+    type Reader = ReadBlock;
+
+    fn length(&self) -> ByteCount {
+        self.length()
+    }
+
+    fn is_writable(&self) -> bool {
+        self.is_writable()
+    }
+
+    fn stop(&mut self) -> Option<Writer> {
+        self.writer.take()
+    }
+
+    fn go_on(&mut self, writer: Writer) {
+        self.writer = Some(writer);
+    }
+
+    fn sealed(&mut self, checksum: Checksum) {
+        self.sealed = Some(checksum);
+    }
+
+    fn reader(&self) -> Option<ReadBlock> {
+        let frame = Frame {
+            mapping: Mapped::Host(Arc::clone(&self.mapping)),
+            chunk: self.chunk,
+            frame: self.frame,
+            offset: self.offset,
+            fence: self.fence,
+            length: self.length(),
+            checksum: self.sealed?,
+            block: self.block,
+            generation: self.generation,
+            writer: None,
+        };
+        ReadBlock::new(frame, Arc::clone(&self.lease)).ok()
     }
 }

@@ -3,9 +3,11 @@
 use std::time::Duration;
 
 use terrace_client::{
-    ClientError, Durability, MatchMode, Outcome, ReadOptions, SealOutcome, Session, Space, Stale, Transport,
-    WriteOptions,
+    ClientError, Durability, MatchMode, Outcome, ReadOptions, SealOutcome, Session, Space, Stale, Target,
+    Transport, WriteOptions,
 };
+
+use terrace_core::Checksum;
 
 use crate::daemon::{BLOCK_BYTES, Daemon, keys, manifest, payload, payloads, until};
 
@@ -327,5 +329,38 @@ async fn the_next_window_is_open_before_it_is_needed() {
     }
     drop((session, other));
     until("windows go with their sessions", async || windows().await == 0).await;
+    daemon.wait_quiet().await;
+}
+
+// What the daemon has sealed could be stored into by whoever had no answer: a seal that is waited for too long, one that is
+// given up, and an abort.
+#[tokio::test(flavor = "multi_thread")]
+async fn nobody_stores_into_what_may_be_sealed() {
+    let daemon = Daemon::start("");
+    let target = Target { answer_within: Some(Duration::from_millis(200)), ..daemon.target() };
+    let session = Session::connect(&target).await.unwrap();
+    let space = session.open_space(&manifest("client", BLOCK_BYTES)).await.unwrap();
+    let mut lease = session.lease_write(&space, &keys(0, 3), None, WriteOptions::default()).await.unwrap();
+    for (seed, grant) in lease.grants.iter_mut().enumerate() {
+        grant.granted_mut().unwrap().write(&payload(seed, BLOCK_BYTES)).unwrap();
+    }
+    let refused =
+        lease.seal_with(&[(0, Checksum::new(0)), (0, Checksum::new(0))], Durability::Readable).await;
+    assert!(matches!(refused, Err(ClientError::Refused { .. })), "one position twice: {refused:?}");
+    assert!(lease.block(0).unwrap().is_writable(), "what was refused was not done");
+    daemon.stand_still();
+    let late = lease.seal(&[0], Durability::Readable).await;
+    assert!(matches!(late, Err(ClientError::NoAnswer { .. } | ClientError::Disconnected)), "{late:?}");
+    let given_up = tokio::time::timeout(Duration::from_millis(10), lease.seal(&[1], Durability::Readable));
+    given_up.await.unwrap_err();
+    lease.abort(&[2]).await.unwrap_err();
+    for index in 0..3 {
+        let block = lease.block_mut(index).unwrap();
+        assert!(!block.is_writable());
+        let stored = block.write(&payload(9, BLOCK_BYTES));
+        assert!(matches!(stored, Err(ClientError::NotWritable { .. })), "{index}: {stored:?}");
+    }
+    daemon.go_on();
+    drop(lease);
     daemon.wait_quiet().await;
 }
