@@ -195,13 +195,10 @@ async fn open(address: &Address, kind: Kind) -> Result<(Reader, Writer), LinkErr
 /// The next message; pings are answered.
 async fn message(reader: &mut Reader, writer: &mut Writer) -> Result<Message, LinkError> {
     loop {
-        let sent = reader.next().await?;
-        let pongs = reader.pongs();
-        if !pongs.is_empty() {
-            writer.send(&pongs).await?;
-        }
-        if let Sent::Message(message) = sent {
-            return Ok(message);
+        match reader.next().await? {
+            Sent::Message(message) => return Ok(message),
+            Sent::Ping { pong } => writer.send(&pong).await?,
+            Sent::Subscribe(_) | Sent::Cancel(_) => {}
         }
     }
 }

@@ -150,13 +150,12 @@ async fn serve(stream: Box<dyn Stream>, hub: Arc<Hub>) -> LinkError {
     let reading = async {
         loop {
             let sent = reader.next().await?;
-            let answer = reader.pongs();
-            if !answer.is_empty() {
-                // One that is not taken in time is left out: the peer asks again.
-                let _ = pongs.try_send(answer);
-            }
             let mut topics = topics.lock().unwrap_or_else(PoisonError::into_inner);
             match sent {
+                Sent::Ping { pong } => {
+                    // One that is not taken in time is left out: the peer asks again.
+                    let _ = pongs.try_send(pong);
+                }
                 Sent::Subscribe(topic) if topics.len() < TOPICS_MAX => topics.push(topic),
                 Sent::Subscribe(_) => return Err(LinkError::Peer("subscribes to too many topics")),
                 Sent::Cancel(topic) => {
@@ -195,9 +194,14 @@ async fn answer(stream: Box<dyn Stream>, hub: Arc<Hub>) -> LinkError {
     let answered = async {
         let (mut reader, mut writer) = link::open(stream, Kind::Router).await?;
         loop {
-            let Sent::Message(message) = reader.next().await? else { continue };
-            let pongs = reader.pongs();
-            writer.send(&pongs).await?;
+            let message = match reader.next().await? {
+                Sent::Message(message) => message,
+                Sent::Ping { pong } => {
+                    writer.send(&pong).await?;
+                    continue;
+                }
+                Sent::Subscribe(_) | Sent::Cancel(_) => continue,
+            };
             let number = match &message[..] {
                 [delimiter, number] if delimiter.is_empty() => <[u8; 8]>::try_from(&number[..]).ok(),
                 _ => None,

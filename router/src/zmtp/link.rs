@@ -23,14 +23,16 @@ pub(crate) enum Sent {
     /// By a command, or by the message that stands for one where the peer subscribes so.
     Subscribe(Bytes),
     Cancel(Bytes),
+    /// To be answered, whatever else is sent: who hears nothing for a while takes the link for dead.
+    Ping {
+        pong: BytesMut,
+    },
 }
 
 /// The half that reads. A call that is dropped in the middle leaves it of no use.
 pub(crate) struct Reader {
     stream: BufReader<ReadHalf<Box<dyn Stream>>>,
     kind: Kind,
-    /// What is to be answered.
-    pongs: BytesMut,
 }
 
 /// The half that writes.
@@ -41,8 +43,7 @@ pub(crate) struct Writer {
 /// Introduces both to each other.
 pub(crate) async fn open(stream: Box<dyn Stream>, kind: Kind) -> Result<(Reader, Writer), LinkError> {
     let (read, write) = tokio::io::split(stream);
-    let mut reader =
-        Reader { stream: BufReader::with_capacity(64 << 10, read), kind, pongs: BytesMut::new() };
+    let mut reader = Reader { stream: BufReader::with_capacity(64 << 10, read), kind };
     let mut writer = Writer { stream: write };
     let introduced = async {
         let mut ours = BytesMut::from(&frame::greeting()[..]);
@@ -71,7 +72,7 @@ impl Reader {
         }
     }
 
-    /// What comes next. Pings are kept for [`Reader::pongs`].
+    /// What comes next.
     pub(crate) async fn next(&mut self) -> Result<Sent, LinkError> {
         loop {
             // Waiting for a message may take for ever; the rest of it may not.
@@ -81,11 +82,6 @@ impl Reader {
                 return Ok(sent);
             }
         }
-    }
-
-    /// Bytes that answer the peer's pings.
-    pub(crate) fn pongs(&mut self) -> BytesMut {
-        self.pongs.split()
     }
 
     /// None for a command that asks for nothing of ours.
@@ -99,10 +95,9 @@ impl Reader {
                     Command::Cancel(topic) => Some(Sent::Cancel(body.slice_ref(topic))),
                     Command::Error => return Err(LinkError::Peer("refuses us")),
                     Command::Ping(context) => {
-                        if self.pongs.len() < COMMAND_BYTES_MAX {
-                            frame::put_pong(&mut self.pongs, context);
-                        }
-                        None
+                        let mut pong = BytesMut::new();
+                        frame::put_pong(&mut pong, context);
+                        Some(Sent::Ping { pong })
                     }
                     Command::Ready(_) | Command::Other => None,
                 };
@@ -202,12 +197,12 @@ mod tests {
             far_write.send_message(&message).await.unwrap();
             assert_eq!(read.next().await.unwrap(), Sent::Message(message));
         }
+        // A ping is said at once, though nothing follows.
         let mut ping = BytesMut::new();
         frame::put_frame(&mut ping, COMMAND, b"\x04PING\0\x01hi");
-        frame::put_frame(&mut ping, 0, b"after");
         far_write.send(&ping).await.unwrap();
-        assert_eq!(read.next().await.unwrap(), Sent::Message(vec![Bytes::from_static(b"after")]));
-        assert_eq!(&read.pongs()[..], b"\x04\x07\x04PONGhi");
+        let pong = BytesMut::from(&b"\x04\x07\x04PONGhi"[..]);
+        assert_eq!(read.next().await.unwrap(), Sent::Ping { pong });
     }
 
     /// A peer that announces more than we take, or flags that do not exist, would make us allocate or misread: it is
