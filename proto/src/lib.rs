@@ -31,9 +31,9 @@ pub const BLOCKS_PER_REQUEST_MAX: usize = 8192;
 /// Largest message on any connection, in bytes.
 pub const MESSAGE_BYTES_MAX: usize = 4 << 20;
 
-/// Largest piece of block data in one streamed message. Leaves room for the
-/// other fields under [`MESSAGE_BYTES_MAX`].
-pub const PIECE_BYTES_MAX: usize = MESSAGE_BYTES_MAX - 1024;
+/// Bytes of a block in one message of a stream, at most, as our own ends send
+/// them: few messages, each small enough to be sent while the next is copied.
+pub const PIECE_BYTES: usize = 1 << 20;
 
 /// Metadata entry that carries the session's token, in hex.
 pub const SESSION_METADATA: &str = "terrace-session";

@@ -72,7 +72,6 @@ pub struct Tokenizer {
     add_begin: bool,
     ends: Vec<u32>,
     chat: Option<ChatTemplate>,
-    strip_space: bool,
     context: usize,
     model: String,
 }
@@ -131,9 +130,8 @@ impl Tokenizer {
         let add_begin = file.flag("tokenizer.ggml.add_bos_token").unwrap_or(family == "llama");
         let architecture = file.architecture()?;
         let context = file.count(&format!("{architecture}.context_length")).unwrap_or(0);
-        let strip_space = family == "llama" && file.flag("tokenizer.ggml.add_space_prefix").unwrap_or(true);
         let model = file.name();
-        Ok(Self { inner, pieces, texts, begin, add_begin, ends, chat, strip_space, context, model })
+        Ok(Self { inner, pieces, texts, begin, add_begin, ends, chat, context, model })
     }
 
     /// The model's own name.
@@ -217,18 +215,12 @@ impl Tokenizer {
 
     /// Starts decoding an answer token by token.
     pub fn decode_stream(&self) -> DecodeStream<'_> {
-        DecodeStream { tokenizer: self, pending: Vec::new(), strip_space: false }
+        DecodeStream { tokenizer: self, pending: Vec::new() }
     }
 
     /// Bytes that a token adds to the output; none if it is control or unknown.
     pub fn piece(&self, token: u32) -> &[u8] {
         usize::try_from(token).ok().and_then(|token| self.pieces.get(token)).map_or(&[], Vec::as_slice)
-    }
-
-    /// As [`Tokenizer::decode_stream`], for text that starts a document: a
-    /// SentencePiece model's leading space is dropped.
-    pub fn decode_stream_from_start(&self) -> DecodeStream<'_> {
-        DecodeStream { tokenizer: self, pending: Vec::new(), strip_space: self.strip_space }
     }
 }
 
@@ -237,18 +229,12 @@ impl Tokenizer {
 pub struct DecodeStream<'a> {
     tokenizer: &'a Tokenizer,
     pending: Vec<u8>,
-    strip_space: bool,
 }
 
 impl DecodeStream<'_> {
     /// Takes a token; returns the text that it completes, often empty.
     pub fn push(&mut self, token: u32) -> String {
-        let mut piece = self.tokenizer.piece(token);
-        if self.strip_space && !piece.is_empty() {
-            piece = piece.strip_prefix(b" ").unwrap_or(piece);
-            self.strip_space = false;
-        }
-        self.pending.extend_from_slice(piece);
+        self.pending.extend_from_slice(self.tokenizer.piece(token));
         let mut text = String::new();
         let mut used = 0;
         for chunk in self.pending.utf8_chunks() {

@@ -10,6 +10,7 @@ use tonic::Code;
 
 use terrace_core::{BlockId, Checksum, Checksummer, Durability, MissReason, SealOutcome};
 use terrace_lane::fold;
+use terrace_proto::PIECE_BYTES;
 use terrace_proto::v1::write_request::Part;
 use terrace_proto::v1::{GrantOutcome, ReadRequest, ReadResponse, WriteHeader, WritePiece, WriteRequest};
 
@@ -29,8 +30,6 @@ pub(crate) const WRITE_WAIT: Duration = Duration::from_secs(10);
 const THROTTLED_DELAY: Duration = Duration::from_millis(20);
 /// Bytes that one transfer pins at once.
 const BATCH_BYTES: u64 = 32 << 20;
-/// Bytes of one message of a write stream.
-const PIECE_BYTES: usize = 1 << 20;
 const PIECES_WAITING_MAX: usize = 4;
 
 impl Session {

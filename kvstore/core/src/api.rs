@@ -127,7 +127,7 @@ pub struct Limits {
     pub writes_in_flight: u32,
     /// Requests whose answers are remembered per session, for repeats.
     pub replies_remembered: u32,
-    /// Share of a tenant's Nvme and Pinned capacity that `Retain` may hold, in percent.
+    /// Share of the node's Nvme and Pinned capacity that may be retained for one tenant.
     pub retained_percent: u32,
 }
 

@@ -78,16 +78,6 @@ impl TokenCount {
     pub const fn get(self) -> u32 {
         self.0
     }
-
-    /// Whole blocks covered by this many tokens. The tail is not a block:
-    /// a partial block has no id, so it is never indexed.
-    ///
-    /// # Panics
-    /// If `per_block` is zero.
-    pub fn whole_blocks(self, per_block: TokenCount) -> BlockCount {
-        assert!(per_block.0 > 0, "a block holds at least one token");
-        BlockCount(self.0 / per_block.0)
-    }
 }
 
 impl Now {

@@ -270,15 +270,6 @@ pub struct SpaceView {
 }
 
 impl Core {
-    /// The Pinned copy of a block, if it is sealed: frame, fence, header, and whether it was verified.
-    pub fn frame_of(&self, block: BlockId) -> Option<(FrameRef, Fence, BlockHeader, bool)> {
-        let index = self.blocks.find(block)?;
-        let frame = self.blocks.at(index).pinned?;
-        let cell = self.chunks.frame(frame)?;
-        let FrameState::Sealed { verified, .. } = cell.state else { return None };
-        Some((frame, cell.fence, self.header_of(index, 0), verified))
-    }
-
     /// All that is known of a block.
     pub fn stat(&self, block: BlockId) -> Option<BlockView> {
         let index = self.blocks.find(block)?;

@@ -191,11 +191,6 @@ impl Tenants {
         self.entry(name).map(|entry| &entry.0)
     }
 
-    /// A tenant by its identity.
-    pub fn by_id(&self, id: TenantId) -> Option<&Tenant> {
-        self.known.iter().map(|entry| &entry.0).find(|tenant| tenant.id == id)
-    }
-
     /// Every tenant, by name.
     pub fn all(&self) -> impl Iterator<Item = &Tenant> {
         self.known.iter().map(|entry| &entry.0)

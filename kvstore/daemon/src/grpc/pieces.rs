@@ -3,8 +3,8 @@
 use std::ops::{Deref, DerefMut};
 use std::sync::{Arc, Mutex, PoisonError};
 
-/// Bytes of one message: large enough for few messages, small enough to send while copying.
-pub(crate) const PIECE_BYTES: usize = 1 << 20;
+use terrace_proto::PIECE_BYTES;
+
 /// Most that is kept for the next streams: what two of them have on their way.
 const KEPT_MAX: usize = 16;
 

@@ -10,10 +10,10 @@ use tokio::sync::mpsc;
 use tonic::{Code, Status};
 
 use terrace_core::{BlockId, Fence, FrameRef, Grant, LeaseId, MissReason, Purpose, Request};
-use terrace_proto::v1;
+use terrace_proto::{PIECE_BYTES, v1};
 
 use crate::convert::{self, CallError};
-use crate::grpc::pieces::{PIECE_BYTES, Pieces};
+use crate::grpc::pieces::Pieces;
 use crate::service::Service;
 use crate::session::{Session, StreamGuard};
 

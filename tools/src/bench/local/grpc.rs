@@ -11,8 +11,8 @@ use anyhow::{Context, ensure};
 use bytes::Bytes;
 use terrace_client::{GetOptions, Session, Target, Transport, channel, wire};
 use terrace_planner::process::guarded;
-use terrace_proto::MESSAGE_BYTES_MAX;
 use terrace_proto::v1::block_service_client::BlockServiceClient;
+use terrace_proto::{MESSAGE_BYTES_MAX, PIECE_BYTES};
 use tonic::codegen::{BoxFuture, Service, http};
 use tonic::server::{Grpc, NamedService, ServerStreamingService};
 use tonic::{Request, Response, Status};
@@ -23,8 +23,6 @@ use crate::bench::{Line, blocks, median, stand};
 use crate::up::ports;
 
 const BLOCK_BYTES: u64 = 2 << 20;
-/// As the daemon's.
-const PIECE_BYTES: usize = 1 << 20;
 const STREAM_WINDOW_BYTES: u32 = 16 << 20;
 const CONNECTION_WINDOW_BYTES: u32 = 64 << 20;
 const FRAME_BYTES_MAX: u32 = (1 << 24) - 1;
