@@ -9,11 +9,11 @@ use std::time::Duration;
 
 use tokio::time::sleep;
 
+use terrace_lane::manifest_to_wire;
 use terrace_proto::v1::lane_request::Op;
 use terrace_proto::v1::lane_response::Result as Answer;
 use terrace_proto::v1::{ClearRequest, OpenSpaceRequest, SealRequest, SealResponse};
 
-use crate::convert::to_wire;
 use crate::error::ClientError;
 use crate::lane::LaneLink;
 use crate::session::LaneSession;
@@ -100,7 +100,8 @@ async fn repeat_over(
 ) -> Result<Answer, ClientError> {
     let mut handle = 0;
     if let Some(space) = space {
-        let open = OpenSpaceRequest { manifest: Some(to_wire(space.manifest())), compute_cost: None };
+        let open =
+            OpenSpaceRequest { manifest: Some(manifest_to_wire(space.manifest())), compute_cost: None };
         let Answer::OpenSpace(opened) = ask(other, Op::OpenSpace(open)).await? else {
             return Err(ClientError::Protocol { detail: "a space was to be opened" });
         };

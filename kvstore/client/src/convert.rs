@@ -2,78 +2,10 @@
 
 use bytes::Bytes;
 
-use terrace_core::{
-    ByteCount, Durability, MatchMode, MissReason, Purpose, SealOutcome, SpaceKind, SpaceManifest, TokenCount,
-};
+use terrace_core::{Durability, MatchMode, MissReason, Purpose, SealOutcome};
 use terrace_proto::{KEY_BYTES_MAX, v1};
 
 use crate::error::ClientError;
-
-/// Why a manifest from the wire was refused.
-#[derive(Debug, thiserror::Error)]
-pub enum BadWire {
-    /// The kind of the space is missing or unknown.
-    #[error("manifest field `kind` is {found}; it must be 1 (chain), 2 (window) or 3 (state)")]
-    Kind {
-        /// The number found.
-        found: i32,
-    },
-    /// A field is out of bounds.
-    #[error(transparent)]
-    Manifest(#[from] terrace_core::BadManifest),
-}
-
-/// A manifest as the wire carries it.
-pub fn to_wire(manifest: &SpaceManifest) -> v1::SpaceManifest {
-    let kind = match manifest.kind {
-        SpaceKind::Chain => v1::SpaceKind::Chain,
-        SpaceKind::Window => v1::SpaceKind::Window,
-        SpaceKind::State => v1::SpaceKind::State,
-    };
-    v1::SpaceManifest {
-        model: manifest.model.clone(),
-        model_fingerprint: Bytes::copy_from_slice(&manifest.model_fingerprint),
-        weights_generation: manifest.weights_generation,
-        dtype: manifest.dtype.clone(),
-        layout: manifest.layout.clone(),
-        tokens_per_block: manifest.tokens_per_block.get(),
-        block_bytes: manifest.block_bytes.get(),
-        kind: kind.into(),
-        group: manifest.group,
-        topology: manifest.topology.clone(),
-        rank: manifest.rank,
-        engine: manifest.engine.clone(),
-    }
-}
-
-/// A validated manifest from the wire.
-///
-/// # Errors
-/// The first field that is out of bounds.
-pub fn from_wire(manifest: &v1::SpaceManifest) -> Result<SpaceManifest, BadWire> {
-    let kind = match manifest.kind() {
-        v1::SpaceKind::Unspecified => return Err(BadWire::Kind { found: manifest.kind }),
-        v1::SpaceKind::Chain => SpaceKind::Chain,
-        v1::SpaceKind::Window => SpaceKind::Window,
-        v1::SpaceKind::State => SpaceKind::State,
-    };
-    let checked = SpaceManifest {
-        model: manifest.model.clone(),
-        model_fingerprint: manifest.model_fingerprint.to_vec(),
-        weights_generation: manifest.weights_generation,
-        dtype: manifest.dtype.clone(),
-        layout: manifest.layout.clone(),
-        tokens_per_block: TokenCount::new(manifest.tokens_per_block),
-        block_bytes: ByteCount::new(manifest.block_bytes),
-        kind,
-        group: manifest.group,
-        topology: manifest.topology.clone(),
-        rank: manifest.rank,
-        engine: manifest.engine.clone(),
-    };
-    checked.validate()?;
-    Ok(checked)
-}
 
 /// Keys as the wire carries them.
 pub(crate) fn keys_to_wire<K: AsRef<[u8]>>(keys: &[K], limit: usize) -> Result<Vec<Bytes>, ClientError> {
@@ -152,43 +84,8 @@ pub(crate) fn id_from_wire(bytes: &[u8], detail: &'static str) -> Result<[u8; 16
 }
 
 #[cfg(test)]
-pub(crate) mod tests {
+mod tests {
     use super::*;
-
-    pub(crate) fn manifest() -> SpaceManifest {
-        SpaceManifest {
-            model: "model".to_owned(),
-            model_fingerprint: vec![1, 2, 3],
-            weights_generation: 4,
-            dtype: "f16".to_owned(),
-            layout: "layer,kv".to_owned(),
-            tokens_per_block: TokenCount::new(16),
-            block_bytes: ByteCount::new(4096),
-            kind: SpaceKind::State,
-            group: 5,
-            topology: "tp4".to_owned(),
-            rank: 3,
-            engine: "terrace".to_owned(),
-        }
-    }
-
-    // A field that is lost on the wire would make two spaces one: convert a
-    // manifest whose fields all differ from their defaults there and back.
-    #[test]
-    fn a_manifest_survives_the_wire() {
-        assert_eq!(from_wire(&to_wire(&manifest())).unwrap(), manifest());
-    }
-
-    // A manifest of a foreign client may say nothing or nonsense.
-    #[test]
-    fn bad_manifests_are_refused() {
-        let mut wire = to_wire(&manifest());
-        wire.kind = 0;
-        assert!(matches!(from_wire(&wire), Err(BadWire::Kind { found: 0 })));
-        wire.kind = 1;
-        wire.block_bytes = u64::MAX;
-        assert!(matches!(from_wire(&wire), Err(BadWire::Manifest(_))));
-    }
 
     // Keys at the edges of what is allowed, and too many of them.
     #[test]

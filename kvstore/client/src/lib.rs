@@ -52,7 +52,6 @@ pub use tonic::Code;
 
 pub use channel::{Admin, admin, channel};
 pub use connector::Connector;
-pub use convert::{BadWire, from_wire, to_wire};
 pub use device_read::{DeviceBlock, DeviceReadLease, Leased};
 pub use device_write::{DeviceWriteBlock, DeviceWriteLease, Reserved};
 pub use error::ClientError;
@@ -63,6 +62,7 @@ pub use read::{BadBlock, ReadBlock, ReadLease, ReadOptions, Stale};
 pub use session::{Session, Target, Transport};
 pub use space::Space;
 pub use stream::{EventStream, SnapshotStream};
+pub use terrace_lane::{BadManifestWire, manifest_from_wire, manifest_to_wire};
 pub use write::{WriteBlock, WriteLease, WriteOptions};
 
 pub use terrace_core::{

@@ -9,12 +9,13 @@ use tokio::sync::Mutex;
 use tokio::task::AbortHandle;
 
 use terrace_core::{ClientId, ComputeCost, SpaceManifest};
+use terrace_lane::manifest_to_wire;
 use terrace_proto::v1;
 use terrace_proto::v1::lane_request::Op;
 use terrace_proto::v1::lane_response::Result as Answer;
 
 use crate::chunks::Chunks;
-use crate::convert::{keys_to_wire, parent_to_wire, purpose_to_wire, to_wire};
+use crate::convert::{keys_to_wire, parent_to_wire, purpose_to_wire};
 use crate::error::ClientError;
 use crate::get::is_past_the_cache;
 use crate::grpc::GrpcLink;
@@ -356,7 +357,7 @@ impl Session {
             first_seconds: cost.first_seconds,
             slope_seconds: cost.slope_seconds,
         });
-        let request = v1::OpenSpaceRequest { manifest: Some(to_wire(manifest)), compute_cost };
+        let request = v1::OpenSpaceRequest { manifest: Some(manifest_to_wire(manifest)), compute_cost };
         let answer = call!(self, OpenSpace, request);
         Space::new(self.inner.number, manifest, &answer)
     }

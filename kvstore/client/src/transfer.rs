@@ -423,17 +423,29 @@ async fn feed(
 
 #[cfg(test)]
 mod tests {
-    use terrace_core::{ByteCount, SpaceManifest, TenantId};
+    use terrace_core::{ByteCount, SpaceKind, SpaceManifest, TenantId, TokenCount};
     use terrace_proto::v1::{self, OpenSpaceResponse};
 
     use super::*;
-    use crate::convert::tests::manifest;
 
     const PAYLOAD: &[u8] = b"ten bytes.";
     const KEY: &[u8] = b"key";
 
     fn space() -> Space {
-        let manifest = SpaceManifest { block_bytes: ByteCount::new(PAYLOAD.len() as u64), ..manifest() };
+        let manifest = SpaceManifest {
+            model: "model".to_owned(),
+            model_fingerprint: Vec::new(),
+            weights_generation: 0,
+            dtype: "f16".to_owned(),
+            layout: "layer,kv".to_owned(),
+            tokens_per_block: TokenCount::new(16),
+            block_bytes: ByteCount::new(PAYLOAD.len() as u64),
+            kind: SpaceKind::Chain,
+            group: 0,
+            topology: "canonical".to_owned(),
+            rank: 0,
+            engine: "terrace".to_owned(),
+        };
         let tenant = TenantId::from_bytes([3; 16]);
         let answer = OpenSpaceResponse {
             tenant_key: vec![1; 32].into(),

@@ -7,10 +7,11 @@
 use bytes::Bytes;
 
 use terrace_core::{
-    BadManifest, BlockId, ByteCount, Checksum, ComputeCost, CurvePoint, CurveTier, CurveView, Durability,
-    Event, GPUS_MAX, GpuId, Grant, LeaseId, Limit, MatchMode, Memory, Micros, MissReason, Notice, Purpose,
-    Refusal, Residence, SealOutcome, SpaceId, SpaceKind, SpaceManifest, TenantKey, TokenCount,
+    BlockId, ByteCount, Checksum, ComputeCost, CurvePoint, CurveTier, CurveView, Durability, Event, GPUS_MAX,
+    GpuId, Grant, LeaseId, Limit, MatchMode, Memory, Micros, MissReason, Notice, Purpose, Refusal, Residence,
+    SealOutcome, SpaceId, TenantKey,
 };
+use terrace_lane::BadManifestWire;
 use terrace_media::SelfTestLine;
 use terrace_proto::{KEY_BYTES_MAX, v1};
 use tonic::{Code, Status};
@@ -120,8 +121,8 @@ impl From<Limit> for CallError {
     }
 }
 
-impl From<BadManifest> for CallError {
-    fn from(bad: BadManifest) -> Self {
+impl From<BadManifestWire> for CallError {
+    fn from(bad: BadManifestWire) -> Self {
         Self::invalid(bad.to_string())
     }
 }
@@ -136,57 +137,6 @@ pub(crate) fn compute_cost(wire: v1::ComputeCost) -> Result<ComputeCost, CallErr
         )));
     }
     Ok(ComputeCost { first_seconds, slope_seconds })
-}
-
-/// A manifest from the wire, validated.
-pub(crate) fn manifest(wire: v1::SpaceManifest) -> Result<SpaceManifest, CallError> {
-    let kind = match wire.kind() {
-        v1::SpaceKind::Chain => SpaceKind::Chain,
-        v1::SpaceKind::Window => SpaceKind::Window,
-        v1::SpaceKind::State => SpaceKind::State,
-        v1::SpaceKind::Unspecified => {
-            return Err(CallError::invalid("manifest field `kind` is not set; say CHAIN, WINDOW or STATE"));
-        }
-    };
-    let manifest = SpaceManifest {
-        model: wire.model,
-        model_fingerprint: wire.model_fingerprint.to_vec(),
-        weights_generation: wire.weights_generation,
-        dtype: wire.dtype,
-        layout: wire.layout,
-        tokens_per_block: TokenCount::new(wire.tokens_per_block),
-        block_bytes: ByteCount::new(wire.block_bytes),
-        kind,
-        group: wire.group,
-        topology: wire.topology,
-        rank: wire.rank,
-        engine: wire.engine,
-    };
-    manifest.validate()?;
-    Ok(manifest)
-}
-
-/// A manifest for the wire.
-pub(crate) fn manifest_to_wire(manifest: &SpaceManifest) -> v1::SpaceManifest {
-    let kind = match manifest.kind {
-        SpaceKind::Chain => v1::SpaceKind::Chain,
-        SpaceKind::Window => v1::SpaceKind::Window,
-        SpaceKind::State => v1::SpaceKind::State,
-    };
-    v1::SpaceManifest {
-        model: manifest.model.clone(),
-        model_fingerprint: manifest.model_fingerprint.clone().into(),
-        weights_generation: manifest.weights_generation,
-        dtype: manifest.dtype.clone(),
-        layout: manifest.layout.clone(),
-        tokens_per_block: manifest.tokens_per_block.get(),
-        block_bytes: manifest.block_bytes.get(),
-        kind: kind.into(),
-        group: manifest.group,
-        topology: manifest.topology.clone(),
-        rank: manifest.rank,
-        engine: manifest.engine.clone(),
-    }
 }
 
 /// Block ids of `keys` in `space`.
@@ -543,19 +493,6 @@ mod tests {
         }
     }
 
-    /// A field could be lost or swapped on the way, and two spaces would become one: it must come back as it was.
-    #[test]
-    fn manifests_survive_the_round_trip() {
-        let sent = v1::SpaceManifest {
-            model_fingerprint: vec![1, 2].into(),
-            weights_generation: 3,
-            group: 4,
-            rank: 5,
-            ..wire()
-        };
-        assert_eq!(manifest_to_wire(&manifest(sent.clone()).unwrap()), sent);
-    }
-
     /// A manifest that says too little must be refused by the name of the field.
     #[test]
     fn bad_manifests_are_refused() {
@@ -568,7 +505,7 @@ mod tests {
             (v1::SpaceManifest { model: String::new(), ..wire() }, "model"),
             (v1::SpaceManifest { layout: "x".repeat(257), ..wire() }, "layout"),
         ] {
-            let refused = manifest(bad).unwrap_err();
+            let refused = CallError::from(manifest_from_wire(&bad).unwrap_err());
             assert_eq!(refused.code, Code::InvalidArgument);
             assert!(refused.message.contains(field), "{}", refused.message);
         }

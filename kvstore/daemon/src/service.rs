@@ -13,6 +13,7 @@ use terrace_core::{
     BlockId, ByteCount, ChunkId, ClientId, GPUS_MAX, GpuId, Grant, Input, LeaseId, Limit, MapAccess, Memory,
     Micros, Notice, Purpose, Reply, Request, Residence, SpaceId, SpaceManifest,
 };
+use terrace_lane::manifest_from_wire;
 use terrace_media::ChunkMemory;
 use terrace_proto::v1;
 
@@ -214,7 +215,7 @@ impl Service {
         request: v1::OpenSpaceRequest,
     ) -> Result<v1::OpenSpaceResponse, CallError> {
         let wire = request.manifest.ok_or_else(|| CallError::invalid("manifest is missing"))?;
-        let manifest = convert::manifest(wire)?;
+        let manifest = manifest_from_wire(&wire)?;
         let tenant = &session.tenant;
         let space = manifest.space_id(tenant.id);
         let generation = match self.engine.spaces().one(space) {

@@ -9,10 +9,9 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use prost::Message;
 
 use terrace_core::{ByteCount, SpaceId, SpaceManifest, TenantId};
+use terrace_lane::{manifest_from_wire, manifest_to_wire};
 use terrace_media::SpaceRecord;
 use terrace_proto::v1;
-
-use crate::convert;
 
 /// One space.
 #[derive(Clone, Debug)]
@@ -82,7 +81,7 @@ impl Spaces {
     /// that was there before is still taken in.
     pub fn found(&self, record: &SpaceRecord) -> Option<KnownSpace> {
         let wire = v1::SpaceManifest::decode(record.manifest.as_slice()).ok()?;
-        let manifest = convert::manifest(wire).ok()?;
+        let manifest = manifest_from_wire(&wire).ok()?;
         if manifest.space_id(record.tenant) != record.space {
             return None;
         }
@@ -127,7 +126,7 @@ impl Spaces {
             tenant: known.tenant,
             tenant_name: known.tenant_name,
             generation: known.generation,
-            manifest: convert::manifest_to_wire(&known.manifest).encode_to_vec(),
+            manifest: manifest_to_wire(&known.manifest).encode_to_vec(),
         })
     }
 

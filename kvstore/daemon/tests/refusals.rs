@@ -12,7 +12,7 @@ use std::time::Duration;
 use common::{BLOCK_BYTES, Running, folder, http, keys, manifest, payload, payloads, socket};
 use terrace_client::wire::block_service_client::BlockServiceClient;
 use terrace_client::wire::{self, LeaseKind, SealOutcome, write_request::Part};
-use terrace_client::{Durability, to_wire};
+use terrace_client::{Durability, manifest_to_wire};
 use terrace_core::{Checksum, TenantKey, checksum};
 use tonic::transport::Channel;
 use tonic::{Code, Request, Status};
@@ -45,7 +45,8 @@ impl Raw {
     }
 
     async fn space(&mut self) -> wire::OpenSpaceResponse {
-        let request = wire::OpenSpaceRequest { manifest: Some(to_wire(&manifest(0))), compute_cost: None };
+        let request =
+            wire::OpenSpaceRequest { manifest: Some(manifest_to_wire(&manifest(0))), compute_cost: None };
         let request = self.with(request);
         self.client.open_space(request).await.unwrap().into_inner()
     }
@@ -93,12 +94,12 @@ async fn wrong_names_and_numbers() {
     let nvme = wire::LeaseRequest { want_tier: wire::Tier::Nvme.into(), ..write_lease(6, &[b"k"]) };
     assert_refused(raw.lease(nvme).await, Code::Unimplemented, "TIER_PINNED");
     for (block_bytes, says) in [(0, "block_bytes"), (1 << 40, "block_bytes")] {
-        let manifest = wire::SpaceManifest { block_bytes, ..to_wire(&manifest(0)) };
+        let manifest = wire::SpaceManifest { block_bytes, ..manifest_to_wire(&manifest(0)) };
         let request = raw.with(wire::OpenSpaceRequest { manifest: Some(manifest), compute_cost: None });
         assert_refused(raw.client.open_space(request).await, Code::InvalidArgument, says);
     }
     // A block that is allowed, and larger than a chunk of this daemon.
-    let large = wire::SpaceManifest { block_bytes: 8 << 20, ..to_wire(&manifest(0)) };
+    let large = wire::SpaceManifest { block_bytes: 8 << 20, ..manifest_to_wire(&manifest(0)) };
     let request = raw.with(wire::OpenSpaceRequest { manifest: Some(large), compute_cost: None });
     let space = raw.client.open_space(request).await.unwrap().into_inner().space;
     let lease = wire::LeaseRequest { space, ..write_lease(7, &[b"k"]) };

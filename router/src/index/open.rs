@@ -4,7 +4,7 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use terrace_client::{ClientError, Match, MatchMode, Session, Space, from_wire, wire};
+use terrace_client::{ClientError, Match, MatchMode, Session, Space, manifest_from_wire, wire};
 
 /// Most spaces that are kept open.
 const SPACES_MAX: usize = 64;
@@ -50,7 +50,7 @@ impl Open {
         if let Some(open) = self.spaces().iter().find(|open| open.manifest == *manifest) {
             return Ok(Arc::clone(open));
         }
-        let checked = from_wire(manifest).map_err(|error| {
+        let checked = manifest_from_wire(manifest).map_err(|error| {
             tracing::warn!(model = manifest.model, %error, "a worker reported a space that is none");
             ClientError::Protocol { detail: "a worker's space manifest" }
         })?;

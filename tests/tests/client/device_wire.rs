@@ -101,7 +101,7 @@ impl Fake {
                 (Answer::Session(SessionResponse { notice: opened }), vec![])
             }
             Op::OpenSpace(request) => {
-                let manifest = terrace_client::from_wire(&request.manifest.unwrap()).unwrap();
+                let manifest = terrace_client::manifest_from_wire(&request.manifest.unwrap()).unwrap();
                 let tenant = tenant_id("default");
                 let answer = OpenSpaceResponse {
                     space: 1,

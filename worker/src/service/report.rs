@@ -3,8 +3,8 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use terrace_client::manifest_to_wire;
 use terrace_client::signals::{Report, Reporter};
-use terrace_client::to_wire;
 use terrace_core::SpaceManifest;
 use terrace_proto::v1::{WorkerLoad, WorkerRole};
 
@@ -50,7 +50,7 @@ fn report(args: &WorkerArgs, description: &Description, load: &Load) -> WorkerLo
         role: description.role.into(),
         endpoint: description.endpoint.clone(),
         pid: std::process::id(),
-        space: Some(to_wire(&description.manifest)),
+        space: Some(manifest_to_wire(&description.manifest)),
         active_requests: count(active),
         queued_requests: count(queued),
         pending_tokens,

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use tonic::{Request, Response, Status as Refused};
 
 use terrace_core::{ByteCount, Core, FrameCounts, GpuView, Input, MIB, PinnedView, Scrub, TierViews};
+use terrace_lane::manifest_to_wire;
 use terrace_media::{DeviceFacts, MediaFacts};
 use terrace_proto::v1::admin_service_server::AdminService;
 use terrace_proto::v1::{self, InfoRequest, InfoResponse};
@@ -182,7 +183,7 @@ impl Admin {
         v1::SpaceInfo {
             space_id: convert::space_bytes(view.space),
             tenant: known.as_ref().map(|known| known.tenant_name.clone()).unwrap_or_default(),
-            manifest: known.map(|known| convert::manifest_to_wire(&known.manifest)),
+            manifest: known.map(|known| manifest_to_wire(&known.manifest)),
             generation: view.generation,
             pinned_blocks: view.blocks_pinned,
             nvme_blocks: view.blocks_nvme,

@@ -11,7 +11,7 @@ use terrace_client::wire::{
     self, GrantOutcome, LaneError, LaneHello, LaneRequest, LaneResponse, LeaseKind, lane_request::Op,
     lane_response::Result as Answer,
 };
-use terrace_client::{Durability, SealOutcome, to_wire};
+use terrace_client::{Durability, SealOutcome, manifest_to_wire};
 use terrace_core::{ByteCount, TenantKey, checksum};
 use terrace_lane::{Access, LaneConnection, LaneReader, LaneWriter, Mapping};
 
@@ -69,7 +69,8 @@ impl Lane {
     }
 
     async fn open_space(&mut self) {
-        let request = wire::OpenSpaceRequest { manifest: Some(to_wire(&manifest(0))), compute_cost: None };
+        let request =
+            wire::OpenSpaceRequest { manifest: Some(manifest_to_wire(&manifest(0))), compute_cost: None };
         let (Answer::OpenSpace(space), _) = self.ask(Op::OpenSpace(request)).await.unwrap() else { panic!() };
         self.space = space;
     }
