@@ -477,6 +477,8 @@ pub(crate) fn leases(raw: &[u64]) -> Vec<LeaseId> {
 
 #[cfg(test)]
 mod tests {
+    use terrace_lane::manifest_from_wire;
+
     use super::*;
 
     fn wire() -> v1::SpaceManifest {
