@@ -125,7 +125,7 @@ pub struct Limits {
     pub reads_in_flight: u32,
     /// Device writes in flight (persistence and demotion).
     pub writes_in_flight: u32,
-    /// Requests whose answers are remembered per session, for repeats.
+    /// Answers remembered per session, for repeats: so many to leases, and as many others.
     pub replies_remembered: u32,
     /// Share of a tenant's Nvme and Pinned capacity that `Retain` may hold, in percent.
     pub retained_percent: u32,
@@ -236,8 +236,8 @@ pub enum Request {
     Match { blocks: Vec<BlockId>, mode: MatchMode },
     /// Pins blocks.
     LeaseRead {
-        /// Client's request id, for repeats.
-        repeat: u64,
+        /// Client's request id, for repeats. `None`: nobody repeats it, and its answer is not remembered.
+        repeat: Option<u64>,
         blocks: Vec<BlockId>,
         ttl: Option<Micros>,
         /// Answer at this time at the latest, even if promotions are under way.
@@ -248,7 +248,7 @@ pub enum Request {
     },
     /// Reserves frames. Each block is the child of the one before it.
     LeaseWrite {
-        repeat: u64,
+        repeat: Option<u64>,
         space: SpaceId,
         blocks: Vec<BlockId>,
         parent: Option<BlockId>,
@@ -257,7 +257,12 @@ pub enum Request {
         want: Memory,
     },
     /// Publishes written blocks: (position in the lease, length, checksum).
-    Seal { repeat: u64, lease: LeaseId, blocks: Vec<(u32, ByteCount, Checksum)>, durability: Durability },
+    Seal {
+        repeat: Option<u64>,
+        lease: LeaseId,
+        blocks: Vec<(u32, ByteCount, Checksum)>,
+        durability: Durability,
+    },
     /// Moves a deadline.
     Renew { lease: LeaseId, ttl: Option<Micros> },
     /// Ends leases.
@@ -271,7 +276,7 @@ pub enum Request {
     /// Keeps blocks longer.
     Retain { blocks: Vec<BlockId>, ttl: Micros, priority: u8 },
     /// Drops every block of a space, durably.
-    Clear { repeat: u64, space: SpaceId },
+    Clear { repeat: Option<u64>, space: SpaceId },
     /// A client hands a window back: it has dropped its write permission.
     ReturnWindow { chunk: ChunkId },
     /// Is this session entitled to map the chunk, and how?

@@ -440,6 +440,7 @@ impl Core {
         assert!(self.sessions.len() <= limits.sessions as usize, "sessions are limited");
         let mut leases = 0;
         for (id, session) in &self.sessions {
+            session.repeats.check(session.waits.len(), limits.replies_remembered);
             assert!(session.leases.len() <= limits.leases_per_session as usize, "leases are limited");
             leases += session.leases.len();
             for lease in &session.leases {

@@ -45,11 +45,10 @@ impl Core {
     /// A request whose id was used before gets the first one's answer. False: it is new.
     fn answer_repeat(&mut self, session: SessionId, request: RequestId, repeat: u64, op: &Request) -> bool {
         let content = content_of(op);
-        let limit = self.config.limits.replies_remembered;
         let Some(open) = self.sessions.get_mut(&session) else { return false };
         let reply = match open.repeats.look(repeat, content) {
             Seen::New => {
-                open.repeats.begin(repeat, content, limit);
+                open.repeats.begin(repeat, content);
                 return false;
             }
             Seen::Differs => Arc::new(Reply::Refused(Refusal::RepeatDiffers { repeat })),
@@ -302,7 +301,7 @@ fn repeat_of(op: &Request) -> Option<u64> {
         Request::LeaseRead { repeat, .. }
         | Request::LeaseWrite { repeat, .. }
         | Request::Seal { repeat, .. }
-        | Request::Clear { repeat, .. } => Some(*repeat),
+        | Request::Clear { repeat, .. } => *repeat,
         Request::Match { .. }
         | Request::Renew { .. }
         | Request::Release { .. }

@@ -2,7 +2,6 @@
 //! messages out, the core in between.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
 use bytes::Bytes;
@@ -28,8 +27,6 @@ use crate::tenant::{Peer, Tenants};
 
 /// Most spaces of a bundle.
 const BUNDLE_MAX: usize = 64;
-/// Request ids from here on are the daemon's own, for requests that it makes for a client's stream.
-const OWN_REPEATS: u64 = 1 << 63;
 
 /// Answers requests of sessions.
 pub struct Service {
@@ -38,7 +35,6 @@ pub struct Service {
     register: Arc<Register>,
     facts: Facts,
     metrics: CallMetrics,
-    own_repeats: AtomicU64,
 }
 
 /// What sessions are told, and what bounds them.
@@ -104,14 +100,7 @@ macro_rules! expect {
 impl Service {
     /// A service on an engine.
     pub fn new(engine: Arc<Engine>, tenants: Tenants, facts: Facts) -> Arc<Self> {
-        Arc::new(Self {
-            engine,
-            tenants,
-            register: Arc::default(),
-            facts,
-            metrics: CallMetrics::default(),
-            own_repeats: AtomicU64::new(OWN_REPEATS),
-        })
+        Arc::new(Self { engine, tenants, register: Arc::default(), facts, metrics: CallMetrics::default() })
     }
 
     /// The engine below.
@@ -185,7 +174,7 @@ impl Service {
     }
 
     async fn ask(&self, session: &Session, op: Request) -> Result<Reply, CallError> {
-        // Copied here at most, and not by the core: it is remembered for repeats.
+        // Copied here at most, and not by the core: it may be remembered for repeats.
         Ok(Arc::unwrap_or_clone(self.engine.ask(session.id, op).await?))
     }
 
@@ -420,7 +409,6 @@ impl Service {
         keys: &[impl AsRef<[u8]>],
     ) -> Result<LeaseAnswer, CallError> {
         let began = Instant::now();
-        check_request_id(request.request_id)?;
         let want = convert::want(request.want_tier(), request.want_device)?;
         let is_read = request.kind() == v1::LeaseKind::Read;
         if !is_read && !request.block_ids.is_empty() {
@@ -431,12 +419,12 @@ impl Service {
         let (op, kind) = match request.kind() {
             v1::LeaseKind::Read => {
                 let purpose = convert::purpose(request.purpose());
-                let op = self.lease_read_op(request.request_id, blocks, ttl, request.wait_ms, purpose);
+                let op = self.lease_read_op(Some(request.request_id), blocks, ttl, request.wait_ms, purpose);
                 (wanting(op, want), "read")
             }
             v1::LeaseKind::Write => {
                 let parent = convert::parent(&session.tenant.key, open.space, &request.parent_key)?;
-                let repeat = request.request_id;
+                let repeat = Some(request.request_id);
                 (Request::LeaseWrite { repeat, space: open.space, blocks, parent, ttl, want }, "write")
             }
             v1::LeaseKind::Unspecified => {
@@ -455,15 +443,10 @@ impl Service {
         Ok(LeaseAnswer { reply, generation })
     }
 
-    /// A request id that no client may use.
-    pub(crate) fn own_repeat(&self) -> u64 {
-        self.own_repeats.fetch_add(1, Ordering::Relaxed)
-    }
-
     /// A read lease, asked for now.
     pub(crate) fn lease_read_op(
         &self,
-        repeat: u64,
+        repeat: Option<u64>,
         blocks: Vec<BlockId>,
         ttl: Option<Micros>,
         wait_ms: u64,
@@ -485,11 +468,10 @@ impl Service {
         request: v1::SealRequest,
     ) -> Result<v1::SealResponse, CallError> {
         let began = Instant::now();
-        check_request_id(request.request_id)?;
         convert::expect_at_most(self.facts.blocks_max, request.blocks.len(), "blocks")?;
         let durability = convert::durability(request.durability());
         let op = Request::Seal {
-            repeat: request.request_id,
+            repeat: Some(request.request_id),
             lease: LeaseId::new(request.lease),
             blocks: convert::seal_blocks(&request.blocks),
             durability,
@@ -597,9 +579,8 @@ impl Service {
         session: &Session,
         request: v1::ClearRequest,
     ) -> Result<v1::ClearResponse, CallError> {
-        check_request_id(request.request_id)?;
         let open = session.space(request.space)?;
-        let op = Request::Clear { repeat: request.request_id, space: open.space };
+        let op = Request::Clear { repeat: Some(request.request_id), space: open.space };
         let reply = self.ask(session, op).await?;
         expect!(reply, Reply::Cleared { generation, blocks } => v1::ClearResponse { generation, blocks })
     }
@@ -643,13 +624,6 @@ impl Service {
 pub(crate) enum Shared {
     Pinned(Arc<ChunkMemory>),
     Hbm(Arc<HbmChunk>),
-}
-
-fn check_request_id(id: u64) -> Result<(), CallError> {
-    if id < OWN_REPEATS {
-        return Ok(());
-    }
-    Err(CallError::invalid(format!("request_id {id} is 2^63 or more; those are the daemon's own")))
 }
 
 /// A read lease, wanted in a certain memory.

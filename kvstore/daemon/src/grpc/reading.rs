@@ -79,9 +79,7 @@ impl Read {
 
     pub(super) async fn run(self, sender: &Sender) -> Result<(), CallError> {
         for (batch, blocks) in self.blocks.chunks(BLOCKS_AT_ONCE).enumerate() {
-            let repeat = self.service.own_repeat();
-            let op =
-                self.service.lease_read_op(repeat, blocks.to_vec(), None, self.wait_ms, Purpose::Prefill);
+            let op = self.service.lease_read_op(None, blocks.to_vec(), None, self.wait_ms, Purpose::Prefill);
             let leased = self.service.leased(&self.session, op).await?;
             let _held = leased.lease.map(|lease| HeldLease::read(&self.service, &self.session, lease));
             for (position, grant) in leased.grants.iter().enumerate() {

@@ -169,7 +169,7 @@ impl Write {
         };
         loop {
             let op = Request::LeaseWrite {
-                repeat: self.service.own_repeat(),
+                repeat: None,
                 space: self.open.space,
                 blocks: vec![block],
                 parent,
@@ -240,7 +240,7 @@ impl Write {
             }
         };
         let op = Request::Seal {
-            repeat: self.service.own_repeat(),
+            repeat: None,
             lease: held.id(),
             blocks: vec![(0, self.open.block_bytes, found)],
             durability: self.durability,
