@@ -602,8 +602,8 @@ pub enum Effect {
     /// Close the chunk and give its memory back. Nothing is in flight on it.
     /// Done ([`Done::Plain`]) when the kernel has the pages back, or when the
     /// shell gave up waiting for a foreign mapping: then [`Fault::StillMapped`],
-    /// and a later [`Input::MemoryLimit`] says what is left.
-    DropChunk { op: OpId, chunk: ChunkId },
+    /// and a later [`Input::MemoryLimit`] says what is left. `mappers`: sessions that may have it mapped, to be told.
+    DropChunk { op: OpId, chunk: ChunkId, mappers: Vec<SessionId> },
     /// Store fences in the fence page, release order, at once. Before all other effects of an input.
     SetFences { fences: Vec<(FrameRef, Fence)> },
     /// Read header page and payload from a device into a frame; compare
@@ -782,7 +782,7 @@ pub enum Notice {
     WindowOpened { chunk: ChunkId },
     /// A block that this session sealed failed its first verification.
     SealRejected { space: SpaceId, block: BlockId },
-    /// Unmap this chunk. Said by the shell, which knows who has mapped it.
+    /// Unmap this chunk. Said by the shell, as it drops it.
     ChunkDropped { chunk: ChunkId },
 }
 

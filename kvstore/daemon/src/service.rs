@@ -603,8 +603,7 @@ impl Service {
         let chunk = ChunkId::new(request.chunk);
         let reply = self.ask(session, Request::MapChunk { chunk }).await?;
         let access = expect!(reply, Reply::MayMap { access, .. } => access)?;
-        // Before it is looked for: it is dropped after that, or not found.
-        self.engine.note_mapped(session.id, chunk);
+        // Whoever drops it from here on tells this session.
         let shared = match self.engine.hbm().chunk(chunk) {
             Some(chunk) => Some(Shared::Hbm(chunk)),
             None => self.engine.chunk(chunk).map(Shared::Pinned),
