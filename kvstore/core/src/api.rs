@@ -573,6 +573,11 @@ pub enum Refusal {
     /// Nothing can be persisted now.
     #[error("the catalog takes no writes now; see `terrace info`")]
     Degraded,
+    /// A clear that could not be made durable.
+    #[error(
+        "the blocks are gone, but no device could record that, and a restart could bring them back; it is tried again until one does: see `terrace info` for what is wrong with the devices"
+    )]
+    NotRecorded,
 }
 
 /// What the shell must do next, in order.

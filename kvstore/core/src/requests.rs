@@ -75,6 +75,11 @@ impl Core {
         true
     }
 
+    /// Whether the session, or another one of its client, has used this request id before.
+    pub fn remembers(&self, session: SessionId, repeat: u64) -> bool {
+        self.sessions.get(&session).is_some_and(|open| open.repeats.remembers(repeat))
+    }
+
     /// `None`: the request waits, or has been answered.
     fn serve(&mut self, asker: Asker, tenant: TenantId, op: Request) -> Option<Reply> {
         if matches!(op, Request::LeaseWrite { .. } | Request::Seal { .. }) {
@@ -270,6 +275,9 @@ impl Core {
         for index in open {
             self.durables.entry(index).or_default().push((wait, 0));
             self.persist_now(index);
+            if self.is_clear_stuck(self.blocks.at(index).space) {
+                self.durable(index, false);
+            }
         }
         None
     }

@@ -230,6 +230,9 @@ impl Core {
         if was_usable && !usable {
             self.device_lost(device);
         }
+        if usable {
+            self.clear_again_now();
+        }
         if !self.is_persisting() {
             self.give_up_durability();
         }
@@ -244,7 +247,7 @@ impl Core {
         } else {
             self.persist_paused_until = self.now;
             self.at(self.now, Deadline::Retry);
-            self.clear_again();
+            self.clear_again_now();
         }
     }
 

@@ -580,6 +580,16 @@ impl Service {
         request: v1::ClearRequest,
     ) -> Result<v1::ClearResponse, CallError> {
         let open = session.space(request.space)?;
+        let engine = &self.engine;
+        // Before anything is dropped. A repeat of one that was done is answered whatever there is.
+        if !engine.view(|core| core.remembers(session.id, request.request_id))
+            && let Some(obstacle) = engine.media().clear_obstacle(session.tenant.id, open.space)
+        {
+            return Err(CallError::new(
+                Code::FailedPrecondition,
+                format!("the space was not cleared: {obstacle}"),
+            ));
+        }
         let op = Request::Clear { repeat: Some(request.request_id), space: open.space };
         let reply = self.ask(session, op).await?;
         expect!(reply, Reply::Cleared { generation, blocks } => v1::ClearResponse { generation, blocks })

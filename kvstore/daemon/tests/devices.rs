@@ -330,3 +330,94 @@ async fn exists_touches_no_device() {
     drop(session);
     daemon.stop().await;
 }
+
+fn overwrite(path: &Path, bytes: &[u8]) {
+    let file = std::fs::File::options().write(true).open(path).unwrap();
+    std::os::unix::fs::FileExt::write_all_at(&file, bytes, 0).unwrap();
+}
+
+async fn write_all(session: &Session, keys: &[[u8; 4]], life: u8) -> Vec<SealOutcome> {
+    let space = session.open_space(&manifest(0)).await.unwrap();
+    let mut outcomes = Vec::new();
+    // The first ones have slots carved on both devices.
+    for part in
+        [&keys[..keys.len().min(4)], &keys[keys.len().min(4)..]].into_iter().filter(|part| !part.is_empty())
+    {
+        let written = session.write(&space, part, None, &payloads(part, life), Durability::Durable).await;
+        outcomes.extend(written.unwrap());
+    }
+    outcomes
+}
+
+/// A space is cleared while one of two devices is out. The clear could be refused until the device is back, hang, keep
+/// what is written from being durable, or be forgotten by the device, which then brings the blocks back: they must stay
+/// away when it is there again, even if the catalog was lost, and even when it is asked alone from then on.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_space_is_cleared_while_a_device_is_out() {
+    let folder = folder();
+    let daemon = start(folder.path(), Hooks::default()).await;
+    let session = session(folder.path()).await;
+    let keys = keys(BLOCKS);
+    assert!(write_all(&session, &keys, 0).await.iter().all(|outcome| *outcome == SealOutcome::Sealed));
+    drop(session);
+    daemon.stop().await;
+    let path = folder.path().join("nvme1.dat");
+    let good = std::fs::read(&path).unwrap();
+    overwrite(&path, &[0x55; 1 << 20]);
+
+    let daemon = start(folder.path(), Hooks::default()).await;
+    let session = self::session(folder.path()).await;
+    let space = session.open_space(&manifest(0)).await.unwrap();
+    assert!(session.clear(&space).await.unwrap() > 0);
+    assert!(read(&session).await.iter().all(|there| !there), "a block is there after the clear");
+    let another = keys[0];
+    let sealed = tokio::time::timeout(PATIENCE, write_all(&session, &[another], 0)).await;
+    assert_eq!(sealed.unwrap(), [SealOutcome::Sealed], "the other device takes blocks");
+    drop(session);
+    daemon.stop().await;
+
+    overwrite(&path, &good[..1 << 20]);
+    for alone in [false, true] {
+        std::fs::remove_dir_all(folder.path().join("data/catalog")).unwrap();
+        if alone {
+            std::fs::remove_file(folder.path().join("nvme0.dat")).unwrap();
+        }
+        let daemon = start(folder.path(), Hooks::default()).await;
+        let session = self::session(folder.path()).await;
+        let until = Instant::now() + PATIENCE;
+        while !info(&daemon).await.notes.iter().any(|note| note.contains("rebuilt")) {
+            assert!(Instant::now() < until, "the scan does not end: {:?}", info(&daemon).await.notes);
+            tokio::task::yield_now().await;
+        }
+        let there = read(&session).await;
+        assert_eq!(there[0], !alone, "what was written after the clear");
+        assert!(there[1..].iter().all(|there| !there), "the device brought blocks back: {there:?}");
+        drop(session);
+        daemon.stop().await;
+    }
+}
+
+/// No device can record a clear. It could drop the blocks all the same and then wait for ever, with everybody who
+/// writes: it must be refused before anything is dropped, with the device's name and what to do.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_clear_that_no_device_can_record_changes_nothing() {
+    let folder = folder();
+    start(folder.path(), Hooks::default()).await.stop().await;
+    for number in 0..2 {
+        overwrite(&folder.path().join(format!("nvme{number}.dat")), &[0x55; 1 << 20]);
+    }
+    let daemon = start(folder.path(), Hooks::default()).await;
+    let session = session(folder.path()).await;
+    let keys = keys(2);
+    assert!(write_all(&session, &keys, 0).await.iter().all(|outcome| *outcome == SealOutcome::NotDurable));
+    let space = session.open_space(&manifest(0)).await.unwrap();
+    let refused = session.clear(&space).await.unwrap_err().to_string();
+    assert!(refused.contains("nvme1.dat") && refused.contains("start the daemon again"), "{refused}");
+    assert_eq!(read_first(&session, 2).await, [true, true]);
+    assert!(
+        write_all(&session, &[[9; 4]], 0).await.iter().all(|outcome| *outcome == SealOutcome::NotDurable)
+    );
+    daemon.engine().view(terrace_core::Core::check);
+    drop(session);
+    daemon.stop().await;
+}

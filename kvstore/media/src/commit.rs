@@ -144,6 +144,7 @@ pub(crate) struct Committer {
 impl Committer {
     pub(crate) fn run(self) {
         while let Some(mut jobs) = self.commits.take() {
+            self.slots.tell_behind();
             while !jobs.is_empty() {
                 let group = take_group(&mut jobs);
                 if group.is_empty() {

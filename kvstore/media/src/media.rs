@@ -82,7 +82,7 @@ impl Media {
         let opened = open_catalog(&config, &slots, &mut notes)?;
         let OpenedCatalog { catalog, mut report, carve_sequence } = opened;
         let incarnation = report.incarnation;
-        slots.set_incarnation(incarnation)?;
+        slots.set_incarnation(incarnation, &report.spaces)?;
         let (catalog, slots) = (Arc::new(catalog), Arc::new(slots));
         let complete = Arc::new(complete);
         let dir = &config.data_dir;
@@ -269,6 +269,11 @@ impl Media {
     /// if it was never cleared.
     pub fn lowest_generation(&self, tenant: terrace_core::TenantId, space: SpaceId) -> u64 {
         self.slots.lowest(tenant, space)
+    }
+
+    /// Why a space cannot be cleared durably now, if that is known, and what to do about it.
+    pub fn clear_obstacle(&self, tenant: terrace_core::TenantId, space: SpaceId) -> Option<String> {
+        self.slots.clear_obstacle(tenant, space)
     }
 
     /// Every block of the catalog, in batches. Blocks while it reads. Returns how many there were.

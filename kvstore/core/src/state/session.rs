@@ -97,6 +97,10 @@ impl Repeats {
         }
     }
 
+    pub(crate) fn remembers(&self, repeat: u64) -> bool {
+        self.answers.contains_key(&repeat)
+    }
+
     pub(crate) fn is_empty(&self) -> bool {
         self.answers.is_empty()
     }

@@ -3,6 +3,7 @@
 
 mod ahead;
 mod bursts;
+mod clears;
 mod curves;
 mod demotion;
 mod full_device;
