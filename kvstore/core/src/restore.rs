@@ -54,7 +54,8 @@ impl Core {
         });
     }
 
-    /// Known spaces may be throttled at the door: the shell asks before it answers a client.
+    /// Whether a space was taken in. The shell may know more of them than there is room for here: it asks before it
+    /// answers a client.
     pub fn knows_space(&self, space: SpaceId) -> bool {
         self.spaces.find(space).is_some()
     }

@@ -219,6 +219,10 @@ impl Service {
             block_tokens,
             generation,
         });
+        // A space found on disk is kept beyond the limit; the core takes so many and no more.
+        if !self.engine.view(|core| core.knows_space(space)) {
+            return Err(Limit::Spaces.into());
+        }
         if let Some(cost) = request.compute_cost {
             self.engine.submit(Input::SpaceCost { space, cost: convert::compute_cost(cost)? });
         }

@@ -229,6 +229,32 @@ async fn wrong_bytes_are_not_sealed() {
     daemon.assert_quiet().await;
 }
 
+/// `limits.spaces` is lowered below what is on disk. A space that has no room could be opened all the same, and then
+/// refuse every write as unknown: it must say which limit is in the way, and the others serve what they had.
+#[tokio::test(flavor = "multi_thread")]
+async fn spaces_beyond_a_lowered_limit_are_not_opened() {
+    let folder = folder();
+    let daemon = Running::start(folder.path(), "[limits]\nspaces = 2");
+    let session = daemon.session(true).await;
+    let keys = keys(1);
+    for rank in 0..2 {
+        let space = session.open_space(&manifest(rank)).await.unwrap();
+        session.write(&space, &keys, None, &payloads(&keys, 0), Durability::Durable).await.unwrap();
+    }
+    drop(session);
+    daemon.terminate();
+    let daemon = Running::start(folder.path(), "[limits]\nspaces = 1");
+    let session = daemon.session(true).await;
+    let mut refused = Vec::new();
+    for rank in 0..2 {
+        match session.open_space(&manifest(rank)).await {
+            Ok(space) => assert!(session.read(&space, &keys).await.unwrap()[0].is_some()),
+            Err(error) => refused.push(format!("{error:?}")),
+        }
+    }
+    assert!(matches!(&refused[..], [one] if one.contains("limits.spaces")), "{refused:?}");
+}
+
 /// Something that is no client speaks to the socket: it is cut off, and others are served.
 #[tokio::test(flavor = "multi_thread")]
 async fn garbage_on_the_lane() {
