@@ -229,6 +229,61 @@ async fn wrong_bytes_are_not_sealed() {
     daemon.assert_quiet().await;
 }
 
+/// The messages of a Write, sent by hand.
+struct Sending(tokio::sync::mpsc::Sender<wire::WriteRequest>);
+
+impl Sending {
+    /// Begins one; its answer comes from the task.
+    async fn begin(
+        raw: &Raw,
+        keys: &[&[u8]],
+        durability: wire::Durability,
+    ) -> (Self, tokio::task::JoinHandle<Result<Vec<i32>, Status>>) {
+        let (sender, messages) = tokio::sync::mpsc::channel(4);
+        let request = raw.with(tokio_stream::wrappers::ReceiverStream::new(messages));
+        let mut client = raw.client.clone();
+        let answer =
+            tokio::spawn(
+                async move { client.write(request).await.map(|answer| answer.into_inner().outcomes) },
+            );
+        let keys = keys.iter().map(|key| key.to_vec().into()).collect();
+        let header =
+            wire::WriteHeader { space: 1, keys, durability: durability.into(), ..Default::default() };
+        sender.send(wire::WriteRequest { part: Some(Part::Header(header)) }).await.unwrap();
+        (Self(sender), answer)
+    }
+
+    /// Fails when the stream has ended.
+    async fn piece(&self, index: u32, offset: u64, data: &[u8]) -> bool {
+        let piece = wire::WritePiece { index, offset, data: data.to_vec().into(), checksum: None };
+        self.0.send(wire::WriteRequest { part: Some(Part::Piece(piece)) }).await.is_ok()
+    }
+}
+
+/// A space is cleared between two blocks of a Write. The second one could be sealed with the sum of a block of before:
+/// acknowledged, durable even, and readable by nobody.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_write_ends_where_its_space_is_cleared() {
+    let folder = folder();
+    let daemon = Running::start(folder.path(), "");
+    let mut raw = Raw::open(&daemon).await;
+    raw.space().await;
+    let (sending, answer) = Sending::begin(&raw, &[b"a", b"b"], wire::Durability::Durable).await;
+    assert!(sending.piece(0, 0, &payload([1; 4], 0)).await);
+    let ask = wire::ExistsRequest { spaces: vec![1], keys: vec![b"a".to_vec().into()], ..Default::default() };
+    let began = std::time::Instant::now();
+    while raw.client.exists(raw.with(ask.clone())).await.unwrap().into_inner().prefix_blocks == 0 {
+        assert!(began.elapsed() < common::PATIENCE, "the first block is not sealed");
+    }
+    let clear = raw.with(wire::ClearRequest { request_id: u64::MAX, space: 1 });
+    assert!(raw.client.clear(clear).await.unwrap().into_inner().generation > 1);
+    sending.piece(1, 0, &payload([2; 4], 0)).await;
+    drop(sending);
+    assert_refused(answer.await.unwrap(), Code::FailedPrecondition, "was cleared");
+    drop(raw);
+    daemon.assert_quiet().await;
+}
+
 /// `limits.spaces` is lowered below what is on disk. A space that has no room could be opened all the same, and then
 /// refuse every write as unknown: it must say which limit is in the way, and the others serve what they had.
 #[tokio::test(flavor = "multi_thread")]

@@ -13,7 +13,9 @@ use futures_util::future::BoxFuture;
 use futures_util::stream::{FuturesUnordered, StreamExt};
 use tonic::{Code, Status, Streaming};
 
-use terrace_core::{BlockId, Checksum, Checksummer, Durability, Fence, FrameRef, Grant, Memory, Request};
+use terrace_core::{
+    BlockId, Checksum, Checksummer, Durability, Fence, FrameRef, Grant, Memory, Refusal, Request,
+};
 use terrace_lane::fold;
 use terrace_proto::v1::{self, SealOutcome, write_request::Part};
 
@@ -183,9 +185,13 @@ impl Write {
                         leased.lease.map(|lease| HeldLease::write(&self.service, &self.session, lease));
                     match (leased.grants.first(), held) {
                         (Some(Grant::Granted { frame, fence, .. }), Some(held)) => {
+                            self.expect_not_cleared()?;
                             return Ok(Target::Frame { held, frame: *frame, fence: *fence });
                         }
-                        (Some(Grant::Exists), _) => return Ok(Target::Exists),
+                        (Some(Grant::Exists), _) => {
+                            self.expect_not_cleared()?;
+                            return Ok(Target::Exists);
+                        }
                         (Some(Grant::Throttled | Grant::Promoting), _) => CallError::new(
                             Code::ResourceExhausted,
                             "no memory for another block; back off and ask again",
@@ -208,6 +214,13 @@ impl Write {
                 self.one_seal().await?;
             }
         }
+    }
+
+    /// After a lease: the sums of this stream are of the generation that it began with. A lease of an earlier one
+    /// cannot be sealed in any more.
+    fn expect_not_cleared(&self) -> Result<(), CallError> {
+        let generation = self.service.engine().spaces().generation(self.open.space);
+        if generation == Some(self.generation) { Ok(()) } else { Err(Refusal::Cleared.into()) }
     }
 
     /// All bytes of a block are there.
