@@ -421,3 +421,59 @@ async fn a_clear_that_no_device_can_record_changes_nothing() {
     drop(session);
     daemon.stop().await;
 }
+
+/// A device of a daemon whose faults are planned before anything is read or written.
+fn faulty(plan: impl Fn(&FaultyDevice) + Send + 'static) -> (Hooks, Arc<Mutex<Option<Arc<FaultyDevice>>>>) {
+    let found: Arc<Mutex<Option<Arc<FaultyDevice>>>> = Arc::default();
+    let keep = Arc::clone(&found);
+    let hooks = Hooks {
+        wrap_device: Some(Box::new(move |device, inner| {
+            if device != BAD {
+                return inner;
+            }
+            let wrapped = Arc::new(FaultyDevice::new(inner));
+            plan(&wrapped);
+            *keep.lock().unwrap() = Some(Arc::clone(&wrapped));
+            wrapped
+        })),
+        ..Hooks::default()
+    };
+    (hooks, found)
+}
+
+/// Blocks do not come, and their reader over gRPC leaves, or asks for many. The stream could be kept for as long as they
+/// might be waited for, and keep others out; and the time could begin anew with each part of the blocks.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stream_waits_no_longer_than_its_reader() {
+    let folder = folder();
+    let daemon = start(folder.path(), Hooks::default()).await;
+    let (session, keys) = (session(folder.path()).await, keys(BLOCKS));
+    assert!(write_all(&session, &keys, 0).await.iter().all(|outcome| *outcome == SealOutcome::Sealed));
+    drop(session);
+    daemon.stop().await;
+
+    let (hooks, found) = faulty(|_| {});
+    let hooks = Hooks { io_patience: Some(PATIENCE), ..hooks };
+    let daemon = start_with(folder.path(), hooks, "[limits]\nstreams = 1\n").await;
+    let bad = found.lock().unwrap().take().unwrap();
+    bad.hold();
+    let grpc = Some(format!("http://{}", daemon.grpc));
+    let session = Session::connect(&Target { grpc, ..Target::default() }).await.unwrap();
+    let space = session.open_space(&manifest(0)).await.unwrap();
+    let leaving = session.read_within(&space, &keys, Duration::from_secs(50));
+    assert!(
+        tokio::time::timeout(Duration::from_millis(500), leaving).await.is_err(),
+        "the device was to hang"
+    );
+    let began = Instant::now();
+    while let Err(throttled) = session.read_within(&space, &keys[..1], Duration::ZERO).await {
+        assert!(began.elapsed() < Duration::from_secs(15), "the stream is kept: {throttled}");
+    }
+    let began = Instant::now();
+    session.read_within(&space, &keys, Duration::from_secs(2)).await.unwrap();
+    let took = began.elapsed();
+    assert!(took < Duration::from_millis(3500), "two seconds for all blocks: {took:?}");
+    bad.release();
+    drop((session, space));
+    daemon.stop().await;
+}

@@ -2,7 +2,7 @@
 //!
 //! Promises: a block is sealed only when all its bytes are there and match the
 //! checksum that the client computed; whatever ends the stream, its unsealed
-//! frames are given back and its leases end.
+//! frames are given back and its leases end; it ends when its writer stands still.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -20,6 +20,7 @@ use terrace_lane::fold;
 use terrace_proto::v1::{self, SealOutcome, write_request::Part};
 
 use crate::convert::{self, CallError};
+use crate::grpc::idle::in_time;
 use crate::grpc::reading::HeldLease;
 use crate::service::Service;
 use crate::session::{OpenSpace, StreamGuard};
@@ -94,7 +95,8 @@ impl Write {
         mut self,
         mut pieces: Streaming<v1::WriteRequest>,
     ) -> Result<v1::WriteResponse, Status> {
-        while let Some(message) = pieces.message().await? {
+        let idle = self.service.facts().edges.stream_idle;
+        while let Some(message) = in_time(idle, pieces.message()).await?? {
             let Some(Part::Piece(piece)) = message.part else {
                 return Err(Status::invalid_argument(
                     "after the header, every message of a Write is a piece",
