@@ -11,8 +11,8 @@ use std::time::{Duration, Instant};
 
 use common::{PATIENCE, folder, keys, manifest, payload, payloads, socket};
 use terrace_client::{Durability, MatchMode, SealOutcome, Session, Target, wire};
-use terrace_core::DeviceId;
-use terrace_media::{BlockIo, FaultyDevice, Hooks, IoFacts, IoOp, IoRequest, SlowDevice};
+use terrace_core::{DeviceId, Fault};
+use terrace_media::{BlockIo, FaultyDevice, Hooks, Injected, IoFacts, IoOp, IoRequest, SlowDevice};
 use terraced::{Config, Daemon};
 
 const BLOCKS: u32 = 40;
@@ -476,4 +476,59 @@ async fn a_stream_waits_no_longer_than_its_reader() {
     bad.release();
     drop((session, space));
     daemon.stop().await;
+}
+
+/// The catalog was lost, and one of two devices fails to sync, or never answers that: what it holds could be taken for
+/// durable, or nothing of any device be looked for. The other's blocks must be served and new ones go to it, the daemon
+/// say what it left out, and the next start find that.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_device_that_cannot_be_synced_is_left_out_of_the_scan() {
+    let folder = folder();
+    let daemon = start(folder.path(), Hooks::default()).await;
+    let session = session(folder.path()).await;
+    let all = keys(BLOCKS);
+    assert!(write_all(&session, &all, 0).await.iter().all(|outcome| *outcome == SealOutcome::Sealed));
+    drop(session);
+    daemon.stop().await;
+    for (round, fault) in [Injected::Fail(Fault::Device), Injected::Hang].into_iter().enumerate() {
+        std::fs::remove_dir_all(folder.path().join("data/catalog")).unwrap();
+        let (hooks, found) = faulty(move |device| {
+            // That of the superblock is well.
+            device.inject(IoOp::Sync, Injected::Slow(1));
+            device.inject(IoOp::Sync, fault);
+        });
+        let hooks = Hooks { sync_patience: Some(IO_PATIENCE), ..hooks };
+        let daemon = start(folder.path(), hooks).await;
+        let bad = found.lock().unwrap().take().unwrap();
+        let session = self::session(folder.path()).await;
+        let until = Instant::now() + PATIENCE;
+        let there = loop {
+            let there = read(&session).await.into_iter().filter(|there| *there).count();
+            if info(&daemon).await.notes.iter().any(|note| note.contains("could not be synced")) && there > 0
+            {
+                break there;
+            }
+            assert!(Instant::now() < until, "{there} blocks: {:?}", info(&daemon).await);
+        };
+        assert!(there < BLOCKS as usize, "{there}");
+        assert!(info(&daemon).await.scan_done < 1.0, "not all is known");
+        let new = keys(BLOCKS + 1 + u32::try_from(round).unwrap()).pop().unwrap();
+        assert_eq!(
+            write_all(&session, &[new], 0).await,
+            [SealOutcome::Sealed],
+            "the other device takes blocks"
+        );
+        daemon.engine().view(terrace_core::Core::check);
+        bad.release();
+        drop((session, bad));
+        daemon.stop().await;
+        let daemon = start(folder.path(), Hooks::default()).await;
+        let session = self::session(folder.path()).await;
+        let until = Instant::now() + PATIENCE;
+        while !read(&session).await.iter().all(|there| *there) {
+            assert!(Instant::now() < until, "what was left out is not found: {:?}", info(&daemon).await);
+        }
+        drop(session);
+        daemon.stop().await;
+    }
 }
