@@ -125,7 +125,7 @@ pub struct Limits {
     pub reads_in_flight: u32,
     /// Device writes in flight (persistence and demotion).
     pub writes_in_flight: u32,
-    /// Requests whose answers are remembered per session, for repeats.
+    /// Answers remembered per session, for repeats: so many to leases, and as many others.
     pub replies_remembered: u32,
     /// Share of the node's Nvme and Pinned capacity that may be retained for one tenant.
     pub retained_percent: u32,
@@ -236,8 +236,8 @@ pub enum Request {
     Match { blocks: Vec<BlockId>, mode: MatchMode },
     /// Pins blocks.
     LeaseRead {
-        /// Client's request id, for repeats.
-        repeat: u64,
+        /// Client's request id, for repeats. `None`: nobody repeats it, and its answer is not remembered.
+        repeat: Option<u64>,
         blocks: Vec<BlockId>,
         ttl: Option<Micros>,
         /// Answer at this time at the latest, even if promotions are under way.
@@ -248,7 +248,7 @@ pub enum Request {
     },
     /// Reserves frames. Each block is the child of the one before it.
     LeaseWrite {
-        repeat: u64,
+        repeat: Option<u64>,
         space: SpaceId,
         blocks: Vec<BlockId>,
         parent: Option<BlockId>,
@@ -257,7 +257,12 @@ pub enum Request {
         want: Memory,
     },
     /// Publishes written blocks: (position in the lease, length, checksum).
-    Seal { repeat: u64, lease: LeaseId, blocks: Vec<(u32, ByteCount, Checksum)>, durability: Durability },
+    Seal {
+        repeat: Option<u64>,
+        lease: LeaseId,
+        blocks: Vec<(u32, ByteCount, Checksum)>,
+        durability: Durability,
+    },
     /// Moves a deadline.
     Renew { lease: LeaseId, ttl: Option<Micros> },
     /// Ends leases.
@@ -271,7 +276,7 @@ pub enum Request {
     /// Keeps blocks longer.
     Retain { blocks: Vec<BlockId>, ttl: Micros, priority: u8 },
     /// Drops every block of a space, durably.
-    Clear { repeat: u64, space: SpaceId },
+    Clear { repeat: Option<u64>, space: SpaceId },
     /// A client hands a window back: it has dropped its write permission.
     ReturnWindow { chunk: ChunkId },
     /// Is this session entitled to map the chunk, and how?
@@ -568,6 +573,11 @@ pub enum Refusal {
     /// Nothing can be persisted now.
     #[error("the catalog takes no writes now; see `terrace info`")]
     Degraded,
+    /// A clear that could not be made durable.
+    #[error(
+        "the blocks are gone, but no device could record that, and a restart could bring them back; it is tried again until one does: see `terrace info` for what is wrong with the devices"
+    )]
+    NotRecorded,
 }
 
 /// What the shell must do next, in order.
@@ -597,8 +607,8 @@ pub enum Effect {
     /// Close the chunk and give its memory back. Nothing is in flight on it.
     /// Done ([`Done::Plain`]) when the kernel has the pages back, or when the
     /// shell gave up waiting for a foreign mapping: then [`Fault::StillMapped`],
-    /// and a later [`Input::MemoryLimit`] says what is left.
-    DropChunk { op: OpId, chunk: ChunkId },
+    /// and a later [`Input::MemoryLimit`] says what is left. `mappers`: sessions that may have it mapped, to be told.
+    DropChunk { op: OpId, chunk: ChunkId, mappers: Vec<SessionId> },
     /// Store fences in the fence page, release order, at once. Before all other effects of an input.
     SetFences { fences: Vec<(FrameRef, Fence)> },
     /// Read header page and payload from a device into a frame; compare
@@ -777,7 +787,7 @@ pub enum Notice {
     WindowOpened { chunk: ChunkId, space: SpaceId },
     /// A block that this session sealed failed its first verification.
     SealRejected { space: SpaceId, block: BlockId },
-    /// Unmap this chunk. Said by the shell, which knows who has mapped it.
+    /// Unmap this chunk. Said by the shell, as it drops it.
     ChunkDropped { chunk: ChunkId },
 }
 

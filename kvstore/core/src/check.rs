@@ -21,6 +21,7 @@ pub(crate) struct Held {
     verifies: u32,
     copies: u32,
     scrubs: BTreeMap<DeviceId, u32>,
+    clears: BTreeMap<SpaceIndex, u32>,
     commits: u32,
     carvings: u32,
     creations: u32,
@@ -53,6 +54,9 @@ impl Core {
         assert_eq!(held.copies, self.copies_running, "copies are counted");
         assert_eq!(held.intakes, self.intakes_running, "intakes are counted");
         assert_eq!(held.commits, self.commits_running, "commits are counted");
+        for (&space, &clears) in &held.clears {
+            assert_eq!(self.spaces.at(space).clearing, clears, "clears of a space are counted");
+        }
     }
 
     fn held_by_operations(&self) -> Held {
@@ -77,8 +81,9 @@ impl Core {
                     puts.iter().for_each(|put| *held.cells.entry(put.frame).or_default() += 1);
                     deletes.iter().for_each(|delete| *held.cells.entry(delete.frame).or_default() += 1);
                 }
-                Op::ClearSpace { cells, .. } => {
-                    cells.iter().for_each(|cell| *held.cells.entry(*cell).or_default() += 1);
+                Op::ClearSpace { clearing, .. } => {
+                    *held.clears.entry(clearing.space).or_default() += 1;
+                    clearing.cells.iter().for_each(|cell| *held.cells.entry(*cell).or_default() += 1);
                 }
                 Op::Verify { frame, .. } => {
                     match self.chunks.at(frame.chunk).memory {
@@ -110,7 +115,9 @@ impl Core {
         self.intakes.iter().for_each(|intake| *held.frames.entry(intake.source).or_default() += 1);
         self.commit_puts.iter().for_each(|put| *held.cells.entry(put.frame).or_default() += 1);
         self.commit_deletes.iter().for_each(|delete| *held.cells.entry(delete.frame).or_default() += 1);
-        for clear in &self.clears_again {
+        for (&space, (_, clear)) in &self.clears_again {
+            assert!(clear.space == space && clear.failures > 0, "what is cleared again has failed");
+            *held.clears.entry(space).or_default() += 1;
             clear.cells.iter().for_each(|cell| *held.cells.entry(*cell).or_default() += 1);
         }
         held
@@ -440,6 +447,7 @@ impl Core {
         assert!(self.sessions.len() <= limits.sessions as usize, "sessions are limited");
         let mut leases = 0;
         for (id, session) in &self.sessions {
+            session.repeats.check(session.waits.len(), limits.replies_remembered);
             assert!(session.leases.len() <= limits.leases_per_session as usize, "leases are limited");
             leases += session.leases.len();
             for lease in &session.leases {

@@ -1,15 +1,20 @@
 //! `Clear`: every copy of a space's blocks is dropped at once; the answer waits
-//! until its new generation is durable.
+//! until its new generation is durable. If that fails it is tried again, until
+//! then nothing of the space is written to a device, and nobody waits for that.
 
 use crate::api::{Effect, Event, Fault, Grant, MissReason, Refusal, Reply};
-use crate::core::{ClearAgain, Core, Deadline, Op, RETRY_AFTER};
+use crate::core::{Clearing, Core, Deadline, Op, RETRY_AFTER};
 use crate::ids::{DiskFrame, SpaceId, TenantId};
 use crate::reading::Arrival;
 use crate::state::block::{Arriving, BlockIndex, Nvme};
 use crate::state::disk::DiskState;
 use crate::state::session::{LeaseKind, WaitId};
 use crate::state::space::SpaceIndex;
+use crate::units::{Micros, Now};
 use crate::waiting::{Asker, WaitKind};
+
+/// A clear that fails again and again is tried every minute at last.
+const PAUSE_DOUBLES_MAX: u32 = 6;
 
 impl Core {
     pub(crate) fn clear(&mut self, asker: Asker, tenant: TenantId, id: SpaceId) -> Option<Reply> {
@@ -38,20 +43,14 @@ impl Core {
         if let Some(wait) = self.waits.get_mut(&wait) {
             wait.pending = 1;
         }
-        self.start_clear(space, generation, cells, Some(wait));
+        self.start_clear(Clearing { space, generation, cells, failures: 0 }, Some(wait));
         None
     }
 
-    fn start_clear(
-        &mut self,
-        space: SpaceIndex,
-        generation: u64,
-        cells: Vec<DiskFrame>,
-        wait: Option<WaitId>,
-    ) {
-        let held = self.spaces.at(space);
-        let (id, tenant) = (held.id, held.tenant);
-        let op = self.start(Op::ClearSpace { space, generation, cells, wait });
+    fn start_clear(&mut self, clearing: Clearing, wait: Option<WaitId>) {
+        let held = self.spaces.at(clearing.space);
+        let (id, tenant, generation) = (held.id, held.tenant, clearing.generation);
+        let op = self.start(Op::ClearSpace { clearing, wait });
         self.effects.push_back(Effect::ClearSpace { op, space: id, tenant, generation });
     }
 
@@ -97,43 +96,100 @@ impl Core {
 
     pub(crate) fn clear_done(
         &mut self,
-        space: SpaceIndex,
-        generation: u64,
-        cells: Vec<DiskFrame>,
+        clearing: Clearing,
         wait: Option<WaitId>,
         outcome: Result<(), Fault>,
     ) {
-        match outcome {
+        let fault = match outcome {
             Ok(()) => {
-                for cell in cells {
-                    self.disks.cell_mut(cell).busy -= 1;
-                    self.settle_cell(cell);
-                }
-                self.spaces.at_mut(space).clearing -= 1;
-                self.disk_changed = true;
+                self.cleared(clearing);
                 if let Some(wait) = wait {
                     self.part_done(wait);
                 }
+                return;
             }
-            Err(_) => {
-                self.counters.commit_faults += 1;
-                self.clears_again.push(ClearAgain { space, generation, cells });
-                self.at(self.now.after(RETRY_AFTER), Deadline::Retry);
-                if let Some(wait) = wait.and_then(|wait| self.take_wait(wait)) {
-                    self.answer(wait.asker, Reply::Refused(Refusal::Degraded));
-                }
-            }
+            Err(Fault::Catalog) => Refusal::Degraded,
+            Err(
+                Fault::Device
+                | Fault::NotStarted
+                | Fault::NoSpace
+                | Fault::Checksum
+                | Fault::NoMemory
+                | Fault::StillMapped,
+            ) => Refusal::NotRecorded,
+        };
+        self.counters.commit_faults += 1;
+        self.clear_failed(clearing);
+        if let Some(wait) = wait.and_then(|wait| self.take_wait(wait)) {
+            self.answer(wait.asker, Reply::Refused(fault));
         }
     }
 
-    /// Tries again what the catalog refused.
+    fn cleared(&mut self, mut clearing: Clearing) {
+        let space = clearing.space;
+        // A later generation says all that an earlier one would.
+        if let Some((_, earlier)) = self.clears_again.remove(&space) {
+            if earlier.generation <= clearing.generation {
+                clearing.cells.extend(earlier.cells);
+                self.spaces.at_mut(space).clearing -= 1;
+            } else {
+                self.clears_again.insert(space, (self.now, earlier));
+                self.at(self.now, Deadline::Retry);
+            }
+        }
+        for cell in clearing.cells {
+            self.disks.cell_mut(cell).busy -= 1;
+            self.settle_cell(cell);
+        }
+        self.spaces.at_mut(space).clearing -= 1;
+        self.disk_changed = true;
+    }
+
+    /// It is tried again, after longer and longer. Who waits for a block of the space to be durable is answered.
+    fn clear_failed(&mut self, mut clearing: Clearing) {
+        let space = clearing.space;
+        if let Some((_, other)) = self.clears_again.remove(&space) {
+            clearing.generation = clearing.generation.max(other.generation);
+            clearing.failures = clearing.failures.max(other.failures);
+            clearing.cells.extend(other.cells);
+            self.spaces.at_mut(space).clearing -= 1;
+        }
+        let pause = Micros::new(RETRY_AFTER.get() << clearing.failures.min(PAUSE_DOUBLES_MAX));
+        clearing.failures += 1;
+        let at = self.now.after(pause);
+        self.clears_again.insert(space, (at, clearing));
+        self.at(at, Deadline::Retry);
+        let of_space = |index: &BlockIndex| self.blocks.at(*index).space == space;
+        let blocks: Vec<BlockIndex> = self.durables.keys().copied().filter(of_space).collect();
+        for index in blocks {
+            self.durable(index, false);
+        }
+    }
+
+    /// Nothing of the space is written to a device before its clear, which failed, has been recorded.
+    pub(crate) fn is_clear_stuck(&self, space: SpaceIndex) -> bool {
+        self.clears_again.contains_key(&space)
+    }
+
+    /// Tries again what was refused, where it is due.
     pub(crate) fn clear_again(&mut self) {
         if self.degraded {
             return;
         }
-        for clear in std::mem::take(&mut self.clears_again) {
-            self.start_clear(clear.space, clear.generation, clear.cells, None);
+        let due = |&(_, &(at, _)): &(&SpaceIndex, &(Now, Clearing))| at <= self.now;
+        let spaces: Vec<SpaceIndex> = self.clears_again.iter().filter(due).map(|(&space, _)| space).collect();
+        for space in spaces {
+            if let Some((_, clearing)) = self.clears_again.remove(&space) {
+                self.start_clear(clearing, None);
+            }
         }
+    }
+
+    /// Something changed that may have been in the way.
+    pub(crate) fn clear_again_now(&mut self) {
+        let now = self.now;
+        self.clears_again.values_mut().for_each(|(at, _)| *at = now);
+        self.clear_again();
     }
 }
 

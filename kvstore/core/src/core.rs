@@ -117,9 +117,7 @@ pub(crate) enum Op {
         deletes: Vec<Delete>,
     },
     ClearSpace {
-        space: SpaceIndex,
-        generation: u64,
-        cells: Vec<DiskFrame>,
+        clearing: Clearing,
         wait: Option<WaitId>,
     },
     Verify {
@@ -162,12 +160,14 @@ pub(crate) struct Delete {
     pub(crate) frame: DiskFrame,
 }
 
-/// A clear whose generation could not be made durable yet.
+/// A clear whose generation is not durable yet.
 #[derive(Debug)]
-pub(crate) struct ClearAgain {
+pub(crate) struct Clearing {
     pub(crate) space: SpaceIndex,
     pub(crate) generation: u64,
+    /// Frames that hold what was cleared.
     pub(crate) cells: Vec<DiskFrame>,
+    pub(crate) failures: u32,
 }
 
 /// What is to be done at a time.
@@ -248,7 +248,8 @@ pub struct Core {
     pub(crate) commit_deletes: VecDeque<Delete>,
     /// Commits of the round that runs, one a device.
     pub(crate) commits_running: u32,
-    pub(crate) clears_again: Vec<ClearAgain>,
+    /// Clears that could not be recorded, and when they are tried again; one a space.
+    pub(crate) clears_again: BTreeMap<SpaceIndex, (Now, Clearing)>,
     pub(crate) write_sequence: u64,
     /// Promises to evict a block last.
     pub(crate) retained: BTreeMap<BlockIndex, Retained>,
@@ -331,7 +332,7 @@ impl Core {
             commit_puts: Vec::new(),
             commit_deletes: VecDeque::new(),
             commits_running: 0,
-            clears_again: Vec::new(),
+            clears_again: BTreeMap::new(),
             write_sequence: 0,
             retained: BTreeMap::new(),
             reads_running: 0,
@@ -513,9 +514,7 @@ impl Core {
             }
             Op::CarveSlot { device, slot, space } => self.carve_done(device, slot, space, outcome),
             Op::Commit { puts, deletes } => self.commit_done(&puts, &deletes, outcome),
-            Op::ClearSpace { space, generation, cells, wait } => {
-                self.clear_done(space, generation, cells, wait, outcome);
-            }
+            Op::ClearSpace { clearing, wait } => self.clear_done(clearing, wait, outcome),
             Op::Verify { block, frame, fence } => self.verify_done(id, block, frame, fence, outcome),
             Op::Copy { block, source, fence, target, sent } => {
                 self.copy_done(id, block, (source, fence), (target, sent), outcome);

@@ -11,7 +11,7 @@ use crate::ids::{ClientId, LeaseId, SessionId, TenantId};
 use crate::residence::Vacate;
 use crate::state::chunk::{ChunkKind, Filler, Frame, FrameState};
 use crate::state::count;
-use crate::state::session::{Answer, Held, Lease, LeaseKind, Repeats, Session};
+use crate::state::session::{Held, Lease, LeaseKind, Repeats, Session};
 use crate::units::Micros;
 use crate::waiting::WaitKind;
 
@@ -67,12 +67,13 @@ impl Core {
 
     /// Whoever asks again must not clear what was written since.
     fn remember_clears(&mut self, id: SessionId) {
+        let limit = self.config.limits.replies_remembered;
         let Some(session) = self.sessions.get_mut(&id) else { return };
         for wait in session.waits.iter().filter_map(|wait| self.waits.get(wait)) {
             if let WaitKind::Clear { space, generation, blocks } = wait.kind
-                && let Some(answer) = wait.asker.repeat.and_then(|repeat| session.repeats.answer_mut(repeat))
+                && let Some(repeat) = wait.asker.repeat
             {
-                *answer = Answer::Clearing { space, generation, blocks };
+                session.repeats.clearing(repeat, (space, generation, blocks), limit);
             }
         }
     }

@@ -583,8 +583,9 @@ impl Core {
             let chunk = self.chunks.at_mut(id);
             (chunk.kind, chunk.touched) = (ChunkKind::Dropping, now);
             self.at(now.after(DROP_TIME), Deadline::Retry);
+            let mappers = self.chunks.at(id).mappers.iter().copied().collect();
             let op = self.start(Op::DropChunk { chunk: id });
-            self.effects.push_back(Effect::DropChunk { op, chunk: id });
+            self.effects.push_back(Effect::DropChunk { op, chunk: id, mappers });
         }
     }
 

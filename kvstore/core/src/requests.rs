@@ -45,11 +45,10 @@ impl Core {
     /// A request whose id was used before gets the first one's answer. False: it is new.
     fn answer_repeat(&mut self, session: SessionId, request: RequestId, repeat: u64, op: &Request) -> bool {
         let content = content_of(op);
-        let limit = self.config.limits.replies_remembered;
         let Some(open) = self.sessions.get_mut(&session) else { return false };
         let reply = match open.repeats.look(repeat, content) {
             Seen::New => {
-                open.repeats.begin(repeat, content, limit);
+                open.repeats.begin(repeat, content);
                 return false;
             }
             Seen::Differs => Arc::new(Reply::Refused(Refusal::RepeatDiffers { repeat })),
@@ -74,6 +73,11 @@ impl Core {
         };
         self.effects.push_back(Effect::Reply { session, request, reply });
         true
+    }
+
+    /// Whether the session, or another one of its client, has used this request id before.
+    pub fn remembers(&self, session: SessionId, repeat: u64) -> bool {
+        self.sessions.get(&session).is_some_and(|open| open.repeats.remembers(repeat))
     }
 
     /// `None`: the request waits, or has been answered.
@@ -271,6 +275,9 @@ impl Core {
         for index in open {
             self.durables.entry(index).or_default().push((wait, 0));
             self.persist_now(index);
+            if self.is_clear_stuck(self.blocks.at(index).space) {
+                self.durable(index, false);
+            }
         }
         None
     }
@@ -302,7 +309,7 @@ fn repeat_of(op: &Request) -> Option<u64> {
         Request::LeaseRead { repeat, .. }
         | Request::LeaseWrite { repeat, .. }
         | Request::Seal { repeat, .. }
-        | Request::Clear { repeat, .. } => Some(*repeat),
+        | Request::Clear { repeat, .. } => *repeat,
         Request::Match { .. }
         | Request::Renew { .. }
         | Request::Release { .. }

@@ -54,7 +54,8 @@ impl Core {
         });
     }
 
-    /// Known spaces may be throttled at the door: the shell asks before it answers a client.
+    /// Whether a space was taken in. The shell may know more of them than there is room for here: it asks before it
+    /// answers a client.
     pub fn knows_space(&self, space: SpaceId) -> bool {
         self.spaces.find(space).is_some()
     }
@@ -230,6 +231,9 @@ impl Core {
         if was_usable && !usable {
             self.device_lost(device);
         }
+        if usable {
+            self.clear_again_now();
+        }
         if !self.is_persisting() {
             self.give_up_durability();
         }
@@ -244,7 +248,7 @@ impl Core {
         } else {
             self.persist_paused_until = self.now;
             self.at(self.now, Deadline::Retry);
-            self.clear_again();
+            self.clear_again_now();
         }
     }
 

@@ -74,8 +74,9 @@ impl Core {
             self.counters.throttled += 1;
         }
         let reply = Arc::new(reply);
+        let limit = self.config.limits.replies_remembered;
         if let (Some(repeat), Some(open)) = (repeat, self.sessions.get_mut(&session)) {
-            for request in open.repeats.finish(repeat, &reply) {
+            for request in open.repeats.finish(repeat, &reply, limit) {
                 self.effects.push_back(Effect::Reply { session, request, reply: Arc::clone(&reply) });
             }
         }

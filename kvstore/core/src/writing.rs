@@ -435,7 +435,7 @@ impl Core {
             return;
         };
         self.durables.entry(index).or_default().push((wait, count(place)));
-        if self.is_persisting() {
+        if self.is_persisting() && !self.is_clear_stuck(self.blocks.at(index).space) {
             self.persist_now(index);
         } else {
             self.durable(index, false);

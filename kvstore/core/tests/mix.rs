@@ -133,7 +133,7 @@ impl Node {
         let blocks: Vec<BlockId> = (0..PROMPT).map(|place| block(self.chains, place)).collect();
         let repeat = self.chains * 2;
         let write = Request::LeaseWrite {
-            repeat,
+            repeat: Some(repeat),
             space: space(which),
             blocks,
             parent: None,
@@ -146,7 +146,7 @@ impl Node {
         assert!(blocks.iter().all(|grant| matches!(grant, Grant::Granted { .. })), "{blocks:?}");
         let part = |place| (place, ByteCount::new(BLOCK_BYTES[which]), Checksum::new(u64::from(place)));
         let seal = Request::Seal {
-            repeat: repeat + 1,
+            repeat: Some(repeat + 1),
             lease,
             blocks: (0..PROMPT).map(part).collect(),
             durability: Durability::Readable,
@@ -160,7 +160,7 @@ impl Node {
     /// The next turn of an earlier conversation uses its prompt again.
     fn read(&mut self, chain: u64) {
         let read = Request::LeaseRead {
-            repeat: u64::MAX / 2 + self.request,
+            repeat: Some(u64::MAX / 2 + self.request),
             blocks: (0..PROMPT).map(|place| block(chain, place)).collect(),
             ttl: None,
             answer_by: Now::from_micros(self.now + 1_000_000),

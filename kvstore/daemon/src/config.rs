@@ -128,8 +128,10 @@ pub struct Edges {
     pub requests_in_flight: usize,
     /// Spaces that one session may have open.
     pub spaces_per_session: usize,
-    /// Read and Write streams, over all sessions.
+    /// Read and Write streams, over all sessions; of several tenants one may have half of them.
     pub streams: usize,
+    /// Longest time that such a stream stands still.
+    pub stream_idle: std::time::Duration,
     /// Events that a tenant's log keeps.
     pub events_per_tenant: usize,
     /// Longest time that a lease waits for promotions.
@@ -548,6 +550,9 @@ fn edges(file: &LimitsFile) -> Result<Edges, ConfigError> {
         requests_in_flight: whole("requests_in_flight", file.requests_in_flight, 256, 1 << 16)?,
         spaces_per_session: whole("spaces_per_session", file.spaces_per_session, 256, 1 << 16)?,
         streams: whole("streams", file.streams, 128, 1 << 16)?,
+        stream_idle: std::time::Duration::from_millis(
+            millis("limits.stream_idle_ms", file.stream_idle_ms, 30_000, 100..=600_000)?.millis(),
+        ),
         events_per_tenant: whole("events_per_tenant", file.events_per_tenant, 1 << 16, 1 << 24)?,
         wait_max: millis("limits.wait_max_ms", file.wait_max_ms, 60_000, 1..=600_000)?,
     })

@@ -77,6 +77,7 @@ impl From<Refusal> for CallError {
             Refusal::EarlierIncarnation { .. }
             | Refusal::NotYourLease { .. }
             | Refusal::Cleared
+            | Refusal::NotRecorded
             | Refusal::WindowBusy { .. } => Code::FailedPrecondition,
             Refusal::NotYourChunk { .. } => Code::PermissionDenied,
             Refusal::Degraded => Code::Unavailable,

@@ -6,7 +6,7 @@
 
 mod memory;
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::{Duration, Instant};
@@ -48,8 +48,6 @@ pub struct Engine {
 struct State {
     core: Core,
     mailboxes: HashMap<SessionId, Mailbox>,
-    /// Sessions that were given a chunk to map, until it is dropped or they end.
-    mappers: BTreeMap<ChunkId, BTreeSet<SessionId>>,
     session_last: u64,
     request_last: u64,
     /// When the ticker wakes up, unless it is told to sooner.
@@ -128,7 +126,6 @@ impl Engine {
             state: Mutex::new(State {
                 core: Core::new(config),
                 mailboxes: HashMap::new(),
-                mappers: BTreeMap::new(),
                 session_last: 0,
                 request_last: 0,
                 wakes_at: Now::default(),
@@ -194,14 +191,6 @@ impl Engine {
         state.mailboxes.insert(session, Mailbox { pending: HashMap::new(), notices: sender });
         self.handle(&mut state, Input::SessionOpened { session, tenant, locality });
         Ok((session, notices))
-    }
-
-    /// A session is given a chunk to map: it is told when the chunk is dropped.
-    pub(crate) fn note_mapped(&self, session: SessionId, chunk: ChunkId) {
-        let mut state = self.state();
-        if state.mailboxes.contains_key(&session) {
-            state.mappers.entry(chunk).or_default().insert(session);
-        }
     }
 
     /// A session that was opened just now goes on for a client that had another.
@@ -411,7 +400,8 @@ impl Engine {
             Effect::Reply { session, request, reply } => {
                 answer(state, session, request, reply);
             }
-            Effect::EndSession { session } => end_session(state, session),
+            // Its notices end, and with them its connection.
+            Effect::EndSession { session } => drop(state.mailboxes.remove(&session)),
             Effect::Notify { session, notice } => notify(state, session, notice),
             Effect::SetFences { fences } => {
                 fences.into_iter().for_each(|(frame, fence)| self.set_fence(frame, fence));
@@ -432,8 +422,8 @@ impl Engine {
                 let access = if owner.is_some() { Access::Window } else { Access::Pool };
                 self.create_chunk(state, op, memory, (chunk, access), (frame_bytes, frames));
             }
-            Effect::DropChunk { op, chunk } => {
-                tell_mappers(state, chunk);
+            Effect::DropChunk { op, chunk, mappers } => {
+                tell_mappers(state, chunk, &mappers);
                 self.note(state, OpKind::DropChunk, 0, op);
                 self.drop_chunk(op, chunk);
             }
@@ -499,17 +489,11 @@ fn answer(state: &mut State, session: SessionId, request: RequestId, reply: Arc<
     }
 }
 
-fn end_session(state: &mut State, session: SessionId) {
-    // Its notices end, and with them its connection.
-    state.mailboxes.remove(&session);
-    state.mappers.retain(|_, mappers| !mappers.remove(&session) || !mappers.is_empty());
-}
-
 /// Who has the chunk mapped keeps its memory. A session that leaves its notices unread is not told: it gives up by itself
 /// what it has not used for a while.
-fn tell_mappers(state: &mut State, chunk: ChunkId) {
-    for session in state.mappers.remove(&chunk).unwrap_or_default() {
-        if let Some(mailbox) = state.mailboxes.get(&session)
+fn tell_mappers(state: &State, chunk: ChunkId, mappers: &[SessionId]) {
+    for session in mappers {
+        if let Some(mailbox) = state.mailboxes.get(session)
             && mailbox.notices.capacity() > NOTICES_MAX / 2
         {
             let _ended = mailbox.notices.try_send(Notice::ChunkDropped { chunk });

@@ -5,6 +5,7 @@
 
 mod admin;
 mod block;
+mod idle;
 mod pieces;
 mod reading;
 mod verify;

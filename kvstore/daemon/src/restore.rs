@@ -3,7 +3,7 @@
 //! From the catalog at once; from header pages in the background when the
 //! catalog was lost, while blocks are served.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -68,7 +68,8 @@ pub(crate) fn unscanned(engine: &Engine, device_slots: &[u32]) {
 /// served meanwhile. One scan at a time: a second call returns at once, because the first goes on.
 pub(crate) fn scan_to_the_end(engine: &Arc<Engine>, status: &Status, device_slots: &[u32]) {
     let Some(_one) = status.scan_alone() else { return };
-    while let Err(error) = from_headers(engine, status, device_slots) {
+    let mut left_out = BTreeSet::new();
+    while let Err(error) = from_headers(engine, status, device_slots, &mut left_out) {
         tracing::error!(%error, "the scan stopped; it goes on when the catalog works again");
         engine.catalog_failed();
         while engine.is_degraded() {
@@ -80,29 +81,41 @@ pub(crate) fn scan_to_the_end(engine: &Arc<Engine>, status: &Status, device_slot
     }
 }
 
-/// Scans every device. Blocks until it is done; clients are served meanwhile.
+/// Scans every device that can be synced. Blocks until it is done; clients are served meanwhile.
 ///
 /// # Errors
 /// The catalog failed. What was found before is known.
-fn from_headers(engine: &Arc<Engine>, status: &Status, device_slots: &[u32]) -> Result<(), CatalogError> {
+fn from_headers(
+    engine: &Arc<Engine>,
+    status: &Status,
+    device_slots: &[u32],
+    left_out: &mut BTreeSet<DeviceId>,
+) -> Result<(), CatalogError> {
     // After a kill, a header page may be read back that only the drive's cache
     // holds. The core takes found blocks for durable, so make them that first.
-    for device in engine.media().facts().devices.into_iter().filter(|device| device.opened) {
-        let synced = std::fs::File::open(&device.path).and_then(|file| file.sync_data());
-        if let Err(error) = synced {
-            tracing::error!(device = %device.path.display(), %error, "a device cannot be synced; its blocks are not looked for");
-            status
-                .note(format!("{} could not be synced, and was not scanned: {error}", device.path.display()));
-            return Ok(());
+    for device in engine.media().sync_all() {
+        if left_out.insert(device) {
+            leave_out(engine, status, device);
         }
     }
     status.scan_begins(device_slots.iter().map(|slots| u64::from(*slots)).sum());
-    let scanned = engine.media().scan(&mut |piece| {
+    let scanned = engine.media().scan_but(left_out, &mut |piece| {
         slot_scanned(engine, &piece);
         status.slot_scanned();
     });
-    status.scan_ends();
+    if left_out.is_empty() || scanned.is_err() {
+        status.scan_ends();
+    }
     let report = scanned?;
+    if !left_out.is_empty() {
+        tracing::warn!(
+            slots = report.slots,
+            blocks = report.blocks,
+            devices = left_out.len(),
+            "catalog rebuilt from the header pages, but for those of some devices; the next start looks for them"
+        );
+        return Ok(());
+    }
     if !report.complete {
         tracing::info!(
             slots = report.slots,
@@ -122,6 +135,17 @@ fn from_headers(engine: &Arc<Engine>, status: &Status, device_slots: &[u32]) -> 
         report.slots, report.blocks, report.damaged, report.unreadable
     ));
     Ok(())
+}
+
+/// Nothing that a device holds is known to be durable: it is not used in this life.
+fn leave_out(engine: &Engine, status: &Status, device: DeviceId) {
+    let path = engine.media().facts().devices.into_iter().nth(usize::from(device.get()));
+    let path = path.map(|facts| facts.path.display().to_string()).unwrap_or_default();
+    tracing::error!(device = %path, "a device cannot be synced; its blocks are not looked for, and nothing is written to it");
+    status.note(format!(
+        "{path} could not be synced: it was not scanned, and is not used until the next start"
+    ));
+    engine.submit(Input::DeviceState { device, usable: false });
 }
 
 fn slot_scanned(engine: &Engine, piece: &ScanPiece) {

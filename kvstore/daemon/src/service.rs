@@ -2,7 +2,6 @@
 //! messages out, the core in between.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
 use bytes::Bytes;
@@ -29,8 +28,6 @@ use crate::tenant::{Peer, Tenants};
 
 /// Most spaces of a bundle.
 const BUNDLE_MAX: usize = 64;
-/// Request ids from here on are the daemon's own, for requests that it makes for a client's stream.
-const OWN_REPEATS: u64 = 1 << 63;
 
 /// Answers requests of sessions.
 pub struct Service {
@@ -39,7 +36,6 @@ pub struct Service {
     register: Arc<Register>,
     facts: Facts,
     metrics: CallMetrics,
-    own_repeats: AtomicU64,
 }
 
 /// What sessions are told, and what bounds them.
@@ -105,14 +101,7 @@ macro_rules! expect {
 impl Service {
     /// A service on an engine.
     pub fn new(engine: Arc<Engine>, tenants: Tenants, facts: Facts) -> Arc<Self> {
-        Arc::new(Self {
-            engine,
-            tenants,
-            register: Arc::default(),
-            facts,
-            metrics: CallMetrics::default(),
-            own_repeats: AtomicU64::new(OWN_REPEATS),
-        })
+        Arc::new(Self { engine, tenants, register: Arc::default(), facts, metrics: CallMetrics::default() })
     }
 
     /// The engine below.
@@ -186,7 +175,7 @@ impl Service {
     }
 
     async fn ask(&self, session: &Session, op: Request) -> Result<Reply, CallError> {
-        // Copied here at most, and not by the core: it is remembered for repeats.
+        // Copied here at most, and not by the core: it may be remembered for repeats.
         Ok(Arc::unwrap_or_clone(self.engine.ask(session.id, op).await?))
     }
 
@@ -231,6 +220,10 @@ impl Service {
             block_tokens,
             generation,
         });
+        // A space found on disk is kept beyond the limit; the core takes so many and no more.
+        if !self.engine.view(|core| core.knows_space(space)) {
+            return Err(Limit::Spaces.into());
+        }
         if let Some(cost) = request.compute_cost {
             self.engine.submit(Input::SpaceCost { space, cost: convert::compute_cost(cost)? });
         }
@@ -421,7 +414,6 @@ impl Service {
         keys: &[impl AsRef<[u8]>],
     ) -> Result<LeaseAnswer, CallError> {
         let began = Instant::now();
-        check_request_id(request.request_id)?;
         let want = convert::want(request.want_tier(), request.want_device)?;
         let is_read = request.kind() == v1::LeaseKind::Read;
         if !is_read && !request.block_ids.is_empty() {
@@ -432,12 +424,12 @@ impl Service {
         let (op, kind) = match request.kind() {
             v1::LeaseKind::Read => {
                 let purpose = convert::purpose(request.purpose());
-                let op = self.lease_read_op(request.request_id, blocks, ttl, request.wait_ms, purpose);
+                let op = self.lease_read_op(Some(request.request_id), blocks, ttl, request.wait_ms, purpose);
                 (wanting(op, want), "read")
             }
             v1::LeaseKind::Write => {
                 let parent = convert::parent(&session.tenant.key, open.space, &request.parent_key)?;
-                let repeat = request.request_id;
+                let repeat = Some(request.request_id);
                 (Request::LeaseWrite { repeat, space: open.space, blocks, parent, ttl, want }, "write")
             }
             v1::LeaseKind::Unspecified => {
@@ -456,15 +448,10 @@ impl Service {
         Ok(LeaseAnswer { reply, generation })
     }
 
-    /// A request id that no client may use.
-    pub(crate) fn own_repeat(&self) -> u64 {
-        self.own_repeats.fetch_add(1, Ordering::Relaxed)
-    }
-
     /// A read lease, asked for now.
     pub(crate) fn lease_read_op(
         &self,
-        repeat: u64,
+        repeat: Option<u64>,
         blocks: Vec<BlockId>,
         ttl: Option<Micros>,
         wait_ms: u64,
@@ -486,11 +473,10 @@ impl Service {
         request: v1::SealRequest,
     ) -> Result<v1::SealResponse, CallError> {
         let began = Instant::now();
-        check_request_id(request.request_id)?;
         convert::expect_at_most(self.facts.blocks_max, request.blocks.len(), "blocks")?;
         let durability = convert::durability(request.durability());
         let op = Request::Seal {
-            repeat: request.request_id,
+            repeat: Some(request.request_id),
             lease: LeaseId::new(request.lease),
             blocks: convert::seal_blocks(&request.blocks),
             durability,
@@ -598,9 +584,18 @@ impl Service {
         session: &Session,
         request: v1::ClearRequest,
     ) -> Result<v1::ClearResponse, CallError> {
-        check_request_id(request.request_id)?;
         let open = session.space(request.space)?;
-        let op = Request::Clear { repeat: request.request_id, space: open.space };
+        let engine = &self.engine;
+        // Before anything is dropped. A repeat of one that was done is answered whatever there is.
+        if !engine.view(|core| core.remembers(session.id, request.request_id))
+            && let Some(obstacle) = engine.media().clear_obstacle(session.tenant.id, open.space)
+        {
+            return Err(CallError::new(
+                Code::FailedPrecondition,
+                format!("the space was not cleared: {obstacle}"),
+            ));
+        }
+        let op = Request::Clear { repeat: Some(request.request_id), space: open.space };
         let reply = self.ask(session, op).await?;
         expect!(reply, Reply::Cleared { generation, blocks } => v1::ClearResponse { generation, blocks })
     }
@@ -623,8 +618,7 @@ impl Service {
         let chunk = ChunkId::new(request.chunk);
         let reply = self.ask(session, Request::MapChunk { chunk }).await?;
         let access = expect!(reply, Reply::MayMap { access, .. } => access)?;
-        // Before it is looked for: it is dropped after that, or not found.
-        self.engine.note_mapped(session.id, chunk);
+        // Whoever drops it from here on tells this session.
         let shared = match self.engine.hbm().chunk(chunk) {
             Some(chunk) => Some(Shared::Hbm(chunk)),
             None => self.engine.chunk(chunk).map(Shared::Pinned),
@@ -644,13 +638,6 @@ impl Service {
 pub(crate) enum Shared {
     Pinned(Arc<ChunkMemory>),
     Hbm(Arc<HbmChunk>),
-}
-
-fn check_request_id(id: u64) -> Result<(), CallError> {
-    if id < OWN_REPEATS {
-        return Ok(());
-    }
-    Err(CallError::invalid(format!("request_id {id} is 2^63 or more; those are the daemon's own")))
 }
 
 /// A read lease, wanted in a certain memory.

@@ -11,8 +11,8 @@ use std::time::{Duration, Instant};
 
 use common::{PATIENCE, folder, keys, manifest, payload, payloads, socket};
 use terrace_client::{Durability, MatchMode, SealOutcome, Session, Target, wire};
-use terrace_core::DeviceId;
-use terrace_media::{BlockIo, FaultyDevice, Hooks, IoFacts, IoOp, IoRequest, SlowDevice};
+use terrace_core::{DeviceId, Fault};
+use terrace_media::{BlockIo, FaultyDevice, Hooks, Injected, IoFacts, IoOp, IoRequest, SlowDevice};
 use terraced::{Config, Daemon};
 
 const BLOCKS: u32 = 40;
@@ -329,4 +329,206 @@ async fn exists_touches_no_device() {
     assert!(reads.load(Ordering::SeqCst) > before, "reads are not counted: nothing was tested");
     drop(session);
     daemon.stop().await;
+}
+
+fn overwrite(path: &Path, bytes: &[u8]) {
+    let file = std::fs::File::options().write(true).open(path).unwrap();
+    std::os::unix::fs::FileExt::write_all_at(&file, bytes, 0).unwrap();
+}
+
+async fn write_all(session: &Session, keys: &[[u8; 4]], life: u8) -> Vec<SealOutcome> {
+    let space = session.open_space(&manifest(0)).await.unwrap();
+    let mut outcomes = Vec::new();
+    // The first ones have slots carved on both devices.
+    for part in
+        [&keys[..keys.len().min(4)], &keys[keys.len().min(4)..]].into_iter().filter(|part| !part.is_empty())
+    {
+        let written = session.write(&space, part, None, &payloads(part, life), Durability::Durable).await;
+        outcomes.extend(written.unwrap());
+    }
+    outcomes
+}
+
+/// A space is cleared while one of two devices is out. The clear could be refused until the device is back, hang, keep
+/// what is written from being durable, or be forgotten by the device, which then brings the blocks back: they must stay
+/// away when it is there again, even if the catalog was lost, and even when it is asked alone from then on.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_space_is_cleared_while_a_device_is_out() {
+    let folder = folder();
+    let daemon = start(folder.path(), Hooks::default()).await;
+    let session = session(folder.path()).await;
+    let keys = keys(BLOCKS);
+    assert!(write_all(&session, &keys, 0).await.iter().all(|outcome| *outcome == SealOutcome::Sealed));
+    drop(session);
+    daemon.stop().await;
+    let path = folder.path().join("nvme1.dat");
+    let good = std::fs::read(&path).unwrap();
+    overwrite(&path, &[0x55; 1 << 20]);
+
+    let daemon = start(folder.path(), Hooks::default()).await;
+    let session = self::session(folder.path()).await;
+    let space = session.open_space(&manifest(0)).await.unwrap();
+    assert!(session.clear(&space).await.unwrap() > 0);
+    assert!(read(&session).await.iter().all(|there| !there), "a block is there after the clear");
+    let another = keys[0];
+    let sealed = tokio::time::timeout(PATIENCE, write_all(&session, &[another], 0)).await;
+    assert_eq!(sealed.unwrap(), [SealOutcome::Sealed], "the other device takes blocks");
+    drop(session);
+    daemon.stop().await;
+
+    overwrite(&path, &good[..1 << 20]);
+    for alone in [false, true] {
+        std::fs::remove_dir_all(folder.path().join("data/catalog")).unwrap();
+        if alone {
+            std::fs::remove_file(folder.path().join("nvme0.dat")).unwrap();
+        }
+        let daemon = start(folder.path(), Hooks::default()).await;
+        let session = self::session(folder.path()).await;
+        let until = Instant::now() + PATIENCE;
+        while !info(&daemon).await.notes.iter().any(|note| note.contains("rebuilt")) {
+            assert!(Instant::now() < until, "the scan does not end: {:?}", info(&daemon).await.notes);
+            tokio::task::yield_now().await;
+        }
+        let there = read(&session).await;
+        assert_eq!(there[0], !alone, "what was written after the clear");
+        assert!(there[1..].iter().all(|there| !there), "the device brought blocks back: {there:?}");
+        drop(session);
+        daemon.stop().await;
+    }
+}
+
+/// No device can record a clear. It could drop the blocks all the same and then wait for ever, with everybody who
+/// writes: it must be refused before anything is dropped, with the device's name and what to do.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_clear_that_no_device_can_record_changes_nothing() {
+    let folder = folder();
+    start(folder.path(), Hooks::default()).await.stop().await;
+    for number in 0..2 {
+        overwrite(&folder.path().join(format!("nvme{number}.dat")), &[0x55; 1 << 20]);
+    }
+    let daemon = start(folder.path(), Hooks::default()).await;
+    let session = session(folder.path()).await;
+    let keys = keys(2);
+    assert!(write_all(&session, &keys, 0).await.iter().all(|outcome| *outcome == SealOutcome::NotDurable));
+    let space = session.open_space(&manifest(0)).await.unwrap();
+    let refused = session.clear(&space).await.unwrap_err().to_string();
+    assert!(refused.contains("nvme1.dat") && refused.contains("start the daemon again"), "{refused}");
+    assert_eq!(read_first(&session, 2).await, [true, true]);
+    assert!(
+        write_all(&session, &[[9; 4]], 0).await.iter().all(|outcome| *outcome == SealOutcome::NotDurable)
+    );
+    daemon.engine().view(terrace_core::Core::check);
+    drop(session);
+    daemon.stop().await;
+}
+
+/// A device of a daemon whose faults are planned before anything is read or written.
+fn faulty(plan: impl Fn(&FaultyDevice) + Send + 'static) -> (Hooks, Arc<Mutex<Option<Arc<FaultyDevice>>>>) {
+    let found: Arc<Mutex<Option<Arc<FaultyDevice>>>> = Arc::default();
+    let keep = Arc::clone(&found);
+    let hooks = Hooks {
+        wrap_device: Some(Box::new(move |device, inner| {
+            if device != BAD {
+                return inner;
+            }
+            let wrapped = Arc::new(FaultyDevice::new(inner));
+            plan(&wrapped);
+            *keep.lock().unwrap() = Some(Arc::clone(&wrapped));
+            wrapped
+        })),
+        ..Hooks::default()
+    };
+    (hooks, found)
+}
+
+/// Blocks do not come, and their reader over gRPC leaves, or asks for many. The stream could be kept for as long as they
+/// might be waited for, and keep others out; and the time could begin anew with each part of the blocks.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stream_waits_no_longer_than_its_reader() {
+    let folder = folder();
+    let daemon = start(folder.path(), Hooks::default()).await;
+    let (session, keys) = (session(folder.path()).await, keys(BLOCKS));
+    assert!(write_all(&session, &keys, 0).await.iter().all(|outcome| *outcome == SealOutcome::Sealed));
+    drop(session);
+    daemon.stop().await;
+
+    let (hooks, found) = faulty(|_| {});
+    let hooks = Hooks { io_patience: Some(PATIENCE), ..hooks };
+    let daemon = start_with(folder.path(), hooks, "[limits]\nstreams = 1\n").await;
+    let bad = found.lock().unwrap().take().unwrap();
+    bad.hold();
+    let grpc = Some(format!("http://{}", daemon.grpc));
+    let session = Session::connect(&Target { grpc, ..Target::default() }).await.unwrap();
+    let space = session.open_space(&manifest(0)).await.unwrap();
+    let leaving = session.read_within(&space, &keys, Duration::from_secs(50));
+    assert!(
+        tokio::time::timeout(Duration::from_millis(500), leaving).await.is_err(),
+        "the device was to hang"
+    );
+    let began = Instant::now();
+    while let Err(throttled) = session.read_within(&space, &keys[..1], Duration::ZERO).await {
+        assert!(began.elapsed() < Duration::from_secs(15), "the stream is kept: {throttled}");
+    }
+    let began = Instant::now();
+    session.read_within(&space, &keys, Duration::from_secs(2)).await.unwrap();
+    let took = began.elapsed();
+    assert!(took < Duration::from_millis(3500), "two seconds for all blocks: {took:?}");
+    bad.release();
+    drop((session, space));
+    daemon.stop().await;
+}
+
+/// The catalog was lost, and one of two devices fails to sync, or never answers that: what it holds could be taken for
+/// durable, or nothing of any device be looked for. The other's blocks must be served and new ones go to it, the daemon
+/// say what it left out, and the next start find that.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_device_that_cannot_be_synced_is_left_out_of_the_scan() {
+    let folder = folder();
+    let daemon = start(folder.path(), Hooks::default()).await;
+    let session = session(folder.path()).await;
+    let all = keys(BLOCKS);
+    assert!(write_all(&session, &all, 0).await.iter().all(|outcome| *outcome == SealOutcome::Sealed));
+    drop(session);
+    daemon.stop().await;
+    for (round, fault) in [Injected::Fail(Fault::Device), Injected::Hang].into_iter().enumerate() {
+        std::fs::remove_dir_all(folder.path().join("data/catalog")).unwrap();
+        let (hooks, found) = faulty(move |device| {
+            // That of the superblock is well.
+            device.inject(IoOp::Sync, Injected::Slow(1));
+            device.inject(IoOp::Sync, fault);
+        });
+        let hooks = Hooks { sync_patience: Some(IO_PATIENCE), ..hooks };
+        let daemon = start(folder.path(), hooks).await;
+        let bad = found.lock().unwrap().take().unwrap();
+        let session = self::session(folder.path()).await;
+        let until = Instant::now() + PATIENCE;
+        let there = loop {
+            let there = read(&session).await.into_iter().filter(|there| *there).count();
+            if info(&daemon).await.notes.iter().any(|note| note.contains("could not be synced")) && there > 0
+            {
+                break there;
+            }
+            assert!(Instant::now() < until, "{there} blocks: {:?}", info(&daemon).await);
+        };
+        assert!(there < BLOCKS as usize, "{there}");
+        assert!(info(&daemon).await.scan_done < 1.0, "not all is known");
+        let new = keys(BLOCKS + 1 + u32::try_from(round).unwrap()).pop().unwrap();
+        assert_eq!(
+            write_all(&session, &[new], 0).await,
+            [SealOutcome::Sealed],
+            "the other device takes blocks"
+        );
+        daemon.engine().view(terrace_core::Core::check);
+        bad.release();
+        drop((session, bad));
+        daemon.stop().await;
+        let daemon = start(folder.path(), Hooks::default()).await;
+        let session = self::session(folder.path()).await;
+        let until = Instant::now() + PATIENCE;
+        while !read(&session).await.iter().all(|there| *there) {
+            assert!(Instant::now() < until, "what was left out is not found: {:?}", info(&daemon).await);
+        }
+        drop(session);
+        daemon.stop().await;
+    }
 }

@@ -27,9 +27,14 @@ struct Raw {
 
 impl Raw {
     async fn open(daemon: &Running) -> Self {
+        Self::of_tenant(daemon, "").await
+    }
+
+    async fn of_tenant(daemon: &Running, tenant: &str) -> Self {
         let mut client = BlockServiceClient::new(terrace_client::channel(&daemon.grpc).await.unwrap());
         let (requests, stream) = tokio::sync::mpsc::channel(1);
-        requests.send(wire::SessionRequest::default()).await.unwrap();
+        let hello = wire::SessionRequest { tenant: tenant.to_owned(), ..Default::default() };
+        requests.send(hello).await.unwrap();
         let stream = tokio_stream::wrappers::ReceiverStream::new(stream);
         let mut responses = client.session(stream).await.unwrap().into_inner();
         let first = responses.message().await.unwrap().unwrap();
@@ -228,6 +233,167 @@ async fn wrong_bytes_are_not_sealed() {
     assert!(session.read(&space, &[b"a"]).await.unwrap()[0].as_ref() == Some(&good));
     drop((session, space));
     daemon.assert_quiet().await;
+}
+
+/// The messages of a Write, sent by hand.
+struct Sending(tokio::sync::mpsc::Sender<wire::WriteRequest>);
+
+impl Sending {
+    /// Begins one; its answer comes from the task.
+    async fn begin(
+        raw: &Raw,
+        keys: &[&[u8]],
+        durability: wire::Durability,
+    ) -> (Self, tokio::task::JoinHandle<Result<Vec<i32>, Status>>) {
+        let (sender, messages) = tokio::sync::mpsc::channel(4);
+        let request = raw.with(tokio_stream::wrappers::ReceiverStream::new(messages));
+        let mut client = raw.client.clone();
+        let answer =
+            tokio::spawn(
+                async move { client.write(request).await.map(|answer| answer.into_inner().outcomes) },
+            );
+        let keys = keys.iter().map(|key| key.to_vec().into()).collect();
+        let header =
+            wire::WriteHeader { space: 1, keys, durability: durability.into(), ..Default::default() };
+        sender.send(wire::WriteRequest { part: Some(Part::Header(header)) }).await.unwrap();
+        (Self(sender), answer)
+    }
+
+    /// Fails when the stream has ended.
+    async fn piece(&self, index: u32, offset: u64, data: &[u8]) -> bool {
+        let piece = wire::WritePiece { index, offset, data: data.to_vec().into(), checksum: None };
+        self.0.send(wire::WriteRequest { part: Some(Part::Piece(piece)) }).await.is_ok()
+    }
+}
+
+/// A space is cleared between two blocks of a Write. The second one could be sealed with the sum of a block of before:
+/// acknowledged, durable even, and readable by nobody.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_write_ends_where_its_space_is_cleared() {
+    let folder = folder();
+    let daemon = Running::start(folder.path(), "");
+    let mut raw = Raw::open(&daemon).await;
+    raw.space().await;
+    let (sending, answer) = Sending::begin(&raw, &[b"a", b"b"], wire::Durability::Durable).await;
+    assert!(sending.piece(0, 0, &payload([1; 4], 0)).await);
+    let ask = wire::ExistsRequest { spaces: vec![1], keys: vec![b"a".to_vec().into()], ..Default::default() };
+    let began = std::time::Instant::now();
+    while raw.client.exists(raw.with(ask.clone())).await.unwrap().into_inner().prefix_blocks == 0 {
+        assert!(began.elapsed() < common::PATIENCE, "the first block is not sealed");
+    }
+    let clear = raw.with(wire::ClearRequest { request_id: u64::MAX, space: 1 });
+    assert!(raw.client.clear(clear).await.unwrap().into_inner().generation > 1);
+    sending.piece(1, 0, &payload([2; 4], 0)).await;
+    drop(sending);
+    assert_refused(answer.await.unwrap(), Code::FailedPrecondition, "was cleared");
+    drop(raw);
+    daemon.assert_quiet().await;
+}
+
+/// Writers and readers stand still: each could hold its frames, and a place among the streams, for ever. They must be
+/// ended, and a reader that goes on must not take what it has for all that there is.
+#[tokio::test(flavor = "multi_thread")]
+async fn streams_that_stand_still_are_ended() {
+    let folder = folder();
+    let limits = "pinned_bytes = \"64MiB\"\n[limits]\nstreams = 2\nstream_idle_ms = 400";
+    let daemon = Running::start(folder.path(), limits);
+    let (mut raw, names) = (Raw::open(&daemon).await, keys(96));
+    raw.space().await;
+    let session = daemon.session(true).await;
+    let space = session.open_space(&manifest(0)).await.unwrap();
+    session.write(&space, &names, None, &payloads(&names, 0), Durability::Readable).await.unwrap();
+    drop((session, space));
+    let (stuck, answer) = Sending::begin(&raw, &[b"w"], wire::Durability::Unspecified).await;
+    assert!(stuck.piece(0, 0, &[7; 1000]).await);
+    let patience = Duration::from_secs(20);
+    let answer = tokio::time::timeout(patience, answer).await.expect("a writer that stands still goes on");
+    assert_refused(answer.unwrap(), Code::DeadlineExceeded, "limits.stream_idle_ms");
+    let (_never, messages) = tokio::sync::mpsc::channel::<wire::WriteRequest>(1);
+    let request = raw.with(tokio_stream::wrappers::ReceiverStream::new(messages));
+    let answer = tokio::time::timeout(patience, raw.client.write(request)).await;
+    let answer = answer.expect("a writer that says nothing goes on");
+    assert_refused(answer, Code::DeadlineExceeded, "limits.stream_idle_ms");
+    let keys = names.iter().map(|name| name.to_vec().into()).collect();
+    let ask = wire::ReadRequest { space: 1, keys, wait_ms: 5000 };
+    let mut readers = Vec::new();
+    for _ in 0..2 {
+        readers.push(raw.client.read(raw.with(ask.clone())).await.unwrap().into_inner());
+    }
+    let began = std::time::Instant::now();
+    let one = wire::ReadRequest { keys: ask.keys[..1].to_vec(), ..ask };
+    while let Err(refused) = raw.client.read(raw.with(one.clone())).await {
+        assert_eq!(refused.code(), Code::ResourceExhausted, "{refused}");
+        assert!(began.elapsed() < patience, "two readers keep all others out");
+    }
+    while daemon.info().await.leases > 0 {
+        assert!(began.elapsed() < patience, "a reader that stands still keeps its lease");
+    }
+    for mut reader in readers {
+        let ended = loop {
+            match reader.message().await {
+                Ok(Some(_)) => {}
+                ended => break ended,
+            }
+        };
+        assert_refused(ended, Code::DeadlineExceeded, "limits.stream_idle_ms");
+    }
+    drop((raw, stuck));
+    daemon.assert_quiet().await;
+}
+
+/// One of two tenants opens stream after stream: half of them must be left to the other.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_tenant_leaves_streams_to_others() {
+    let folder = folder();
+    let tenants = "[limits]\nstreams = 4\n[[tenant]]\nname = \"default\"\n[[tenant]]\nname = \"blue\"\n";
+    let daemon = Running::start(folder.path(), tenants);
+    let (mut greedy, mut blue) = (Raw::open(&daemon).await, Raw::of_tenant(&daemon, "blue").await);
+    greedy.space().await;
+    blue.space().await;
+    let mut streams = Vec::new();
+    for _ in 0..3 {
+        streams.push(Sending::begin(&greedy, &[b"a"], wire::Durability::Unspecified).await);
+    }
+    let began = std::time::Instant::now();
+    let refused = loop {
+        if let Some(at) = streams.iter().position(|(_, answer)| answer.is_finished()) {
+            break streams.remove(at).1.await.unwrap();
+        }
+        assert!(began.elapsed() < Duration::from_secs(20), "a tenant has more than half of the streams");
+        tokio::task::yield_now().await;
+    };
+    assert_refused(refused, Code::ResourceExhausted, "for this tenant");
+    let sealed = write(&mut blue, b"a", &payload([1; 4], 0), None).await;
+    assert_eq!(sealed.unwrap(), [i32::from(SealOutcome::Sealed)]);
+    assert!(streams.iter().all(|(_, answer)| !answer.is_finished()));
+    drop((streams, greedy, blue));
+    daemon.assert_quiet().await;
+}
+
+/// `limits.spaces` is lowered below what is on disk. A space that has no room could be opened all the same, and then
+/// refuse every write as unknown: it must say which limit is in the way, and the others serve what they had.
+#[tokio::test(flavor = "multi_thread")]
+async fn spaces_beyond_a_lowered_limit_are_not_opened() {
+    let folder = folder();
+    let daemon = Running::start(folder.path(), "[limits]\nspaces = 2");
+    let session = daemon.session(true).await;
+    let keys = keys(1);
+    for rank in 0..2 {
+        let space = session.open_space(&manifest(rank)).await.unwrap();
+        session.write(&space, &keys, None, &payloads(&keys, 0), Durability::Durable).await.unwrap();
+    }
+    drop(session);
+    daemon.terminate();
+    let daemon = Running::start(folder.path(), "[limits]\nspaces = 1");
+    let session = daemon.session(true).await;
+    let mut refused = Vec::new();
+    for rank in 0..2 {
+        match session.open_space(&manifest(rank)).await {
+            Ok(space) => assert!(session.read(&space, &keys).await.unwrap()[0].is_some()),
+            Err(error) => refused.push(format!("{error:?}")),
+        }
+    }
+    assert!(matches!(&refused[..], [one] if one.contains("limits.spaces")), "{refused:?}");
 }
 
 /// Something that is no client speaks to the socket: it is cut off, and others are served.

@@ -144,6 +144,7 @@ pub(crate) struct Committer {
 impl Committer {
     pub(crate) fn run(self) {
         while let Some(mut jobs) = self.commits.take() {
+            self.slots.tell_behind();
             while !jobs.is_empty() {
                 let group = take_group(&mut jobs);
                 if group.is_empty() {
@@ -159,7 +160,7 @@ impl Committer {
 
     /// One sync a device, one batch, many answers.
     fn group(&self, group: Vec<Job>) {
-        let failed = self.sync(&devices_of(&group));
+        let failed = sync_devices(&self.slots, &devices_of(&group), self.sync_patience);
         let mut batch = Batch::default();
         let mut answers = Vec::with_capacity(group.len());
         for job in group {
@@ -255,51 +256,6 @@ impl Committer {
     fn write_unsynced(&self, batch: Batch) -> Result<(), CatalogError> {
         self.commits.batches.fetch_add(1, Ordering::Relaxed);
         self.catalog.write_unsynced(batch)
-    }
-
-    /// Syncs devices side by side. Returns those that failed.
-    fn sync(&self, devices: &BTreeSet<DeviceId>) -> BTreeMap<DeviceId, Fault> {
-        let (sender, receiver) = mpsc::channel();
-        let mut failed = BTreeMap::new();
-        for device in devices {
-            let Some(io) = self.slots.io(*device) else {
-                failed.insert(*device, Fault::Device);
-                continue;
-            };
-            let (sender, device) = (sender.clone(), *device);
-            io.submit(IoRequest {
-                op: IoOp::Sync,
-                offset: 0,
-                bytes: 0,
-                buffer: IoBuffer::Nothing,
-                class: IoClass::Demotion,
-                done: Box::new(move |_, outcome| {
-                    let _ = sender.send((device, outcome));
-                }),
-            });
-        }
-        drop(sender);
-        // A device that hangs must not hold up the others for ever. What it was to make durable is answered as
-        // failed; if its sync fails later, the device takes no more writes.
-        let mut waiting: BTreeSet<DeviceId> =
-            devices.iter().filter(|device| !failed.contains_key(*device)).copied().collect();
-        let patience_ends = Instant::now() + self.sync_patience;
-        while !waiting.is_empty() {
-            let Ok((device, outcome)) =
-                receiver.recv_timeout(patience_ends.saturating_duration_since(Instant::now()))
-            else {
-                break;
-            };
-            waiting.remove(&device);
-            if let Err(fault) = outcome {
-                failed.insert(device, fault);
-            }
-        }
-        for device in waiting {
-            tracing::error!(%device, "no answer to a sync: what it covers is not durable");
-            failed.insert(device, Fault::Device);
-        }
-        failed
     }
 
     /// Superblocks first: from then on no scan brings an older block back.
@@ -413,4 +369,53 @@ fn devices_of(jobs: &[Job]) -> BTreeSet<DeviceId> {
 /// A caller that went away needs no answer.
 fn respond(answer: &Answer, outcome: Result<(), CatalogError>) {
     let _ = answer.send(outcome);
+}
+
+/// Syncs devices side by side, each within the patience. Returns those that failed.
+pub(crate) fn sync_devices(
+    slots: &Slots,
+    devices: &BTreeSet<DeviceId>,
+    patience: Duration,
+) -> BTreeMap<DeviceId, Fault> {
+    let (sender, receiver) = mpsc::channel();
+    let mut failed = BTreeMap::new();
+    for device in devices {
+        let Some(io) = slots.io(*device) else {
+            failed.insert(*device, Fault::Device);
+            continue;
+        };
+        let (sender, device) = (sender.clone(), *device);
+        io.submit(IoRequest {
+            op: IoOp::Sync,
+            offset: 0,
+            bytes: 0,
+            buffer: IoBuffer::Nothing,
+            class: IoClass::Demotion,
+            done: Box::new(move |_, outcome| {
+                let _ = sender.send((device, outcome));
+            }),
+        });
+    }
+    drop(sender);
+    // A device that hangs must not hold up the others for ever. What it was to make durable is answered as
+    // failed; if its sync fails later, the device takes no more writes.
+    let mut waiting: BTreeSet<DeviceId> =
+        devices.iter().filter(|device| !failed.contains_key(*device)).copied().collect();
+    let patience_ends = Instant::now() + patience;
+    while !waiting.is_empty() {
+        let Ok((device, outcome)) =
+            receiver.recv_timeout(patience_ends.saturating_duration_since(Instant::now()))
+        else {
+            break;
+        };
+        waiting.remove(&device);
+        if let Err(fault) = outcome {
+            failed.insert(device, fault);
+        }
+    }
+    for device in waiting {
+        tracing::error!(%device, "no answer to a sync: what it covers is not durable");
+        failed.insert(device, Fault::Device);
+    }
+    failed
 }

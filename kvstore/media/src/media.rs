@@ -19,7 +19,7 @@ use crate::api::{
 };
 use crate::catalog::{self, Catalog, CatalogError};
 use crate::chunks::{ChunkMaker, ChunkTable, Wish, Wishes};
-use crate::commit::{Answer, Commits, Committer, Job};
+use crate::commit::{Answer, Commits, Committer, Job, sync_devices};
 use crate::device::{AlignedPages, DeviceChanged, IoBuffer, IoOp, IoRequest, PagePool};
 use crate::facts;
 use crate::header::{SlotHeader, decode_header, encode_header, header_bytes};
@@ -59,6 +59,7 @@ pub struct Media {
     /// Slots that a scan has read in this life.
     scanned: Mutex<BTreeSet<(DeviceId, u32)>>,
     scan_stop: Arc<AtomicBool>,
+    sync_patience: Duration,
     threads: Vec<JoinHandle<()>>,
     watch: Option<JoinHandle<()>>,
     self_test: Mutex<Option<JoinHandle<()>>>,
@@ -82,7 +83,7 @@ impl Media {
         let opened = open_catalog(&config, &slots, &mut notes)?;
         let OpenedCatalog { catalog, mut report, carve_sequence } = opened;
         let incarnation = report.incarnation;
-        slots.set_incarnation(incarnation)?;
+        slots.set_incarnation(incarnation, &report.spaces)?;
         let (catalog, slots) = (Arc::new(catalog), Arc::new(slots));
         let complete = Arc::new(complete);
         let dir = &config.data_dir;
@@ -102,12 +103,13 @@ impl Media {
                 .map_err(failed)?,
         );
         let commits = Arc::new(Commits::new());
+        let sync_patience = config.hooks.sync_patience.unwrap_or(SYNC_PATIENCE);
         let committer = Committer {
             commits: Arc::clone(&commits),
             catalog: Arc::clone(&catalog),
             slots: Arc::clone(&slots),
             complete: Arc::clone(&complete),
-            sync_patience: config.hooks.sync_patience.unwrap_or(SYNC_PATIENCE),
+            sync_patience,
         };
         threads.push(
             std::thread::Builder::new()
@@ -134,6 +136,7 @@ impl Media {
             carved: Mutex::new(report.carves.iter().map(|carve| (carve.device, carve.slot)).collect()),
             scanned: Mutex::default(),
             scan_stop: Arc::default(),
+            sync_patience,
             threads,
             watch: Some(watch),
             self_test: Mutex::new(None),
@@ -271,6 +274,11 @@ impl Media {
         self.slots.lowest(tenant, space)
     }
 
+    /// Why a space cannot be cleared durably now, if that is known, and what to do about it.
+    pub fn clear_obstacle(&self, tenant: terrace_core::TenantId, space: SpaceId) -> Option<String> {
+        self.slots.clear_obstacle(tenant, space)
+    }
+
     /// Every block of the catalog, in batches. Blocks while it reads. Returns how many there were.
     ///
     /// # Errors
@@ -294,10 +302,22 @@ impl Media {
     /// # Errors
     /// The catalog failed. What was found before was told.
     pub fn scan(&self, take: &mut dyn FnMut(ScanPiece)) -> Result<ScanReport, CatalogError> {
+        self.scan_but(&BTreeSet::new(), take)
+    }
+
+    /// The same without some devices; the next start scans them.
+    ///
+    /// # Errors
+    /// As [`Self::scan`].
+    pub fn scan_but(
+        &self,
+        left_out: &BTreeSet<DeviceId>,
+        take: &mut dyn FnMut(ScanPiece),
+    ) -> Result<ScanReport, CatalogError> {
         let mut report = ScanReport::default();
         std::thread::scope(|scope| {
             let (sender, receiver) = mpsc::sync_channel(SCANNED_AHEAD);
-            for device in self.slots.ids() {
+            for device in self.slots.ids().filter(|device| !left_out.contains(device)) {
                 let (sender, wanted) = (sender.clone(), self.unscanned(device));
                 scope.spawn(move || scan::device(&self.slots, device, &wanted, &self.scan_stop, &sender));
             }
@@ -327,6 +347,13 @@ impl Media {
             self.ask(|answer| Job::Scanned { answer })?;
         }
         Ok(report)
+    }
+
+    /// Makes durable what the devices were given, side by side and each within its patience. Says which could not:
+    /// nothing that they hold may be taken for durable. Blocks.
+    pub fn sync_all(&self) -> BTreeSet<DeviceId> {
+        let devices = self.slots.ids().filter(|device| !self.slots.is_out(*device)).collect();
+        sync_devices(&self.slots, &devices, self.sync_patience).into_keys().collect()
     }
 
     /// Ends a scan early; the next start begins it anew.

@@ -4,11 +4,11 @@
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use terrace_core::{BlockHeader, ByteCount, DeviceId, Fault, SpaceId, TenantId};
 
-use crate::api::{DeviceFacts, MediaConfig, MediaError};
+use crate::api::{DeviceFacts, MediaConfig, MediaError, SpaceRecord};
 use crate::device::{Alarm, BlockIo, Device, DeviceFile, Measured, Patience, Rig, SCRATCH_BYTES, Scheduler};
 use crate::find::{Found, Good, find};
 use crate::record::Recorder;
@@ -20,6 +20,8 @@ use crate::superblock::{CLEARED_MAX, DATA_START, Superblock};
 pub(crate) const IO_PATIENCE: Duration = Duration::from_secs(4);
 /// How long a device may take to sync before its commits count as failed.
 pub(crate) const SYNC_PATIENCE: Duration = Duration::from_secs(30);
+/// A device that could not record a clear is asked again after so long, if it takes writes.
+const TELL_AGAIN: Duration = Duration::from_secs(1);
 
 /// All devices of the node, by `DeviceId`.
 pub(crate) struct Slots {
@@ -27,7 +29,12 @@ pub(crate) struct Slots {
     chunk_bytes: u64,
     in_flight_max: u64,
     alarm: Arc<Alarm>,
+    /// The last clear could not be recorded, which has been said.
+    clears_fail: AtomicBool,
 }
+
+/// Lowest valid generations.
+type Cleared = std::collections::BTreeMap<(TenantId, SpaceId), u64>;
 
 enum Place {
     In(Box<Entry>),
@@ -48,6 +55,8 @@ struct Entry {
     side: SideIo,
     recorder: Recorder,
     superblock: Mutex<Superblock>,
+    /// When it is to be told what it has missed of clears, at the earliest.
+    behind: Mutex<Option<Instant>>,
     path: PathBuf,
     slots: u32,
     fresh: bool,
@@ -60,6 +69,20 @@ impl Entry {
         next.write(&self.path, |offset, pages| self.recorder.write_synced(offset, pages))?;
         *lock(self) = next;
         Ok(())
+    }
+
+    fn takes_writes(&self) -> bool {
+        self.scheduler.is_usable() && self.io.facts().writable
+    }
+
+    fn set_behind(&self, behind: bool) {
+        *self.behind.lock().unwrap_or_else(PoisonError::into_inner) =
+            behind.then(|| Instant::now() + TELL_AGAIN);
+    }
+
+    fn is_to_be_told(&self) -> bool {
+        let behind = *self.behind.lock().unwrap_or_else(PoisonError::into_inner);
+        behind.is_some_and(|at| at <= Instant::now()) && self.takes_writes()
     }
 }
 
@@ -92,7 +115,13 @@ impl Slots {
             });
         }
         let in_flight_max = config.bytes_in_flight_max.get();
-        Ok(Self { devices, chunk_bytes: config.chunk_bytes.get(), in_flight_max, alarm })
+        Ok(Self {
+            devices,
+            chunk_bytes: config.chunk_bytes.get(),
+            in_flight_max,
+            alarm,
+            clears_fail: AtomicBool::new(false),
+        })
     }
 
     /// The device, unless the node runs without it.
@@ -228,39 +257,100 @@ impl Slots {
         self.entries().map(of_device).max().unwrap_or(0)
     }
 
-    /// Raises a lowest valid generation on every device, durably.
+    /// Raises a lowest valid generation, durably: on every device that takes it, and on one at least. What one device
+    /// knows of a clear counts for all, so one that is out brings nothing back while any that knows, or the catalog, is
+    /// there; it is told as soon as it takes writes again, and by each start.
     pub(crate) fn raise_lowest(
         &self,
         tenant: TenantId,
         space: SpaceId,
         generation: u64,
     ) -> Result<(), Fault> {
-        if self.ids().any(|device| self.is_out(device)) {
-            tracing::warn!(
-                "a space cannot be cleared while the node runs without a device: it might bring the blocks back"
+        let mut known = self.cleared();
+        let lowest = known.entry((tenant, space)).or_insert(0);
+        *lowest = generation.max(*lowest);
+        if known.len() > CLEARED_MAX {
+            tracing::error!(
+                "a cleared space could not be recorded: the superblocks have no room for another"
             );
+            return Err(Fault::NoSpace);
+        }
+        let told = self.entries().filter(|entry| self.tell(entry, &known)).count();
+        if told == 0 && !self.devices.is_empty() {
+            if !self.clears_fail.swap(true, Ordering::Relaxed) {
+                tracing::error!("a cleared space could not be recorded on any device; it is tried again");
+            }
             return Err(Fault::Device);
         }
+        self.clears_fail.store(false, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Tells a device what it has missed of clears. False: it may not know it.
+    fn tell(&self, entry: &Entry, known: &Cleared) -> bool {
+        let mut next = lock(entry).clone();
+        if next.cleared == *known {
+            entry.set_behind(false);
+            return true;
+        }
+        next.cleared.clone_from(known);
+        let told = entry.takes_writes()
+            && match entry.record(next) {
+                Ok(()) => true,
+                Err(error) => {
+                    tracing::error!(%error, "a device could not record a cleared space; it is told later");
+                    false
+                }
+            };
+        entry.set_behind(!told);
+        told
+    }
+
+    /// Tells devices what they have missed of clears while they were out. By the thread of the commits.
+    pub(crate) fn tell_behind(&self) {
+        if self.entries().any(Entry::is_to_be_told) {
+            let known = self.cleared();
+            self.entries().filter(|entry| entry.is_to_be_told()).for_each(|entry| {
+                self.tell(entry, &known);
+            });
+        }
+    }
+
+    /// Why no clear can be made durable now, if that is known: which devices are in the way, and what to do.
+    pub(crate) fn clear_obstacle(&self, tenant: TenantId, space: SpaceId) -> Option<String> {
+        let known = self.cleared();
+        if known.len() >= CLEARED_MAX && !known.contains_key(&(tenant, space)) {
+            return Some(format!(
+                "the devices remember {CLEARED_MAX} cleared spaces and have no room for another; use a new weights generation in place of a clear"
+            ));
+        }
+        if self.devices.is_empty() || self.entries().any(Entry::takes_writes) {
+            return None;
+        }
+        let reasons: Vec<String> = self
+            .facts()
+            .into_iter()
+            .map(|device| {
+                let why = if device.condition.is_empty() { "it takes no writes" } else { &device.condition };
+                format!("{}: {why}", device.path.display())
+            })
+            .collect();
+        Some(format!(
+            "no device can record it, and one that comes back would bring the blocks back; repair or replace a device and start the daemon again ({})",
+            reasons.join("; ")
+        ))
+    }
+
+    /// What all devices together know of clears.
+    fn cleared(&self) -> Cleared {
+        let mut cleared = Cleared::new();
         for entry in self.entries() {
-            let mut next = lock(entry).clone();
-            let lowest = next.cleared.entry((tenant, space)).or_insert(0);
-            if *lowest >= generation {
-                continue;
-            }
-            if !entry.scheduler.is_usable() {
-                tracing::warn!(path = %entry.path.display(), "a space cannot be cleared while a device is out");
-                return Err(Fault::Device);
-            }
-            *lowest = generation;
-            if let Err(error) = entry.record(next) {
-                tracing::error!(%error, "a cleared space could not be recorded");
-                return Err(match error {
-                    MediaError::TableFull { .. } => Fault::NoSpace,
-                    _ => Fault::Device,
-                });
+            for (space, lowest) in &lock(entry).cleared {
+                let known = cleared.entry(*space).or_insert(*lowest);
+                *known = (*known).max(*lowest);
             }
         }
-        Ok(())
+        cleared
     }
 
     /// The highest incarnation that any superblock names.
@@ -268,13 +358,13 @@ impl Slots {
         self.entries().map(|entry| lock(entry).incarnation).max().unwrap_or(0)
     }
 
-    /// Records this life of the daemon on every device, and what the others know of clears.
-    pub(crate) fn set_incarnation(&self, incarnation: u32) -> Result<(), MediaError> {
-        let mut cleared = std::collections::BTreeMap::new();
-        for entry in self.entries() {
-            for (space, lowest) in &lock(entry).cleared {
-                let known = cleared.entry(*space).or_insert(*lowest);
-                *known = (*known).max(*lowest);
+    /// Records this life of the daemon on every device, and what the others and the catalog know of clears.
+    pub(crate) fn set_incarnation(&self, incarnation: u32, spaces: &[SpaceRecord]) -> Result<(), MediaError> {
+        let mut cleared = self.cleared();
+        for record in spaces.iter().filter(|record| record.generation > 1) {
+            if cleared.len() < CLEARED_MAX || cleared.contains_key(&(record.tenant, record.space)) {
+                let known = cleared.entry((record.tenant, record.space)).or_insert(0);
+                *known = record.generation.max(*known);
             }
         }
         for entry in self.entries() {
@@ -377,6 +467,7 @@ fn start(
         measured: OnceLock::new(),
         side,
         superblock: Mutex::new(superblock),
+        behind: Mutex::new(None),
         path: device.path.clone(),
         slots: device.slots,
         fresh,

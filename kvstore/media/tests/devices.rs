@@ -288,7 +288,7 @@ fn a_superblock_that_hangs_does_not_stop_commits() {
     let good = put(&three, DeviceId::new(0));
     three.media.start(MediaOp::Commit { op: commit, put: good, delete: vec![] });
     let began = Instant::now();
-    assert_eq!(three.answer(), (clear, Err(Fault::Device)));
+    assert_eq!(three.answer(), (clear, Ok(Done::Plain)), "the two others have recorded it");
     assert_eq!(three.answer(), (commit, Ok(Done::Plain)));
     let took = began.elapsed();
     assert!(took > IO_PATIENCE / 2 && took < IO_PATIENCE + Duration::from_secs(5), "{took:?}");
@@ -298,7 +298,7 @@ fn a_superblock_that_hangs_does_not_stop_commits() {
     three.is_told(true);
     let (again, began) = (three.op(), Instant::now());
     three.media.start(ask(again));
-    assert_eq!(three.answer(), (again, Err(Fault::Device)));
+    assert_eq!(three.answer(), (again, Ok(Done::Plain)));
     assert!(began.elapsed() < IO_PATIENCE / 2, "refused at once, and not sent: {:?}", began.elapsed());
     assert_eq!(three.bad.held(), 1);
     let of_bad = put(&three, BAD);

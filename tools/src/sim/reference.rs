@@ -89,7 +89,7 @@ impl Replay<'_> {
 
     /// The lease, and how many blocks from the first one on it covers.
     fn lease_read(&mut self, blocks: &[BlockId]) -> (Option<LeaseId>, usize) {
-        let repeat = self.node.repeat();
+        let repeat = Some(self.node.repeat());
         let op = Request::LeaseRead {
             repeat,
             blocks: blocks.to_vec(),
@@ -130,7 +130,7 @@ impl Replay<'_> {
 
     fn reserve(&mut self, blocks: &[BlockId], place: usize) -> Reserved {
         let op = Request::LeaseWrite {
-            repeat: self.node.repeat(),
+            repeat: Some(self.node.repeat()),
             space: Node::SPACE,
             blocks: vec![blocks[place]],
             parent: place.checked_sub(1).map(|before| blocks[before]),
@@ -154,7 +154,7 @@ impl Replay<'_> {
         let seconds = self.profile.block_cost(self.trace.tokens_per_block).seconds(depth);
         self.node.advance(self.node.now() + micros(seconds));
         let op = Request::Seal {
-            repeat: self.node.repeat(),
+            repeat: Some(self.node.repeat()),
             lease,
             blocks: vec![(0, length, checksum_of(blocks[place]))],
             durability: Durability::Readable,

@@ -239,7 +239,7 @@ impl Serve<'_> {
             },
         );
         let op = Request::LeaseRead {
-            repeat: self.node.repeat(),
+            repeat: Some(self.node.repeat()),
             blocks,
             ttl: LEASE_TTL,
             answer_by: Now::from_micros(self.now + micros(patience)),
@@ -283,7 +283,7 @@ impl Serve<'_> {
             return;
         }
         let op = Request::LeaseWrite {
-            repeat: self.node.repeat(),
+            repeat: Some(self.node.repeat()),
             space: Node::SPACE,
             blocks: blocks[hits..].to_vec(),
             parent: hits.checked_sub(1).map(|last| blocks[last]),
@@ -371,8 +371,12 @@ impl Serve<'_> {
         if let Some((lease, grants)) = active.write {
             let (blocks, throttled) = to_seal(&grants);
             self.outcome.throttled += throttled;
-            let op =
-                Request::Seal { repeat: self.node.repeat(), lease, blocks, durability: Durability::Readable };
+            let op = Request::Seal {
+                repeat: Some(self.node.repeat()),
+                lease,
+                blocks,
+                durability: Durability::Readable,
+            };
             self.node.ask_now(active.worker, op);
             self.node.ask_now(active.worker, Request::Release { leases: vec![lease] });
         }

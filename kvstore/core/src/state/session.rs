@@ -50,11 +50,14 @@ pub(crate) struct Asked {
     pub(crate) added: u32,
 }
 
-/// Answers of the last requests that carried a repeat id.
+/// Requests with a repeat id that wait, and the answers of the last ones. Who waits is not forgotten: those are few.
 #[derive(Debug, Default)]
 pub(crate) struct Repeats {
     answers: BTreeMap<u64, Remembered>,
-    order: VecDeque<u64>,
+    /// What was answered, from the first to the last. Leases are many, and worth nothing without the session: they
+    /// must not push out what a repeat over another connection asks for.
+    leases: VecDeque<u64>,
+    others: VecDeque<u64>,
 }
 
 #[derive(Debug)]
@@ -94,6 +97,10 @@ impl Repeats {
         }
     }
 
+    pub(crate) fn remembers(&self, repeat: u64) -> bool {
+        self.answers.contains_key(&repeat)
+    }
+
     pub(crate) fn is_empty(&self) -> bool {
         self.answers.is_empty()
     }
@@ -105,37 +112,96 @@ impl Repeats {
             Answer::Given(reply) => !matches!(**reply, Reply::Leased { .. }),
             Answer::Clearing { .. } => true,
         });
-        self.order.retain(|repeat| self.answers.contains_key(repeat));
+        self.leases.clear();
+    }
+
+    /// The session goes while the request still clears the space.
+    pub(crate) fn clearing(
+        &mut self,
+        repeat: u64,
+        (space, generation, blocks): (SpaceIndex, u64, u64),
+        limit: u32,
+    ) {
+        let Some(seen) = self.answers.get_mut(&repeat) else { return };
+        if let Answer::Waiting(_) = seen.answer {
+            seen.answer = Answer::Clearing { space, generation, blocks };
+            self.remember(repeat, Worth::Lasts, limit);
+        }
     }
 
     pub(crate) fn answer_mut(&mut self, repeat: u64) -> Option<&mut Answer> {
         self.answers.get_mut(&repeat).map(|seen| &mut seen.answer)
     }
 
-    /// Remembers a request that is being served; forgets the oldest past the limit.
-    pub(crate) fn begin(&mut self, repeat: u64, content: u64, limit: u32) {
-        while self.order.len() >= limit.max(1) as usize {
-            let Some(oldest) = self.order.pop_front() else { break };
-            self.answers.remove(&oldest);
-        }
+    /// A request is being served.
+    pub(crate) fn begin(&mut self, repeat: u64, content: u64) {
         self.answers.insert(repeat, Remembered { content, answer: Answer::Waiting(Vec::new()) });
-        self.order.push_back(repeat);
     }
 
     /// Ends a request: remembers its answer, or forgets it so that it can be
     /// tried again. Returns the requests that wait for the same answer.
-    pub(crate) fn finish(&mut self, repeat: u64, reply: &Arc<Reply>) -> Vec<RequestId> {
+    pub(crate) fn finish(&mut self, repeat: u64, reply: &Arc<Reply>, limit: u32) -> Vec<RequestId> {
         let Some(seen) = self.answers.get_mut(&repeat) else { return Vec::new() };
         let Answer::Waiting(also) = std::mem::replace(&mut seen.answer, Answer::Given(Arc::clone(reply)))
         else {
             return Vec::new();
         };
-        if matches!(**reply, Reply::Throttled(_) | Reply::Refused(_)) {
-            self.answers.remove(&repeat);
-            self.order.retain(|&other| other != repeat);
+        match **reply {
+            Reply::Throttled(_) | Reply::Refused(_) => {
+                self.answers.remove(&repeat);
+            }
+            Reply::Leased { .. } => self.remember(repeat, Worth::EndsWithSession, limit),
+            Reply::Matched { .. }
+            | Reply::Sealed { .. }
+            | Reply::Renewed { .. }
+            | Reply::Released { .. }
+            | Reply::Aborted { .. }
+            | Reply::Touched { .. }
+            | Reply::Prefetched { .. }
+            | Reply::Retained { .. }
+            | Reply::Cleared { .. }
+            | Reply::WindowReturned { .. }
+            | Reply::MayMap { .. }
+            | Reply::Flushed { .. }
+            | Reply::Shrunk { .. } => self.remember(repeat, Worth::Lasts, limit),
         }
         also
     }
+
+    /// Forgets the oldest of the same worth past the limit.
+    fn remember(&mut self, repeat: u64, worth: Worth, limit: u32) {
+        let order = match worth {
+            Worth::EndsWithSession => &mut self.leases,
+            Worth::Lasts => &mut self.others,
+        };
+        while order.len() >= limit.max(1) as usize {
+            let Some(oldest) = order.pop_front() else { break };
+            self.answers.remove(&oldest);
+        }
+        order.push_back(repeat);
+    }
+
+    /// `waiting`: requests of the session that wait.
+    pub(crate) fn check(&self, waiting: usize, limit: u32) {
+        let waits = |seen: &Remembered| matches!(seen.answer, Answer::Waiting(_));
+        let open = self.answers.values().filter(|seen| waits(seen)).count();
+        assert!(open <= waiting, "whose answer is open waits");
+        assert!(self.leases.len() <= limit.max(1) as usize, "answers to leases are limited");
+        assert!(self.others.len() <= limit.max(1) as usize, "answers that last are limited");
+        let mut given = self.leases.iter().chain(&self.others);
+        assert!(
+            given.all(|repeat| self.answers.get(repeat).is_some_and(|seen| !waits(seen))),
+            "it was answered"
+        );
+        assert_eq!(self.answers.len(), open + self.leases.len() + self.others.len(), "each is somewhere");
+    }
+}
+
+/// How long an answer is worth remembering.
+#[derive(Clone, Copy, Debug)]
+enum Worth {
+    EndsWithSession,
+    Lasts,
 }
 
 /// What a lease is for.

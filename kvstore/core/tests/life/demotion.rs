@@ -70,7 +70,7 @@ fn ask_to_write(node: &mut Node, n: u32) -> RequestId {
     let mut id = [0; 16];
     id[..4].copy_from_slice(&n.wrapping_mul(0x9e37_79b1).to_le_bytes());
     let blocks = vec![BlockId::from_bytes(id)];
-    let (repeat, space) = (u64::from(n) + 1, space(1));
+    let (repeat, space) = (Some(u64::from(n) + 1), space(1));
     node.ask(3, Request::LeaseWrite { repeat, space, blocks, parent: None, ttl: None, want: Memory::Pinned })
 }
 
@@ -78,7 +78,7 @@ fn ask_to_write(node: &mut Node, n: u32) -> RequestId {
 fn seal(node: &mut Node, request: RequestId, n: u32) {
     let (lease, _) = leased(node.reply(request).expect("nothing is in flight"));
     let blocks = vec![(0, ByteCount::new(BLOCK_BYTES), Checksum::new(1))];
-    let repeat = u64::from(n) + 10_001;
+    let repeat = Some(u64::from(n) + 10_001);
     node.call(3, Request::Seal { repeat, lease, blocks, durability: Durability::Readable });
     node.call(3, Request::Release { leases: vec![lease] });
 }

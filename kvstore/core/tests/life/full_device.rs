@@ -48,7 +48,7 @@ fn write_many(node: &mut Node, round: u32, found: &RefCell<Vec<usize>>) {
     });
     let repeat = u64::from(round) * 2 + 1;
     let op = Request::LeaseWrite {
-        repeat,
+        repeat: Some(repeat),
         space: space(1),
         blocks: blocks.collect(),
         parent: None,
@@ -61,7 +61,7 @@ fn write_many(node: &mut Node, round: u32, found: &RefCell<Vec<usize>>) {
     assert!(grants.iter().all(|grant| matches!(grant, Grant::Granted { .. })), "{grants:?}");
     let parts = (0..REQUEST).map(|n| (n, ByteCount::new(BLOCK_BYTES), Checksum::new(1)));
     let op = Request::Seal {
-        repeat: repeat + 1,
+        repeat: Some(repeat + 1),
         lease,
         blocks: parts.collect(),
         durability: Durability::Readable,

@@ -39,7 +39,7 @@ pub(super) fn fill(node: &mut Node, n: u8) -> ChunkId {
 
 fn dropped(node: &Node) -> Vec<(OpId, ChunkId)> {
     let drops = node.effects.iter().filter_map(|effect| match effect {
-        Effect::DropChunk { op, chunk } => Some((*op, *chunk)),
+        Effect::DropChunk { op, chunk, .. } => Some((*op, *chunk)),
         _ => None,
     });
     drops.collect()
@@ -107,4 +107,31 @@ fn sessions_that_are_over_are_forgotten() {
     // Every step looks whether all that is known to map a chunk is open.
     node.tell(Input::SessionClosed { session: SessionId::new(2) });
     node.run();
+}
+
+/// A chunk is dropped that several sessions were told how to map: those that are open, and no others, must hear of it.
+#[test]
+fn whoever_maps_a_chunk_is_told_that_it_goes() {
+    let (mut node, chunks) = full_node();
+    for session in [3, 4] {
+        node.open(session, 1, Locality::Local);
+    }
+    for session in [2, 3, 4] {
+        node.call(session, Request::MapChunk { chunk: chunks[0] });
+    }
+    node.tell(Input::SessionClosed { session: SessionId::new(3) });
+    for n in 50..58 {
+        let op = node.lease_write(&[2 * n, 2 * n + 1]);
+        node.ask(1, op);
+        let told = node.effects.iter().find_map(|effect| match effect {
+            Effect::DropChunk { chunk, mappers, .. } if *chunk == chunks[0] => Some(mappers.clone()),
+            _ => None,
+        });
+        if let Some(mappers) = told {
+            assert_eq!(mappers, [2, 4].map(SessionId::new));
+            return;
+        }
+        node.run();
+    }
+    panic!("the chunk was not dropped");
 }

@@ -32,7 +32,7 @@ fn limits_of_sessions_and_tenants_are_told_apart() {
     }
     // A clear waits for the catalog.
     let clear = |node: &mut Node, session, repeat| {
-        let request = node.ask(session, Request::Clear { repeat, space: space(1) });
+        let request = node.ask(session, Request::Clear { repeat: Some(repeat), space: space(1) });
         node.reply(request)
     };
     assert_eq!(clear(&mut node, 1, 901), None);

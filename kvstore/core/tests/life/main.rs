@@ -3,6 +3,7 @@
 
 mod ahead;
 mod bursts;
+mod clears;
 mod curves;
 mod demotion;
 mod full_device;
@@ -176,7 +177,7 @@ impl Node {
     fn lease_write(&mut self, blocks: &[u8]) -> Request {
         self.repeat += 1;
         Request::LeaseWrite {
-            repeat: self.repeat,
+            repeat: Some(self.repeat),
             space: space(1),
             blocks: blocks.iter().map(|&n| block(n)).collect(),
             parent: None,
@@ -188,7 +189,7 @@ impl Node {
     fn lease_read(&mut self, blocks: &[u8]) -> Request {
         self.repeat += 1;
         Request::LeaseRead {
-            repeat: self.repeat,
+            repeat: Some(self.repeat),
             blocks: blocks.iter().map(|&n| block(n)).collect(),
             ttl: None,
             answer_by: Now::from_micros(self.now + 1_000_000),
@@ -203,7 +204,7 @@ impl Node {
             .iter()
             .map(|&(index, sum)| (index, ByteCount::new(BLOCK_BYTES), Checksum::new(sum)))
             .collect();
-        Request::Seal { repeat: self.repeat, lease, blocks, durability }
+        Request::Seal { repeat: Some(self.repeat), lease, blocks, durability }
     }
 
     /// Writes and seals blocks whose checksum is their number; gives the lease back.
@@ -292,7 +293,7 @@ fn requests_that_can_never_be_granted_are_refused() {
         "a foreign space is like an unknown one"
     );
     let unknown = Request::LeaseWrite {
-        repeat: 900,
+        repeat: Some(900),
         space: space(9),
         blocks: vec![block(1)],
         parent: None,
@@ -326,7 +327,7 @@ fn bad_seals_change_nothing() {
     let outside = node.seal(lease, &[(0, 1), (2, 1)], Durability::Readable);
     assert_eq!(node.call(1, outside), Reply::Refused(Refusal::BadIndex { index: 2, blocks: 2 }));
     let short = Request::Seal {
-        repeat: 901,
+        repeat: Some(901),
         lease,
         blocks: vec![(0, ByteCount::new(BLOCK_BYTES - 1), Checksum::new(1))],
         durability: Durability::Readable,
@@ -516,7 +517,7 @@ fn a_block_larger_than_a_chunk_is_refused() {
         generation: 0,
     });
     let op = Request::LeaseWrite {
-        repeat: 902,
+        repeat: Some(902),
         space: space(5),
         blocks: vec![block(1)],
         parent: None,
@@ -533,7 +534,7 @@ fn a_cleared_space_is_empty_and_takes_no_old_seals() {
     node.write(1, &[1]);
     let op = node.lease_write(&[2]);
     let (lease, _) = leased(node.serve(1, op));
-    let cleared = node.serve(2, Request::Clear { repeat: 903, space: space(1) });
+    let cleared = node.serve(2, Request::Clear { repeat: Some(903), space: space(1) });
     assert_eq!(cleared, Reply::Cleared { generation: 1, blocks: 1 });
     let op = node.seal(lease, &[(0, 2)], Durability::Readable);
     assert_eq!(node.call(1, op), Reply::Refused(Refusal::Cleared));

@@ -11,7 +11,7 @@ fn resume(node: &mut Node, session: u64, of: u8, client: u8) {
 }
 
 fn clear() -> Request {
-    Request::Clear { repeat: 901, space: space(1) }
+    Request::Clear { repeat: Some(901), space: space(1) }
 }
 
 /// A session ends while its space is being cleared. A repeat could clear a second time, or be answered before the clear
@@ -35,7 +35,7 @@ fn a_clear_goes_on_without_its_session() {
     resume(&mut node, 12, 1, 7);
     assert_eq!(node.call(12, clear()), Reply::Cleared { generation: 1, blocks: 2 });
     assert_eq!(
-        node.call(12, Request::Clear { repeat: 901, space: space(2) }),
+        node.call(12, Request::Clear { repeat: Some(901), space: space(2) }),
         Reply::Refused(Refusal::RepeatDiffers { repeat: 901 })
     );
     assert_eq!(node.core.counters().clears, 1);
@@ -75,4 +75,48 @@ fn clients_that_went_are_limited() {
     node.tell(Input::SessionResumed { session: SessionId::new(5000), client: ClientId::from_bytes([0; 16]) });
     node.serve(5000, clear());
     assert_eq!(node.core.counters().clears, clears + 1, "the first one is still remembered");
+}
+
+/// A clear waits for the device while its client leases by the hundred, and then the connection breaks. Had the leases
+/// pushed it out, the repeat would clear a second time, and drop what was written since.
+#[test]
+fn a_clear_that_waits_is_not_forgotten() {
+    let mut node = Node::new();
+    resume(&mut node, 10, 1, 7);
+    let asked = node.ask(10, clear());
+    for _ in 0..300 {
+        let op = node.lease_read(&[1]);
+        assert!(matches!(node.call(10, op), Reply::Leased { lease: None, .. }));
+    }
+    assert_eq!(node.reply(asked), None);
+    resume(&mut node, 11, 1, 7);
+    assert_eq!(node.call(11, clear()), Reply::Throttled(Limit::RequestsWaiting));
+    node.run();
+    assert_eq!(node.call(11, clear()), Reply::Cleared { generation: 1, blocks: 0 });
+    assert_eq!(node.core.counters().clears, 1);
+}
+
+/// An answer was lost with its connection, after its client had leased by the hundred: leases end with their session, so
+/// they must not push out what can be asked again.
+#[test]
+fn leases_push_out_no_other_answer() {
+    let mut node = Node::new();
+    resume(&mut node, 10, 1, 7);
+    assert_eq!(node.serve(10, clear()), Reply::Cleared { generation: 1, blocks: 0 });
+    for _ in 0..300 {
+        let op = node.lease_read(&[1]);
+        node.call(10, op);
+    }
+    resume(&mut node, 11, 1, 7);
+    assert_eq!(node.call(11, clear()), Reply::Cleared { generation: 1, blocks: 0 });
+    assert_eq!(node.core.counters().clears, 1);
+}
+
+/// Streams of the daemon make requests that nobody repeats: they must neither be taken for one another nor be remembered.
+#[test]
+fn requests_without_an_id_are_no_repeats() {
+    let mut node = Node::new();
+    let unnamed = || Request::Clear { repeat: None, space: space(1) };
+    assert_eq!(node.serve(1, unnamed()), Reply::Cleared { generation: 1, blocks: 0 });
+    assert_eq!(node.serve(1, unnamed()), Reply::Cleared { generation: 2, blocks: 0 });
 }

@@ -142,10 +142,10 @@ impl World {
         (id, blocks, parent)
     }
 
-    fn repeat(&mut self, session: SessionId) -> u64 {
+    fn repeat(&mut self, session: SessionId) -> Option<u64> {
         let client = self.clients.get_mut(&session).expect("it is open");
         client.repeat_last += 1;
-        client.repeat_last
+        Some(client.repeat_last)
     }
 
     pub(crate) fn client_acts(&mut self) {
@@ -328,9 +328,9 @@ impl World {
     fn ask_again(&mut self, session: SessionId) {
         let client = self.clients.get_mut(&session).expect("it is open");
         let Some((op, reply)) = client.answered.last().cloned() else { return };
-        let (Request::LeaseRead { repeat, .. }
-        | Request::LeaseWrite { repeat, .. }
-        | Request::Seal { repeat, .. }) = op
+        let (Request::LeaseRead { repeat: Some(repeat), .. }
+        | Request::LeaseWrite { repeat: Some(repeat), .. }
+        | Request::Seal { repeat: Some(repeat), .. }) = op
         else {
             return;
         };

@@ -298,7 +298,7 @@ impl World {
                 assert!(self.chunks[chunk].owner.is_some(), "only a window is closed");
                 (*op, None)
             }
-            Effect::DropChunk { op, chunk } => {
+            Effect::DropChunk { op, chunk, .. } => {
                 self.assert_unread(*chunk);
                 (*op, None)
             }

@@ -88,6 +88,7 @@ pub(super) struct LimitsFile {
     pub(super) requests_in_flight: Option<u64>,
     pub(super) spaces_per_session: Option<u64>,
     pub(super) streams: Option<u64>,
+    pub(super) stream_idle_ms: Option<u64>,
     pub(super) events_per_tenant: Option<u64>,
     pub(super) wait_max_ms: Option<u64>,
 }

@@ -1,6 +1,6 @@
 //! BlockService: sessions over TCP, and calls that name one by its token.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -11,12 +11,13 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::metadata::MetadataMap;
 use tonic::{Code, Request, Response, Status, Streaming};
 
-use terrace_core::Notice;
+use terrace_core::{Notice, TenantId};
 use terrace_proto::SESSION_METADATA;
 use terrace_proto::v1::block_service_server::BlockService;
 use terrace_proto::v1::{self, SessionRequest, SessionResponse};
 
 use crate::convert::{self, CallError};
+use crate::grpc::idle::in_time;
 use crate::grpc::pieces::Pieces;
 use crate::grpc::{reading, watching, writing};
 use crate::lane::{Stop, stopped};
@@ -43,18 +44,55 @@ impl Tokens {
     }
 }
 
+/// Read and Write streams that there may be: of several tenants none has more than half of them.
+struct Streams {
+    all: Arc<Semaphore>,
+    of_tenants: BTreeMap<TenantId, Arc<Semaphore>>,
+}
+
+/// A stream among them.
+struct StreamPermit {
+    _of_all: OwnedSemaphorePermit,
+    _of_tenant: Option<OwnedSemaphorePermit>,
+}
+
+impl Streams {
+    fn new(limit: usize, tenants: impl Iterator<Item = TenantId>) -> Self {
+        let half = || Arc::new(Semaphore::new(limit.div_ceil(2)));
+        let mut of_tenants: BTreeMap<_, _> = tenants.map(|tenant| (tenant, half())).collect();
+        if of_tenants.len() < 2 {
+            of_tenants.clear();
+        }
+        Self { all: Arc::new(Semaphore::new(limit)), of_tenants }
+    }
+
+    fn permit(&self, tenant: TenantId) -> Result<StreamPermit, Status> {
+        let take = |streams: &Arc<Semaphore>, whose: &str| {
+            streams.clone().try_acquire_owned().map_err(|_| {
+                let text = format!("throttled by `limits.streams`: {whose}; back off and ask again");
+                Status::resource_exhausted(text)
+            })
+        };
+        let of_tenant = self.of_tenants.get(&tenant);
+        let of_tenant =
+            of_tenant.map(|streams| take(streams, "half of them run for this tenant")).transpose()?;
+        Ok(StreamPermit { _of_all: take(&self.all, "too many streams run")?, _of_tenant: of_tenant })
+    }
+}
+
 /// The service.
 pub(crate) struct Blocks {
     service: Arc<Service>,
     tokens: Arc<Tokens>,
-    streams: Arc<Semaphore>,
+    streams: Streams,
     pieces: Arc<Pieces>,
     stop: Stop,
 }
 
 impl Blocks {
     pub(crate) fn new(service: Arc<Service>, stop: Stop) -> Self {
-        let streams = Arc::new(Semaphore::new(service.facts().edges.streams));
+        let tenants = service.tenants().all().map(|tenant| tenant.id);
+        let streams = Streams::new(service.facts().edges.streams, tenants);
         Self { service, tokens: Arc::default(), streams, pieces: Arc::default(), stop }
     }
 
@@ -72,13 +110,9 @@ impl Blocks {
     }
 
     /// A stream of a session, within the limit.
-    fn stream(&self, metadata: &MetadataMap) -> Result<(StreamGuard, OwnedSemaphorePermit), Status> {
+    fn stream(&self, metadata: &MetadataMap) -> Result<(StreamGuard, StreamPermit), Status> {
         let guard = self.session(metadata)?.stream()?;
-        let permit = self.streams.clone().try_acquire_owned().map_err(|_| {
-            Status::resource_exhausted(
-                "throttled by `limits.streams`: too many streams run; back off and ask again",
-            )
-        })?;
+        let permit = self.streams.permit(guard.tenant.id)?;
         Ok((guard, permit))
     }
 
@@ -215,13 +249,15 @@ impl BlockService for Blocks {
 
     async fn read(&self, request: Request<v1::ReadRequest>) -> Answer<Self::ReadStream> {
         let (guard, permit) = self.stream(request.metadata())?;
-        let (sender, stream) = mpsc::channel(STREAM_QUEUE);
+        let (sender, stream) = mpsc::channel(STREAM_QUEUE + 1);
+        // Has room for why the stream ended, even if nobody reads now.
+        let last = sender.clone().try_reserve_owned();
+        let last = last.map_err(|_| Status::internal("internal error: a new queue is full"))?;
         let pieces = self.pieces.clone();
         let read = reading::Read::new(self.service.clone(), guard, &request.into_inner(), pieces)?;
         tokio::spawn(async move {
             if let Err(error) = read.run(&sender).await {
-                // The reader may be gone, which ends the stream as well.
-                let _ = sender.send(Err(error.into())).await;
+                last.send(Err(error.into()));
             }
             drop(permit);
         });
@@ -231,7 +267,7 @@ impl BlockService for Blocks {
     async fn write(&self, request: Request<Streaming<v1::WriteRequest>>) -> Answer<v1::WriteResponse> {
         let (guard, _permit) = self.stream(request.metadata())?;
         let mut pieces = request.into_inner();
-        let first = pieces.message().await?;
+        let first = in_time(self.service.facts().edges.stream_idle, pieces.message()).await??;
         let Some(v1::write_request::Part::Header(header)) = first.and_then(|first| first.part) else {
             return Err(Status::invalid_argument("the first message of a Write is its header"));
         };

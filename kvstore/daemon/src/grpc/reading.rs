@@ -1,18 +1,21 @@
 //! Read streams: sealed blocks, copied out of leased frames piece by piece.
 //!
 //! Promises: a piece leaves only if the frame's fence had not moved after its
-//! bytes were copied; the lease of a stream ends with it.
+//! bytes were copied; the lease of a stream ends with it, and the stream with its
+//! reader, or when that one stands still.
 
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use tokio::sync::mpsc;
 use tonic::{Code, Status};
 
-use terrace_core::{BlockId, Fence, FrameRef, Grant, LeaseId, MissReason, Purpose, Request};
+use terrace_core::{BlockId, Fence, FrameRef, Grant, LeaseId, Micros, MissReason, Purpose, Request};
 use terrace_proto::{PIECE_BYTES, v1};
 
 use crate::convert::{self, CallError};
+use crate::grpc::idle::in_time;
 use crate::grpc::pieces::Pieces;
 use crate::service::Service;
 use crate::session::{Session, StreamGuard};
@@ -27,7 +30,8 @@ pub(super) struct Read {
     service: Arc<Service>,
     session: StreamGuard,
     blocks: Vec<BlockId>,
-    wait_ms: u64,
+    /// How long blocks are waited for, all together.
+    wait: Duration,
     pieces: Arc<Pieces>,
 }
 
@@ -74,17 +78,17 @@ impl Read {
         let open = session.space(request.space)?;
         let limit = service.facts().blocks_max;
         let blocks = convert::blocks(&session.tenant.key, open.space, &request.keys, limit)?;
-        Ok(Self { service, session, blocks, wait_ms: request.wait_ms, pieces })
+        let wait = Micros::from_millis(request.wait_ms).min(service.facts().edges.wait_max);
+        Ok(Self { service, session, blocks, wait: Duration::from_micros(wait.get()), pieces })
     }
 
     pub(super) async fn run(self, sender: &Sender) -> Result<(), CallError> {
+        let mut wait = self.wait;
         for (batch, blocks) in self.blocks.chunks(BLOCKS_AT_ONCE).enumerate() {
-            let repeat = self.service.own_repeat();
-            let op =
-                self.service.lease_read_op(repeat, blocks.to_vec(), None, self.wait_ms, Purpose::Prefill);
-            let leased = self.service.leased(&self.session, op).await?;
-            let _held = leased.lease.map(|lease| HeldLease::read(&self.service, &self.session, lease));
-            for (position, grant) in leased.grants.iter().enumerate() {
+            let began = Instant::now();
+            let Some((_held, grants)) = self.lease(sender, blocks, wait).await? else { return Ok(()) };
+            wait = wait.saturating_sub(began.elapsed());
+            for (position, grant) in grants.iter().enumerate() {
                 let index = u32::try_from(batch * BLOCKS_AT_ONCE + position)
                     .map_err(|_| CallError::internal("more blocks than a request may have"))?;
                 let sent = tokio::select! {
@@ -99,13 +103,44 @@ impl Read {
         Ok(())
     }
 
+    /// Leases blocks; `None` when nobody reads any more.
+    async fn lease(
+        &self,
+        sender: &Sender,
+        blocks: &[BlockId],
+        wait: Duration,
+    ) -> Result<Option<(Option<HeldLease>, Vec<Grant>)>, CallError> {
+        let wait_ms = u64::try_from(wait.as_millis()).unwrap_or(u64::MAX);
+        let op = self.service.lease_read_op(None, blocks.to_vec(), None, wait_ms, Purpose::Prefill);
+        let (service, session) = (self.service.clone(), Arc::clone(&self.session));
+        let mut asked = Box::pin(async move {
+            let leased = service.leased(&session, op).await?;
+            let held = leased.lease.map(|lease| HeldLease::read(&service, &session, lease));
+            Ok((held, leased.grants))
+        });
+        let stopped = tokio::select! {
+            leased = &mut asked => return leased.map(Some),
+            () = self.session.closed() => Err(CallError::gone()),
+            () = sender.closed() => Ok(None),
+        };
+        // What is granted later is given back then.
+        tokio::spawn(asked);
+        stopped
+    }
+
+    /// False when nobody reads any more.
+    async fn put(&self, sender: &Sender, message: v1::ReadResponse) -> Result<bool, CallError> {
+        let idle = self.service.facts().edges.stream_idle;
+        Ok(in_time(idle, sender.send(Ok(message))).await?.is_ok())
+    }
+
     /// Sends one block, or what became of it. False when nobody reads any more.
     async fn send(&self, sender: &Sender, index: u32, grant: &Grant) -> Result<bool, CallError> {
         let (outcome, reason) = convert::outcome(grant);
         let bare =
             v1::ReadResponse { index, outcome: outcome.into(), reason: reason.into(), ..Default::default() };
         let Grant::Granted { block, frame, fence, length, checksum, .. } = *grant else {
-            return Ok(sender.send(Ok(bare)).await.is_ok());
+            return self.put(sender, bare).await;
         };
         let checksum = checksum.ok_or_else(|| CallError::internal("a read lease without a checksum"))?;
         let mut offset = 0;
@@ -123,7 +158,7 @@ impl Read {
                     reason: convert::miss_reason(MissReason::Unknown).into(),
                     ..bare
                 };
-                return Ok(sender.send(Ok(missing)).await.is_ok());
+                return self.put(sender, missing).await;
             };
             self.service.metrics().streamed_out(data.len());
             let piece = v1::ReadResponse {
@@ -134,7 +169,7 @@ impl Read {
                 block_id: convert::block_bytes(block),
                 ..bare.clone()
             };
-            if sender.send(Ok(piece)).await.is_err() {
+            if !self.put(sender, piece).await? {
                 return Ok(false);
             }
             offset += bytes;

@@ -2,7 +2,7 @@
 //!
 //! Promises: a block is sealed only when all its bytes are there and match the
 //! checksum that the client computed; whatever ends the stream, its unsealed
-//! frames are given back and its leases end.
+//! frames are given back and its leases end; it ends when its writer stands still.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -13,11 +13,14 @@ use futures_util::future::BoxFuture;
 use futures_util::stream::{FuturesUnordered, StreamExt};
 use tonic::{Code, Status, Streaming};
 
-use terrace_core::{BlockId, Checksum, Checksummer, Durability, Fence, FrameRef, Grant, Memory, Request};
+use terrace_core::{
+    BlockId, Checksum, Checksummer, Durability, Fence, FrameRef, Grant, Memory, Refusal, Request,
+};
 use terrace_lane::fold;
 use terrace_proto::v1::{self, SealOutcome, write_request::Part};
 
 use crate::convert::{self, CallError};
+use crate::grpc::idle::in_time;
 use crate::grpc::reading::HeldLease;
 use crate::service::Service;
 use crate::session::{OpenSpace, StreamGuard};
@@ -92,7 +95,8 @@ impl Write {
         mut self,
         mut pieces: Streaming<v1::WriteRequest>,
     ) -> Result<v1::WriteResponse, Status> {
-        while let Some(message) = pieces.message().await? {
+        let idle = self.service.facts().edges.stream_idle;
+        while let Some(message) = in_time(idle, pieces.message()).await?? {
             let Some(Part::Piece(piece)) = message.part else {
                 return Err(Status::invalid_argument(
                     "after the header, every message of a Write is a piece",
@@ -169,7 +173,7 @@ impl Write {
         };
         loop {
             let op = Request::LeaseWrite {
-                repeat: self.service.own_repeat(),
+                repeat: None,
                 space: self.open.space,
                 blocks: vec![block],
                 parent,
@@ -183,9 +187,13 @@ impl Write {
                         leased.lease.map(|lease| HeldLease::write(&self.service, &self.session, lease));
                     match (leased.grants.first(), held) {
                         (Some(Grant::Granted { frame, fence, .. }), Some(held)) => {
+                            self.expect_not_cleared()?;
                             return Ok(Target::Frame { held, frame: *frame, fence: *fence });
                         }
-                        (Some(Grant::Exists), _) => return Ok(Target::Exists),
+                        (Some(Grant::Exists), _) => {
+                            self.expect_not_cleared()?;
+                            return Ok(Target::Exists);
+                        }
                         (Some(Grant::Throttled | Grant::Promoting), _) => CallError::new(
                             Code::ResourceExhausted,
                             "no memory for another block; back off and ask again",
@@ -208,6 +216,13 @@ impl Write {
                 self.one_seal().await?;
             }
         }
+    }
+
+    /// After a lease: the sums of this stream are of the generation that it began with. A lease of an earlier one
+    /// cannot be sealed in any more.
+    fn expect_not_cleared(&self) -> Result<(), CallError> {
+        let generation = self.service.engine().spaces().generation(self.open.space);
+        if generation == Some(self.generation) { Ok(()) } else { Err(Refusal::Cleared.into()) }
     }
 
     /// All bytes of a block are there.
@@ -240,7 +255,7 @@ impl Write {
             }
         };
         let op = Request::Seal {
-            repeat: self.service.own_repeat(),
+            repeat: None,
             lease: held.id(),
             blocks: vec![(0, self.open.block_bytes, found)],
             durability: self.durability,

@@ -139,7 +139,7 @@ impl Shard {
                 (position, ByteCount::new(self.shape.block_bytes), Checksum::new(low_bits(*block)))
             })
             .collect();
-        let repeat = self.requests;
+        let repeat = Some(self.requests);
         let reserve = Request::LeaseWrite {
             repeat,
             space: SPACE,
@@ -153,7 +153,7 @@ impl Shard {
             bail!("chain {number} is not granted: {reply:?}");
         };
         ensure!(blocks.iter().all(is_granted), "chain {number} is granted in part");
-        let repeat = self.requests;
+        let repeat = Some(self.requests);
         let seal = Request::Seal { repeat, lease, blocks: parts, durability: Durability::Readable };
         let (reply, seal) = self.call(WRITER, seal)?;
         let Reply::Sealed { outcomes } = reply else { bail!("chain {number} is not sealed: {reply:?}") };
@@ -187,7 +187,7 @@ impl Shard {
         };
         // Whoever waits for no promotion names a time that is past.
         let lease = Request::LeaseRead {
-            repeat: self.requests,
+            repeat: Some(self.requests),
             blocks,
             ttl: None,
             answer_by: Now::default(),
