@@ -72,7 +72,7 @@ impl Slots {
         }
         let superblock = |found: &Found<'_>| match found {
             Found::Good(good) => good.superblock.as_ref().map(|known| known.incarnation),
-            Found::Out(..) => None,
+            Found::Out(..) | Found::Shut(..) => None,
         };
         let incarnation = found.iter().filter_map(superblock).max().unwrap_or(0);
         let alarm = Arc::new(Alarm::default());
@@ -83,7 +83,7 @@ impl Slots {
                     let entry = start(DeviceId::new(number), good, incarnation, config, &alarm, notes)?;
                     Place::In(Box::new(entry))
                 }
-                Found::Out(device, error) => {
+                Found::Out(device, error) | Found::Shut(device, error) => {
                     tracing::error!(device = %device.path.display(), %error, "the node runs without a device; its blocks are misses");
                     notes.push(format!("the node runs without a device, whose blocks are misses: {error}"));
                     let reason = format!("not used in this life of the daemon: {error}");
@@ -125,6 +125,14 @@ impl Slots {
     pub(crate) fn ids(&self) -> impl Iterator<Item = DeviceId> + use<> {
         let count = u16::try_from(self.devices.len()).expect("open refuses more");
         (0..count).map(DeviceId::new)
+    }
+
+    /// Where the devices are, in order.
+    pub(crate) fn paths(&self) -> impl Iterator<Item = (DeviceId, &Path)> {
+        self.ids().zip(&self.devices).map(|(id, place)| match place {
+            Place::In(entry) => (id, entry.path.as_path()),
+            Place::Out { path, .. } => (id, path.as_path()),
+        })
     }
 
     pub(crate) fn io(&self, device: DeviceId) -> Option<&Arc<dyn BlockIo>> {
