@@ -10,8 +10,8 @@ use axum::routing::get;
 use tokio::net::TcpListener;
 
 use crate::lane::{Stop, stopped};
-use crate::metrics;
 use crate::service::Service;
+use crate::{health, metrics};
 
 /// Serves until `stop`.
 ///
@@ -24,7 +24,7 @@ pub(crate) async fn serve(
 ) -> std::io::Result<()> {
     let router = Router::new()
         .route("/metrics", get(page))
-        .route("/healthz", get(|| async { "ok\n" }))
+        .route("/healthz", get(async |State(service): State<Arc<Service>>| health::page(service.engine())))
         .with_state(service);
     axum::serve(listener, router)
         .with_graceful_shutdown(async move {

@@ -12,6 +12,7 @@ mod engine;
 mod events;
 mod grpc;
 mod hbm;
+mod health;
 mod http;
 mod lane;
 mod metrics;

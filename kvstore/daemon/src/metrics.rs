@@ -17,6 +17,7 @@ use tonic::Code;
 use terrace_core::{Counters, FrameCounts, IoClass};
 
 use crate::engine::Engine;
+use crate::health;
 
 /// Buckets of calls that are answered from memory: 10 us to 3 s.
 const CALL_BUCKETS: [f64; 12] =
@@ -199,6 +200,9 @@ fn devices(registry: &Registry, engine: &Engine) -> Result<(), prometheus::Error
     let read = counter("terrace_device_read_bytes_total", "Bytes read from a device.")?;
     let written = counter("terrace_device_write_bytes_total", "Bytes written to a device.")?;
     let errors = counter("terrace_device_errors_total", "Device I/Os that failed.")?;
+    let usable =
+        Opts::new("terrace_device_usable", "1 while a device is given work; 0: its blocks are misses.");
+    let usable = GaugeVec::new(usable, &["device"])?;
     let queued = GaugeVec::new(Opts::new("terrace_device_queue", "I/Os that wait or run."), &["device"])?;
     let late = counter("terrace_device_late_total", "I/Os answered after their wait had been ended.")?;
     let waiting = Opts::new("terrace_device_waiting", "I/Os that wait for their device, by class.");
@@ -209,6 +213,7 @@ fn devices(registry: &Registry, engine: &Engine) -> Result<(), prometheus::Error
         read.with_label_values(&label).inc_by(device.read_bytes);
         written.with_label_values(&label).inc_by(device.write_bytes);
         errors.with_label_values(&label).inc_by(device.errors);
+        usable.with_label_values(&label).set(float(device.usable.into()));
         queued.with_label_values(&label).set(float(device.queued));
         late.with_label_values(&label).inc_by(device.late);
         for (class, waits) in IoClass::ALL.iter().zip(device.waiting) {
@@ -218,6 +223,7 @@ fn devices(registry: &Registry, engine: &Engine) -> Result<(), prometheus::Error
     registry.register(Box::new(read))?;
     registry.register(Box::new(written))?;
     registry.register(Box::new(errors))?;
+    registry.register(Box::new(usable))?;
     registry.register(Box::new(queued))?;
     registry.register(Box::new(late))?;
     registry.register(Box::new(waiting))?;
@@ -227,6 +233,8 @@ fn devices(registry: &Registry, engine: &Engine) -> Result<(), prometheus::Error
         "1 while the catalog takes writes.",
         facts.catalog_usable.into(),
     )?;
+    let degraded = "What is out now: devices, and the catalog while it takes no writes. /healthz names it.";
+    gauge(registry, "terrace_degraded", degraded, health::troubles(engine).len() as u64)?;
     gauge(registry, "terrace_ready_bytes", "Memory made ahead for chunks.", facts.ready.get())?;
     let preparing = "1 while more memory is to be made ahead.";
     gauge(registry, "terrace_preparing", preparing, facts.preparing.into())?;
