@@ -6,6 +6,7 @@
 //! [`Daemon`] puts them together.
 
 mod config;
+mod connections;
 mod convert;
 mod daemon;
 mod engine;

@@ -9,13 +9,14 @@ use std::time::Duration;
 
 use prometheus::core::Collector;
 use prometheus::{
-    Encoder, Gauge, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, Opts,
-    Registry, TextEncoder,
+    Encoder, Gauge, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGaugeVec,
+    Opts, Registry, TextEncoder,
 };
 use tonic::Code;
 
 use terrace_core::{Counters, FrameCounts, IoClass};
 
+use crate::connections::Counts;
 use crate::engine::Engine;
 use crate::health;
 
@@ -30,6 +31,9 @@ pub struct CallMetrics {
     refused: IntCounterVec,
     read_bytes: IntCounter,
     write_bytes: IntCounter,
+    open: IntGaugeVec,
+    not_let_in: IntCounterVec,
+    given_up: IntCounterVec,
 }
 
 impl Default for CallMetrics {
@@ -41,6 +45,11 @@ impl Default for CallMetrics {
         );
         let seal = HistogramOpts::new("terrace_seal_seconds", "Time to answer a seal, without the socket.");
         let refused = Opts::new("terrace_calls_refused_total", "Calls that were refused, by gRPC status.");
+        let open = Opts::new("terrace_connections", "Open TCP connections, by listener.");
+        let not_let_in = "TCP connections that were closed at once, for `limits.connections` were open.";
+        let not_let_in = Opts::new("terrace_connections_refused_total", not_let_in);
+        let given_up = "TCP connections that were closed because their peer said nothing.";
+        let given_up = Opts::new("terrace_connections_silent_total", given_up);
         Self {
             lease_seconds: HistogramVec::new(lease.buckets(CALL_BUCKETS.to_vec()), &["kind"]).expect(VALID),
             seal_seconds: Histogram::with_opts(seal.buckets(CALL_BUCKETS.to_vec())).expect(VALID),
@@ -55,6 +64,9 @@ impl Default for CallMetrics {
                 "Payload bytes received by Write streams.",
             )
             .expect(VALID),
+            open: IntGaugeVec::new(open, &["listener"]).expect(VALID),
+            not_let_in: IntCounterVec::new(not_let_in, &["listener"]).expect(VALID),
+            given_up: IntCounterVec::new(given_up, &["listener"]).expect(VALID),
         }
     }
 }
@@ -80,13 +92,25 @@ impl CallMetrics {
         self.write_bytes.inc_by(bytes as u64);
     }
 
-    fn collectors(&self) -> [Box<dyn Collector>; 5] {
+    /// What connections of a listener are counted by.
+    pub(crate) fn connections(&self, listener: &str) -> Counts {
+        Counts {
+            open: self.open.with_label_values(&[listener]),
+            refused: self.not_let_in.with_label_values(&[listener]),
+            given_up: self.given_up.with_label_values(&[listener]),
+        }
+    }
+
+    fn collectors(&self) -> [Box<dyn Collector>; 8] {
         [
             Box::new(self.lease_seconds.clone()),
             Box::new(self.seal_seconds.clone()),
             Box::new(self.refused.clone()),
             Box::new(self.read_bytes.clone()),
             Box::new(self.write_bytes.clone()),
+            Box::new(self.open.clone()),
+            Box::new(self.not_let_in.clone()),
+            Box::new(self.given_up.clone()),
         ]
     }
 }
