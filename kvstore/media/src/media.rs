@@ -78,11 +78,12 @@ impl Media {
         let lock = lock_directory(&config.data_dir)?;
         catalog::check_format(&config.data_dir.join("catalog"))?;
         let mut notes = Vec::new();
-        let slots = Slots::open(&config, &mut notes)?;
+        let mut slots = Slots::open(&config, &mut notes)?;
         let opened = open_catalog(&config, &slots, &mut notes)?;
         let OpenedCatalog { catalog, mut report, carve_sequence } = opened;
         let incarnation = report.incarnation;
-        slots.set_incarnation(incarnation)?;
+        slots.set_incarnation(incarnation, &mut notes);
+        report.carves.retain(|carve| !slots.is_out(carve.device));
         let (catalog, slots) = (Arc::new(catalog), Arc::new(slots));
         let complete = Arc::new(complete);
         let dir = &config.data_dir;

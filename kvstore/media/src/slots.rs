@@ -39,6 +39,16 @@ enum Place {
     },
 }
 
+impl Place {
+    /// The node runs without the device, and says so.
+    fn without(path: PathBuf, slots: u32, error: &MediaError, notes: &mut Vec<String>) -> Self {
+        tracing::error!(device = %path.display(), %error, "the node runs without a device; its blocks are misses");
+        notes.push(format!("the node runs without a device, whose blocks are misses: {error}"));
+        let reason = format!("not used in this life of the daemon: {error}");
+        Self::Out { path, slots, reason }
+    }
+}
+
 struct Entry {
     scheduler: Arc<Scheduler>,
     /// The same.
@@ -84,10 +94,7 @@ impl Slots {
                     Place::In(Box::new(entry))
                 }
                 Found::Out(device, error) | Found::Shut(device, error) => {
-                    tracing::error!(device = %device.path.display(), %error, "the node runs without a device; its blocks are misses");
-                    notes.push(format!("the node runs without a device, whose blocks are misses: {error}"));
-                    let reason = format!("not used in this life of the daemon: {error}");
-                    Place::Out { path: device.path.clone(), slots: device.slots, reason }
+                    Place::without(device.path.clone(), device.slots, &error, notes)
                 }
             });
         }
@@ -276,8 +283,9 @@ impl Slots {
         self.entries().map(|entry| lock(entry).incarnation).max().unwrap_or(0)
     }
 
-    /// Records this life of the daemon on every device, and what the others know of clears.
-    pub(crate) fn set_incarnation(&self, incarnation: u32) -> Result<(), MediaError> {
+    /// Records this life of the daemon on every device, and what the others know of clears. The node runs without a
+    /// device that does not take it: one that only can be read keeps no block, and would pass for one of an earlier time.
+    pub(crate) fn set_incarnation(&mut self, incarnation: u32, notes: &mut Vec<String>) {
         let mut cleared = std::collections::BTreeMap::new();
         for entry in self.entries() {
             for (space, lowest) in &lock(entry).cleared {
@@ -285,15 +293,17 @@ impl Slots {
                 *known = (*known).max(*lowest);
             }
         }
-        for entry in self.entries() {
+        for place in &mut self.devices {
+            let Place::In(entry) = place else { continue };
             let mut next = lock(entry).clone();
             next.incarnation = incarnation;
             if cleared.len() <= CLEARED_MAX {
                 next.cleared.clone_from(&cleared);
             }
-            entry.record(next)?;
+            if let Err(error) = entry.record(next) {
+                *place = Place::without(entry.path.clone(), entry.slots, &error, notes);
+            }
         }
-        Ok(())
     }
 
     pub(crate) fn facts(&self) -> Vec<DeviceFacts> {

@@ -1,5 +1,5 @@
-//! Devices that cannot be opened at a start: a dead one keeps no other from serving, a wrong path is refused, and
-//! nothing is made where a device should be.
+//! Devices that cannot be opened, or written, at a start: a dead one keeps no other from serving, a wrong path is refused,
+//! and nothing is made where a device should be.
 
 #![allow(clippy::unwrap_used, reason = "a test ends there, and says where")]
 
@@ -7,11 +7,15 @@ mod common;
 
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 use common::*;
 use tempfile::TempDir;
-use terrace_core::{ByteCount, DeviceId, DiskFrame, Done};
-use terrace_media::{Access, Backend, DeviceConfig, MediaConfig, MediaError, MediaOp};
+use terrace_core::{BlockHeader, ByteCount, DeviceId, DiskFrame, Done, Fault};
+use terrace_media::{
+    Access, Backend, DeviceConfig, FaultyDevice, Injected, IoOp, MediaConfig, MediaError, MediaOp,
+};
 
 /// The second device, on a file system of its own.
 fn second(folder: &TempDir) -> PathBuf {
@@ -34,6 +38,16 @@ fn refused(config: MediaConfig) -> String {
 /// Which devices are used.
 fn usable(store: &Store) -> Vec<bool> {
     store.media.facts().devices.iter().map(|device| device.usable).collect()
+}
+
+/// A block on the second device, and where.
+fn persist_on_second(store: &mut Store) -> (DiskFrame, BlockHeader) {
+    let device = DeviceId::new(1);
+    let (space, frame_bytes) = (space(), ByteCount::new(FRAME_BYTES));
+    let carved = store.run(|op| MediaOp::CarveSlot { op, device, slot: 0, space, frame_bytes });
+    assert_eq!(carved, Ok(Done::Plain));
+    let place = DiskFrame { device, ..disk(0, 0) };
+    (place, store.persist(2, place))
 }
 
 /// Ways in which a path leads to no device.
@@ -78,12 +92,7 @@ fn a_device_that_does_not_open_is_waited_for() {
     store.chunk(1, Access::Pool);
     store.carve(0);
     let on_first = store.persist(1, disk(0, 0));
-    let device = DeviceId::new(1);
-    let (space, frame_bytes) = (space(), ByteCount::new(FRAME_BYTES));
-    let carved = store.run(|op| MediaOp::CarveSlot { op, device, slot: 0, space, frame_bytes });
-    assert_eq!(carved, Ok(Done::Plain));
-    let place = DiskFrame { device, ..disk(0, 0) };
-    let on_second = store.persist(2, place);
+    let (place, on_second) = persist_on_second(&mut store);
     drop(store);
     std::fs::rename(&mount, &away).unwrap();
     let kind = || path.symlink_metadata().map(|facts| facts.file_type()).ok();
@@ -177,4 +186,51 @@ fn a_device_that_is_not_configured_is_forgotten() {
     drop(Store::open(&folder, Backend::Auto));
     std::fs::remove_file(&path).unwrap();
     assert_eq!(usable(&Store::with(two(&folder, &path)).unwrap()), [true, true]);
+}
+
+/// A device can be read and takes no writes any more, as drives do at the end of their lives, or does not answer them. The
+/// node could stay down for it; it must serve the other one, say so, and have the blocks when the device takes writes again.
+#[test]
+fn a_device_that_takes_no_superblock_is_out() {
+    let folder = folder();
+    let path = folder.path().join("nvme1.dat");
+    let mut store = Store::with(two(&folder, &path)).unwrap();
+    store.chunk(1, Access::Pool);
+    store.carve(0);
+    let on_first = store.persist(1, disk(0, 0));
+    let (place, on_second) = persist_on_second(&mut store);
+    drop(store);
+    for fault in [Injected::Fail(Fault::Device), Injected::Hang] {
+        let found = Arc::new(Mutex::new(None));
+        let keep = Arc::clone(&found);
+        let mut config = two(&folder, &path);
+        config.hooks.io_patience = Some(Duration::from_millis(200));
+        config.hooks.wrap_device = Some(Box::new(move |device, inner| {
+            if device == DeviceId::new(0) {
+                return inner;
+            }
+            let wrapped = Arc::new(FaultyDevice::new(inner));
+            wrapped.inject(IoOp::Write, fault);
+            *keep.lock().unwrap() = Some(Arc::clone(&wrapped));
+            wrapped
+        }));
+        let mut store = Store::with(config).unwrap();
+        assert_eq!(usable(&store), [true, false], "{fault:?}");
+        assert!(store.report.carves.iter().all(|carve| carve.device == DeviceId::new(0)), "{fault:?}");
+        store.chunk(1, Access::Pool);
+        assert_eq!(store.known(), [on_first.block], "{fault:?}");
+        assert_eq!(store.read(disk(0, 0), frame(1, 1), on_first), Ok(Done::Plain), "{fault:?}");
+        // What it still has keeps it open, and here the process goes on.
+        found.lock().unwrap().take().unwrap().release();
+    }
+    let until = Instant::now() + PATIENCE;
+    let mut store = loop {
+        match Store::with(two(&folder, &path)) {
+            Err(MediaError::InUse { .. }) if Instant::now() < until => std::thread::yield_now(),
+            opened => break opened.unwrap(),
+        }
+    };
+    assert_eq!(usable(&store), [true, true]);
+    store.chunk(1, Access::Pool);
+    assert_eq!(store.read(place, frame(1, 3), on_second), Ok(Done::Plain));
 }
