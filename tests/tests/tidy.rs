@@ -54,7 +54,8 @@ fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("tests/ lies in the repository").to_owned()
 }
 
-/// Every text file that we wrote. Build products (`target`, and what carries a CACHEDIR.TAG) and hidden state are left out.
+/// Every text file that we wrote. Build products (`target`, and what carries a CACHEDIR.TAG) and hidden state are left out;
+/// `.git` is a file where the checkout is a worktree.
 fn sources() -> Vec<Source> {
     let root = root();
     let mut found = Vec::new();
@@ -68,7 +69,7 @@ fn sources() -> Vec<Source> {
                 if ours && name != "node_modules" && name != "target" && !path.join("CACHEDIR.TAG").exists() {
                     folders.push(path);
                 }
-            } else if name != "Cargo.lock" && name != "LICENSE" {
+            } else if name != "Cargo.lock" && name != "LICENSE" && name != ".git" {
                 let Ok(text) = fs::read_to_string(&path) else { continue };
                 let path = path.strip_prefix(&root).expect("found below the root");
                 found.push(Source { path: path.to_string_lossy().into_owned(), text });

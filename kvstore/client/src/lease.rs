@@ -5,12 +5,13 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use bytes::Bytes;
+use tonic::Code;
 
 use terrace_core::{BlockId, ByteCount, Checksum, Fence, MissReason};
 use terrace_lane::{Access, Mapping, SharedBytes};
 use terrace_proto::v1::lane_request::Op;
 use terrace_proto::v1::lane_response::Result as Answer;
-use terrace_proto::v1::{GrantOutcome, LeaseKind, LeasePurpose, LeaseRequest, LeaseResponse, Tier};
+use terrace_proto::v1::{self, GrantOutcome, LeaseKind, LeasePurpose, LeaseRequest, LeaseResponse, Tier};
 
 use crate::chunks::{Mapped, WriterToken};
 use crate::convert::reason_from_wire;
@@ -255,6 +256,36 @@ async fn ask(session: &Arc<LaneSession>, wanted: Wanted<'_>) -> Result<Answered,
     Ok(Answered { granted, grants: delivered.grants, writers: delivered.writers, held })
 }
 
+/// Maps each chunk in which a block was granted. One that the daemon has dropped since is no error for who reads: what was
+/// granted there is a miss from here on, and goes with the lease.
+async fn map_granted(
+    session: &LaneSession,
+    kind: LeaseKind,
+    grants: &mut [Grant],
+) -> Result<Vec<(u64, Mapped)>, ClientError> {
+    let access = if kind == LeaseKind::Write { Access::Write } else { Access::Read };
+    let mut mappings: Vec<(u64, Mapped)> = Vec::new();
+    for at in 0..grants.len() {
+        let Grant { outcome: GrantOutcome::Granted, chunk, .. } = grants[at] else { continue };
+        // The blocks of a lease are mostly neighbours.
+        if mappings.last().is_some_and(|(last, _)| *last == chunk)
+            || mappings.iter().any(|(known, _)| *known == chunk)
+        {
+            continue;
+        }
+        match session.chunks.mapping(&session.link, chunk, access).await {
+            Ok(mapping) => mappings.push((chunk, mapping)),
+            Err(ClientError::Refused { code: Code::NotFound, .. }) if kind == LeaseKind::Read => {
+                for grant in grants[at..].iter_mut().filter(|grant| grant.chunk == chunk) {
+                    (grant.outcome, grant.reason) = (GrantOutcome::Missing, v1::MissReason::Unknown);
+                }
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(mappings)
+}
+
 /// Leases and maps what was granted.
 ///
 /// `block` makes a guard of a frame.
@@ -264,31 +295,26 @@ pub(crate) async fn lease<B>(
     block: fn(Frame, Arc<Lease>) -> Result<B, ClientError>,
 ) -> Result<(Option<Arc<Lease>>, Vec<Outcome<B>>), ClientError> {
     let (space, kind) = (wanted.space, wanted.kind);
-    let Answered { granted, grants, writers, held } = ask(session, wanted).await?;
-    let lease = held.map(|(token, state)| {
+    let Answered { granted, mut grants, writers, held } = ask(session, wanted).await?;
+    let mappings = map_granted(session, kind, &mut grants).await?;
+    if kind == LeaseKind::Write {
+        mappings.iter().for_each(|(chunk, _)| session.chunks.is_window_of(*chunk, space.handle));
+    }
+    let lease = held.filter(|_| !mappings.is_empty()).map(|(token, state)| {
         Arc::new(Lease { token, state, session: Arc::clone(session), seen: Seen::default() })
     });
     let mut writers = writers.into_iter();
     let mut outcomes = Vec::with_capacity(grants.len());
-    // The blocks of a lease are mostly neighbours.
-    let mut last: Option<(u64, Mapped)> = None;
+    let mut last = mappings.first();
     for grant in &grants {
         let granted_as = match outcome(grant, kind)? {
             Outcome::Granted(()) => {
                 let lease = lease.as_ref().ok_or(UNLEASED)?;
-                let access = if kind == LeaseKind::Write { Access::Write } else { Access::Read };
-                let mapping = match &last {
-                    Some((chunk, mapping)) if *chunk == grant.chunk => mapping.clone(),
-                    Some(_) | None => {
-                        let mapping = session.chunks.mapping(&session.link, grant.chunk, access).await?;
-                        if access == Access::Write {
-                            session.chunks.is_window_of(grant.chunk, space.handle);
-                        }
-                        last = Some((grant.chunk, mapping.clone()));
-                        mapping
-                    }
-                };
-                let frame = frame(mapping, space, granted.generation, grant, writers.next())?;
+                if last.is_none_or(|(chunk, _)| *chunk != grant.chunk) {
+                    last = mappings.iter().find(|(chunk, _)| *chunk == grant.chunk);
+                }
+                let (_, mapping) = last.expect("each chunk of a granted block was mapped");
+                let frame = frame(mapping.clone(), space, granted.generation, grant, writers.next())?;
                 Outcome::Granted(block(frame, Arc::clone(lease))?)
             }
             other => other.map(|()| unreachable!("it was not granted")),
@@ -307,19 +333,13 @@ pub(crate) async fn lease_seen<B>(
     block: fn(u32, Arc<Lease>) -> B,
 ) -> Result<(Option<Arc<Lease>>, Vec<Outcome<B>>), ClientError> {
     let (space, kind) = (wanted.space, wanted.kind);
-    let Answered { granted, grants, writers: _, held } = ask(session, wanted).await?;
-    let mut mappings: Vec<(u64, Arc<Mapping>)> = Vec::new();
-    for grant in grants.iter().filter(|grant| grant.outcome == GrantOutcome::Granted) {
-        check(space, grant)?;
-        if mappings.last().is_none_or(|(chunk, _)| *chunk != grant.chunk)
-            && !mappings.iter().any(|(chunk, _)| *chunk == grant.chunk)
-        {
-            let mapping = session.chunks.mapping(&session.link, grant.chunk, Access::Read).await?;
-            mappings.push((grant.chunk, in_host_memory(mapping)?));
-        }
-    }
+    let Answered { granted, mut grants, writers: _, held } = ask(session, wanted).await?;
+    let mapped = map_granted(session, kind, &mut grants).await?;
+    let mapped = mapped.into_iter().map(|(chunk, mapping)| Ok((chunk, in_host_memory(mapping)?)));
+    let mappings: Vec<(u64, Arc<Mapping>)> = mapped.collect::<Result<_, ClientError>>()?;
     let mut last = mappings.first();
     for grant in grants.iter().filter(|grant| grant.outcome == GrantOutcome::Granted) {
+        check(space, grant)?;
         if last.is_none_or(|(chunk, _)| *chunk != grant.chunk) {
             last = mappings.iter().find(|(chunk, _)| *chunk == grant.chunk);
         }
@@ -330,7 +350,7 @@ pub(crate) async fn lease_seen<B>(
     let outcomes: Vec<Outcome<()>> =
         grants.iter().map(|grant| outcome(grant, kind)).collect::<Result<_, _>>()?;
     let views = std::iter::repeat_with(OnceLock::new).take(grants.len()).collect();
-    let lease = held.map(|(token, state)| {
+    let lease = held.filter(|_| !mappings.is_empty()).map(|(token, state)| {
         let seen = Seen { grants, generation: granted.generation, mappings, views };
         Arc::new(Lease { token, state, session: Arc::clone(session), seen })
     });

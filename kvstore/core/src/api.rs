@@ -543,6 +543,9 @@ pub enum Refusal {
         /// The chunk.
         chunk: ChunkId,
     },
+    /// A chunk of this session's own that was dropped, with all that was granted in it.
+    #[error("chunk {chunk} is gone; lease again")]
+    ChunkGone { chunk: ChunkId },
     /// The space was cleared while the lease was held.
     #[error("the space was cleared; open it again")]
     Cleared,

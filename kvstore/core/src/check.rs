@@ -443,6 +443,7 @@ impl Core {
             assert!(open, "{id} is mapped by sessions that are open");
         }
         self.departed.check();
+        self.chunks.gone.check();
         let limits = &self.config.limits;
         assert!(self.sessions.len() <= limits.sessions as usize, "sessions are limited");
         let mut leases = 0;

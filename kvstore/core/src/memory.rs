@@ -10,6 +10,7 @@ use crate::residence::Vacate;
 use crate::state::block::{Arriving, BlockIndex, Nvme, WRITE_FAULTS_MAX};
 use crate::state::chunk::{Chunk, ChunkKind, Filler, FrameState};
 use crate::state::count;
+use crate::state::gone::Owner;
 use crate::state::session::WaitId;
 use crate::state::space::SpaceIndex;
 use crate::units::{Micros, Now};
@@ -192,6 +193,8 @@ impl Core {
                 open.holds_on = held;
             }
         }
+        let owner = Owner::of(self.chunks.at(id));
+        self.chunks.gone.keep(id, owner);
         self.forget_chunk(id);
         self.memory_changed = true;
     }

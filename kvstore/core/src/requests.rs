@@ -12,6 +12,7 @@ use crate::reading::Reading;
 use crate::state::block::{BlockIndex, Nvme, Retained};
 use crate::state::chunk::ChunkKind;
 use crate::state::count;
+use crate::state::gone::Owner;
 use crate::state::session::{Answer, REPEATS_WAITING_MAX, Seen};
 use crate::units::Micros;
 use crate::waiting::{Asker, WaitKind};
@@ -228,12 +229,15 @@ impl Core {
 
     fn map_chunk(&mut self, session: SessionId, tenant: TenantId, id: ChunkId) -> Reply {
         let refused = Reply::Refused(Refusal::NotYourChunk { chunk: id });
-        let Some(chunk) = self.chunks.find(id) else { return refused };
-        let foreign = chunk.tenant != tenant || chunk.private && chunk.sealer != Some(session);
-        let foreign = foreign || chunk.memory != Memory::Pinned && self.is_isolated(session);
-        if foreign || !self.is_local(session) {
+        let chunk = self.chunks.find(id);
+        let owner = chunk.map(Owner::of).or_else(|| self.chunks.gone.find(id));
+        let isolated = self.is_isolated(session);
+        let own = owner.is_some_and(|owner| owner.admits(session, tenant, isolated));
+        if !own || !self.is_local(session) {
             return refused;
         }
+        let gone = Reply::Refused(Refusal::ChunkGone { chunk: id });
+        let Some(chunk) = chunk else { return gone };
         let access = match chunk.kind {
             ChunkKind::Window { owner, .. } if owner == session => MapAccess::Write,
             ChunkKind::Window { .. }
@@ -241,7 +245,8 @@ impl Core {
             | ChunkKind::Pool
             | ChunkKind::Retiring
             | ChunkKind::Replacing => MapAccess::Read,
-            ChunkKind::Creating { .. } | ChunkKind::Dropping => return refused,
+            ChunkKind::Creating { .. } => return refused,
+            ChunkKind::Dropping => return gone,
         };
         self.chunks.at_mut(id).mappers.insert(session);
         Reply::MayMap { chunk: id, access }

@@ -122,6 +122,8 @@ impl std::fmt::Debug for Tenant {
 /// Limits of connections and queues.
 #[derive(Clone, Debug)]
 pub struct Edges {
+    /// Connections of gRPC, and as many of `/metrics`.
+    pub connections: usize,
     /// Connections of the lane socket.
     pub lane_connections: usize,
     /// Requests of one connection that are being answered.
@@ -546,6 +548,7 @@ fn limits(file: &LimitsFile, pinned_bytes: ByteCount, chunk_bytes: ByteCount) ->
 fn edges(file: &LimitsFile) -> Result<Edges, ConfigError> {
     let whole = |key: &str, value, default, max| count(key, value, default, max).map(|value| value as usize);
     Ok(Edges {
+        connections: whole("connections", file.connections, 1024, 1 << 16)?,
         lane_connections: whole("lane_connections", file.lane_connections, 256, 1 << 16)?,
         requests_in_flight: whole("requests_in_flight", file.requests_in_flight, 256, 1 << 16)?,
         spaces_per_session: whole("spaces_per_session", file.spaces_per_session, 256, 1 << 16)?,

@@ -66,7 +66,7 @@ impl From<Refusal> for CallError {
     fn from(refusal: Refusal) -> Self {
         let code = match refusal {
             Refusal::UnknownSession => Code::Unauthenticated,
-            Refusal::UnknownSpace | Refusal::UnknownGpu { .. } => Code::NotFound,
+            Refusal::UnknownSpace | Refusal::UnknownGpu { .. } | Refusal::ChunkGone { .. } => Code::NotFound,
             Refusal::TooManyBlocks { .. }
             | Refusal::WrongKind { .. }
             | Refusal::BadIndex { .. }

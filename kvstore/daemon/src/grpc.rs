@@ -16,16 +16,16 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::net::{TcpListener, TcpStream};
-use tokio_stream::{Stream, StreamExt};
+use axum::serve::Listener;
+use tokio::net::TcpListener;
 use tonic::transport::Server;
-use tonic::transport::server::TcpIncoming;
 
 use terrace_proto::v1::admin_service_server::AdminServiceServer;
 use terrace_proto::v1::block_service_server::BlockServiceServer;
 use terrace_proto::v1::signal_service_server::SignalServiceServer;
 use terrace_proto::{DESCRIPTORS, MESSAGE_BYTES_MAX};
 
+use crate::connections::{Gate, Gated, Patience};
 use crate::lane::{Stop, stopped};
 use crate::service::Service;
 use crate::signals::Signals;
@@ -42,8 +42,8 @@ const CALLS_PER_CONNECTION: usize = 1024;
 /// A peer that is gone without a word is found by this.
 const KEEPALIVE: Duration = Duration::from_secs(10);
 
-/// Pause after a connection that could not be accepted.
-const ACCEPT_AGAIN: Duration = Duration::from_millis(100);
+/// Whoever has not said by then that he speaks HTTP/2 is no client.
+const GREETING: Duration = Duration::from_secs(10);
 
 /// Serves until `stop`, and then until the running calls have ended.
 ///
@@ -56,6 +56,13 @@ pub(crate) async fn serve(
     signals: Signals,
     mut stop: Stop,
 ) -> Result<(), tonic::transport::Error> {
+    let most = service.facts().edges.connections;
+    let counts = service.metrics().connections("grpc");
+    let gate = Gate::new("grpc_listen", most, Patience::Greeting(GREETING), counts);
+    let connections = futures_util::stream::unfold(Gated { listener, gate }, async |mut gated| {
+        let (connection, _) = gated.accept().await;
+        Some((Ok::<_, std::io::Error>(connection), gated))
+    });
     let (health, health_service) = tonic_health::server::health_reporter();
     let blocks = BlockServiceServer::new(block::Blocks::new(service.clone(), stop.clone()))
         .max_decoding_message_size(MESSAGE_BYTES_MAX)
@@ -84,22 +91,10 @@ pub(crate) async fn serve(
         .add_service(blocks)
         .add_service(admin)
         .add_service(signals)
-        .serve_with_incoming_shutdown(accepted(listener), async move {
+        .serve_with_incoming_shutdown(connections, async move {
             stopped(&mut stop).await;
         })
         .await
-}
-
-/// The connections of a listener. tonic asks again at once after an error, and one that stays (no more open files)
-/// would cost it a processor.
-fn accepted(listener: TcpListener) -> impl Stream<Item = std::io::Result<TcpStream>> {
-    TcpIncoming::from(listener).with_nodelay(Some(true)).then(async |connection| {
-        if let Err(error) = &connection {
-            tracing::warn!(%error, "cannot accept on the gRPC listener");
-            tokio::time::sleep(ACCEPT_AGAIN).await;
-        }
-        connection
-    })
 }
 
 /// Binds a listener, and says what to change when that fails.

@@ -1,6 +1,7 @@
 //! `/metrics` and `/healthz`, plain HTTP on loopback.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::Router;
 use axum::extract::State;
@@ -9,9 +10,13 @@ use axum::response::IntoResponse;
 use axum::routing::get;
 use tokio::net::TcpListener;
 
+use crate::connections::{Gate, Gated, Patience};
 use crate::lane::{Stop, stopped};
-use crate::metrics;
 use crate::service::Service;
+use crate::{health, metrics};
+
+/// A connection that asks nothing for so long is closed: twice what most scrapers pause.
+const IDLE: Duration = Duration::from_secs(60);
 
 /// Serves until `stop`.
 ///
@@ -22,11 +27,14 @@ pub(crate) async fn serve(
     service: Arc<Service>,
     mut stop: Stop,
 ) -> std::io::Result<()> {
+    let most = service.facts().edges.connections;
+    let gate =
+        Gate::new("metrics_listen", most, Patience::Idle(IDLE), service.metrics().connections("metrics"));
     let router = Router::new()
         .route("/metrics", get(page))
-        .route("/healthz", get(|| async { "ok\n" }))
+        .route("/healthz", get(async |State(service): State<Arc<Service>>| health::page(service.engine())))
         .with_state(service);
-    axum::serve(listener, router)
+    axum::serve(Gated { listener, gate }, router)
         .with_graceful_shutdown(async move {
             stopped(&mut stop).await;
         })

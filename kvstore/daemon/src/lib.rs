@@ -6,12 +6,14 @@
 //! [`Daemon`] puts them together.
 
 mod config;
+mod connections;
 mod convert;
 mod daemon;
 mod engine;
 mod events;
 mod grpc;
 mod hbm;
+mod health;
 mod http;
 mod lane;
 mod metrics;

@@ -9,14 +9,16 @@ use std::time::Duration;
 
 use prometheus::core::Collector;
 use prometheus::{
-    Encoder, Gauge, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, Opts,
-    Registry, TextEncoder,
+    Encoder, Gauge, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGaugeVec,
+    Opts, Registry, TextEncoder,
 };
 use tonic::Code;
 
 use terrace_core::{Counters, FrameCounts, IoClass};
 
+use crate::connections::Counts;
 use crate::engine::Engine;
+use crate::health;
 
 /// Buckets of calls that are answered from memory: 10 us to 3 s.
 const CALL_BUCKETS: [f64; 12] =
@@ -29,6 +31,9 @@ pub struct CallMetrics {
     refused: IntCounterVec,
     read_bytes: IntCounter,
     write_bytes: IntCounter,
+    open: IntGaugeVec,
+    not_let_in: IntCounterVec,
+    given_up: IntCounterVec,
 }
 
 impl Default for CallMetrics {
@@ -40,6 +45,11 @@ impl Default for CallMetrics {
         );
         let seal = HistogramOpts::new("terrace_seal_seconds", "Time to answer a seal, without the socket.");
         let refused = Opts::new("terrace_calls_refused_total", "Calls that were refused, by gRPC status.");
+        let open = Opts::new("terrace_connections", "Open TCP connections, by listener.");
+        let not_let_in = "TCP connections that were closed at once, for `limits.connections` were open.";
+        let not_let_in = Opts::new("terrace_connections_refused_total", not_let_in);
+        let given_up = "TCP connections that were closed because their peer said nothing.";
+        let given_up = Opts::new("terrace_connections_silent_total", given_up);
         Self {
             lease_seconds: HistogramVec::new(lease.buckets(CALL_BUCKETS.to_vec()), &["kind"]).expect(VALID),
             seal_seconds: Histogram::with_opts(seal.buckets(CALL_BUCKETS.to_vec())).expect(VALID),
@@ -54,6 +64,9 @@ impl Default for CallMetrics {
                 "Payload bytes received by Write streams.",
             )
             .expect(VALID),
+            open: IntGaugeVec::new(open, &["listener"]).expect(VALID),
+            not_let_in: IntCounterVec::new(not_let_in, &["listener"]).expect(VALID),
+            given_up: IntCounterVec::new(given_up, &["listener"]).expect(VALID),
         }
     }
 }
@@ -79,13 +92,25 @@ impl CallMetrics {
         self.write_bytes.inc_by(bytes as u64);
     }
 
-    fn collectors(&self) -> [Box<dyn Collector>; 5] {
+    /// What connections of a listener are counted by.
+    pub(crate) fn connections(&self, listener: &str) -> Counts {
+        Counts {
+            open: self.open.with_label_values(&[listener]),
+            refused: self.not_let_in.with_label_values(&[listener]),
+            given_up: self.given_up.with_label_values(&[listener]),
+        }
+    }
+
+    fn collectors(&self) -> [Box<dyn Collector>; 8] {
         [
             Box::new(self.lease_seconds.clone()),
             Box::new(self.seal_seconds.clone()),
             Box::new(self.refused.clone()),
             Box::new(self.read_bytes.clone()),
             Box::new(self.write_bytes.clone()),
+            Box::new(self.open.clone()),
+            Box::new(self.not_let_in.clone()),
+            Box::new(self.given_up.clone()),
         ]
     }
 }
@@ -199,6 +224,9 @@ fn devices(registry: &Registry, engine: &Engine) -> Result<(), prometheus::Error
     let read = counter("terrace_device_read_bytes_total", "Bytes read from a device.")?;
     let written = counter("terrace_device_write_bytes_total", "Bytes written to a device.")?;
     let errors = counter("terrace_device_errors_total", "Device I/Os that failed.")?;
+    let usable =
+        Opts::new("terrace_device_usable", "1 while a device is given work; 0: its blocks are misses.");
+    let usable = GaugeVec::new(usable, &["device"])?;
     let queued = GaugeVec::new(Opts::new("terrace_device_queue", "I/Os that wait or run."), &["device"])?;
     let late = counter("terrace_device_late_total", "I/Os answered after their wait had been ended.")?;
     let waiting = Opts::new("terrace_device_waiting", "I/Os that wait for their device, by class.");
@@ -209,6 +237,7 @@ fn devices(registry: &Registry, engine: &Engine) -> Result<(), prometheus::Error
         read.with_label_values(&label).inc_by(device.read_bytes);
         written.with_label_values(&label).inc_by(device.write_bytes);
         errors.with_label_values(&label).inc_by(device.errors);
+        usable.with_label_values(&label).set(float(device.usable.into()));
         queued.with_label_values(&label).set(float(device.queued));
         late.with_label_values(&label).inc_by(device.late);
         for (class, waits) in IoClass::ALL.iter().zip(device.waiting) {
@@ -218,6 +247,7 @@ fn devices(registry: &Registry, engine: &Engine) -> Result<(), prometheus::Error
     registry.register(Box::new(read))?;
     registry.register(Box::new(written))?;
     registry.register(Box::new(errors))?;
+    registry.register(Box::new(usable))?;
     registry.register(Box::new(queued))?;
     registry.register(Box::new(late))?;
     registry.register(Box::new(waiting))?;
@@ -227,6 +257,8 @@ fn devices(registry: &Registry, engine: &Engine) -> Result<(), prometheus::Error
         "1 while the catalog takes writes.",
         facts.catalog_usable.into(),
     )?;
+    let degraded = "What is out now: devices, and the catalog while it takes no writes. /healthz names it.";
+    gauge(registry, "terrace_degraded", degraded, health::troubles(engine).len() as u64)?;
     gauge(registry, "terrace_ready_bytes", "Memory made ahead for chunks.", facts.ready.get())?;
     let preparing = "1 while more memory is to be made ahead.";
     gauge(registry, "terrace_preparing", preparing, facts.preparing.into())?;

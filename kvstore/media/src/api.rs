@@ -331,6 +331,22 @@ pub enum MediaError {
         /// What the system said.
         source: std::io::Error,
     },
+    /// Nothing is there, and no file is made.
+    #[error(
+        "{path} is not there; bring it back, or put an empty file (or a raw device that is all zero) there to begin anew"
+    )]
+    Gone {
+        /// The device.
+        path: PathBuf,
+    },
+    /// A device that cannot be opened, and of which nothing is known.
+    #[error(
+        "{error}. Nothing says that this node ever had a device there, so it does not start without it: correct the path, or take its `[[device]]` away"
+    )]
+    NewAndShut {
+        /// Why it cannot be opened.
+        error: Box<Self>,
+    },
     /// A file or device holds something that is not ours.
     #[error("{path} is not empty and is no Terrace device; choose another path, or empty it yourself")]
     NotOurs {
@@ -339,7 +355,7 @@ pub enum MediaError {
     },
     /// Both copies of the superblock are unreadable.
     #[error(
-        "{path}: both copies of the superblock are damaged; restore it, or remove it to start with an empty one"
+        "{path}: both copies of the superblock are damaged; restore it, or put an empty file in its place to begin anew"
     )]
     SuperblockDamaged {
         /// The device.

@@ -40,7 +40,7 @@ const OPEN_FILES_MAX: i32 = 128;
 /// Tables are mostly read from end to end.
 const TABLE_BLOCK_BYTES: usize = 16 << 10;
 /// A folder that cannot be made, so that RocksDB keeps no log.
-const NO_LOG: &str = "/dev/null/log";
+pub(crate) const NO_LOG: &str = "/dev/null/log";
 const READAHEAD_BYTES: usize = 2 << 20;
 /// Batches that a walk reads ahead of who takes them.
 const BATCHES_AHEAD: usize = 4;

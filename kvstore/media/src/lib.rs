@@ -21,6 +21,7 @@ mod find;
 mod golden;
 mod header;
 pub mod inspect;
+mod known;
 mod large_pages;
 mod media;
 mod memfd;

@@ -79,17 +79,17 @@ impl Media {
         let lock = lock_directory(&config.data_dir)?;
         catalog::check_format(&config.data_dir.join("catalog"))?;
         let mut notes = Vec::new();
-        let slots = Slots::open(&config, &mut notes)?;
-        let opened = open_catalog(&config, &slots, &mut notes)?;
-        let OpenedCatalog { catalog, mut report, carve_sequence } = opened;
+        let mut slots = Slots::open(&config, &mut notes)?;
+        let OpenedCatalog { catalog, mut report, carve_sequence } =
+            open_catalog(&config, &slots, &mut notes)?;
         let incarnation = report.incarnation;
-        slots.set_incarnation(incarnation, &report.spaces)?;
-        let (catalog, slots) = (Arc::new(catalog), Arc::new(slots));
-        let complete = Arc::new(complete);
+        slots.set_incarnation(incarnation, &report.spaces, &mut notes);
+        report.carves.retain(|carve| !slots.is_out(carve.device));
+        let (catalog, slots, complete) = (Arc::new(catalog), Arc::new(slots), Arc::new(complete));
         let dir = &config.data_dir;
         let failed = |source| MediaError::File { path: dir.clone(), action: "start threads for it", source };
         let (workers, mut threads) = Workers::start(config.checkers).map_err(failed)?;
-        let (table, wishes) = (Arc::new(ChunkTable::default()), Arc::new(Wishes::default()));
+        let (table, wishes): (Arc<ChunkTable>, Arc<Wishes>) = Default::default();
         let maker = ChunkMaker {
             wishes: Arc::clone(&wishes),
             table: Arc::clone(&table),

@@ -11,6 +11,7 @@ use terrace_core::DeviceId;
 use crate::api::{Carve, CatalogState, FoundHeader, MediaConfig, MediaError, OpenReport, SpaceRecord};
 use crate::catalog::{self, Batch, Catalog, CatalogError};
 use crate::device::lock_exclusively;
+use crate::known::{forget_paths, put_paths};
 use crate::slots::Slots;
 
 pub(crate) fn check_config(config: &MediaConfig) -> Result<(), MediaError> {
@@ -95,6 +96,8 @@ pub(crate) fn open_catalog(
     let incarnation = loaded.incarnation.max(slots.incarnation()).saturating_add(1);
     batch.put_meta("incarnation", &incarnation.to_le_bytes());
     batch.delete_meta("clean");
+    put_paths(slots.paths(), &mut batch);
+    forget_paths(&catalog, config.devices.len(), &mut batch)?;
     if catalog.usable() {
         catalog.write(batch)?;
     } else {
@@ -220,6 +223,7 @@ pub(crate) fn first_entries(slots: &Slots, spaces: &[SpaceRecord], incarnation: 
             batch.put_meta(&device_key(device), &uuid);
         }
     }
+    put_paths(slots.paths(), &mut batch);
     spaces.iter().for_each(|record| batch.put_space(record));
     batch
 }

@@ -46,6 +46,16 @@ enum Place {
     },
 }
 
+impl Place {
+    /// The node runs without the device, and says so.
+    fn without(path: PathBuf, slots: u32, error: &MediaError, notes: &mut Vec<String>) -> Self {
+        tracing::error!(device = %path.display(), %error, "the node runs without a device; its blocks are misses");
+        notes.push(format!("the node runs without a device, whose blocks are misses: {error}"));
+        let reason = format!("not used in this life of the daemon: {error}");
+        Self::Out { path, slots, reason }
+    }
+}
+
 struct Entry {
     scheduler: Arc<Scheduler>,
     /// The same.
@@ -95,7 +105,7 @@ impl Slots {
         }
         let superblock = |found: &Found<'_>| match found {
             Found::Good(good) => good.superblock.as_ref().map(|known| known.incarnation),
-            Found::Out(..) => None,
+            Found::Out(..) | Found::Shut(..) => None,
         };
         let incarnation = found.iter().filter_map(superblock).max().unwrap_or(0);
         let alarm = Arc::new(Alarm::default());
@@ -106,11 +116,8 @@ impl Slots {
                     let entry = start(DeviceId::new(number), good, incarnation, config, &alarm, notes)?;
                     Place::In(Box::new(entry))
                 }
-                Found::Out(device, error) => {
-                    tracing::error!(device = %device.path.display(), %error, "the node runs without a device; its blocks are misses");
-                    notes.push(format!("the node runs without a device, whose blocks are misses: {error}"));
-                    let reason = format!("not used in this life of the daemon: {error}");
-                    Place::Out { path: device.path.clone(), slots: device.slots, reason }
+                Found::Out(device, error) | Found::Shut(device, error) => {
+                    Place::without(device.path.clone(), device.slots, &error, notes)
                 }
             });
         }
@@ -154,6 +161,14 @@ impl Slots {
     pub(crate) fn ids(&self) -> impl Iterator<Item = DeviceId> + use<> {
         let count = u16::try_from(self.devices.len()).expect("open refuses more");
         (0..count).map(DeviceId::new)
+    }
+
+    /// Where the devices are, in order.
+    pub(crate) fn paths(&self) -> impl Iterator<Item = (DeviceId, &Path)> {
+        self.ids().zip(&self.devices).map(|(id, place)| match place {
+            Place::In(entry) => (id, entry.path.as_path()),
+            Place::Out { path, .. } => (id, path.as_path()),
+        })
     }
 
     pub(crate) fn io(&self, device: DeviceId) -> Option<&Arc<dyn BlockIo>> {
@@ -358,8 +373,15 @@ impl Slots {
         self.entries().map(|entry| lock(entry).incarnation).max().unwrap_or(0)
     }
 
-    /// Records this life of the daemon on every device, and what the others and the catalog know of clears.
-    pub(crate) fn set_incarnation(&self, incarnation: u32, spaces: &[SpaceRecord]) -> Result<(), MediaError> {
+    /// Records this life of the daemon on every device, and what the others and the catalog know of clears. The node runs
+    /// without a device that does not take it: one that only can be read keeps no block, and would pass for one of an
+    /// earlier time.
+    pub(crate) fn set_incarnation(
+        &mut self,
+        incarnation: u32,
+        spaces: &[SpaceRecord],
+        notes: &mut Vec<String>,
+    ) {
         let mut cleared = self.cleared();
         for record in spaces.iter().filter(|record| record.generation > 1) {
             if cleared.len() < CLEARED_MAX || cleared.contains_key(&(record.tenant, record.space)) {
@@ -367,15 +389,17 @@ impl Slots {
                 *known = record.generation.max(*known);
             }
         }
-        for entry in self.entries() {
+        for place in &mut self.devices {
+            let Place::In(entry) = place else { continue };
             let mut next = lock(entry).clone();
             next.incarnation = incarnation;
             if cleared.len() <= CLEARED_MAX {
                 next.cleared.clone_from(&cleared);
             }
-            entry.record(next)?;
+            if let Err(error) = entry.record(next) {
+                *place = Place::without(entry.path.clone(), entry.slots, &error, notes);
+            }
         }
-        Ok(())
     }
 
     pub(crate) fn facts(&self) -> Vec<DeviceFacts> {

@@ -456,6 +456,7 @@ fn a_replaced_device_is_forgotten() {
     store.persist(1, disk(0, 0));
     drop(store);
     std::fs::remove_file(device_path(&folder)).unwrap();
+    std::fs::File::create(device_path(&folder)).unwrap();
     let store = Store::open(&folder, Backend::Auto);
     assert!(store.known().is_empty() && store.report.carves.is_empty());
     assert!(!store.report.scan_needed);

@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use crate::ids::{ChunkId, Fence, FrameRef, LeaseId, Memory, SessionId, TenantId};
 use crate::state::block::{BlockIndex, ShortOp};
 use crate::state::count;
+use crate::state::gone::Gone;
 use crate::state::index::Index;
 use crate::state::space::SpaceIndex;
 use crate::units::Now;
@@ -315,6 +316,8 @@ pub(crate) struct ChunkTable {
     pinned: u32,
     /// The chunk that was used last, and its slot: mostly the next one too.
     last: Option<(ChunkId, u32)>,
+    /// Chunks that were dropped.
+    pub(crate) gone: Gone,
 }
 
 /// Ids are counted: spread over all tags, each its own.

@@ -5,6 +5,7 @@ pub(crate) mod block;
 pub(crate) mod chunk;
 pub(crate) mod departed;
 pub(crate) mod disk;
+pub(crate) mod gone;
 pub(crate) mod gpu;
 pub(crate) mod index;
 pub(crate) mod session;

@@ -597,7 +597,7 @@ fn a_window_that_can_still_be_written_is_replaced() {
         _ => Ok(Done::Plain),
     });
     assert_eq!((node.core.counters().windows_adopted, node.core.counters().windows_replaced), (0, 1));
-    assert_eq!(node.call(1, Request::MapChunk { chunk }), Reply::Refused(Refusal::NotYourChunk { chunk }));
+    assert_eq!(node.call(1, Request::MapChunk { chunk }), Reply::Refused(Refusal::ChunkGone { chunk }));
     let matched = node.call(1, Request::Match { blocks: vec![block(1), block(2)], mode: MatchMode::Set });
     let Reply::Matched { blocks } = matched else { panic!("matched") };
     assert!(blocks.iter().all(|block| block.is_some_and(|place| place.pinned)), "{blocks:?}");

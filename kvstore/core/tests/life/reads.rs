@@ -79,3 +79,49 @@ fn reads_follow_those_who_wait_for_them() {
     let (_, grants) = leased(node.serve(1, op));
     assert!(matches!(grants[..], [Grant::Granted { .. }]), "{grants:?}");
 }
+
+/// Completes what is in flight, but no drop of a chunk.
+fn run_but_drops(node: &mut Node) {
+    let other = |effect: &Effect| Node::op_of(effect).filter(|_| !matches!(effect, Effect::DropChunk { .. }));
+    while let Some(op) = node.effects.iter().find_map(other) {
+        node.effects.retain(|effect| Node::op_of(effect) != Some(op));
+        node.tell(Input::OpDone { op, outcome: Ok(Done::Plain) });
+    }
+}
+
+/// A writer goes, and its window with it, before a reader has mapped what it was granted there. The reader must learn that
+/// the chunk is gone, which is a miss, and not that it may not map it; nobody else may learn that there was one.
+#[test]
+fn a_chunk_that_is_gone_is_told_from_a_foreign_one() {
+    let mut node = Node::new();
+    node.open(3, 2, Locality::Local);
+    node.open(4, 1, Locality::Isolated);
+    node.write(1, &[1]);
+    let op = node.lease_read(&[1]);
+    let (lease, grants) = leased(node.serve(2, op));
+    let Grant::Granted { frame, .. } = grants[0] else { panic!("granted") };
+    node.tell(Input::SessionClosed { session: SessionId::new(1) });
+    node.after(config().window_recall_max.get() / 1000 + 1);
+    run_but_drops(&mut node);
+    let map = |chunk| Request::MapChunk { chunk };
+    let gone = |chunk| Reply::Refused(Refusal::ChunkGone { chunk });
+    let foreign = |chunk| Reply::Refused(Refusal::NotYourChunk { chunk });
+    let chunk = frame.chunk;
+    assert_eq!(node.call(2, map(chunk)), gone(chunk), "it is being dropped");
+    assert_eq!(node.call(3, map(chunk)), foreign(chunk));
+    node.run();
+    assert_eq!(node.call(2, map(chunk)), gone(chunk), "it was dropped");
+    assert_eq!(node.call(3, map(chunk)), foreign(chunk));
+    assert_eq!(node.call(2, Request::Release { leases: vec![lease] }), Reply::Released { count: 1 });
+    let op = node.lease_write(&[2]);
+    let (lease, grants) = leased(node.serve(4, op));
+    let Grant::Granted { frame, .. } = grants[0] else { panic!("granted") };
+    let private = frame.chunk;
+    node.call(4, Request::Release { leases: vec![lease] });
+    node.call(4, Request::ReturnWindow { chunk: private });
+    node.run();
+    assert_eq!(node.call(4, map(private)), gone(private));
+    assert_eq!(node.call(2, map(private)), foreign(private), "nobody else could map it");
+    let never = ChunkId::new(1000);
+    assert_eq!(node.call(2, map(never)), foreign(never));
+}

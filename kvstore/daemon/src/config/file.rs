@@ -84,6 +84,7 @@ pub(super) struct LimitsFile {
     pub(super) writes_in_flight: Option<u64>,
     pub(super) replies_remembered: Option<u64>,
     pub(super) retained_percent: Option<u64>,
+    pub(super) connections: Option<u64>,
     pub(super) lane_connections: Option<u64>,
     pub(super) requests_in_flight: Option<u64>,
     pub(super) spaces_per_session: Option<u64>,

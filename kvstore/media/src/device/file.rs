@@ -42,6 +42,10 @@ impl DeviceFile {
         let facts = file.metadata().map_err(failed("look at it"))?;
         if facts.file_type().is_block_device() {
             let found = io::Seek::seek(&mut &file, io::SeekFrom::End(0)).map_err(failed("measure it"))?;
+            if found == 0 {
+                // So says one that is dead, or a drive without a medium.
+                return Err(failed("use it")(io::Error::from_raw_os_error(libc::ENOMEDIUM)));
+            }
             if found < bytes {
                 let text = format!("the device has {found} bytes, configured are {bytes}; lower its `bytes`");
                 return Err(failed("use it")(io::Error::new(io::ErrorKind::InvalidInput, text)));
