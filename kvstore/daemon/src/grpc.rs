@@ -8,6 +8,7 @@ mod block;
 mod idle;
 mod pieces;
 mod reading;
+mod refusals;
 mod verify;
 mod watching;
 mod writing;
@@ -63,6 +64,7 @@ pub(crate) async fn serve(
         let (connection, _) = gated.accept().await;
         Some((Ok::<_, std::io::Error>(connection), gated))
     });
+    let counting = Arc::clone(&service);
     let (health, health_service) = tonic_health::server::health_reporter();
     let blocks = BlockServiceServer::new(block::Blocks::new(service.clone(), stop.clone()))
         .max_decoding_message_size(MESSAGE_BYTES_MAX)
@@ -79,7 +81,9 @@ pub(crate) async fn serve(
         .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
         .build_v1()
         .expect("the descriptor sets were made by our own build");
+    let counted = tower::util::MapResponseLayer::new(move |response| refusals::counted(&counting, response));
     Server::builder()
+        .layer(counted)
         .initial_stream_window_size(STREAM_WINDOW_BYTES)
         .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
         .max_frame_size(FRAME_BYTES_MAX)

@@ -138,6 +138,7 @@ pub(crate) async fn serve(server: LaneServer, mut loops: Loops, service: Arc<Ser
             Ok(stream) => {
                 let Ok(permit) = room.clone().try_acquire_owned() else {
                     tracing::warn!("lane connection refused: `limits.lane_connections` are open");
+                    service.metrics().refused(Code::ResourceExhausted);
                     if let Ok(turn) = refusals.clone().try_acquire_owned() {
                         loops.next().spawn(async move {
                             // Whoever does not listen is not told.
@@ -240,7 +241,10 @@ async fn greet(
             // The lane's session is its connection: nobody else may speak for it.
             (lane_response::Result::Session(service.opened([0; 16])), Some(opened))
         }
-        Err(error) => (lane_response::Result::Error((&error).into()), None),
+        Err(error) => {
+            service.metrics().refused(error.code);
+            (lane_response::Result::Error((&error).into()), None)
+        }
     };
     writer.queue(&LaneResponse { id, result: Some(result) }, Vec::new())?;
     writer.flush().await?;

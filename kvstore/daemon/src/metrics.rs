@@ -44,7 +44,10 @@ impl Default for CallMetrics {
             "Time to answer a lease, without the socket; waits for promotions included.",
         );
         let seal = HistogramOpts::new("terrace_seal_seconds", "Time to answer a seal, without the socket.");
-        let refused = Opts::new("terrace_calls_refused_total", "Calls that were refused, by gRPC status.");
+        let refused = Opts::new(
+            "terrace_calls_refused_total",
+            "Calls and sessions that were refused, over gRPC and the socket, by gRPC status.",
+        );
         let open = Opts::new("terrace_connections", "Open TCP connections, by listener.");
         let not_let_in = "TCP connections that were closed at once, for `limits.connections` were open.";
         let not_let_in = Opts::new("terrace_connections_refused_total", not_let_in);

@@ -12,7 +12,7 @@ use std::time::Duration;
 use common::{BLOCK_BYTES, Running, folder, http, keys, manifest, payload, payloads, socket};
 use terrace_client::wire::block_service_client::BlockServiceClient;
 use terrace_client::wire::{self, LeaseKind, SealOutcome, write_request::Part};
-use terrace_client::{Durability, manifest_to_wire};
+use terrace_client::{Durability, Session, Target, manifest_to_wire};
 use terrace_core::{Checksum, TenantKey, checksum};
 use tonic::transport::Channel;
 use tonic::{Code, Request, Status};
@@ -76,6 +76,39 @@ fn assert_refused<T: std::fmt::Debug>(answer: Result<T, Status>, code: Code, say
     let refused = answer.unwrap_err();
     assert_eq!(refused.code(), code, "{refused}");
     assert!(refused.message().contains(says), "`{}` does not say `{says}`", refused.message());
+}
+
+/// Calls that were refused so far.
+fn refused(daemon: &Running) -> f64 {
+    let page = http(&daemon.metrics, "/metrics");
+    let counts = page.lines().filter(|line| line.starts_with("terrace_calls_refused_total{"));
+    counts.map(|line| line.rsplit_once(' ').unwrap().1.parse::<f64>().unwrap()).sum()
+}
+
+/// Refusals of sessions, streams and other services could go uncounted, and nobody would see a limit at work: one of each
+/// kind, over gRPC and the socket.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_refused_is_counted() {
+    let folder = folder();
+    let daemon = Running::start(folder.path(), "");
+    let mut raw = Raw::open(&daemon).await;
+    let handle = raw.space().await.space;
+    assert_eq!(refused(&daemon), 0.0);
+    let read = |space| wire::ReadRequest { space, keys: vec![b"k".to_vec().into()], ..Default::default() };
+    raw.client.read(Request::new(read(handle))).await.unwrap_err();
+    assert_eq!(refused(&daemon), 1.0, "a stream without its session");
+    raw.client.lease(raw.with(write_lease(1, &[b""]))).await.unwrap_err();
+    assert_eq!(refused(&daemon), 2.0, "a call");
+    let grpc = Target { socket: None, grpc: Some(daemon.grpc.clone()), ..Target::default() };
+    let nobody = |target: Target| Target { tenant: "nobody".to_owned(), ..target };
+    Session::connect(&nobody(grpc.clone())).await.unwrap_err();
+    assert_eq!(refused(&daemon), 3.0, "a session over gRPC");
+    let lane = Target { socket: Some(socket(folder.path())), grpc: None, ..Target::default() };
+    Session::connect(&nobody(lane)).await.unwrap_err();
+    assert_eq!(refused(&daemon), 4.0, "a session over the socket");
+    let mut admin = terrace_client::admin(&daemon.grpc).await.unwrap();
+    admin.stat_block(wire::StatBlockRequest { block_id: vec![1].into() }).await.unwrap_err();
+    assert_eq!(refused(&daemon), 5.0, "another service");
 }
 
 /// A client names what is not there or not allowed: unknown session and space, long keys, too many blocks, bad manifests.
@@ -328,6 +361,7 @@ async fn streams_that_stand_still_are_ended() {
     while daemon.info().await.leases > 0 {
         assert!(began.elapsed() < patience, "a reader that stands still keeps its lease");
     }
+    let counted = refused(&daemon);
     for mut reader in readers {
         let ended = loop {
             match reader.message().await {
@@ -337,6 +371,7 @@ async fn streams_that_stand_still_are_ended() {
         };
         assert_refused(ended, Code::DeadlineExceeded, "limits.stream_idle_ms");
     }
+    assert_eq!(refused(&daemon), counted + 2.0, "why a stream ended behind its messages is counted");
     drop((raw, stuck));
     daemon.assert_quiet().await;
 }
@@ -426,15 +461,14 @@ async fn wrong_tokens() {
     let daemon = Running::start(folder.path(), "[[tenant]]\nname = \"blue\"\ntoken = \"secret\"");
     for lane in [true, false] {
         for (tenant, token) in [("blue", "wrong"), ("green", "secret"), ("", "")] {
-            let target = terrace_client::Target {
+            let target = Target {
                 socket: lane.then(|| socket(folder.path())),
                 grpc: (!lane).then(|| daemon.grpc.clone()),
                 tenant: tenant.to_owned(),
                 token: token.to_owned(),
                 ..Default::default()
             };
-            let refused =
-                terrace_client::Session::connect(&target).await.map(|_| ()).unwrap_err().to_string();
+            let refused = Session::connect(&target).await.map(|_| ()).unwrap_err().to_string();
             assert!(refused.contains("unknown tenant, or wrong token"), "{refused}");
         }
     }
@@ -470,13 +504,13 @@ async fn a_connection_too_many_is_told_so() {
     let folder = folder();
     let daemon = Running::start(folder.path(), "[limits]\nlane_connections = 1\n");
     let first = daemon.session(true).await;
-    let target = terrace_client::Target { grpc: None, ..daemon.target(true) };
-    let error = terrace_client::Session::connect(&target).await.map(|_| ()).unwrap_err();
+    let target = Target { grpc: None, ..daemon.target(true) };
+    let error = Session::connect(&target).await.map(|_| ()).unwrap_err();
     assert!(matches!(&error, terrace_client::ClientError::Throttled { .. }), "{error:?}");
     assert!(error.to_string().contains("limits.lane_connections"), "{error}");
     first.close();
     let began = std::time::Instant::now();
-    while terrace_client::Session::connect(&target).await.is_err() {
+    while Session::connect(&target).await.is_err() {
         assert!(began.elapsed() < common::PATIENCE, "the place is not given back");
         tokio::time::sleep(Duration::from_millis(10)).await;
     }

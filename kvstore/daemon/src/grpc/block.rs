@@ -115,13 +115,6 @@ impl Blocks {
         let permit = self.streams.permit(guard.tenant.id)?;
         Ok((guard, permit))
     }
-
-    fn answer<T>(&self, answered: Result<T, CallError>) -> Answer<T> {
-        answered.map(Response::new).map_err(|error| {
-            self.service.metrics().refused(error.code);
-            error.into()
-        })
-    }
 }
 
 fn parse_token(text: &str) -> Option<Token> {
@@ -161,7 +154,7 @@ async fn attend(
 macro_rules! unary {
     ($self:ident, $request:ident, $call:ident) => {{
         let session = $self.session($request.metadata())?;
-        $self.answer($self.service.$call(&session, $request.into_inner()).await)
+        Ok(Response::new($self.service.$call(&session, $request.into_inner()).await?))
     }};
 }
 
@@ -274,7 +267,7 @@ impl BlockService for Blocks {
         let closed = guard.clone();
         let write = writing::Write::new(self.service.clone(), guard, header)?;
         tokio::select! {
-            () = closed.closed() => self.answer(Err(CallError::gone())),
+            () = closed.closed() => Err(CallError::gone().into()),
             written = write.run(pieces) => written.map(Response::new),
         }
     }
