@@ -317,6 +317,28 @@ fn a_superblock_that_hangs_does_not_stop_commits() {
     }
 }
 
+/// A device fails to write what a clear records, and takes writes again. It could go without until the next clear or
+/// start: it must be told with what is written next, whichever device that is for.
+#[test]
+fn a_device_that_missed_a_clear_is_told_of_it() {
+    let mut three = Three::new(Backend::Auto, 13, FaultyDevice::new);
+    three.bad.inject(IoOp::Write, Injected::Fail(Fault::Device));
+    three.run(|op| MediaOp::ClearSpace { op, space: space(), tenant: tenant(), generation: 2 });
+    let path = three._folder.path().join("nvme2.dat");
+    let knows = || {
+        let device = OfflineDevice::open(&path).unwrap();
+        let newest = device.copies().iter().filter_map(CopyState::facts).max_by_key(|copy| copy.sequence);
+        newest.unwrap().cleared == [(tenant(), space(), 2)]
+    };
+    assert!(!knows(), "the write was to fail");
+    let (good, until) = (three.target(DeviceId::new(0), 0).0, Instant::now() + PATIENCE);
+    while !knows() {
+        let put = vec![(good, three.header, UseStats::default())];
+        three.run(|op| MediaOp::Commit { op, put, delete: vec![] });
+        assert!(Instant::now() < until, "it was not told: {}", three.condition());
+    }
+}
+
 /// A read that nobody wants ends at once if its device does not have it, and goes on if it does.
 #[test]
 fn only_what_waits_is_cancelled() {
