@@ -514,7 +514,7 @@ async fn a_device_that_cannot_be_synced_is_left_out_of_the_scan() {
         let said = info(&daemon).await;
         assert!(said.scan_done < 1.0, "not all is known");
         let tier = said.tiers.iter().find(|tier| tier.device.ends_with("nvme1.dat")).unwrap();
-        assert!(!tier.on && tier.note.contains("until the daemon starts again"), "{tier:?}");
+        assert!(!tier.on && tier.note.contains("ejected until the daemon starts again"), "{tier:?}");
         let new = keys(BLOCKS + 1 + u32::try_from(round).unwrap()).pop().unwrap();
         assert_eq!(
             write_all(&session, &[new], 0).await,
