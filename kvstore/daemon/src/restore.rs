@@ -145,7 +145,7 @@ fn leave_out(engine: &Engine, status: &Status, device: DeviceId) {
     status.note(format!(
         "{path} could not be synced: it was not scanned, and is not used until the next start"
     ));
-    engine.submit(Input::DeviceState { device, usable: false });
+    engine.media().eject(device, "it could not be synced, so nothing that it holds is known to be durable");
 }
 
 fn slot_scanned(engine: &Engine, piece: &ScanPiece) {

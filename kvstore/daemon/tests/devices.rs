@@ -511,7 +511,10 @@ async fn a_device_that_cannot_be_synced_is_left_out_of_the_scan() {
             assert!(Instant::now() < until, "{there} blocks: {:?}", info(&daemon).await);
         };
         assert!(there < BLOCKS as usize, "{there}");
-        assert!(info(&daemon).await.scan_done < 1.0, "not all is known");
+        let said = info(&daemon).await;
+        assert!(said.scan_done < 1.0, "not all is known");
+        let tier = said.tiers.iter().find(|tier| tier.device.ends_with("nvme1.dat")).unwrap();
+        assert!(!tier.on && tier.note.contains("ejected until the daemon starts again"), "{tier:?}");
         let new = keys(BLOCKS + 1 + u32::try_from(round).unwrap()).pop().unwrap();
         assert_eq!(
             write_all(&session, &[new], 0).await,

@@ -356,6 +356,13 @@ impl Media {
         sync_devices(&self.slots, &devices, self.sync_patience).into_keys().collect()
     }
 
+    /// A device is not used any more in this life. Whoever is told of devices is told of this.
+    pub fn eject(&self, device: DeviceId, reason: &str) {
+        if let Some(scheduler) = self.slots.scheduler(device) {
+            scheduler.eject(reason.to_owned());
+        }
+    }
+
     /// Ends a scan early; the next start begins it anew.
     pub fn stop_scan(&self) {
         self.scan_stop.store(true, Ordering::Relaxed);

@@ -324,19 +324,19 @@ fn a_device_that_missed_a_clear_is_told_of_it() {
     let mut three = Three::new(Backend::Auto, 13, FaultyDevice::new);
     three.bad.inject(IoOp::Write, Injected::Fail(Fault::Device));
     three.run(|op| MediaOp::ClearSpace { op, space: space(), tenant: tenant(), generation: 2 });
-    let path = three._folder.path().join("nvme2.dat");
-    let knows = || {
-        let device = OfflineDevice::open(&path).unwrap();
-        let newest = device.copies().iter().filter_map(CopyState::facts).max_by_key(|copy| copy.sequence);
-        newest.unwrap().cleared == [(tenant(), space(), 2)]
-    };
-    assert!(!knows(), "the write was to fail");
+    let written = |three: &Three<_>| three.media.facts().devices[2].write_bytes;
+    let before = written(&three);
     let (good, until) = (three.target(DeviceId::new(0), 0).0, Instant::now() + PATIENCE);
-    while !knows() {
+    while written(&three) == before {
         let put = vec![(good, three.header, UseStats::default())];
         three.run(|op| MediaOp::Commit { op, put, delete: vec![] });
         assert!(Instant::now() < until, "it was not told: {}", three.condition());
     }
+    let Three { media, bad, _folder: folder, .. } = three;
+    drop((media, bad));
+    let device = OfflineDevice::open(&folder.path().join("nvme2.dat")).unwrap();
+    let newest = device.copies().iter().filter_map(CopyState::facts).max_by_key(|copy| copy.sequence);
+    assert_eq!(newest.unwrap().cleared, [(tenant(), space(), 2)]);
 }
 
 /// A read that nobody wants ends at once if its device does not have it, and goes on if it does.

@@ -219,6 +219,13 @@ impl Scheduler {
         self.0.lock().health.slowdown()
     }
 
+    /// Gives it no work any more in this life. The core is told.
+    pub(crate) fn eject(&self, reason: String) {
+        let inner = &self.0;
+        inner.take_out(inner.lock(), reason.clone(), Instant::now());
+        inner.lock().health.eject(reason);
+    }
+
     /// Looks after deadlines, and answers what was refused. `peers` is the
     /// middle of the other devices' slowdowns; `pool` the bytes of all chunks.
     pub(crate) fn look(&self, peers: Option<f64>, pool: u64) {
