@@ -22,8 +22,10 @@ use crate::session::LaneSession;
 
 /// Bytes that are filled, at least, before the answer is looked for again.
 const PIECE_BYTES: usize = 256 << 10;
-/// Others wait meanwhile: an answer that takes longer finds its blocks unfilled.
+/// An answer that takes longer is waited for asleep.
 const FILLING_FOR_MAX: Duration = Duration::from_millis(1);
+/// Others wait for their turn meanwhile: what was filled for an answer that takes longer is filled again.
+const HELD_FOR_MAX: Duration = Duration::from_millis(20);
 
 /// A block that was filled, where, and what it is sealed with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -42,7 +44,7 @@ pub(crate) struct Early<'a, K> {
     filled: Vec<FilledEarly>,
     /// The next one last.
     windows: Vec<Unused>,
-    until: Instant,
+    began: Instant,
 }
 
 impl<'a, K: AsRef<[u8]>> Early<'a, K> {
@@ -59,11 +61,16 @@ impl<'a, K: AsRef<[u8]>> Early<'a, K> {
         }
         let mut windows = lane.chunks.unused(&lane.keeper, put.space.handle);
         windows.reverse();
-        let until = Instant::now() + FILLING_FOR_MAX;
-        (!windows.is_empty()).then_some((turn, Self { put, run, filled: Vec::new(), windows, until }))
+        let began = Instant::now();
+        (!windows.is_empty()).then_some((turn, Self { put, run, filled: Vec::new(), windows, began }))
     }
 
-    /// Fills some more, if any are left. False: the guess takes too long.
+    /// When others are to have their turn.
+    pub(crate) fn held_until(&self) -> Instant {
+        self.began + HELD_FOR_MAX
+    }
+
+    /// Fills some more. False: there is nothing left to do but to wait.
     pub(crate) fn go_on(&mut self) -> bool {
         let mut bytes = 0;
         while bytes < PIECE_BYTES
@@ -76,7 +83,7 @@ impl<'a, K: AsRef<[u8]>> Early<'a, K> {
             self.filled.push(filled);
             bytes += self.put.payloads[at].len();
         }
-        Instant::now() < self.until
+        bytes > 0 && self.began.elapsed() < FILLING_FOR_MAX
     }
 
     /// `None`: no frame is left.

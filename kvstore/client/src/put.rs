@@ -12,6 +12,7 @@ use std::task::Poll;
 use std::time::Instant;
 
 use bytes::Bytes;
+use tokio::time::timeout_at;
 
 use terrace_core::{Checksum, Durability, SealOutcome};
 use terrace_lane::drain;
@@ -69,6 +70,17 @@ impl<F: Future> Asked<F> {
             return true;
         }
         false
+    }
+
+    async fn is_answered_by(&mut self, then: Instant) -> bool {
+        let Self::Waiting(question) = self else { return true };
+        match timeout_at(then.into(), question.as_mut()).await {
+            Ok(answer) => {
+                *self = Self::Answered(answer);
+                true
+            }
+            Err(_) => false,
+        }
     }
 
     async fn end(self) -> F::Output {
@@ -152,13 +164,12 @@ impl Session {
             return Ok((leasing.ask(false).await?, Vec::new()));
         };
         let mut asked = Asked::begin(leasing.ask(true)).await;
-        while !asked.is_answered().await {
-            if !early.go_on() {
-                // Others want their turn.
-                drop((early, turn));
-                return Ok((asked.end().await?, Vec::new()));
-            }
+        while !asked.is_answered().await && early.go_on() {
             look_at_the_socket().await;
+        }
+        if !asked.is_answered_by(early.held_until()).await {
+            drop((early, turn));
+            return Ok((asked.end().await?, Vec::new()));
         }
         Ok((asked.end().await?, early.end()))
     }
