@@ -281,7 +281,9 @@ impl Chunks {
         let mut table = self.table();
         if let Some(entry) = table.get_mut(&chunk) {
             entry.recalled = false;
-            if !taken {
+            if taken {
+                entry.space = None;
+            } else {
                 // Still our window: the next writer maps it anew.
                 entry.mapping = None;
             }
@@ -306,8 +308,9 @@ impl Chunks {
     /// Gives up mappings that nobody has used for a while. `used` were, since the last time.
     pub(crate) fn sweep(&self, now: Instant, used: &BTreeSet<u64>) {
         self.table().retain(|chunk, entry| {
+            // A window that is still ours is written into again, and not where it was before.
             let Some(mapping) = &entry.mapping else {
-                return entry.writers > 0 || entry.recalled;
+                return entry.writers > 0 || entry.recalled || entry.space.is_some();
             };
             // One reference is the table's own.
             if entry.writers > 0 || mapping.is_writable() || mapping.users() > 1 || used.contains(chunk) {
@@ -358,5 +361,27 @@ impl Drop for WriterToken {
         if due {
             self.keeper.return_window(self.chunk);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    // A window that the daemon did not take back could be taken for one in which little was granted, and what is sealed in
+    // it be filled again: sweep it, and have its first frame granted once more.
+    #[test]
+    fn what_was_granted_in_a_window_is_remembered() {
+        let (chunks, keeper) = (Arc::new(Chunks::new()), Arc::new(Keeper::new()));
+        let unused_from = || chunks.table().get(&1).map(|entry| entry.unused_from);
+        chunks.is_window_of(1, 7);
+        drop(WriterToken::new(&chunks, &keeper, 1, 10));
+        chunks.window_returned(1, false);
+        chunks.sweep(Instant::now(), &BTreeSet::new());
+        drop(WriterToken::new(&chunks, &keeper, 1, 1));
+        assert_eq!(unused_from(), Some(10));
+        chunks.window_returned(1, true);
+        chunks.sweep(Instant::now(), &BTreeSet::new());
+        assert_eq!(unused_from(), None, "it is ours no more");
     }
 }
