@@ -336,6 +336,16 @@ fn overwrite(path: &Path, bytes: &[u8]) {
     std::os::unix::fs::FileExt::write_all_at(&file, bytes, 0).unwrap();
 }
 
+/// Blocks on both devices, durable, by a daemon that has stopped.
+async fn written(folder: &Path) -> Vec<[u8; 4]> {
+    let daemon = start(folder, Hooks::default()).await;
+    let (session, keys) = (session(folder).await, keys(BLOCKS));
+    assert!(write_all(&session, &keys, 0).await.iter().all(|outcome| *outcome == SealOutcome::Sealed));
+    drop(session);
+    daemon.stop().await;
+    keys
+}
+
 async fn write_all(session: &Session, keys: &[[u8; 4]], life: u8) -> Vec<SealOutcome> {
     let space = session.open_space(&manifest(0)).await.unwrap();
     let mut outcomes = Vec::new();
@@ -355,18 +365,13 @@ async fn write_all(session: &Session, keys: &[[u8; 4]], life: u8) -> Vec<SealOut
 #[tokio::test(flavor = "multi_thread")]
 async fn a_space_is_cleared_while_a_device_is_out() {
     let folder = folder();
-    let daemon = start(folder.path(), Hooks::default()).await;
-    let session = session(folder.path()).await;
-    let keys = keys(BLOCKS);
-    assert!(write_all(&session, &keys, 0).await.iter().all(|outcome| *outcome == SealOutcome::Sealed));
-    drop(session);
-    daemon.stop().await;
+    let keys = written(folder.path()).await;
     let path = folder.path().join("nvme1.dat");
     let good = std::fs::read(&path).unwrap();
     overwrite(&path, &[0x55; 1 << 20]);
 
     let daemon = start(folder.path(), Hooks::default()).await;
-    let session = self::session(folder.path()).await;
+    let session = session(folder.path()).await;
     let space = session.open_space(&manifest(0)).await.unwrap();
     assert!(session.clear(&space).await.unwrap() > 0);
     assert!(read(&session).await.iter().all(|there| !there), "a block is there after the clear");
@@ -446,11 +451,7 @@ fn faulty(plan: impl Fn(&FaultyDevice) + Send + 'static) -> (Hooks, Arc<Mutex<Op
 #[tokio::test(flavor = "multi_thread")]
 async fn a_stream_waits_no_longer_than_its_reader() {
     let folder = folder();
-    let daemon = start(folder.path(), Hooks::default()).await;
-    let (session, keys) = (session(folder.path()).await, keys(BLOCKS));
-    assert!(write_all(&session, &keys, 0).await.iter().all(|outcome| *outcome == SealOutcome::Sealed));
-    drop(session);
-    daemon.stop().await;
+    let keys = written(folder.path()).await;
 
     let (hooks, found) = faulty(|_| {});
     let hooks = Hooks { io_patience: Some(PATIENCE), ..hooks };
@@ -484,12 +485,7 @@ async fn a_stream_waits_no_longer_than_its_reader() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_device_that_cannot_be_synced_is_left_out_of_the_scan() {
     let folder = folder();
-    let daemon = start(folder.path(), Hooks::default()).await;
-    let session = session(folder.path()).await;
-    let all = keys(BLOCKS);
-    assert!(write_all(&session, &all, 0).await.iter().all(|outcome| *outcome == SealOutcome::Sealed));
-    drop(session);
-    daemon.stop().await;
+    written(folder.path()).await;
     for (round, fault) in [Injected::Fail(Fault::Device), Injected::Hang].into_iter().enumerate() {
         std::fs::remove_dir_all(folder.path().join("data/catalog")).unwrap();
         let (hooks, found) = faulty(move |device| {
@@ -500,7 +496,7 @@ async fn a_device_that_cannot_be_synced_is_left_out_of_the_scan() {
         let hooks = Hooks { sync_patience: Some(IO_PATIENCE), ..hooks };
         let daemon = start(folder.path(), hooks).await;
         let bad = found.lock().unwrap().take().unwrap();
-        let session = self::session(folder.path()).await;
+        let session = session(folder.path()).await;
         let until = Instant::now() + PATIENCE;
         let there = loop {
             let there = read(&session).await.into_iter().filter(|there| *there).count();

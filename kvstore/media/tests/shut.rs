@@ -40,14 +40,18 @@ fn usable(store: &Store) -> Vec<bool> {
     store.media.facts().devices.iter().map(|device| device.usable).collect()
 }
 
-/// A block on the second device, and where.
-fn persist_on_second(store: &mut Store) -> (DiskFrame, BlockHeader) {
+/// A block on each of two devices, that on the second with its place. The node has stopped.
+fn one_on_each(config: MediaConfig) -> (BlockHeader, (DiskFrame, BlockHeader)) {
+    let mut store = Store::with(config).unwrap();
+    store.chunk(1, Access::Pool);
+    store.carve(0);
+    let on_first = store.persist(1, disk(0, 0));
     let device = DeviceId::new(1);
     let (space, frame_bytes) = (space(), ByteCount::new(FRAME_BYTES));
     let carved = store.run(|op| MediaOp::CarveSlot { op, device, slot: 0, space, frame_bytes });
     assert_eq!(carved, Ok(Done::Plain));
     let place = DiskFrame { device, ..disk(0, 0) };
-    (place, store.persist(2, place))
+    (on_first, (place, store.persist(2, place)))
 }
 
 /// Ways in which a path leads to no device.
@@ -88,12 +92,7 @@ fn a_device_that_does_not_open_is_waited_for() {
     let folder = folder();
     let (path, mount, away) = (second(&folder), folder.path().join("mount"), folder.path().join("away"));
     std::fs::create_dir(&mount).unwrap();
-    let mut store = Store::with(two(&folder, &path)).unwrap();
-    store.chunk(1, Access::Pool);
-    store.carve(0);
-    let on_first = store.persist(1, disk(0, 0));
-    let (place, on_second) = persist_on_second(&mut store);
-    drop(store);
+    let (on_first, (place, on_second)) = one_on_each(two(&folder, &path));
     std::fs::rename(&mount, &away).unwrap();
     let kind = || path.symlink_metadata().map(|facts| facts.file_type()).ok();
     // A lost catalog does not say that there was a second one; the first one says that the node has run.
@@ -194,12 +193,7 @@ fn a_device_that_is_not_configured_is_forgotten() {
 fn a_device_that_takes_no_superblock_is_out() {
     let folder = folder();
     let path = folder.path().join("nvme1.dat");
-    let mut store = Store::with(two(&folder, &path)).unwrap();
-    store.chunk(1, Access::Pool);
-    store.carve(0);
-    let on_first = store.persist(1, disk(0, 0));
-    let (place, on_second) = persist_on_second(&mut store);
-    drop(store);
+    let (on_first, (place, on_second)) = one_on_each(two(&folder, &path));
     for fault in [Injected::Fail(Fault::Device), Injected::Hang] {
         let found = Arc::new(Mutex::new(None));
         let keep = Arc::clone(&found);
