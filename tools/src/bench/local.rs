@@ -146,6 +146,8 @@ struct Set {
     /// The same bytes, to be compared with: a source that was looked at just now would be quicker to copy than blocks.
     written: Pages,
     target: Pages,
+    /// What lies in the target before each go.
+    blank: Pages,
     keys: Vec<[u8; 16]>,
     /// Of this process; no client process uses it.
     chain: u32,
@@ -161,10 +163,22 @@ impl Set {
         // Not one repeated byte: a block must not pass for another.
         let byte = |at: usize| at.wrapping_mul(0x9e37_79b9).to_le_bytes()[3];
         let (source, written) = (Pages::of(block * count, byte), Pages::of(block * count, byte));
-        let target = Pages::of(block * count, |_| 1);
+        let [target, blank] = [(); 2].map(|()| Pages::of(block * count, |_| 1));
         let batch = usize::try_from(BATCH_BYTES / bytes)?;
         let keys = Vec::new();
-        Ok(Self { bytes, block, batch, source, written, target, keys, chain: 0, read: 0, bare_put: 0.0 })
+        Ok(Self {
+            bytes,
+            block,
+            batch,
+            source,
+            written,
+            target,
+            blank,
+            keys,
+            chain: 0,
+            read: 0,
+            bare_put: 0.0,
+        })
     }
 
     fn count(&self) -> usize {
@@ -175,13 +189,13 @@ impl Set {
         self.source.len() as f64 / f64::from(1 << 30)
     }
 
-    /// Leaves nothing of sources and blocks in the cache. What was overwritten just now lies there, and is in the way of
-    /// copies past it: of all of them.
+    /// Leaves nothing of sources, blocks and targets in the cache: a target that lies there is in the way of copies past it,
+    /// and after a copy through it more than after others.
     fn cool(&mut self) {
         const LINE: usize = 64;
         let seen = self.written.iter().step_by(LINE).fold(0u8, |sum, byte| sum.wrapping_add(*byte));
         std::hint::black_box(seen);
-        self.target.fill(1);
+        bare::streaming(&self.blank, &mut self.target);
     }
 
     /// GiB/s of one go through all blocks.
