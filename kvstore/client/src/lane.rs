@@ -385,6 +385,15 @@ impl LaneLink {
             }
             return Ok(());
         }
+        self.flush(&mut outbox)
+    }
+
+    /// Sends what waits for others to ask: its caller does something else until he wants the answer.
+    pub(crate) fn send_now(&self) -> Result<(), ClientError> {
+        self.flush(&mut self.outbox())
+    }
+
+    fn flush(&self, outbox: &mut Outbox) -> Result<(), ClientError> {
         match outbox.writer.try_flush() {
             Ok(true) => Ok(()),
             Ok(false) => {

@@ -128,6 +128,7 @@ impl Session {
         for (at, run) in open.iter().enumerate() {
             if let Some(run) = open.get(at + 1) {
                 next = Some(Asked::begin(self.leasing(put, run)?.ask(false)).await);
+                self.lane("write")?.link.send_now()?;
             }
             if is_past_the_cache(put.space, put.keys.len()) {
                 lease.go_past_the_cache();
