@@ -219,7 +219,7 @@ struct Answered {
 async fn ask(session: &Arc<LaneSession>, wanted: Wanted<'_>) -> Result<Answered, ClientError> {
     let ttl_ms = wanted.ttl.map_or(0, millis);
     let asked = wanted.keys.len();
-    let fills = wanted.kind == LeaseKind::Write && wanted.device.is_none();
+    let processor = terrace_lane::processor().filter(|_| wanted.device.is_none());
     let request = LeaseRequest {
         request_id: session.keeper.request_id(),
         space: wanted.space.handle,
@@ -233,7 +233,7 @@ async fn ask(session: &Arc<LaneSession>, wanted: Wanted<'_>) -> Result<Answered,
         want_device: wanted.device.unwrap_or(0),
         packed: true,
         block_ids: Bytes::new(),
-        processor: if fills { terrace_lane::processor().map_or(0, |number| number + 1) } else { 0 },
+        processor: processor.map_or(0, |number| number + 1),
     };
     let in_turn = match wanted.kind {
         LeaseKind::Write if !wanted.alone => Some(session.chunks.turn.read().await),

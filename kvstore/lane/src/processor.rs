@@ -12,19 +12,19 @@ pub fn processor() -> Option<u32> {
 }
 
 /// If the calling thread runs on this processor and may run on others, it goes on on one of those. It may come back at any
-/// time: what it may run on is as before. Takes some 50 us where the other one sleeps.
-pub fn leave_processor(number: u32) {
-    let Some(place) = usize::try_from(number).ok().filter(|place| *place < CpuSet::MAX_CPU) else { return };
-    if processor() != Some(number) {
-        return;
-    }
-    let Ok(before) = sched_getaffinity(None) else { return };
+/// time: what it may run on is as before. Takes some 50 us where the other one sleeps. Whether it left.
+pub fn leave_processor(number: u32) -> bool {
+    let place = usize::try_from(number).ok().filter(|place| *place < CpuSet::MAX_CPU);
+    let Some(place) = place.filter(|_| processor() == Some(number)) else { return false };
+    let Ok(before) = sched_getaffinity(None) else { return false };
     let mut others = before;
     others.unset(place);
     // A set that the kernel refuses, for example because nothing is in it, changes nothing.
-    if sched_setaffinity(None, &others).is_ok() {
+    let left = sched_setaffinity(None, &others).is_ok();
+    if left {
         let _refused = sched_setaffinity(None, &before);
     }
+    left
 }
 
 #[cfg(test)]
@@ -38,13 +38,13 @@ mod tests {
         let others = std::thread::available_parallelism().map_or(1, std::num::NonZero::get) > 1;
         for _ in 0..100 {
             let before = processor().unwrap();
-            leave_processor(before);
+            assert_eq!(leave_processor(before), others);
             if !others {
                 assert_eq!(processor(), Some(before));
             }
         }
         let after = std::thread::available_parallelism().map_or(1, std::num::NonZero::get) > 1;
         assert_eq!(after, others, "it may run where it could before");
-        leave_processor(u32::MAX);
+        assert!(!leave_processor(u32::MAX));
     }
 }
