@@ -36,13 +36,16 @@ mod tests {
     #[test]
     fn a_thread_leaves_a_processor_and_may_come_back() {
         let others = std::thread::available_parallelism().map_or(1, std::num::NonZero::get) > 1;
+        let mut left = false;
         for _ in 0..100 {
             let before = processor().unwrap();
-            assert_eq!(leave_processor(before), others);
+            // The kernel may have moved it in between: then there is nothing to leave, but not a hundred times.
+            left |= leave_processor(before);
             if !others {
                 assert_eq!(processor(), Some(before));
             }
         }
+        assert_eq!(left, others, "it left while there was another");
         let after = std::thread::available_parallelism().map_or(1, std::num::NonZero::get) > 1;
         assert_eq!(after, others, "it may run where it could before");
         assert!(!leave_processor(u32::MAX));
