@@ -6,33 +6,15 @@ use terrace_core::{BlockId, ByteCount, Checksum, Checksummer};
 use crate::copy::{drain, stream};
 use crate::fold::{Stores, Way, copy_and_sum_by};
 
-/// Copies past the cache.
+/// Copies past the cache. `next` is what the next call copies, if its beginning is to be fetched already.
 ///
 /// # Panics
 /// If the lengths differ.
-pub fn copy_streaming(source: &[u8], target: &mut [u8], fetch: Fetch) {
+pub fn copy_streaming(source: &[u8], target: &mut [u8], next: Option<&[u8]>) {
     assert_eq!(source.len(), target.len(), "source and target of a copy have one length");
     // SAFETY: both are slices of one length; one is borrowed mutably, so they do not overlap.
-    unsafe { stream(source.as_ptr(), target.as_mut_ptr(), source.len(), fetch.next(source)) };
+    unsafe { stream(source.as_ptr(), target.as_mut_ptr(), source.len(), start(next)) };
     drain();
-}
-
-/// Whether a copy past the cache fetches its source ahead, as far as into what lies behind it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Fetch {
-    /// The processor sees to it.
-    Not,
-    /// Yes.
-    Ahead,
-}
-
-impl Fetch {
-    fn next(self, source: &[u8]) -> *const u8 {
-        match self {
-            Self::Not => std::ptr::null(),
-            Self::Ahead => source.as_ptr_range().end,
-        }
-    }
 }
 
 /// Copies and sums in one pass, through the cache.
@@ -43,7 +25,7 @@ pub fn copy_and_checksum(source: &[u8], target: &mut [u8], block: BlockId) -> Ch
     one_pass(source, target, block, Way::alone(Stores::Cached))
 }
 
-/// Copies and sums in one pass, past the cache.
+/// Copies and sums in one pass, past the cache. `next` as for [`copy_streaming`].
 ///
 /// # Panics
 /// If the lengths differ.
@@ -51,9 +33,13 @@ pub fn copy_streaming_and_checksum(
     source: &[u8],
     target: &mut [u8],
     block: BlockId,
-    fetch: Fetch,
+    next: Option<&[u8]>,
 ) -> Checksum {
-    one_pass(source, target, block, Way { stores: Stores::Streamed, next: fetch.next(source) })
+    one_pass(source, target, block, Way { stores: Stores::Streamed, next: start(next) })
+}
+
+fn start(next: Option<&[u8]>) -> *const u8 {
+    next.map_or(std::ptr::null(), <[u8]>::as_ptr)
 }
 
 fn one_pass(source: &[u8], target: &mut [u8], block: BlockId, way: Way) -> Checksum {

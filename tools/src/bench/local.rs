@@ -16,6 +16,7 @@ use anyhow::ensure;
 use terrace_client::{BlockId, Durability, Outcome, SealOutcome, Session, Space, Verify, WriteOptions};
 
 use super::{Line, Options, blocks, median, settle, stand};
+use bare::{Frames, Loop};
 use client::{Job, Op};
 
 pub(super) use grpc::serve_bare;
@@ -40,6 +41,8 @@ const CLIENTS: [u32; 3] = [1, 2, 4];
 const CLIENT_TIME: Duration = Duration::from_millis(500);
 /// Part of what one client did without a pause at which requests arrive.
 const LOAD: f64 = 0.5;
+/// Work before a measurement that follows a pause.
+const BUSY_BEFORE: Duration = Duration::from_millis(50);
 /// Filling alone is measured in fewer.
 const FILL_ROUNDS: u32 = 3;
 /// The pool's, all of which is written once before anything is measured: a host finds a guest's memory at its first use.
@@ -56,6 +59,7 @@ pub(super) async fn run(options: &Options) -> anyhow::Result<Vec<Line>> {
     let isolated = blocks::session_of(&daemon.socket, stand::ISOLATED).await?;
     warm(&session).await?;
     let mut lines = Vec::new();
+    let mut frames = Frames::new(usize::try_from(POOL_BYTES)?)?;
     let sizes = if options.block_bytes.is_empty() { &SIZES[..] } else { &options.block_bytes[..] };
     for &bytes in sizes {
         let known = lines.len();
@@ -63,8 +67,8 @@ pub(super) async fn run(options: &Options) -> anyhow::Result<Vec<Line>> {
         let mut set = Set::new(bytes)?;
         let isolated_space = blocks::space(&isolated, bytes).await?;
         let (whose, metrics) = ((&session, &space), &daemon.metrics);
-        lines.extend(set.puts_against_bare(whose, (&isolated, &isolated_space), metrics).await?);
-        lines.extend(set.gets_against_bare(whose, metrics).await?);
+        lines.extend(set.puts_against_bare(whose, (&isolated, &isolated_space), metrics, &mut frames).await?);
+        lines.extend(set.gets_against_bare(whose, metrics, &frames).await?);
         lines.extend(set.sustained(whose, (&isolated, &isolated_space)).await?);
         lines[known..].iter().for_each(Line::say);
         let known = lines.len();
@@ -109,8 +113,6 @@ impl DerefMut for Pages {
     }
 }
 
-type Loop = fn(&[u8], &mut [u8]);
-
 const CHECKED: [Loop; 3] = [bare::checked, bare::checked_streaming, bare::checked_ahead];
 const COPIED: [Loop; 2] = [bare::streaming, bare::streaming_ahead];
 
@@ -124,10 +126,10 @@ impl Bare {
         Self { loops: loops.iter().map(|each| (*each, Vec::new())).collect() }
     }
 
-    fn round(&mut self, set: &mut Set) {
+    /// Each once, at its rate by `measure`.
+    fn round(&mut self, mut measure: impl FnMut(Loop) -> f64) {
         for (each, rates) in &mut self.loops {
-            set.cool();
-            rates.push(set.rate(*each));
+            rates.push(measure(*each));
         }
     }
 
@@ -153,8 +155,8 @@ struct Set {
     chain: u32,
     /// The chain that is read.
     read: u32,
-    /// Of the bare loop, beside puts.
-    bare_put: f64,
+    /// Of the quickest bare loop beside puts.
+    put_limit: f64,
 }
 
 impl Set {
@@ -177,7 +179,7 @@ impl Set {
             keys,
             chain: 0,
             read: 0,
-            bare_put: 0.0,
+            put_limit: 0.0,
         })
     }
 
@@ -195,18 +197,31 @@ impl Set {
         const LINE: usize = 64;
         let seen = self.written.iter().step_by(LINE).fold(0u8, |sum, byte| sum.wrapping_add(*byte));
         std::hint::black_box(seen);
-        bare::streaming(&self.blank, &mut self.target);
+        bare::streaming(&self.blank, &mut self.target, &self.blank);
     }
 
-    /// GiB/s of one go through all blocks.
-    fn rate(&mut self, mut each: impl FnMut(&[u8], &mut [u8])) -> f64 {
-        let began = Instant::now();
-        for (source, target) in self.source.chunks(self.block).zip(self.target.chunks_mut(self.block)) {
-            each(source, target);
-        }
-        let seconds = began.elapsed().as_secs_f64();
-        std::hint::black_box(&mut self.target);
-        self.gib() / seconds
+    /// Rate of a loop from the client's memory into frames.
+    fn bare_put(&mut self, frames: &mut Frames, each: Loop) -> f64 {
+        self.cool();
+        let sources: Vec<&[u8]> = self.source.chunks(self.block).collect();
+        let mut targets = frames.oldest(self.block, sources.len());
+        self.gib() / seconds(&sources, &mut targets, each)
+    }
+
+    /// Rate of a loop from frames into the client's memory.
+    fn bare_get(&mut self, frames: &Frames, each: Loop) -> f64 {
+        self.cool();
+        let (sources, gib) = (frames.first(self.block), self.gib());
+        let mut targets: Vec<&mut [u8]> = self.target.chunks_mut(self.block).collect();
+        gib / seconds(&sources[..targets.len()], &mut targets, each)
+    }
+
+    /// Rate of a loop between two ranges of memory without a gap.
+    fn bare_range(&mut self, each: Loop) -> f64 {
+        self.cool();
+        let (sources, gib) = (self.source.chunks(self.block).collect::<Vec<_>>(), self.gib());
+        let mut targets: Vec<&mut [u8]> = self.target.chunks_mut(self.block).collect();
+        gib / seconds(&sources, &mut targets, each)
     }
 
     /// Rate of a put as users put.
@@ -252,10 +267,15 @@ impl Set {
         self.keys = blocks::keys(self.chain, self.count());
     }
 
-    /// Until the daemon has nothing left to do of what was put before.
+    /// Until the daemon has nothing left to do of what was put before. A processor that was idle meanwhile copies a fifth
+    /// slower for tens of milliseconds: this one is as busy before a put as it is before a bare loop.
     async fn settle(&mut self, metrics: &str) -> anyhow::Result<()> {
-        self.cool();
-        settle::settled(metrics).await
+        settle::settled(metrics).await?;
+        let began = Instant::now();
+        while began.elapsed() < BUSY_BEFORE {
+            self.cool();
+        }
+        Ok(())
     }
 
     /// Bursts: each begins when the daemon has nothing left to do of the one before. `isolated` is a tenant whose seals
@@ -265,9 +285,12 @@ impl Set {
         (session, space): (&Session, &Space),
         isolated: (&Session, &Space),
         metrics: &str,
+        frames: &mut Frames,
     ) -> anyhow::Result<Vec<Line>> {
         let (mut puts, mut puts_isolated) = (Vec::new(), Vec::new());
         let (mut fills, mut bare) = (Vec::new(), Bare::of(&CHECKED));
+        // As the pool's were by the clients before.
+        frames.write_all();
         for round in 0..ROUNDS {
             self.renew();
             self.settle(metrics).await?;
@@ -277,19 +300,19 @@ impl Set {
                 fills.push(self.fill(session, space).await?);
                 self.renew();
             }
-            bare.round(self);
+            bare.round(|each| self.bare_put(frames, each));
             self.settle(metrics).await?;
             puts.push(self.put(session, space).await?);
         }
         // What is put from now on would push it out, for nothing else of it was ever used twice.
         let kept = session.retain(space, &self.keys, RETAINED, RETAIN_FIRST).await?;
         ensure!(kept as usize == self.count(), "only {kept} of {} blocks are kept for reading", self.count());
-        (self.read, self.bare_put) = (self.chain, bare.best());
+        (self.read, self.put_limit) = (self.chain, bare.best());
         let compared = |what: &str, values: &[f64]| {
-            Line::compared(&self.name(what), median(values), self.bare_put, "GiB/s")
+            Line::compared(&self.name(what), median(values), self.put_limit, "GiB/s")
         };
         Ok(vec![
-            Line::part_of(&self.name("put"), median(&puts), self.bare_put, PUT_BAR, "GiB/s"),
+            Line::part_of(&self.name("put"), median(&puts), self.put_limit, PUT_BAR, "GiB/s"),
             compared("put_isolated", &puts_isolated),
             compared("put_fill", &fills),
         ])
@@ -299,20 +322,21 @@ impl Set {
         &mut self,
         (session, space): (&Session, &Space),
         metrics: &str,
+        frames: &Frames,
     ) -> anyhow::Result<Vec<Line>> {
         settle::settled(metrics).await?;
         let (mut verified, mut copied) = (Vec::new(), Vec::new());
         let (mut bare_verified, mut bare_copied) = (Bare::of(&CHECKED), Bare::of(&COPIED));
-        let mut memcpy = Vec::new();
+        let (mut ranges, mut memcpy) = (Bare::of(&COPIED), Vec::new());
         for _ in 0..ROUNDS {
             self.cool();
             verified.push(self.get(session, space, Verify::Checksum).await?);
-            bare_verified.round(self);
+            bare_verified.round(|each| self.bare_get(frames, each));
             self.cool();
             copied.push(self.get(session, space, Verify::Fence).await?);
-            bare_copied.round(self);
-            self.cool();
-            memcpy.push(self.rate(|source, target| target.copy_from_slice(source)));
+            bare_copied.round(|each| self.bare_get(frames, each));
+            ranges.round(|each| self.bare_range(each));
+            memcpy.push(self.bare_range(|source, target, _| target.copy_from_slice(source)));
         }
         let part = |what: &str, values: &[f64], bare: &Bare, bar| {
             Line::part_of(&self.name(what), median(values), bare.best(), bar, "GiB/s")
@@ -320,6 +344,7 @@ impl Set {
         Ok(vec![
             part("get_verified", &verified, &bare_verified, VERIFIED_BAR),
             part("get", &copied, &bare_copied, COPIED_BAR),
+            Line::plain(&self.name("copy_without_gaps"), ranges.best(), "GiB/s"),
             Line::plain(&self.name("memcpy"), median(&memcpy), "GiB/s"),
         ])
     }
@@ -337,10 +362,22 @@ impl Set {
                 self.renew();
                 rates.push(self.put(session, space).await?);
             }
-            lines.push(Line::compared(&self.name(what), median(&rates), self.bare_put, "GiB/s"));
+            lines.push(Line::compared(&self.name(what), median(&rates), self.put_limit, "GiB/s"));
         }
         Ok(lines)
     }
+}
+
+/// Of one go through all blocks.
+fn seconds(sources: &[&[u8]], targets: &mut [&mut [u8]], each: Loop) -> f64 {
+    let nexts = sources[1..].iter().chain(sources.first());
+    let began = Instant::now();
+    for ((source, target), next) in sources.iter().zip(&mut *targets).zip(nexts) {
+        each(source, target, next);
+    }
+    let seconds = began.elapsed().as_secs_f64();
+    std::hint::black_box(targets);
+    seconds
 }
 
 /// Fills the pool once.

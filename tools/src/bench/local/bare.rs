@@ -1,32 +1,82 @@
-//! The loops that the lane is compared with.
+//! The loops that the lane is compared with, and memory for them.
 
 use std::hint::black_box;
 
-use terrace_lane::bare::{self, Fetch};
+use memmap2::{Advice, MmapMut};
+use terrace_lane::bare;
 
 use super::BARE_BLOCK;
 
+/// Copies a block into a place for it, with the block that is copied next.
+pub(super) type Loop = fn(&[u8], &mut [u8], &[u8]);
+
 /// Copies and sums in one pass.
-pub(super) fn checked(source: &[u8], target: &mut [u8]) {
+pub(super) fn checked(source: &[u8], target: &mut [u8], _: &[u8]) {
     black_box(bare::copy_and_checksum(source, target, BARE_BLOCK));
 }
 
 /// The same, past the cache.
-pub(super) fn checked_streaming(source: &[u8], target: &mut [u8]) {
-    black_box(bare::copy_streaming_and_checksum(source, target, BARE_BLOCK, Fetch::Not));
+pub(super) fn checked_streaming(source: &[u8], target: &mut [u8], _: &[u8]) {
+    black_box(bare::copy_streaming_and_checksum(source, target, BARE_BLOCK, None));
 }
 
 /// The same, with the source fetched ahead.
-pub(super) fn checked_ahead(source: &[u8], target: &mut [u8]) {
-    black_box(bare::copy_streaming_and_checksum(source, target, BARE_BLOCK, Fetch::Ahead));
+pub(super) fn checked_ahead(source: &[u8], target: &mut [u8], next: &[u8]) {
+    black_box(bare::copy_streaming_and_checksum(source, target, BARE_BLOCK, Some(next)));
 }
 
 /// Copies past the cache.
-pub(super) fn streaming(source: &[u8], target: &mut [u8]) {
-    bare::copy_streaming(source, target, Fetch::Not);
+pub(super) fn streaming(source: &[u8], target: &mut [u8], _: &[u8]) {
+    bare::copy_streaming(source, target, None);
 }
 
 /// The same, with the source fetched ahead.
-pub(super) fn streaming_ahead(source: &[u8], target: &mut [u8]) {
-    bare::copy_streaming(source, target, Fetch::Ahead);
+pub(super) fn streaming_ahead(source: &[u8], target: &mut [u8], next: &[u8]) {
+    bare::copy_streaming(source, target, Some(next));
+}
+
+/// Ordinary memory as long as a pool, with blocks as they lie in a pool's frames: each behind a page of its own.
+pub(super) struct Frames {
+    memory: MmapMut,
+    /// Where the next blocks are stored.
+    next: usize,
+}
+
+impl Frames {
+    pub(super) const HEADER_BYTES: usize = 4096;
+
+    /// # Errors
+    /// When the kernel has not so much.
+    pub(super) fn new(bytes: usize) -> std::io::Result<Self> {
+        let mut memory = MmapMut::map_anon(bytes)?;
+        // Where the kernel has no large pages, small ones do.
+        let _advice = memory.advise(Advice::HugePage);
+        memory.fill(1);
+        Ok(Self { memory, next: 0 })
+    }
+
+    /// Uses all of it once: a host takes longer for what its guest did not touch for some seconds.
+    pub(super) fn write_all(&mut self) {
+        self.memory.fill(2);
+    }
+
+    /// The first blocks, for reading: the same ones each time.
+    pub(super) fn first(&self, block: usize) -> Vec<&[u8]> {
+        self.memory
+            .chunks_exact(Self::HEADER_BYTES + block)
+            .map(|frame| &frame[Self::HEADER_BYTES..])
+            .collect()
+    }
+
+    /// Places for so many blocks which were not used for as long as is possible.
+    pub(super) fn oldest(&mut self, block: usize, count: usize) -> Vec<&mut [u8]> {
+        let frame = Self::HEADER_BYTES + block;
+        if self.next + count * frame > self.memory.len() {
+            self.next = 0;
+        }
+        let begin = self.next;
+        self.next += count * frame;
+        let frames = self.memory[begin..self.next].chunks_exact_mut(frame);
+        frames.map(|frame| &mut frame[Self::HEADER_BYTES..]).collect()
+    }
 }
