@@ -1,8 +1,9 @@
-"""Gets blocks of one size from terraced through the Python package, `batch` at once, into one buffer each, verified.
+"""Gets blocks of one size from terraced through the Python package, `batch` at once, into one buffer, verified.
 Prints `rate GIB_PER_SECOND`.
 
 terrace.py SOCKET SIZE COUNT BATCH SECONDS
 """
+import mmap
 import sys
 import time
 
@@ -14,7 +15,10 @@ def main():
     manifest = terrace_kv.SpaceManifest(model="bench", model_fingerprint=b"1", dtype="bytes", layout="python",
                                         tokens_per_block=16, block_bytes=size)
     keys = [key.to_bytes(8, "little") for key in range(count)]
-    places = [bytearray(size) for _ in range(batch)]
+    # In large pages where the kernel has some, as NumPy allocates.
+    memory = mmap.mmap(-1, batch * size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    places = [memoryview(memory)[at * size : (at + 1) * size] for at in range(batch)]
     with terrace_kv.connect(socket, client_name="bench python") as session:
         space = session.open_space(manifest)
         session.write(space, keys, [bytes([key % 251]) * size for key in range(count)])
