@@ -215,12 +215,13 @@ impl Known {
                 assert!(found.iter().skip(self.keys as usize).all(|there| !there));
             }
             _ => {
-                // A device may fail the write of its superblock, and all of them may be out. The clear is then done
-                // later: who was refused asks again.
+                // A device may fail the write of its superblock, and all of them may be out, which shows before the clear
+                // or while it is recorded. It is then done later: who was refused asks again.
                 let until = Instant::now() + PATIENCE;
                 while let Err(error) = session.clear(space).await {
                     let said = error.to_string();
-                    let is_right = said.contains("catalog") || said.contains("no device could record that");
+                    let known = ["catalog", "no device can record it", "no device could record that"];
+                    let is_right = known.iter().any(|reason| said.contains(reason));
                     assert!(is_right, "a clear failed: {error}");
                     assert!(Instant::now() < until, "no clear is ever done: {error}");
                     tokio::time::sleep(Duration::from_millis(20)).await;
