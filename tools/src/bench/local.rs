@@ -12,7 +12,7 @@ use std::ops::{Deref, DerefMut};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use anyhow::ensure;
+use anyhow::{Context, ensure};
 use terrace_client::{BlockId, Durability, Outcome, SealOutcome, Session, Space, Verify, WriteOptions};
 
 use super::{Line, Options, blocks, median, settle, stand};
@@ -23,7 +23,7 @@ pub(super) use grpc::serve_bare;
 
 /// Payloads: of a small block, of a small model's, and of larger ones.
 const SIZES: [u64; 5] = [64 << 10, blocks::MODEL_BLOCK_BYTES, 1 << 20, 2 << 20, 8 << 20];
-/// Bytes of a round: more than the last-level cache.
+/// Bytes of a round: more than the last-level cache of most processors.
 const SET_BYTES: u64 = 64 << 20;
 /// Bytes leased at once, as the client does by itself.
 const BATCH_BYTES: u64 = 32 << 20;
@@ -59,7 +59,7 @@ pub(super) async fn run(options: &Options) -> anyhow::Result<Vec<Line>> {
     let isolated = blocks::session_of(&daemon.socket, stand::ISOLATED).await?;
     warm(&session).await?;
     let mut lines = Vec::new();
-    let mut frames = Frames::new(usize::try_from(POOL_BYTES)?)?;
+    let mut frames = Frames::new(usize::try_from(POOL_BYTES)?).context("no memory as long as the pool")?;
     let sizes = if options.block_bytes.is_empty() { &SIZES[..] } else { &options.block_bytes[..] };
     for &bytes in sizes {
         let known = lines.len();
@@ -191,8 +191,8 @@ impl Set {
         self.source.len() as f64 / f64::from(1 << 30)
     }
 
-    /// Leaves nothing of sources, blocks and targets in the cache: a target that lies there is in the way of copies past it,
-    /// and after a copy through it more than after others.
+    /// Leaves nothing of sources, blocks and targets in a cache that is no larger than these: a target that lies there is
+    /// in the way of copies past it, and after a copy through it more than after others.
     fn cool(&mut self) {
         const LINE: usize = 64;
         let seen = self.written.iter().step_by(LINE).fold(0u8, |sum, byte| sum.wrapping_add(*byte));
@@ -208,20 +208,14 @@ impl Set {
         self.gib() / seconds(&sources, &mut targets, each)
     }
 
-    /// Rate of a loop from frames into the client's memory.
-    fn bare_get(&mut self, frames: &Frames, each: Loop) -> f64 {
+    /// Rate of a loop into the client's memory: from frames, or from blocks without a gap.
+    fn bare_get(&mut self, frames: Option<&Frames>, each: Loop) -> f64 {
         self.cool();
-        let (sources, gib) = (frames.first(self.block), self.gib());
+        let gib = self.gib();
         let mut targets: Vec<&mut [u8]> = self.target.chunks_mut(self.block).collect();
+        let sources = frames
+            .map_or_else(|| self.source.chunks(self.block).collect(), |frames| frames.first(self.block));
         gib / seconds(&sources[..targets.len()], &mut targets, each)
-    }
-
-    /// Rate of a loop between two ranges of memory without a gap.
-    fn bare_range(&mut self, each: Loop) -> f64 {
-        self.cool();
-        let (sources, gib) = (self.source.chunks(self.block).collect::<Vec<_>>(), self.gib());
-        let mut targets: Vec<&mut [u8]> = self.target.chunks_mut(self.block).collect();
-        gib / seconds(&sources, &mut targets, each)
     }
 
     /// Rate of a put as users put.
@@ -324,19 +318,19 @@ impl Set {
         metrics: &str,
         frames: &Frames,
     ) -> anyhow::Result<Vec<Line>> {
-        settle::settled(metrics).await?;
+        self.settle(metrics).await?;
         let (mut verified, mut copied) = (Vec::new(), Vec::new());
         let (mut bare_verified, mut bare_copied) = (Bare::of(&CHECKED), Bare::of(&COPIED));
         let (mut ranges, mut memcpy) = (Bare::of(&COPIED), Vec::new());
         for _ in 0..ROUNDS {
             self.cool();
             verified.push(self.get(session, space, Verify::Checksum).await?);
-            bare_verified.round(|each| self.bare_get(frames, each));
+            bare_verified.round(|each| self.bare_get(Some(frames), each));
             self.cool();
             copied.push(self.get(session, space, Verify::Fence).await?);
-            bare_copied.round(|each| self.bare_get(frames, each));
-            ranges.round(|each| self.bare_range(each));
-            memcpy.push(self.bare_range(|source, target, _| target.copy_from_slice(source)));
+            bare_copied.round(|each| self.bare_get(Some(frames), each));
+            ranges.round(|each| self.bare_get(None, each));
+            memcpy.push(self.bare_get(None, |source, target, _| target.copy_from_slice(source)));
         }
         let part = |what: &str, values: &[f64], bare: &Bare, bar| {
             Line::part_of(&self.name(what), median(values), bare.best(), bar, "GiB/s")

@@ -7,6 +7,9 @@ use terrace_lane::bare;
 
 use super::BARE_BLOCK;
 
+#[allow(clippy::cast_possible_truncation, reason = "a page is shorter than any address space")]
+const HEADER_BYTES: usize = terrace_core::HEADER_PAGE_BYTES as usize;
+
 /// Copies a block into a place for it, with the block that is copied next.
 pub(super) type Loop = fn(&[u8], &mut [u8], &[u8]);
 
@@ -43,8 +46,6 @@ pub(super) struct Frames {
 }
 
 impl Frames {
-    pub(super) const HEADER_BYTES: usize = 4096;
-
     /// # Errors
     /// When the kernel has not so much.
     pub(super) fn new(bytes: usize) -> std::io::Result<Self> {
@@ -62,21 +63,18 @@ impl Frames {
 
     /// The first blocks, for reading: the same ones each time.
     pub(super) fn first(&self, block: usize) -> Vec<&[u8]> {
-        self.memory
-            .chunks_exact(Self::HEADER_BYTES + block)
-            .map(|frame| &frame[Self::HEADER_BYTES..])
-            .collect()
+        self.memory.chunks_exact(HEADER_BYTES + block).map(|frame| &frame[HEADER_BYTES..]).collect()
     }
 
     /// Places for so many blocks which were not used for as long as is possible.
     pub(super) fn oldest(&mut self, block: usize, count: usize) -> Vec<&mut [u8]> {
-        let frame = Self::HEADER_BYTES + block;
+        let frame = HEADER_BYTES + block;
         if self.next + count * frame > self.memory.len() {
             self.next = 0;
         }
         let begin = self.next;
         self.next += count * frame;
         let frames = self.memory[begin..self.next].chunks_exact_mut(frame);
-        frames.map(|frame| &mut frame[Self::HEADER_BYTES..]).collect()
+        frames.map(|frame| &mut frame[HEADER_BYTES..]).collect()
     }
 }
