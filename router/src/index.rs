@@ -203,6 +203,7 @@ impl Daemon {
             token: config.token.clone(),
             client_name: format!("{} pid {}", config.name, std::process::id()),
             answer_within: None,
+            copy_threads: None,
         });
         let shown = Arc::new(Shown::default());
         let mirror = Mirror::new(Arc::clone(blocks), number, Arc::clone(&shown));

@@ -1,10 +1,9 @@
 //! Blocks by value, into memory of the caller's.
 
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use terrace_core::{BlockId, Checksum, MissReason, Purpose};
-use terrace_lane::{SharedBytes, block_ids, drain};
+use terrace_lane::{SharedBytes, block_ids, share};
 
 use crate::error::ClientError;
 use crate::lease::Outcome;
@@ -13,8 +12,8 @@ use crate::session::{Backend, LaneSession, Session};
 use crate::space::Space;
 use crate::transfer::{batch_blocks, stream_blocks};
 
-/// Memory that one block is copied into by [`Session::get`].
-pub trait BlockTarget {
+/// Memory that one block is copied into by [`Session::get`], by any thread.
+pub trait BlockTarget: Send {
     /// Length in bytes: that of the space's blocks.
     fn length(&self) -> usize;
 
@@ -71,6 +70,19 @@ pub(crate) fn is_past_the_cache(space: &Space, blocks: usize) -> bool {
 
 /// Blocks whose places are looked up together.
 const FOUND_AT_ONCE: usize = 16;
+/// Below this a second thread costs more than it saves.
+const PARALLEL_BYTES_MIN: u64 = 4 << 20;
+/// What a thread takes at once, of what several copy.
+const PART_BYTES: u64 = 1 << 20;
+
+/// How many threads copy so many blocks, and how many blocks one of them takes at once, at most `most`.
+pub(crate) fn shared_by(space: &Space, blocks: usize, threads: usize, most: usize) -> (usize, usize) {
+    let block = space.block_bytes().get().max(1);
+    if threads < 2 || block.saturating_mul(blocks as u64) < PARALLEL_BYTES_MIN {
+        return (1, most);
+    }
+    (threads, usize::try_from(PART_BYTES / block).unwrap_or(most).clamp(1, most))
+}
 
 /// How the copies of one call are made.
 #[derive(Clone, Copy, Debug)]
@@ -146,7 +158,9 @@ impl Session {
             }
             Backend::Lane(lane) => {
                 let how = How::of(space, keys.len(), options.verify);
-                let (mut outcomes, open) = known(lane, space, keys, targets, how);
+                let mut outcomes = self.known(lane, space, keys, targets, how);
+                let missing = outcomes.iter().enumerate().filter(|(_, outcome)| outcome.granted().is_none());
+                let open: Vec<usize> = missing.map(|(at, _)| at).collect();
                 let deadline = Instant::now() + options.wait;
                 for batch in open.chunks(batch_blocks(space).min(self.blocks_max())) {
                     let wait = deadline.saturating_duration_since(Instant::now());
@@ -156,6 +170,26 @@ impl Session {
                 Ok(outcomes)
             }
         }
+    }
+
+    /// Copies what is known to lie somewhere.
+    fn known<T: BlockTarget>(
+        &self,
+        lane: &LaneSession,
+        space: &Space,
+        keys: &[impl AsRef<[u8]>],
+        targets: &mut [T],
+        how: How,
+    ) -> Vec<Outcome<()>> {
+        let mut outcomes = vec![Outcome::Missing(MissReason::Unknown); keys.len()];
+        let blocks = block_ids(space.tenant_key(), space.id(), keys);
+        let (threads, at_once) = shared_by(space, keys.len(), self.inner.copy_threads, FOUND_AT_ONCE);
+        let parts = blocks.chunks(at_once).zip(targets.chunks_mut(at_once)).zip(outcomes.chunks_mut(at_once));
+        let mut parts: Vec<_> = parts.collect();
+        share(&mut parts, threads, |((blocks, targets), outcomes)| {
+            copy_known(lane, blocks, targets, outcomes, how);
+        });
+        outcomes
     }
 
     /// The blocks at these positions, by a lease.
@@ -170,19 +204,24 @@ impl Session {
         let places = &self.lane("get")?.places;
         let wanted: Vec<&[u8]> = batch.iter().map(|&at| keys[at].as_ref()).collect();
         let lease = self.lease_read(space, &wanted, options).await?;
-        for ((&at, key), grant) in batch.iter().zip(wanted).zip(lease.grants) {
-            outcomes[at] = match grant {
-                Outcome::Granted(block) => {
-                    let outcome = copied(&block, &mut targets[at], how);
-                    if outcome.granted().is_some() {
-                        places.keep(block.id(), block.place(), space.handle, key);
-                    }
-                    outcome
-                }
-                other => other.map(|_| ()),
-            };
+        let mut open = batch.iter().peekable();
+        let targets =
+            targets.iter_mut().enumerate().filter_map(|(at, target)| open.next_if_eq(&&at).map(|_| target));
+        let mut copies: Vec<_> =
+            lease.grants.into_iter().zip(targets).map(|(grant, target)| (grant, target, None)).collect();
+        let (threads, at_once) = shared_by(space, copies.len(), self.inner.copy_threads, FOUND_AT_ONCE);
+        let mut parts: Vec<_> = copies.chunks_mut(at_once).collect();
+        share(&mut parts, threads, |part| {
+            for (grant, target, outcome) in part.iter_mut() {
+                *outcome = grant.granted().map(|block| copied(block, *target, how));
+            }
+        });
+        for ((&at, key), (grant, _, outcome)) in batch.iter().zip(wanted).zip(copies) {
+            if let (Outcome::Granted(block), Some(Outcome::Granted(()))) = (&grant, &outcome) {
+                places.keep(block.id(), block.place(), space.handle, key);
+            }
+            outcomes[at] = outcome.unwrap_or_else(|| grant.map(|_| ()));
         }
-        drain();
         if let Some(lease) = lease.lease {
             lease.end_soon();
         }
@@ -204,35 +243,24 @@ fn check(space: &Space, keys: usize, targets: &[impl BlockTarget]) -> Result<(),
     Ok(())
 }
 
-/// Copies what is known to lie somewhere; answers the positions of the rest as well.
-fn known(
-    lane: &Arc<LaneSession>,
-    space: &Space,
-    keys: &[impl AsRef<[u8]>],
-    targets: &mut [impl BlockTarget],
+/// Copies those that are known to lie somewhere.
+fn copy_known<T: BlockTarget>(
+    lane: &LaneSession,
+    blocks: &[BlockId],
+    targets: &mut [T],
+    outcomes: &mut [Outcome<()>],
     how: How,
-) -> (Vec<Outcome<()>>, Vec<usize>) {
-    let mut outcomes = vec![Outcome::Granted(()); keys.len()];
-    let mut open = Vec::new();
-    let blocks = block_ids(space.tenant_key(), space.id(), keys);
-    let mut found = Vec::with_capacity(FOUND_AT_ONCE.min(blocks.len()));
-    let parts = blocks.chunks(FOUND_AT_ONCE).zip(targets.chunks_mut(FOUND_AT_ONCE));
-    for (first, (blocks, targets)) in (0..).step_by(FOUND_AT_ONCE).zip(parts) {
-        let length = targets.first().map_or(0, BlockTarget::length);
-        lane.places.find(blocks, length, how, &mut found);
-        for (at, (block, target)) in blocks.iter().zip(targets).enumerate() {
-            if let Some([Some(lying), Some(next)]) = found.get_mut(at..at + 2) {
-                lying.bytes.come_before(&next.bytes);
-            }
-            let lies = found[at].as_ref().is_some_and(|lying| lying.copy(*block, &lane.status, target, how));
-            if !lies {
-                outcomes[first + at] = Outcome::Missing(MissReason::Unknown);
-                open.push(first + at);
-            }
+) {
+    let length = targets.first().map_or(0, BlockTarget::length);
+    let mut found = lane.places.find(blocks, length, how);
+    for (at, ((block, target), outcome)) in blocks.iter().zip(targets).zip(outcomes).enumerate() {
+        if let Some([Some(lying), Some(next)]) = found.get_mut(at..at + 2) {
+            lying.bytes.come_before(&next.bytes);
+        }
+        if found[at].as_ref().is_some_and(|lying| lying.copy(*block, &lane.status, target, how)) {
+            *outcome = Outcome::Granted(());
         }
     }
-    drain();
-    (outcomes, open)
 }
 
 fn copied(block: &ReadBlock, target: &mut impl BlockTarget, how: How) -> Outcome<()> {

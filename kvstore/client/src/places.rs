@@ -149,10 +149,9 @@ impl Places {
     }
 
     /// Where these blocks of `length` bytes lay, as far as that is known and still mapped, in order.
-    pub(crate) fn find(&self, blocks: &[BlockId], length: usize, how: How, found: &mut Vec<Option<Lying>>) {
+    pub(crate) fn find(&self, blocks: &[BlockId], length: usize, how: How) -> Vec<Option<Lying>> {
         let mut table = self.table();
-        found.clear();
-        found.extend(blocks.iter().map(|block| Lying::at(table.place(*block)?, length, how)));
+        blocks.iter().map(|block| Lying::at(table.place(*block)?, length, how)).collect()
     }
 
     /// Remembers where a block was granted.

@@ -15,13 +15,13 @@ use bytes::Bytes;
 use tokio::time::timeout_at;
 
 use terrace_core::{Checksum, Durability, SealOutcome};
-use terrace_lane::drain;
+use terrace_lane::share;
 use terrace_proto::v1::{LeaseKind, LeasePurpose};
 
 use crate::convert::parent_to_wire;
 use crate::early::{Early, FilledEarly};
 use crate::error::ClientError;
-use crate::get::is_past_the_cache;
+use crate::get::{is_past_the_cache, shared_by};
 use crate::keyed::Named;
 use crate::lease::{Outcome, Wanted, lease};
 use crate::session::{LaneSession, Session};
@@ -134,9 +134,11 @@ impl Session {
                 lease.go_past_the_cache();
             }
             lease.drain_later();
-            let (filled, sums) = fill(&mut lease, run.start, put.payloads, &early, outcomes)?;
+            let payloads = &put.payloads[run.clone()];
+            let shared = shared_by(put.space, run.len(), self.inner.copy_threads, run.len());
+            let sums = fill(&mut lease, payloads, &early, shared);
+            let (filled, sums) = told_apart(&lease, run.start, sums, outcomes)?;
             early.clear();
-            drain();
             sealing.push_back((filled, Asked::begin(seal(lease, sums, put.durability)).await));
             let Some(mut asked) = next.take() else { break };
             look_at_the_socket().await;
@@ -261,33 +263,49 @@ fn pieces(open: Range<usize>, most: usize) -> Vec<Range<usize>> {
     (0..count).map(|piece| at(piece)..at(piece + 1)).collect()
 }
 
-/// Fills what was granted, which begins at `start`, but for what was filled early; answers the positions, and what they are
-/// sealed with.
+/// Fills what was granted, but for what was filled early, by so many threads, so many blocks at once; answers what each is
+/// sealed with. Blocks of a run and what was filled early begin together.
 fn fill(
     lease: &mut WriteLease,
-    start: usize,
     payloads: &[&[u8]],
     early: &[FilledEarly],
+    (threads, at_once): (usize, usize),
+) -> Vec<Option<Result<Checksum, ClientError>>> {
+    let mut sums: Vec<_> = payloads.iter().map(|_| None).collect();
+    let early = (0..payloads.len()).map(|at| early.get(at));
+    let blocks = lease.grants.iter_mut().zip(payloads).zip(early).zip(&mut sums);
+    let mut blocks: Vec<_> = blocks.collect();
+    let mut parts: Vec<_> = blocks.chunks_mut(at_once).collect();
+    share(&mut parts, threads, |part| {
+        for (((grant, payload), early), sum) in part.iter_mut() {
+            let Some(block) = grant.granted_mut() else { continue };
+            // Of the payload, not of the frame: what is sealed is what was given.
+            **sum = Some(match early.filter(|early| block.is(early)) {
+                Some(early) => Ok(early.checksum),
+                None => block.write_checked(payload),
+            });
+        }
+    });
+    sums
+}
+
+/// Of a run that begins at `start`, the positions that were filled, and what they are sealed with.
+fn told_apart(
+    lease: &WriteLease,
+    start: usize,
+    sums: Vec<Option<Result<Checksum, ClientError>>>,
     outcomes: &mut [Option<SealOutcome>],
 ) -> Result<Filled, ClientError> {
-    let (mut filled, mut sums) =
-        (Vec::with_capacity(lease.grants.len()), Vec::with_capacity(lease.grants.len()));
-    for ((index, at), grant) in (0u32..).zip(start..).zip(&mut lease.grants) {
-        match grant {
-            Outcome::Granted(block) => {
-                // Of the payload, not of the frame: what is sealed is what was given.
-                let sum = match early.get(at - start).filter(|early| block.is(early)) {
-                    Some(early) => early.checksum,
-                    None => block.write_checked(payloads[at])?,
-                };
-                sums.push((index, sum));
-                filled.push(at);
-            }
-            Outcome::Exists => outcomes[at] = Some(SealOutcome::Already),
-            Outcome::Promoting | Outcome::Missing(_) | Outcome::Throttled => {}
+    let (mut filled, mut sealed) = (Vec::with_capacity(sums.len()), Vec::with_capacity(sums.len()));
+    for (((index, at), grant), sum) in (0u32..).zip(start..).zip(&lease.grants).zip(sums) {
+        if let Some(sum) = sum {
+            sealed.push((index, sum?));
+            filled.push(at);
+        } else if matches!(grant, Outcome::Exists) {
+            outcomes[at] = Some(SealOutcome::Already);
         }
     }
-    Ok((filled, sums))
+    Ok((filled, sealed))
 }
 
 /// Seals, and gives the lease back with the next question.

@@ -1,8 +1,10 @@
 //! One session with one daemon, over whichever transport reaches it.
 
+use std::num::NonZero;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread::available_parallelism;
 use std::time::Duration;
 
 use tokio::sync::Mutex;
@@ -47,14 +49,24 @@ pub struct Target {
     /// How long a daemon that says nothing is waited for, beyond what a call allows it to wait; then a call fails
     /// with [`ClientError::NoAnswer`]. `None` means a minute. Whoever can do without the daemon sets it low.
     pub answer_within: Option<Duration>,
+    /// Threads that copy what one [`Session::get`] or [`Session::write`] over the socket moves, the caller's among them: one
+    /// thread gets a part only of what a machine's memory gives. A second one takes part from 4 MiB a call on. `None` means as
+    /// many as the process may run on, at most 4; at most 8 are used. Those that help are shared by all sessions of a process.
+    pub copy_threads: Option<NonZero<usize>>,
 }
 
 impl Target {
+    const COPY_THREADS: usize = 4;
     const ANSWER_WITHIN: Duration = Duration::from_secs(60);
     const HELLO_WITHIN: Duration = Duration::from_secs(10);
 
     pub(crate) fn answer_within(&self) -> Duration {
         self.answer_within.unwrap_or(Self::ANSWER_WITHIN)
+    }
+
+    fn copy_threads(&self) -> usize {
+        let may_run = || available_parallelism().map_or(1, NonZero::get).min(Self::COPY_THREADS);
+        self.copy_threads.map_or_else(may_run, NonZero::get)
     }
 
     /// For all of a session's beginning.
@@ -71,6 +83,7 @@ impl std::fmt::Debug for Target {
             .field("tenant", &self.tenant)
             .field("client_name", &self.client_name)
             .field("answer_within", &self.answer_within)
+            .field("copy_threads", &self.copy_threads)
             .finish_non_exhaustive()
     }
 }
@@ -97,6 +110,7 @@ pub(crate) struct Inner {
     incarnation: u64,
     pub(crate) blocks_max: usize,
     pub(crate) takes_block_ids: bool,
+    pub(crate) copy_threads: usize,
     pub(crate) devices: Vec<v1::HbmDevice>,
     pub(crate) backend: Backend,
     target: Target,
@@ -223,6 +237,7 @@ impl Session {
                 incarnation: facts.incarnation,
                 blocks_max: blocks_max(facts),
                 takes_block_ids: facts.takes_block_ids,
+                copy_threads: target.copy_threads(),
                 devices: facts.devices.clone(),
                 backend,
                 target: target.clone(),

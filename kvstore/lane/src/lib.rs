@@ -11,6 +11,7 @@ pub mod bare;
 pub mod fold;
 
 mod copy;
+mod crew;
 mod error;
 mod frame;
 mod heap;
@@ -25,6 +26,7 @@ mod syscall;
 mod varint;
 
 pub use copy::drain;
+pub use crew::{COPY_THREADS_MAX, share};
 pub use error::{LaneError, MapError};
 pub use frame::{DESCRIPTORS_WAITING_MAX, LaneMessage, LaneReader, LaneWriter, Received, Writable};
 pub use heap::keep_freed_memory;

@@ -1,10 +1,12 @@
 //! Blocks by value, from where they were found before.
 
+use std::num::NonZero;
 use std::time::Duration;
 
 use terrace_client::wire::{CurveRequest, Tier};
 use terrace_client::{
-    ClientError, Durability, GetOptions, MissReason, Outcome, ReadOptions, Session, Space, Verify,
+    ClientError, Durability, GetOptions, MissReason, Outcome, ReadOptions, SealOutcome, Session, Space,
+    Target, Verify,
 };
 
 use crate::daemon::{BLOCK_BYTES, Daemon, keys, manifest, payloads, until};
@@ -128,6 +130,42 @@ async fn nothing_is_got_from_a_dead_daemon() {
     daemon.kill();
     session.closed().await;
     assert!(matches!(get(&session, &space, &keys(0, 2)).await, Err(ClientError::Disconnected)));
+}
+
+// Of what several threads copy, a block could land in another's place, or one that is absent pass for copied; and a thread
+// that never takes part helps nobody.
+#[tokio::test(flavor = "multi_thread")]
+async fn several_threads_copy_what_one_call_moves() {
+    const COUNT: usize = 300;
+    let daemon = Daemon::start("");
+    let target = Target { copy_threads: NonZero::new(3), ..daemon.target() };
+    let session = Session::connect(&target).await.unwrap();
+    let space = session.open_space(&manifest("client", BLOCK_BYTES)).await.unwrap();
+    session.write(&space, &keys(100, 7), None, &payloads(100, 7), Durability::Readable).await.unwrap();
+    let mut names = keys(0, COUNT);
+    let given = payloads(0, COUNT);
+    let sealed = session.write(&space, &names, None, &given, Durability::Readable).await.unwrap();
+    let was_there = |at: &usize| (100..107).contains(at);
+    for (at, outcome) in sealed.iter().enumerate() {
+        let expected = if was_there(&at) { SealOutcome::Already } else { SealOutcome::Sealed };
+        assert_eq!(*outcome, expected, "block {at}");
+    }
+    let mut expected = all(given);
+    for at in (0..COUNT).step_by(41) {
+        names[at] = b"absent".to_vec();
+        expected[at] = Outcome::Missing(MissReason::Unknown);
+    }
+    // By a lease, and then by their places.
+    for verify in [Verify::Checksum, Verify::Fence, Verify::Checksum] {
+        let found = fetch(&session, &space, &names, GetOptions { verify, ..wait() }).await.unwrap();
+        assert!(found == expected, "by {verify:?} some block is another");
+    }
+    let mut tasks = std::fs::read_dir("/proc/self/task").unwrap();
+    let helps = tasks.any(|task| {
+        let name = std::fs::read_to_string(task.unwrap().path().join("comm"));
+        name.is_ok_and(|name| name.trim() == "terrace-copy")
+    });
+    assert!(helps, "one thread did all");
 }
 
 // Targets of another length or number would be overrun or left out; over gRPC blocks must be the same.

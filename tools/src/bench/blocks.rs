@@ -1,5 +1,6 @@
 //! Blocks that benchmarks put into a daemon.
 
+use std::num::NonZero;
 use std::path::Path;
 
 use anyhow::{Context, bail, ensure};
@@ -8,6 +9,8 @@ use terrace_client::{
     WriteOptions,
 };
 use terrace_core::{ByteCount, TokenCount, chain_keys};
+
+use super::stand;
 
 /// Payload of one SmolLM2-135M block of 16 tokens: 30 layers, K and V, 16
 /// slots, 3 heads of 64 halves.
@@ -21,14 +24,18 @@ const WAIT: std::time::Duration = std::time::Duration::from_secs(10);
 /// # Errors
 /// When the daemon does not answer there.
 pub(super) async fn session(socket: &Path) -> anyhow::Result<Session> {
-    session_of(socket, "default").await
+    session_of(socket, stand::ADOPTING, None).await
 }
 
-/// A session on the lane for this tenant.
+/// A session on the lane for this tenant, which copies by so many threads; `None` is what clients do by themselves.
 ///
 /// # Errors
 /// When the daemon does not answer there.
-pub(super) async fn session_of(socket: &Path, tenant: &str) -> anyhow::Result<Session> {
+pub(super) async fn session_of(
+    socket: &Path,
+    tenant: &str,
+    copy_threads: Option<NonZero<usize>>,
+) -> anyhow::Result<Session> {
     let target = Target {
         socket: Some(socket.to_owned()),
         grpc: None,
@@ -36,6 +43,7 @@ pub(super) async fn session_of(socket: &Path, tenant: &str) -> anyhow::Result<Se
         token: String::new(),
         client_name: "terrace bench".to_owned(),
         answer_within: None,
+        copy_threads,
     };
     Ok(Session::connect(&target).await?)
 }

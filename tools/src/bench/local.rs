@@ -8,8 +8,9 @@ mod bare;
 pub(super) mod client;
 mod grpc;
 
+use std::num::NonZero;
 use std::ops::{Deref, DerefMut};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
@@ -55,21 +56,18 @@ const RETAIN_FIRST: u8 = 100;
 pub(super) async fn run(options: &Options) -> anyhow::Result<Vec<Line>> {
     let dir = stand::temp_dir(options)?;
     let daemon = stand::Daemon::start(dir.path(), &POOL_BYTES.to_string(), "512MiB").await?;
-    let session = blocks::session(&daemon.socket).await?;
-    let isolated = blocks::session_of(&daemon.socket, stand::ISOLATED).await?;
-    warm(&session).await?;
+    let clients = Clients::connect(&daemon.socket).await?;
+    warm(&clients.alone).await?;
     let mut lines = Vec::new();
     let mut frames = Frames::new(usize::try_from(POOL_BYTES)?).context("no memory as long as the pool")?;
     let sizes = if options.block_bytes.is_empty() { &SIZES[..] } else { &options.block_bytes[..] };
     for &bytes in sizes {
         let known = lines.len();
-        let space = blocks::space(&session, bytes).await?;
         let mut set = Set::new(bytes)?;
-        let isolated_space = blocks::space(&isolated, bytes).await?;
-        let (whose, metrics) = ((&session, &space), &daemon.metrics);
-        lines.extend(set.puts_against_bare(whose, (&isolated, &isolated_space), metrics, &mut frames).await?);
-        lines.extend(set.gets_against_bare(whose, metrics, &frames).await?);
-        lines.extend(set.sustained(whose, (&isolated, &isolated_space)).await?);
+        let (users, metrics) = (clients.users(bytes).await?, &daemon.metrics);
+        lines.extend(set.puts_against_bare(&users, metrics, &mut frames).await?);
+        lines.extend(set.gets_against_bare(&users, metrics, &frames).await?);
+        lines.extend(set.sustained(&users).await?);
         lines[known..].iter().for_each(Line::say);
         let known = lines.len();
         settle::settled(&daemon.metrics).await?;
@@ -80,6 +78,53 @@ pub(super) async fn run(options: &Options) -> anyhow::Result<Vec<Line>> {
     }
     lines.extend(grpc::run(&daemon).await?);
     Ok(lines)
+}
+
+/// The sessions here.
+struct Clients {
+    /// Copies by the thread that calls.
+    alone: Session,
+    /// Copies as clients do by themselves.
+    usual: Session,
+    /// Of a tenant whose seals are copied; copies by the thread that calls.
+    isolated: Session,
+}
+
+/// The same, with a space of one size.
+struct Users<'a> {
+    alone: User<'a>,
+    usual: User<'a>,
+    isolated: User<'a>,
+}
+
+struct User<'a> {
+    session: &'a Session,
+    space: Space,
+}
+
+impl Clients {
+    async fn connect(socket: &Path) -> anyhow::Result<Self> {
+        const ONE: Option<NonZero<usize>> = NonZero::new(1);
+        Ok(Self {
+            alone: blocks::session_of(socket, stand::ADOPTING, ONE).await?,
+            usual: blocks::session_of(socket, stand::ADOPTING, None).await?,
+            isolated: blocks::session_of(socket, stand::ISOLATED, ONE).await?,
+        })
+    }
+
+    async fn users(&self, block_bytes: u64) -> anyhow::Result<Users<'_>> {
+        Ok(Users {
+            alone: User::of(&self.alone, block_bytes).await?,
+            usual: User::of(&self.usual, block_bytes).await?,
+            isolated: User::of(&self.isolated, block_bytes).await?,
+        })
+    }
+}
+
+impl<'a> User<'a> {
+    async fn of(session: &'a Session, block_bytes: u64) -> anyhow::Result<Self> {
+        Ok(Self { session, space: blocks::space(session, block_bytes).await? })
+    }
 }
 
 /// Bytes that begin with a page, as the memory of engines does.
@@ -219,7 +264,8 @@ impl Set {
     }
 
     /// Rate of a put as users put.
-    async fn put(&self, session: &Session, space: &Space) -> anyhow::Result<f64> {
+    async fn put(&self, user: &User<'_>) -> anyhow::Result<f64> {
+        let User { session, space } = user;
         let began = Instant::now();
         let payloads: Vec<&[u8]> = self.source.chunks(self.block).collect();
         let sealed = session.write(space, &self.keys, None, &payloads, Durability::Readable).await?;
@@ -230,7 +276,8 @@ impl Set {
     }
 
     /// Rate of filling alone.
-    async fn fill(&self, session: &Session, space: &Space) -> anyhow::Result<f64> {
+    async fn fill(&self, user: &User<'_>) -> anyhow::Result<f64> {
+        let User { session, space } = user;
         let (mut filling, mut parent) = (Duration::ZERO, None);
         for (keys, payloads) in self.keys.chunks(self.batch).zip(self.source.chunks(self.batch * self.block))
         {
@@ -240,7 +287,8 @@ impl Set {
         Ok(self.gib() / filling.as_secs_f64())
     }
 
-    async fn get(&mut self, session: &Session, space: &Space, verify: Verify) -> anyhow::Result<f64> {
+    async fn get(&mut self, user: &User<'_>, verify: Verify) -> anyhow::Result<f64> {
+        let User { session, space } = user;
         let began = Instant::now();
         let targets = self.target.chunks_mut(self.batch * self.block);
         for (keys, target) in self.keys.chunks(self.batch).zip(targets) {
@@ -272,33 +320,36 @@ impl Set {
         Ok(())
     }
 
-    /// Bursts: each begins when the daemon has nothing left to do of the one before. `isolated` is a tenant whose seals
-    /// are copied.
+    /// Bursts: each begins when the daemon has nothing left to do of the one before.
     async fn puts_against_bare(
         &mut self,
-        (session, space): (&Session, &Space),
-        isolated: (&Session, &Space),
+        users: &Users<'_>,
         metrics: &str,
         frames: &mut Frames,
     ) -> anyhow::Result<Vec<Line>> {
-        let (mut puts, mut puts_isolated) = (Vec::new(), Vec::new());
+        let (mut puts, mut puts_alone, mut puts_isolated) = (Vec::new(), Vec::new(), Vec::new());
         let (mut fills, mut bare) = (Vec::new(), Bare::of(&CHECKED));
         // As the pool's were by the clients before.
         frames.write_all();
         for round in 0..ROUNDS {
             self.renew();
             self.settle(metrics).await?;
-            puts_isolated.push(self.put(isolated.0, isolated.1).await?);
+            puts_isolated.push(self.put(&users.isolated).await?);
+            self.renew();
+            self.settle(metrics).await?;
+            puts.push(self.put(&users.usual).await?);
+            self.renew();
             if round < FILL_ROUNDS {
                 self.settle(metrics).await?;
-                fills.push(self.fill(session, space).await?);
+                fills.push(self.fill(&users.alone).await?);
                 self.renew();
             }
             bare.round(|each| self.bare_put(frames, each));
             self.settle(metrics).await?;
-            puts.push(self.put(session, space).await?);
+            puts_alone.push(self.put(&users.alone).await?);
         }
         // What is put from now on would push it out, for nothing else of it was ever used twice.
+        let User { session, space } = &users.alone;
         let kept = session.retain(space, &self.keys, RETAINED, RETAIN_FIRST).await?;
         ensure!(kept as usize == self.count(), "only {kept} of {} blocks are kept for reading", self.count());
         (self.read, self.put_limit) = (self.chain, bare.best());
@@ -307,6 +358,7 @@ impl Set {
         };
         Ok(vec![
             Line::part_of(&self.name("put"), median(&puts), self.put_limit, PUT_BAR, "GiB/s"),
+            compared("put_one_thread", &puts_alone),
             compared("put_isolated", &puts_isolated),
             compared("put_fill", &fills),
         ])
@@ -314,20 +366,25 @@ impl Set {
 
     async fn gets_against_bare(
         &mut self,
-        (session, space): (&Session, &Space),
+        users: &Users<'_>,
         metrics: &str,
         frames: &Frames,
     ) -> anyhow::Result<Vec<Line>> {
         self.settle(metrics).await?;
-        let (mut verified, mut copied) = (Vec::new(), Vec::new());
+        let (mut verified, mut verified_alone) = (Vec::new(), Vec::new());
+        let (mut copied, mut copied_alone) = (Vec::new(), Vec::new());
         let (mut bare_verified, mut bare_copied) = (Bare::of(&CHECKED), Bare::of(&COPIED));
         let (mut ranges, mut memcpy) = (Bare::of(&COPIED), Vec::new());
         for _ in 0..ROUNDS {
             self.cool();
-            verified.push(self.get(session, space, Verify::Checksum).await?);
+            verified.push(self.get(&users.usual, Verify::Checksum).await?);
+            self.cool();
+            verified_alone.push(self.get(&users.alone, Verify::Checksum).await?);
             bare_verified.round(|each| self.bare_get(Some(frames), each));
             self.cool();
-            copied.push(self.get(session, space, Verify::Fence).await?);
+            copied.push(self.get(&users.usual, Verify::Fence).await?);
+            self.cool();
+            copied_alone.push(self.get(&users.alone, Verify::Fence).await?);
             bare_copied.round(|each| self.bare_get(Some(frames), each));
             ranges.round(|each| self.bare_get(None, each));
             memcpy.push(self.bare_get(None, |source, target, _| target.copy_from_slice(source)));
@@ -335,26 +392,28 @@ impl Set {
         let part = |what: &str, values: &[f64], bare: &Bare, bar| {
             Line::part_of(&self.name(what), median(values), bare.best(), bar, "GiB/s")
         };
+        let compared = |what: &str, values: &[f64], bare: &Bare| {
+            Line::compared(&self.name(what), median(values), bare.best(), "GiB/s")
+        };
         Ok(vec![
             part("get_verified", &verified, &bare_verified, VERIFIED_BAR),
             part("get", &copied, &bare_copied, COPIED_BAR),
+            compared("get_verified_one_thread", &verified_alone, &bare_verified),
+            compared("get_one_thread", &copied_alone, &bare_copied),
             Line::plain(&self.name("copy_without_gaps"), ranges.best(), "GiB/s"),
             Line::plain(&self.name("memcpy"), median(&memcpy), "GiB/s"),
         ])
     }
 
     /// Puts without a pause: of a pool that is full, each of which has to make room for the next.
-    async fn sustained(
-        &mut self,
-        shared: (&Session, &Space),
-        isolated: (&Session, &Space),
-    ) -> anyhow::Result<Vec<Line>> {
+    async fn sustained(&mut self, users: &Users<'_>) -> anyhow::Result<Vec<Line>> {
         let mut lines = Vec::new();
-        for ((session, space), what) in [(shared, "put_sustained"), (isolated, "put_isolated_sustained")] {
+        let all = [(&users.usual, "put_sustained"), (&users.isolated, "put_isolated_sustained")];
+        for (user, what) in all {
             let mut rates = Vec::new();
             for _ in 0..ROUNDS {
                 self.renew();
-                rates.push(self.put(session, space).await?);
+                rates.push(self.put(user).await?);
             }
             lines.push(Line::compared(&self.name(what), median(&rates), self.put_limit, "GiB/s"));
         }
@@ -377,13 +436,13 @@ fn seconds(sources: &[&[u8]], targets: &mut [&mut [u8]], each: Loop) -> f64 {
 /// Fills the pool once.
 async fn warm(session: &Session) -> anyhow::Result<()> {
     let bytes = 1 << 20;
-    let space = blocks::space(session, bytes).await?;
+    let user = User::of(session, bytes).await?;
     let mut set = Set::new(bytes)?;
     // Of no size that is measured.
     set.chain = WARM_CHAIN;
     for _ in 0..=POOL_BYTES / SET_BYTES {
         set.renew();
-        set.put(session, &space).await?;
+        set.put(&user).await?;
     }
     Ok(())
 }

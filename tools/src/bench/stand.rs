@@ -16,7 +16,9 @@ use crate::daemon_config::DaemonConfig;
 use crate::home::Running;
 use crate::up::{ports, ready};
 
-/// The tenant of a daemon alone whose blocks are copied when they are sealed.
+/// The tenant of a daemon alone whose windows are adopted.
+pub(super) const ADOPTING: &str = "default";
+/// The one whose blocks are copied when they are sealed.
 pub(super) const ISOLATED: &str = "isolated";
 /// Longest wait for a process to get ready or to go.
 const TIME_MAX: Duration = Duration::from_secs(120);
@@ -147,7 +149,7 @@ impl Daemon {
             .write(&config)?;
         let mut text = std::fs::read_to_string(&config)?;
         text.push_str(&format!(
-            "[[tenant]]\nname = \"default\"\n[[tenant]]\nname = \"{ISOLATED}\"\nwindows = \"isolated\"\n{more}"
+            "[[tenant]]\nname = \"{ADOPTING}\"\n[[tenant]]\nname = \"{ISOLATED}\"\nwindows = \"isolated\"\n{more}"
         ));
         std::fs::write(&config, text)?;
         let process = spawn(dir, &config)?;

@@ -210,11 +210,6 @@ impl<'span> Copy<'span> {
         Ok(Self { source, target: target.pieces(), way: Way::ByLength, _span: PhantomData })
     }
 
-    /// The same without its span, which the caller holds until this copy has run for the last time.
-    pub(crate) fn unbound(self) -> Copy<'static> {
-        Copy { source: self.source, target: self.target, way: self.way, _span: PhantomData }
-    }
-
     /// The same another way.
     pub(crate) fn by(self, way: Way) -> Self {
         Self { way, ..self }
@@ -235,23 +230,6 @@ impl<'span> Copy<'span> {
         // SAFETY: the span holds a writable buffer of the block's length in place. Other threads
         // may store there meanwhile, in Python as here: the copy is then any mix, in u8.
         self.source.as_ref().is_some_and(|source| unsafe { source.copy_out(&self.target, self.way) }.is_ok())
-    }
-}
-
-/// From here on this thread takes its turns on a processor in slices as short as the kernel has them, so that it gets the
-/// next one sooner. A kernel that knows none leaves it as it is.
-pub(crate) fn take_short_turns() {
-    const SLICE_NANOS: u64 = 100_000;
-    // SAFETY: plain integers, for which zero is a value.
-    let mut attributes: libc::sched_attr = unsafe { std::mem::zeroed() };
-    let length = size_of::<libc::sched_attr>();
-    let (own, none) = (0, 0);
-    // SAFETY: the kernel fills in at most `length` bytes of what we own, and reads as many.
-    unsafe {
-        if libc::syscall(libc::SYS_sched_getattr, own, &raw mut attributes, length, none) == 0 {
-            attributes.sched_runtime = SLICE_NANOS;
-            let _refused = libc::syscall(libc::SYS_sched_setattr, own, &raw const attributes, none);
-        }
     }
 }
 

@@ -1,5 +1,6 @@
 //! Sessions: the calls of the client, blocking or for asyncio.
 
+use std::num::NonZero;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -52,11 +53,11 @@ fn target(
     tenant: String,
     token: String,
     client_name: Option<String>,
-    answer_within: Option<f64>,
+    (answer_within, copy_threads): (Option<f64>, Option<NonZero<usize>>),
 ) -> PyResult<Target> {
     let client_name = client_name.unwrap_or_else(|| format!("python pid {}", std::process::id()));
     let answer_within = answer_within.map(|seconds| span("answer_within", seconds)).transpose()?;
-    Ok(Target { socket, grpc, tenant, token, client_name, answer_within })
+    Ok(Target { socket, grpc, tenant, token, client_name, answer_within, copy_threads })
 }
 
 fn open<'py>(py: Python<'py>, mode: Mode, target: Target) -> PyResult<Bound<'py, PyAny>> {
@@ -75,8 +76,10 @@ fn open<'py>(py: Python<'py>, mode: Mode, target: Target) -> PyResult<Bound<'py,
 /// Opens a session, over the socket if one is named and somebody answers there, else over gRPC.
 #[pyfunction]
 #[pyo3(signature = (
-    socket=None, grpc=None, *, tenant=String::new(), token=String::new(), client_name=None, answer_within=None
+    socket=None, grpc=None, *, tenant=String::new(), token=String::new(), client_name=None, answer_within=None,
+    copy_threads=None
 ))]
+#[allow(clippy::too_many_arguments, reason = "keyword arguments of Python")]
 pub(crate) fn connect<'py>(
     py: Python<'py>,
     socket: Option<PathBuf>,
@@ -85,15 +88,18 @@ pub(crate) fn connect<'py>(
     token: String,
     client_name: Option<String>,
     answer_within: Option<f64>,
+    copy_threads: Option<NonZero<usize>>,
 ) -> PyResult<Bound<'py, PyAny>> {
-    open(py, Mode::Blocking, target(socket, grpc, tenant, token, client_name, answer_within)?)
+    open(py, Mode::Blocking, target(socket, grpc, tenant, token, client_name, (answer_within, copy_threads))?)
 }
 
 /// As `connect`, for asyncio.
 #[pyfunction]
 #[pyo3(signature = (
-    socket=None, grpc=None, *, tenant=String::new(), token=String::new(), client_name=None, answer_within=None
+    socket=None, grpc=None, *, tenant=String::new(), token=String::new(), client_name=None, answer_within=None,
+    copy_threads=None
 ))]
+#[allow(clippy::too_many_arguments, reason = "keyword arguments of Python")]
 pub(crate) fn connect_async<'py>(
     py: Python<'py>,
     socket: Option<PathBuf>,
@@ -102,8 +108,9 @@ pub(crate) fn connect_async<'py>(
     token: String,
     client_name: Option<String>,
     answer_within: Option<f64>,
+    copy_threads: Option<NonZero<usize>>,
 ) -> PyResult<Bound<'py, PyAny>> {
-    open(py, Mode::Asyncio, target(socket, grpc, tenant, token, client_name, answer_within)?)
+    open(py, Mode::Asyncio, target(socket, grpc, tenant, token, client_name, (answer_within, copy_threads))?)
 }
 
 /// One space, or the spaces of a bundle.
@@ -379,6 +386,9 @@ impl Calls {
         let options = GetOptions { wait: span("wait", wait)?, purpose, verify: Verify::Checksum };
         let spans = targets.iter().map(Span::of).collect::<PyResult<Vec<_>>>()?;
         let filled = spans.iter().map(Filled::new).collect::<PyResult<Vec<_>>>()?;
+        if Filled::overlap(&filled) {
+            return Err(invalid("two targets share memory; each block needs its own"));
+        }
         // The spans go with the call, and are let go where the interpreter is held.
         let mut filled: Vec<_> = filled.into_iter().map(Filled::unbound).collect();
         let call = async move {

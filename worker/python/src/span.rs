@@ -154,6 +154,13 @@ impl<'span> Filled<'span> {
         Ok(Self { target: target.address(), length: target.length(), _span: PhantomData })
     }
 
+    /// Whether two of them share memory: then several threads would store there at once.
+    pub(crate) fn overlap(all: &[Self]) -> bool {
+        let mut places: Vec<_> = all.iter().map(|one| (one.target.get().addr(), one.length)).collect();
+        places.sort_unstable();
+        places.windows(2).any(|two| two[0].0 + two[0].1 > two[1].0)
+    }
+
     /// The same without its span, which the caller holds until the call that fills this has ended.
     pub(crate) fn unbound(self) -> Filled<'static> {
         Filled { target: self.target, length: self.length, _span: PhantomData }

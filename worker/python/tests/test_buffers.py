@@ -2,7 +2,9 @@
 
 import ctypes
 import gc
+import os
 import resource
+import signal
 import threading
 import warnings
 
@@ -459,7 +461,46 @@ def test_blocks_are_got_into_buffers(session: terrace_kv.Session, daemon: Daemon
     for bad in ([bytearray(BLOCK_BYTES - 1)], [bytes(BLOCK_BYTES)], []):
         with pytest.raises((terrace_kv.InvalidArgument, BufferError)):
             session.get(space, names[:1], bad)
+    whole = memoryview(bytearray(2 * BLOCK_BYTES))
+    with pytest.raises(terrace_kv.InvalidArgument, match="share memory"):
+        session.get(space, names[:2], [whole[:BLOCK_BYTES], whole[BLOCK_BYTES - 1 : -1]])
+    assert session.get(space, names[:2], [whole[:BLOCK_BYTES], whole[BLOCK_BYTES:]], wait=5.0) == [True, True]
+    assert bytes(whole) == payload(names[0]) + payload(names[1])
     daemon.expect_leases(0)
+
+
+@pytest.mark.parametrize("threads", [None, 1, 3])
+def test_several_threads_get_and_write(daemon: Daemon, threads: int | None) -> None:
+    """What several threads move lands in another's place, or a child of theirs waits for threads that it has not."""
+    big = 1 << 20
+    names = keys(12)
+    with terrace_kv.connect(daemon.socket, copy_threads=threads) as lane:
+        space = lane.open_space(manifest(block_bytes=big))
+        lane.write(space, names, [payload(name, big) for name in names])
+
+        def check(session: terrace_kv.Session, space: terrace_kv.Space) -> None:
+            for _ in range(2):
+                targets = [bytearray(big) for _ in names]
+                assert session.get(space, names, targets, wait=5.0) == [True] * len(names)
+                assert [bytes(target) for target in targets] == [payload(name, big) for name in names]
+
+        check(lane, space)
+        child = os.fork()
+        if child == 0:
+            # A child that hangs must not stay.
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.alarm(60)
+            code = 1
+            try:
+                with terrace_kv.connect(daemon.socket, copy_threads=threads) as own:
+                    check(own, own.open_space(manifest(block_bytes=big)))
+                code = 0
+            finally:
+                os._exit(code)
+        assert os.waitpid(child, 0)[1] == 0
+        check(lane, space)
+    with pytest.raises((ValueError, OverflowError, TypeError)):
+        terrace_kv.connect(daemon.socket, copy_threads=0)
 
 
 def test_copies_to_places_that_cannot_be_meant(lane: terrace_kv.Session) -> None:

@@ -71,6 +71,7 @@ impl Store {
             token: args.token.clone(),
             client_name: format!("{} pid {}", args.name, std::process::id()),
             answer_within: None,
+            copy_threads: None,
         };
         let inner = Inner {
             connector: Connector::new(target),

@@ -32,6 +32,7 @@ def connect(
     token: str = "",
     client_name: str | None = None,
     answer_within: float | None = None,
+    copy_threads: int | None = None,
 ) -> Session:
     """Opens a session.
 
@@ -39,6 +40,8 @@ def connect(
     ``http://host:port``, for when there is no socket or nobody answers on it, and for streams. An empty tenant
     is "default". ``client_name`` is what operators see. ``answer_within`` are the seconds after which a daemon that
     says nothing, beyond what a call lets it wait, is given up with :class:`NoAnswer`; without it a minute.
+    ``copy_threads`` are the threads that copy what one ``get`` or ``write`` over the socket moves, if that is 4 MiB or
+    more; without it as many as the process may run on, at most 4. Those that help are shared by all sessions.
 
     Raises :class:`ConnectError` if nobody answers, :class:`Refused` if the daemon refuses the tenant.
     """
@@ -51,6 +54,7 @@ def connect_async(
     token: str = "",
     client_name: str | None = None,
     answer_within: float | None = None,
+    copy_threads: int | None = None,
 ) -> Future[AsyncSession]:
     """As :func:`connect`, for asyncio. Call it in a running event loop."""
 
@@ -243,7 +247,8 @@ class Session(_Session):
     ) -> list[bool]:
         """Copies each block into the writable, contiguous buffer at its place, with the interpreter released. Answers
         which copies were compared with their checksum and are the block; the target of another holds anything. The
-        quickest way to a block by value: one that was got before is found without asking the daemon.
+        quickest way to a block by value: one that was got before is found without asking the daemon. Targets must not
+        share memory: several threads may copy.
 
         ``wait``: seconds that the answer may wait for blocks of slower tiers.
         """
