@@ -104,7 +104,7 @@ impl<'a, K: AsRef<[u8]>> Early<'a, K> {
             }
             view.drain_later();
             let (block, generation) = (space.block_id(key.as_ref()), space.generation());
-            let checksum = view.copy_from_and_checksum(payload, block, generation);
+            let checksum = view.copy_from_and_checksum(payload, block, generation, 1);
             return Some(FilledEarly { chunk, frame, block, generation, checksum });
         }
     }

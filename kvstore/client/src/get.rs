@@ -1,9 +1,10 @@
 //! Blocks by value, into memory of the caller's.
 
+use std::ops::RangeInclusive;
 use std::time::{Duration, Instant};
 
 use terrace_core::{BlockId, Checksum, MissReason, Purpose};
-use terrace_lane::{SharedBytes, block_ids, share};
+use terrace_lane::{SharedBytes, TargetMemory, block_ids, share};
 
 use crate::error::ClientError;
 use crate::lease::Outcome;
@@ -12,39 +13,15 @@ use crate::session::{Backend, LaneSession, Session};
 use crate::space::Space;
 use crate::transfer::{batch_blocks, stream_blocks};
 
-/// Memory that one block is copied into by [`Session::get`], by any thread.
+/// What one block is copied into by [`Session::get`], by any thread.
 pub trait BlockTarget: Send {
-    /// Length in bytes: that of the space's blocks.
-    fn length(&self) -> usize;
-
-    /// Copies all of `source`, which is as long, and answers the checksum of what was copied, as
-    /// [`SharedBytes::copy_and_checksum`] does: each shared byte is loaded once. The copy may turn out not to be the block,
-    /// and need not be whole for other threads before [`Session::get`] has ended.
-    fn copy(&mut self, source: &SharedBytes, block: BlockId, generation: u64) -> Checksum;
-
-    /// Copies all of `source`, which is as long, as [`SharedBytes::copy_to`] does.
-    fn copy_unsummed(&mut self, source: &SharedBytes);
-
-    /// Stores a piece of a block that comes over gRPC, from `offset` on; it ends within the length. Pieces come in order,
-    /// and may begin anew.
-    fn store(&mut self, offset: usize, piece: &[u8]);
+    /// Its memory, as long as the space's blocks. What is copied may turn out not to be the block.
+    fn memory(&mut self) -> TargetMemory<'_>;
 }
 
 impl BlockTarget for &mut [u8] {
-    fn length(&self) -> usize {
-        self.len()
-    }
-
-    fn copy(&mut self, source: &SharedBytes, block: BlockId, generation: u64) -> Checksum {
-        source.copy_and_checksum(self, block, generation)
-    }
-
-    fn copy_unsummed(&mut self, source: &SharedBytes) {
-        source.copy_to(self);
-    }
-
-    fn store(&mut self, offset: usize, piece: &[u8]) {
-        self[offset..offset + piece.len()].copy_from_slice(piece);
+    fn memory(&mut self) -> TargetMemory<'_> {
+        TargetMemory::from(&mut **self)
     }
 }
 
@@ -68,20 +45,39 @@ pub(crate) fn is_past_the_cache(space: &Space, blocks: usize) -> bool {
     space.block_bytes().get().saturating_mul(blocks as u64) >= PAST_THE_CACHE_BYTES_MIN
 }
 
+/// Length of so many blocks.
+pub(crate) fn bytes_of(space: &Space, blocks: usize) -> usize {
+    usize::try_from(space.block_bytes().get()).unwrap_or(usize::MAX).saturating_mul(blocks)
+}
+
 /// Blocks whose places are looked up together.
 const FOUND_AT_ONCE: usize = 16;
-/// Below this a second thread costs more than it saves.
-const PARALLEL_BYTES_MIN: u64 = 4 << 20;
-/// What a thread takes at once, of what several copy.
-const PART_BYTES: u64 = 1 << 20;
+/// What a thread takes at once, of many blocks that several copy.
+const PART_BYTES: RangeInclusive<u64> = 64 << 10..=1 << 20;
+/// Parts of each thread, at least: one that is late leaves some to the others.
+const PARTS: u64 = 4;
 
-/// How many threads copy so many blocks, and how many blocks one of them takes at once, at most `most`.
-pub(crate) fn shared_by(space: &Space, blocks: usize, threads: usize, most: usize) -> (usize, usize) {
-    let block = space.block_bytes().get().max(1);
-    if threads < 2 || block.saturating_mul(blocks as u64) < PARALLEL_BYTES_MIN {
-        return (1, most);
+/// How the blocks of one call are shared by threads.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Sharing {
+    /// Threads that take so many blocks at once.
+    pub(crate) among: usize,
+    pub(crate) at_once: usize,
+    /// Threads that take parts of each block.
+    pub(crate) within: usize,
+}
+
+impl Sharing {
+    /// `most` blocks at once, at most. Few or long ones are shared one by one.
+    pub(crate) fn of(space: &Space, blocks: usize, threads: usize, most: usize) -> Self {
+        let block = space.block_bytes().get().max(1);
+        if threads < 2 || blocks < 2 * threads || block > *PART_BYTES.end() {
+            return Self { among: 1, at_once: most, within: threads };
+        }
+        let each = block.saturating_mul(blocks as u64) / (PARTS * threads as u64);
+        let part = each.clamp(*PART_BYTES.start(), *PART_BYTES.end()) / block;
+        Self { among: threads, at_once: usize::try_from(part).unwrap_or(most).clamp(1, most), within: 1 }
     }
-    (threads, usize::try_from(PART_BYTES / block).unwrap_or(most).clamp(1, most))
 }
 
 /// How the copies of one call are made.
@@ -89,11 +85,19 @@ pub(crate) fn shared_by(space: &Space, blocks: usize, threads: usize, most: usiz
 pub(crate) struct How {
     verify: Verify,
     past_the_cache: bool,
+    /// Bytes of all.
+    bytes: usize,
+    sharing: Sharing,
 }
 
 impl How {
-    fn of(space: &Space, blocks: usize, verify: Verify) -> Self {
-        Self { verify, past_the_cache: is_past_the_cache(space, blocks) }
+    fn of(space: &Space, blocks: usize, verify: Verify, threads: usize) -> Self {
+        Self {
+            verify,
+            past_the_cache: is_past_the_cache(space, blocks),
+            bytes: bytes_of(space, blocks),
+            sharing: Sharing::of(space, blocks, threads, FOUND_AT_ONCE),
+        }
     }
 
     /// One of the blocks that are copied by one call, which drains at its end.
@@ -110,10 +114,11 @@ impl How {
         block: BlockId,
         generation: u64,
     ) -> Option<Checksum> {
+        let (target, threads) = (&mut target.memory(), self.sharing.within);
         match self.verify {
-            Verify::Checksum => Some(target.copy(source, block, generation)),
+            Verify::Checksum => Some(source.copy_and_checksum_into(target, block, generation, threads)),
             Verify::Fence => {
-                target.copy_unsummed(source);
+                source.copy_into(target, threads);
                 None
             }
         }
@@ -153,11 +158,12 @@ impl Session {
         match &self.inner.backend {
             Backend::Grpc(link) => {
                 let keys = self.keys(space, keys)?;
-                let store = |at: usize, offset: usize, piece: &[u8]| targets[at].store(offset, piece);
+                let store =
+                    |at: usize, offset: usize, piece: &[u8]| targets[at].memory().store(offset, piece);
                 stream_blocks(link, space, &keys, options.wait, store).await
             }
             Backend::Lane(lane) => {
-                let how = How::of(space, keys.len(), options.verify);
+                let how = How::of(space, keys.len(), options.verify, self.inner.copy_threads);
                 let mut outcomes = self.known(lane, space, keys, targets, how);
                 let missing = outcomes.iter().enumerate().filter(|(_, outcome)| outcome.granted().is_none());
                 let open: Vec<usize> = missing.map(|(at, _)| at).collect();
@@ -183,10 +189,10 @@ impl Session {
     ) -> Vec<Outcome<()>> {
         let mut outcomes = vec![Outcome::Missing(MissReason::Unknown); keys.len()];
         let blocks = block_ids(space.tenant_key(), space.id(), keys);
-        let (threads, at_once) = shared_by(space, keys.len(), self.inner.copy_threads, FOUND_AT_ONCE);
+        let Sharing { among, at_once, .. } = how.sharing;
         let parts = blocks.chunks(at_once).zip(targets.chunks_mut(at_once)).zip(outcomes.chunks_mut(at_once));
         let mut parts: Vec<_> = parts.collect();
-        share(&mut parts, threads, |((blocks, targets), outcomes)| {
+        share(&mut parts, among, how.bytes, |((blocks, targets), outcomes)| {
             copy_known(lane, blocks, targets, outcomes, how);
         });
         outcomes
@@ -209,9 +215,10 @@ impl Session {
             targets.iter_mut().enumerate().filter_map(|(at, target)| open.next_if_eq(&&at).map(|_| target));
         let mut copies: Vec<_> =
             lease.grants.into_iter().zip(targets).map(|(grant, target)| (grant, target, None)).collect();
-        let (threads, at_once) = shared_by(space, copies.len(), self.inner.copy_threads, FOUND_AT_ONCE);
+        let how = How::of(space, copies.len(), how.verify, self.inner.copy_threads);
+        let Sharing { among, at_once, .. } = how.sharing;
         let mut parts: Vec<_> = copies.chunks_mut(at_once).collect();
-        share(&mut parts, threads, |part| {
+        share(&mut parts, among, how.bytes, |part| {
             for (grant, target, outcome) in part.iter_mut() {
                 *outcome = grant.granted().map(|block| copied(block, *target, how));
             }
@@ -229,13 +236,13 @@ impl Session {
     }
 }
 
-fn check(space: &Space, keys: usize, targets: &[impl BlockTarget]) -> Result<(), ClientError> {
+fn check(space: &Space, keys: usize, targets: &mut [impl BlockTarget]) -> Result<(), ClientError> {
     if keys != targets.len() {
         return Err(ClientError::Unpaired { keys, payloads: targets.len() });
     }
     let expected = space.block_bytes().get();
-    for (index, target) in targets.iter().enumerate() {
-        let found = target.length() as u64;
+    for (index, target) in targets.iter_mut().enumerate() {
+        let found = target.memory().len() as u64;
         if found != expected {
             return Err(ClientError::WrongLength { index, found, expected });
         }
@@ -251,7 +258,7 @@ fn copy_known<T: BlockTarget>(
     outcomes: &mut [Outcome<()>],
     how: How,
 ) {
-    let length = targets.first().map_or(0, BlockTarget::length);
+    let length = targets.first_mut().map_or(0, |target| target.memory().len());
     let mut found = lane.places.find(blocks, length, how);
     for (at, ((block, target), outcome)) in blocks.iter().zip(targets).zip(outcomes).enumerate() {
         if let Some([Some(lying), Some(next)]) = found.get_mut(at..at + 2) {

@@ -69,4 +69,4 @@ pub use terrace_core::{
     BlockId, Checksum, ComputeCost, Durability, MatchMode, MissReason, Purpose, SealOutcome, SpaceId,
     SpaceKind, SpaceManifest,
 };
-pub use terrace_lane::SharedBytes;
+pub use terrace_lane::{SharedBytes, TargetMemory};

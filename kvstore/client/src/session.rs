@@ -50,8 +50,9 @@ pub struct Target {
     /// with [`ClientError::NoAnswer`]. `None` means a minute. Whoever can do without the daemon sets it low.
     pub answer_within: Option<Duration>,
     /// Threads that copy what one [`Session::get`] or [`Session::write`] over the socket moves, the caller's among them: one
-    /// thread gets a part only of what a machine's memory gives. A second one takes part from 4 MiB a call on. `None` means as
-    /// many as the process may run on, at most 4; at most 8 are used. Those that help are shared by all sessions of a process.
+    /// thread gets a part only of what a machine's memory gives. Others take part from 4 MiB a call on, and from 256 KiB on where
+    /// calls follow each other. `None` means as many as the process may run on, at most 4; at most 8 are used. Those that help are
+    /// shared by all sessions of a process, and stay awake for 50 us after a call.
     pub copy_threads: Option<NonZero<usize>>,
 }
 

@@ -354,9 +354,18 @@ impl WriteBlock {
     /// # Errors
     /// As [`WriteBlock::write`].
     pub fn write_checked(&mut self, payload: &[u8]) -> Result<Checksum, ClientError> {
+        self.write_checked_by(payload, 1)
+    }
+
+    /// The same by so many threads.
+    pub(crate) fn write_checked_by(
+        &mut self,
+        payload: &[u8],
+        threads: usize,
+    ) -> Result<Checksum, ClientError> {
         self.check_length(payload)?;
         let writer = self.writer.as_ref().ok_or(ClientError::NotWritable { index: self.frame })?;
-        Ok(writer.view.copy_from_and_checksum(payload, self.block, self.generation))
+        Ok(writer.view.copy_from_and_checksum(payload, self.block, self.generation, threads))
     }
 
     fn check_length(&self, payload: &[u8]) -> Result<(), ClientError> {

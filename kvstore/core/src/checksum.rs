@@ -24,6 +24,36 @@ impl Checksum {
     }
 }
 
+/// The polynomial of CRC-64/NVMe, lowest bit highest.
+pub const CHECKSUM_POLYNOMIAL: u64 = 0x9a6c_9329_ac4b_c9b5;
+
+/// Bytes of a part that is summed apart from what is before it, for [`Checksummer::join`].
+pub const JOINED_BYTES: usize = 64 << 10;
+
+/// What moves a sum over a joined part: x to the power of its bits, which are 2 to the 19th.
+const OVER_JOINED: u64 = {
+    assert!(JOINED_BYTES * 8 == 1 << 19);
+    let (mut moved, mut squared) = (1 << 62, 0);
+    while squared < 19 {
+        moved = product(moved, moved);
+        squared += 1;
+    }
+    moved
+};
+
+/// Of two polynomials, modulo that of the checksum.
+const fn product(one: u64, other: u64) -> u64 {
+    let (mut sum, mut moved, mut bit) = (0, other, 64);
+    while bit > 0 {
+        bit -= 1;
+        if one >> bit & 1 == 1 {
+            sum ^= moved;
+        }
+        moved = if moved & 1 == 1 { moved >> 1 ^ CHECKSUM_POLYNOMIAL } else { moved >> 1 };
+    }
+    sum
+}
+
 /// Computes a checksum over pieces. The digest is a few machine words.
 #[derive(Clone, Debug)]
 pub struct Checksummer(crc_fast::Digest);
@@ -39,6 +69,18 @@ impl Checksummer {
         let mut digest = crc_fast::Digest::new(crc_fast::CrcAlgorithm::Crc64Nvme);
         digest.update(&seed);
         Self(digest)
+    }
+
+    /// For a part of a payload that another sum will [`join`](Self::join).
+    #[must_use]
+    pub fn of_part() -> Self {
+        Self(crc_fast::Digest::new_with_init_state(crc_fast::CrcAlgorithm::Crc64Nvme, 0))
+    }
+
+    /// Adds the next [`JOINED_BYTES`] of the payload, which were summed as a part.
+    pub fn join(&mut self, part: &Self) {
+        let state = product(self.state(), OVER_JOINED) ^ part.state();
+        self.0 = crc_fast::Digest::new_with_init_state(crc_fast::CrcAlgorithm::Crc64Nvme, state);
     }
 
     /// Adds the next piece of the payload.
@@ -70,4 +112,28 @@ pub fn checksum(block: BlockId, generation: u64, payload: &[u8]) -> Checksum {
     let mut summer = Checksummer::new(block, ByteCount::new(payload.len() as u64), generation);
     summer.update(payload);
     summer.finish()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    // Parts that are summed by several threads must have the sum that everybody else computes.
+    #[test]
+    fn joined_parts_are_the_whole() {
+        let block = BlockId::from_bytes([3; 16]);
+        for head in [0, 1, 777, JOINED_BYTES] {
+            let length = head + 3 * JOINED_BYTES;
+            let payload: Vec<u8> =
+                (0..length).map(|at| at.wrapping_mul(0x9e37_79b9).to_le_bytes()[2]).collect();
+            let mut summer = Checksummer::new(block, ByteCount::new(length as u64), 5);
+            summer.update(&payload[..head]);
+            for piece in payload[head..].chunks(JOINED_BYTES) {
+                let mut part = Checksummer::of_part();
+                part.update(piece);
+                summer.join(&part);
+            }
+            assert_eq!(summer.finish(), checksum(block, 5, &payload), "behind {head} bytes");
+        }
+    }
 }

@@ -44,7 +44,7 @@ pub use api::{
     IoClass, Limit, Limits, Locality, MapAccess, MatchMode, MissReason, Notice, Policy, Purpose, Refusal,
     Reply, Request, Residence, Scrub, SealOutcome, UseStats, Via,
 };
-pub use checksum::{Checksum, Checksummer, checksum};
+pub use checksum::{CHECKSUM_POLYNOMIAL, Checksum, Checksummer, JOINED_BYTES, checksum};
 pub use cost::ComputeCost;
 pub use curves::{CurvePoint, CurveTier, CurveView};
 pub use gpu_config::{GpuConfig, HbmReads};

@@ -1,14 +1,20 @@
 //! Threads that copy for whoever calls.
 //!
 //! One thread gets a part only of what a machine's memory gives. Whoever has much to copy shares it with threads that wait
-//! here for the next call: one that had to be started came too late for most of them.
+//! here for the next call: one that had to be started came too late for most of them. To wake one takes as long as to copy
+//! some hundreds of KiB, so that they stay awake for a moment, and short copies are shared where one follows the other.
+//!
+//! Where somebody else wants the processors, a thread may lose its own in the middle of a copy, and its caller waits for it for
+//! milliseconds. Then nobody is called for a while, which is longer each time that it happens again.
 
 use std::any::Any;
 use std::hint;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::mpsc::{self, TryRecvError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, Thread};
+use std::time::{Duration, Instant};
 
 use rustix::thread::{CpuSet, Pid, gettid, sched_getaffinity, sched_getcpu, sched_setaffinity};
 
@@ -17,26 +23,93 @@ use crate::processor::take_short_turns;
 
 /// Threads of one call, the caller's own among them.
 pub const COPY_THREADS_MAX: usize = 8;
-/// Looks before waiting: the last copy of another thread takes less than it costs to be woken.
+/// Less is one thread's.
+pub(crate) const SHARED_BYTES_MIN: usize = 256 << 10;
+/// Who copies as much has others woken for it.
+const WORTH_WAKING_BYTES: usize = 4 << 20;
+/// So has who calls again after so long at most, however little it is.
+const SOON: Duration = Duration::from_micros(300);
+/// How long a thread looks for the next call before it sleeps.
+const AWAKE_FOR: Duration = Duration::from_micros(50);
+/// Looks before waiting: the last copy of another thread mostly takes less than it costs to be woken.
 const SPINS: usize = 2000;
+/// An item takes less; who waits for longer waits for a thread that lost its processor.
+const LATE: Duration = Duration::from_millis(1);
+/// How long nobody is called after that: the first time, and at most.
+const REST_MIN: Duration = Duration::from_millis(20);
+const REST_MAX: Duration = Duration::from_secs(1);
+/// So many calls without it, and the next one is the first.
+const FORGOTTEN_AFTER: u32 = 1000;
 
-static CREW: Mutex<Crew> = Mutex::new(Crew { process: 0, mates: Vec::new() });
+static CREW: Mutex<Crew> = Mutex::new(Crew {
+    process: 0,
+    called: None,
+    rests: Rests { until: None, next: REST_MIN, quick: 0 },
+    mates: Vec::new(),
+});
 
-/// Calls `each` once for every item, on this thread and on up to `threads - 1` others, at most [`COPY_THREADS_MAX`] in all.
-/// When it returns, every call has ended, and what they copied past the cache is whole.
+/// Who helps with one call.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Helpers {
+    others: usize,
+    /// Those who sleep as well.
+    wake: bool,
+}
+
+impl Helpers {
+    const NONE: Self = Self { others: 0, wake: false };
+
+    /// Those for a call of up to so many threads that copies so many bytes: whoever is awake, or is worth waking.
+    pub(crate) fn of(threads: usize, bytes: usize) -> Self {
+        let most = threads.min(COPY_THREADS_MAX).saturating_sub(1);
+        if most == 0 || bytes < SHARED_BYTES_MIN {
+            return Self::NONE;
+        }
+        // A fork may have fallen into somebody's turn, which then never ends in the child: nobody waits for it.
+        let Ok(mut crew) = CREW.try_lock() else { return Self::NONE };
+        crew.is_of_this_process();
+        let now = Instant::now();
+        let again_soon = crew.called.replace(now).is_some_and(|before| now.duration_since(before) < SOON);
+        let wake = again_soon || bytes >= WORTH_WAKING_BYTES;
+        if !crew.rests.is_over(now) {
+            return Self::NONE;
+        }
+        while wake
+            && crew.mates.len() < most
+            && let Some(mate) = Mate::start()
+        {
+            crew.mates.push(mate);
+        }
+        let there = crew.mates.iter().filter(|mate| wake || mate.is_awake()).count();
+        Self { others: there.min(most), wake }
+    }
+
+    pub(crate) fn is_none(self) -> bool {
+        self.others == 0
+    }
+}
+
+/// Calls `each` once for every item, on this thread and on up to `threads - 1` others, at most [`COPY_THREADS_MAX`] in all;
+/// together they copy so many `bytes`, about a MiB each at most. When it returns, every call has ended, and what they copied
+/// past the cache is whole.
 ///
 /// # Panics
 /// If a call does, once the others have ended.
-pub fn share<T: Send>(items: &mut [T], threads: usize, each: impl Fn(&mut T) + Sync) {
-    let others = threads.min(COPY_THREADS_MAX).min(items.len()).saturating_sub(1);
-    if others == 0 {
+pub fn share<T: Send>(items: &mut [T], threads: usize, bytes: usize, each: impl Fn(&mut T) + Sync) {
+    let helpers = if items.len() < 2 { Helpers::NONE } else { Helpers::of(threads, bytes) };
+    share_with(items, helpers, each);
+}
+
+/// As [`share`].
+pub(crate) fn share_with<T: Send>(items: &mut [T], helpers: Helpers, each: impl Fn(&mut T) + Sync) {
+    if helpers.is_none() {
         items.iter_mut().for_each(each);
         return drain();
     }
     let (start, count) = (Start(items.as_mut_ptr()), items.len());
     let one = |at: usize| {
         // SAFETY: `Work` hands out each place below `count` once, and nobody else reaches the items until we return.
-        each(unsafe { &mut *start.item(at) });
+        each(unsafe { &mut *start.at(at) });
     };
     let one: *const (dyn Fn(usize) + Sync + '_) = &raw const one;
     // SAFETY: the two types differ in how long what is called lives. `Work::run` alone calls it, for places that are left, and
@@ -52,12 +125,18 @@ pub fn share<T: Send>(items: &mut [T], threads: usize, each: impl Fn(&mut T) + S
         next: AtomicUsize::new(0),
         left: AtomicUsize::new(count),
         panicked: Mutex::new(None),
+        late: AtomicBool::new(false),
         caller: thread::current(),
     });
     let waits = Waits(&work);
-    call(&work, others);
+    call(&work, helpers);
     work.run();
     drop(waits);
+    if work.late.load(Ordering::Relaxed)
+        && let Ok(mut crew) = CREW.try_lock()
+    {
+        crew.rests.begin(Instant::now());
+    }
     let panicked = lock(&work.panicked).take();
     if let Some(panicked) = panicked {
         resume_unwind(panicked);
@@ -65,14 +144,14 @@ pub fn share<T: Send>(items: &mut [T], threads: usize, each: impl Fn(&mut T) + S
 }
 
 /// Where items begin that several threads are handed, each to one.
-struct Start<T>(*mut T);
+pub(crate) struct Start<T>(pub(crate) *mut T);
 
 // SAFETY: it gives out addresses; whoever follows one says why he alone may. Items go to other threads, and are `Send`.
 unsafe impl<T: Send> Sync for Start<T> {}
 
 impl<T> Start<T> {
     // A method, so that closures take the whole and not the pointer alone.
-    fn item(&self, at: usize) -> *mut T {
+    pub(crate) fn at(&self, at: usize) -> *mut T {
         self.0.wrapping_add(at)
     }
 }
@@ -80,35 +159,68 @@ impl<T> Start<T> {
 /// Threads of this process.
 struct Crew {
     process: u32,
+    /// When it was called the last time.
+    called: Option<Instant>,
+    rests: Rests,
     mates: Vec<Mate>,
+}
+
+/// When nobody is called, as the processors are wanted by others.
+#[derive(Debug)]
+struct Rests {
+    until: Option<Instant>,
+    /// How long the next one is.
+    next: Duration,
+    /// Calls since the last one.
+    quick: u32,
+}
+
+impl Rests {
+    /// A thread was interrupted.
+    fn begin(&mut self, now: Instant) {
+        if self.quick >= FORGOTTEN_AFTER {
+            self.next = REST_MIN;
+        }
+        self.until = Some(now + self.next);
+        (self.next, self.quick) = ((4 * self.next).min(REST_MAX), 0);
+    }
+
+    /// Whether somebody may be called, which he then is.
+    fn is_over(&mut self, now: Instant) -> bool {
+        if self.until.is_some_and(|until| now < until) {
+            return false;
+        }
+        (self.until, self.quick) = (None, self.quick.saturating_add(1));
+        true
+    }
 }
 
 struct Mate {
     thread: Pid,
     orders: mpsc::Sender<Arc<Work>>,
+    awake: Arc<AtomicBool>,
+    /// The processor that it was told to stay away from: its caller's.
+    leaves: usize,
 }
 
-/// Asks so many others to help. Where there is no thread to be had, the rest do it.
-fn call(work: &Arc<Work>, others: usize) {
-    // A fork may have fallen into somebody's turn, which then never ends in the child: nobody waits for it.
-    let Ok(mut crew) = CREW.try_lock() else { return };
-    let process = std::process::id();
-    if crew.process != process {
-        // The parent's threads are not here, nor are they told that we forget them.
-        std::mem::forget(std::mem::take(&mut crew.mates));
-        crew.process = process;
-    }
-    while crew.mates.len() < others
-        && let Some(mate) = Mate::start()
-    {
-        crew.mates.push(mate);
-    }
-    let elsewhere = processors_but_this();
-    for mate in crew.mates.iter().take(others) {
-        // Where all processors are busy, the kernel would put it behind its caller on this one.
-        if let Some(elsewhere) = &elsewhere {
-            let _refused = sched_setaffinity(Some(mate.thread), elsewhere);
+impl Crew {
+    fn is_of_this_process(&mut self) {
+        let process = std::process::id();
+        if self.process != process {
+            // The parent's threads are not here, nor are they told that we forget them.
+            std::mem::forget(std::mem::take(&mut self.mates));
+            self.process = process;
         }
+    }
+}
+
+/// Asks them to help. Whoever cannot be asked leaves it to the rest.
+fn call(work: &Arc<Work>, helpers: Helpers) {
+    let Ok(mut crew) = CREW.try_lock() else { return };
+    let here = sched_getcpu();
+    let there = crew.mates.iter_mut().filter(|mate| helpers.wake || mate.is_awake());
+    for mate in there.take(helpers.others) {
+        mate.leave(here);
         let _ended = mate.orders.send(Arc::clone(work));
     }
 }
@@ -117,27 +229,53 @@ impl Mate {
     fn start() -> Option<Self> {
         let (orders, taken) = mpsc::channel::<Arc<Work>>();
         let (tell, told) = mpsc::channel();
+        let awake = Arc::new(AtomicBool::new(true));
+        let known = Arc::clone(&awake);
         let body = move || {
             take_short_turns();
             let _gone = tell.send(gettid());
-            while let Ok(work) = taken.recv() {
+            while let Some(work) = next(&taken, &known) {
                 work.run();
             }
         };
         thread::Builder::new().name("terrace-copy".into()).spawn(body).ok()?;
-        Some(Self { thread: told.recv().ok()?, orders })
+        Some(Self { thread: told.recv().ok()?, orders, awake, leaves: usize::MAX })
+    }
+
+    fn is_awake(&self) -> bool {
+        self.awake.load(Ordering::Relaxed)
+    }
+
+    /// Where all processors are busy, the kernel would put it behind its caller on this one.
+    fn leave(&mut self, here: usize) {
+        if self.leaves == here || here >= CpuSet::MAX_CPU {
+            return;
+        }
+        let Ok(mut elsewhere) = sched_getaffinity(None) else { return };
+        elsewhere.unset(here);
+        // A set that the kernel refuses, for example because nothing is in it, changes nothing.
+        let _refused = sched_setaffinity(Some(self.thread), &elsewhere);
+        self.leaves = here;
     }
 }
 
-/// Where the caller may run, without the processor that it runs on; `None` where that is none.
-fn processors_but_this() -> Option<CpuSet> {
-    let mut set = sched_getaffinity(None).ok()?;
-    let this = sched_getcpu();
-    if this >= CpuSet::MAX_CPU {
-        return None;
+/// The next call; `None` when nobody calls any more.
+fn next(taken: &mpsc::Receiver<Arc<Work>>, awake: &AtomicBool) -> Option<Arc<Work>> {
+    const LOOKS: usize = 32;
+    let began = Instant::now();
+    while began.elapsed() < AWAKE_FOR {
+        for _ in 0..LOOKS {
+            match taken.try_recv() {
+                Ok(work) => return Some(work),
+                Err(TryRecvError::Empty) => hint::spin_loop(),
+                Err(TryRecvError::Disconnected) => return None,
+            }
+        }
     }
-    set.unset(this);
-    (set.count() > 0).then_some(set)
+    awake.store(false, Ordering::Relaxed);
+    let work = taken.recv();
+    awake.store(true, Ordering::Relaxed);
+    work.ok()
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -154,6 +292,8 @@ struct Work {
     /// Items that are not done.
     left: AtomicUsize,
     panicked: Mutex<Option<Box<dyn Any + Send>>>,
+    /// The caller had to wait for somebody.
+    late: AtomicBool,
     /// Who waits for the last of them.
     caller: Thread,
 }
@@ -186,9 +326,11 @@ impl Work {
             }
             hint::spin_loop();
         }
+        let began = Instant::now();
         while self.left.load(Ordering::Acquire) > 0 {
             thread::park();
         }
+        self.late.store(began.elapsed() > LATE, Ordering::Relaxed);
     }
 }
 
@@ -217,19 +359,46 @@ impl Drop for Waits<'_> {
 #[cfg(test)]
 mod tests {
     use std::collections::HashSet;
-    use std::sync::Barrier;
 
     use super::*;
 
-    /// Two calls that wait for each other are on two threads.
-    fn two_threads_meet() {
-        let meet = Barrier::new(2);
-        let mut items = [None; 2];
-        share(&mut items, 2, |item| {
-            meet.wait();
-            *item = Some(thread::current().id());
-        });
-        assert_eq!(items.into_iter().flatten().collect::<HashSet<_>>().len(), 2);
+    /// Not always, for another test may be calling.
+    fn two_threads_take_part() {
+        for _ in 0..1000 {
+            let mut items = [None; 8];
+            share(&mut items, 2, WORTH_WAKING_BYTES, |item| {
+                thread::sleep(Duration::from_millis(1));
+                *item = Some(thread::current().id());
+            });
+            // What sleeps is late.
+            thread::sleep(REST_MAX / 50);
+            if items.into_iter().flatten().collect::<HashSet<_>>().len() == 2 {
+                return;
+            }
+        }
+        panic!("nobody helps");
+    }
+
+    // A caller that waits again and again for a thread that others interrupt is slower than alone; one that never asks again is
+    // slower than it could be.
+    #[test]
+    fn rests_grow_and_are_forgotten() {
+        let (began, ms) = (Instant::now(), Duration::from_millis);
+        let mut rests = Rests { until: None, next: REST_MIN, quick: 0 };
+        assert!(rests.is_over(began));
+        rests.begin(began);
+        assert!(!rests.is_over(began + ms(19)));
+        assert!(rests.is_over(began + ms(20)));
+        rests.begin(began + ms(20));
+        assert!(!rests.is_over(began + ms(99)));
+        for _ in 0..20 {
+            rests.begin(began);
+        }
+        assert!(!rests.is_over(began + ms(999)));
+        assert!(rests.is_over(began + ms(1000)));
+        assert!((1..FORGOTTEN_AFTER).all(|_| rests.is_over(began + ms(1000))));
+        rests.begin(began);
+        assert!(rests.is_over(began + ms(20)));
     }
 
     // An item that is left out is a block that was not copied, and one that is done twice a target with two writers. A
@@ -239,18 +408,18 @@ mod tests {
         for threads in [0, 1, 2, 3, COPY_THREADS_MAX + 1] {
             for length in [0, 1, 2, 1000] {
                 let mut items = vec![0u32; length];
-                share(&mut items, threads, |item| *item += 1);
+                share(&mut items, threads, SHARED_BYTES_MIN, |item| *item += 1);
                 assert!(items.iter().all(|item| *item == 1), "{length} items by {threads} threads");
             }
         }
-        two_threads_meet();
+        two_threads_take_part();
         for _ in 0..20 {
             let mut items = [0, 1, 2, 3];
             let broken = catch_unwind(AssertUnwindSafe(|| {
-                share(&mut items, 2, |item| assert_ne!(*item, 2, "the third"));
+                share(&mut items, 2, WORTH_WAKING_BYTES, |item| assert_ne!(*item, 2, "the third"));
             }));
             assert!(broken.is_err());
         }
-        two_threads_meet();
+        two_threads_take_part();
     }
 }

@@ -23,6 +23,7 @@ mod processor;
 mod shared;
 mod socket;
 mod syscall;
+mod target;
 mod varint;
 
 pub use copy::drain;
@@ -37,4 +38,5 @@ pub use packed::{PACKED_GRANT_BYTES, PackedGrant};
 pub use processor::{leave_processor, processor};
 pub use shared::{SharedBytes, WeakBytes};
 pub use socket::{Admits, LaneConnection, LaneServer, PeerCredentials, ProcessEnd, SOCKET_PATH_BYTES_MAX};
+pub use target::TargetMemory;
 pub use varint::varint;

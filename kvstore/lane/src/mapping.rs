@@ -14,9 +14,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use terrace_core::{BlockId, ByteCount, Checksum, Checksummer, Fence};
 
+use crate::crew::Start;
 use crate::error::MapError;
 use crate::fold::{self, Way};
-use crate::shared::SharedBytes;
+use crate::shared::{SharedBytes, sum_parts};
 use crate::syscall;
 
 const FENCE_BYTES: usize = size_of::<u64>();
@@ -292,23 +293,34 @@ impl SharedBytesMut {
         }
     }
 
-    /// Copies a whole block in and computes the checksum of `source`, in one pass over it.
+    /// Copies a whole block in and computes the checksum of `source`, in one pass over it, by so many threads where it is long
+    /// enough; see [`crate::share`].
     ///
     /// # Panics
     /// If `source` has another length.
-    pub fn copy_from_and_checksum(&self, source: &[u8], block: BlockId, generation: u64) -> Checksum {
+    pub fn copy_from_and_checksum(
+        &self,
+        source: &[u8],
+        block: BlockId,
+        generation: u64,
+        threads: usize,
+    ) -> Checksum {
         assert_eq!(source.len(), self.bytes.len(), "source and target of a copy have one length");
         self.bytes.map_ahead();
-        let mut summer = Checksummer::new(block, ByteCount::new(source.len() as u64), generation);
+        let begun = Checksummer::new(block, ByteCount::new(source.len() as u64), generation);
+        let target = Start(self.as_mut_ptr());
         // To fetch the source ahead costs a tenth beside these stores, and more where blocks are short.
-        let way = Way::alone(self.bytes.stores());
-        // SAFETY: the block stays mapped and writable while this view lives and has the source's length; `source` is
-        // ordinary memory, so the two do not overlap.
-        unsafe {
-            fold::copy_and_sum_by(source.as_ptr(), self.as_mut_ptr(), source.len(), way, &mut summer);
-        }
+        let way = || Way::alone(self.bytes.stores());
+        let sum = sum_parts(source.len(), threads, begun, |offset, length, summer| {
+            // SAFETY: the block stays mapped and writable while this view lives and has the source's length; `source` is
+            // ordinary memory, so the two do not overlap.
+            unsafe {
+                let (source, target) = (source.as_ptr().add(offset), target.at(offset));
+                fold::copy_and_sum_by(source, target, length, way(), summer);
+            }
+        });
         self.bytes.copied();
-        summer.finish()
+        sum
     }
 }
 

@@ -10,11 +10,13 @@ use std::fmt;
 use std::ptr::NonNull;
 use std::sync::{Arc, Weak};
 
-use terrace_core::{BlockId, ByteCount, Checksum, Checksummer};
+use terrace_core::{BlockId, ByteCount, Checksum, Checksummer, JOINED_BYTES};
 
 use crate::copy::{drain, stream};
+use crate::crew::{Helpers, Start, share_with};
 use crate::fold::{self, Stores, Way};
 use crate::mapping::Mapping;
+use crate::target::TargetMemory;
 
 /// A readable piece of shared memory. Keeps the mapping alive.
 #[derive(Clone)]
@@ -187,28 +189,46 @@ impl SharedBytes {
     /// # Panics
     /// If `target` has another length.
     pub fn copy_to(&self, target: &mut [u8]) {
-        assert_eq!(target.len(), self.length, "source and target of a copy have one length");
-        // SAFETY: private memory of ours that has the length.
-        unsafe { self.copy_to_raw(target.as_mut_ptr()) }
+        self.copy_into(&mut TargetMemory::from(target), 1);
     }
 
-    /// The same, to memory that is no slice of ours.
+    /// Copies everything out, by so many threads where it is long enough; see [`crate::share`].
     ///
-    /// # Safety
-    /// `target` must be writable for [`Self::len`] bytes that do not overlap this view.
-    pub unsafe fn copy_to_raw(&self, target: *mut u8) {
+    /// # Panics
+    /// If `target` has another length.
+    pub fn copy_into(&self, target: &mut TargetMemory<'_>, threads: usize) {
+        assert_eq!(target.len(), self.length, "source and target of a copy have one length");
+        let (source, target) = (Start(self.start.as_ptr()), Start(target.start()));
         self.map_ahead();
-        let source = self.start.as_ptr();
+        let copy = |offset: usize, length: usize| {
+            let (source, target) = (source.at(offset).cast_const(), target.at(offset));
+            let behind = source.wrapping_add(length);
+            let next = if behind == self.end() { self.next } else { behind };
+            // SAFETY: a part of this view, and of writable memory that is as long and no part of this view.
+            unsafe { self.copy_part(source, target, length, next) };
+        };
+        let helpers = Helpers::of(threads, self.length);
+        if helpers.is_none() {
+            copy(0, self.length);
+        } else {
+            let mut parts: Vec<_> = parts(self.length).collect();
+            share_with(&mut parts, helpers, |(offset, length)| copy(*offset, *length));
+        }
+        self.copied();
+    }
+
+    /// # Safety
+    /// `length` bytes of this view from `source` on, and as many writable ones from `target` on that do not overlap it.
+    unsafe fn copy_part(&self, source: *const u8, target: *mut u8, length: usize, next: *const u8) {
         // SAFETY: the source is mapped while `owner` lives; the rest is the caller's promise. Another process may store
         // into the source meanwhile: the bytes are then arbitrary, which u8 allows, and the caller's fence check throws
         // them away.
         unsafe {
-            if self.stores == Stores::Cached {
-                return std::ptr::copy_nonoverlapping(source, target, self.length);
+            match self.stores {
+                Stores::Cached => std::ptr::copy_nonoverlapping(source, target, length),
+                Stores::Streamed => stream(source, target, length, next),
             }
-            stream(source, target, self.length, self.next);
         }
-        self.copied();
     }
 
     pub(crate) fn copied(&self) {
@@ -225,17 +245,35 @@ impl SharedBytes {
     /// If `target` has another length.
     pub fn copy_and_checksum(&self, target: &mut [u8], block: BlockId, generation: u64) -> Checksum {
         assert_eq!(target.len(), self.length, "source and target of a copy have one length");
-        // SAFETY: private memory of ours that has the length.
-        unsafe { self.copy_and_checksum_to(target.as_mut_ptr(), block, generation) }
+        self.copy_and_checksum_into(&mut TargetMemory::from(target), block, generation, 1)
     }
 
-    /// The same, to memory that is no slice of ours.
+    /// The same, by so many threads where it is long enough; see [`crate::share`].
     ///
-    /// # Safety
-    /// `target` must be writable for [`Self::len`] bytes that do not overlap this view.
-    pub unsafe fn copy_and_checksum_to(&self, target: *mut u8, block: BlockId, generation: u64) -> Checksum {
-        // SAFETY: the caller's promise.
-        unsafe { self.scatter_and_checksum(&[(target, self.length)], block, generation) }
+    /// # Panics
+    /// If `target` has another length.
+    pub fn copy_and_checksum_into(
+        &self,
+        target: &mut TargetMemory<'_>,
+        block: BlockId,
+        generation: u64,
+        threads: usize,
+    ) -> Checksum {
+        assert_eq!(target.len(), self.length, "source and target of a copy have one length");
+        let (source, target) = (Start(self.start.as_ptr()), Start(target.start()));
+        self.map_ahead();
+        let begun = Checksummer::new(block, ByteCount::new(self.length as u64), generation);
+        let sum = sum_parts(self.length, threads, begun, |offset, length, summer| {
+            let (source, target) = (source.at(offset).cast_const(), target.at(offset));
+            let behind = source.wrapping_add(length);
+            let next = if behind == self.end() { self.next } else { behind };
+            // SAFETY: a part of this view, and of writable memory that is as long and no part of this view.
+            unsafe {
+                fold::copy_and_sum_by(source, target, length, Way { stores: self.stores, next }, summer)
+            };
+        });
+        self.copied();
+        sum
     }
 
     /// Copies everything out into pieces, one behind the other, as [`SharedBytes::copy_and_checksum_to`].
@@ -330,10 +368,39 @@ impl SharedBytes {
     }
 }
 
+/// The sum of something so long that `sum` adds to, by offset and length, in one part or, by several threads, in many.
+pub(crate) fn sum_parts(
+    length: usize,
+    threads: usize,
+    mut begun: Checksummer,
+    sum: impl Fn(usize, usize, &mut Checksummer) + Sync,
+) -> Checksum {
+    let helpers = Helpers::of(threads, length);
+    if helpers.is_none() {
+        sum(0, length, &mut begun);
+        return begun.finish();
+    }
+    let sums = std::iter::once(begun).chain(std::iter::repeat_with(Checksummer::of_part));
+    let mut parts: Vec<_> = parts(length).zip(sums).collect();
+    share_with(&mut parts, helpers, |((offset, length), summer)| sum(*offset, *length, summer));
+    let mut sums = parts.into_iter().map(|(_, summer)| summer);
+    let mut whole = sums.next().expect("the first part is there, however short");
+    sums.for_each(|part| whole.join(&part));
+    whole.finish()
+}
+
+/// Offsets and lengths of parts that several threads copy: each but the first is as long as sums are joined by.
+fn parts(length: usize) -> impl Iterator<Item = (usize, usize)> {
+    let first = length % JOINED_BYTES;
+    let others = (first..length).step_by(JOINED_BYTES).map(|offset| (offset, JOINED_BYTES));
+    std::iter::once((0, first)).chain(others)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::copy::STREAM_BYTES_MIN;
+    use crate::crew::SHARED_BYTES_MIN;
 
     fn over(memory: &Arc<Vec<u8>>) -> SharedBytes {
         let owner: Arc<dyn Any + Send + Sync> = Arc::clone(memory) as _;
@@ -400,6 +467,31 @@ mod tests {
             // SAFETY: nobody else looks at the target's bytes, which are only reached by address until this returns.
             assert_eq!(unsafe { over(&target).gather_and_checksum(&sources, block, 3) }, whole);
             assert_eq!(target, memory, "{length} bytes of two pieces");
+        }
+    }
+
+    // Parts that several threads copy could leave bytes out between them, or be summed in another order.
+    #[test]
+    fn parts_of_several_threads_are_the_whole() {
+        let block = BlockId::from_bytes([8; 16]);
+        let around = [SHARED_BYTES_MIN - 1, SHARED_BYTES_MIN, SHARED_BYTES_MIN + 1, 368_640, 8 << 20];
+        for (length, threads) in
+            around.into_iter().flat_map(|length| [1, 2, 4].map(|threads| (length, threads)))
+        {
+            let memory: Arc<Vec<u8>> =
+                Arc::new((0..length).map(|at| u8::try_from(at % 251).unwrap()).collect());
+            let whole = terrace_core::checksum(block, 3, &memory);
+            for shared in [over(&memory), over(&memory).through_the_cache()] {
+                let mut copy = vec![0; length + 1];
+                // Some of it is at no line's beginning.
+                let mut target = TargetMemory::from(&mut copy[1..]);
+                let found = shared.copy_and_checksum_into(&mut target, block, 3, threads);
+                assert_eq!(found, whole, "{length} bytes by {threads}");
+                assert!(copy[1..] == memory[..], "{length} bytes by {threads}");
+                copy.fill(0);
+                shared.copy_into(&mut TargetMemory::from(&mut copy[1..]), threads);
+                assert!(copy[1..] == memory[..], "plain copy of {length} bytes by {threads}");
+            }
         }
     }
 

@@ -10,8 +10,6 @@ use crate::block::{Block, Copy, Way};
 use crate::errors::invalid;
 use crate::span::Span;
 
-/// Below this a second thread costs more than it saves.
-const PARALLEL_BYTES_MIN: usize = 4 << 20;
 /// Up to here the targets of one call are still in the last cache when somebody looks at them, and often before: 29 GiB/s
 /// into what is there, by two threads 36, on Zen 5, where past the cache both have 25 to 27.
 const CACHED_BYTES_MAX: usize = 8 << 20;
@@ -34,10 +32,10 @@ pub(crate) fn copy_blocks(
     let bytes: usize = copies.iter().map(Copy::bytes).sum();
     let way = if bytes <= CACHED_BYTES_MAX { Way::ThroughTheCache } else { Way::ByLength };
     let copies: Vec<_> = copies.into_iter().map(|copy| copy.by(way)).collect();
-    let threads = if bytes < PARALLEL_BYTES_MIN || overlap(&copies) { 1 } else { threads };
+    let threads = if overlap(&copies) { 1 } else { threads };
     let mut copies: Vec<_> = copies.into_iter().map(|copy| (copy, false)).collect();
     Ok(py.detach(|| {
-        share(&mut copies, threads, |(copy, good)| *good = copy.run());
+        share(&mut copies, threads, bytes, |(copy, good)| *good = copy.run());
         copies.iter().map(|(_, good)| *good).collect()
     }))
 }

@@ -12,7 +12,7 @@ use pyo3::buffer::PyUntypedBuffer;
 use pyo3::exceptions::PyBufferError;
 use pyo3::prelude::*;
 
-use terrace_client::{BlockId, BlockTarget, Checksum, SharedBytes};
+use terrace_client::{BlockTarget, TargetMemory};
 
 use crate::errors::invalid;
 
@@ -168,28 +168,11 @@ impl<'span> Filled<'span> {
 }
 
 impl BlockTarget for Filled<'_> {
-    fn length(&self) -> usize {
-        self.length
-    }
-
-    fn copy(&mut self, source: &SharedBytes, block: BlockId, generation: u64) -> Checksum {
-        assert_eq!(source.len(), self.length, "source and target of a copy have one length");
+    fn memory(&mut self) -> TargetMemory<'_> {
         // SAFETY: the span holds a writable buffer of this length in place, which is no part of the daemon's memory, as
-        // nobody gets a writable view of that. Other threads may store there meanwhile, in Python as here: the copy
-        // is then any mix, in u8.
-        unsafe { source.copy_and_checksum_to(self.target.get(), block, generation) }
-    }
-
-    fn copy_unsummed(&mut self, source: &SharedBytes) {
-        assert_eq!(source.len(), self.length, "source and target of a copy have one length");
-        // SAFETY: as above.
-        unsafe { source.copy_to_raw(self.target.get()) };
-    }
-
-    fn store(&mut self, offset: usize, piece: &[u8]) {
-        assert!(offset <= self.length && piece.len() <= self.length - offset, "a piece lies in its target");
-        // SAFETY: as above, from `offset` on; the piece is memory of our own.
-        unsafe { ptr::copy_nonoverlapping(piece.as_ptr(), self.target.get().add(offset), piece.len()) };
+        // nobody gets a writable view of that. Other threads may store there meanwhile, in Python as here: what is there
+        // then is any mix, in u8.
+        unsafe { TargetMemory::from_raw(self.target.get(), self.length) }
     }
 }
 

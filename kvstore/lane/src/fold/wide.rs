@@ -1,8 +1,8 @@
 //! The fold of CRC-64/NVMe by 256 and by 512 bits at a time, for processors with VPCLMULQDQ: one loop, by the registers and
 //! instructions of either.
 
-/// The polynomial, lowest bit highest.
-const POLYNOMIAL: u64 = 0x9a6c_9329_ac4b_c9b5;
+use terrace_core::CHECKSUM_POLYNOMIAL;
+
 /// Parts that are loaded together: with the eight sums they fit into sixteen registers.
 const LOADED: usize = 4;
 const SUMS: usize = 2 * LOADED;
@@ -11,7 +11,7 @@ const SUMS: usize = 2 * LOADED;
 const fn power(exponent: usize) -> u64 {
     let (mut value, mut at) = (1 << 63, 0);
     while at < exponent {
-        value = if value & 1 == 1 { value >> 1 ^ POLYNOMIAL } else { value >> 1 };
+        value = if value & 1 == 1 { value >> 1 ^ CHECKSUM_POLYNOMIAL } else { value >> 1 };
         at += 1;
     }
     value
