@@ -53,7 +53,7 @@ pub(crate) fn bytes_of(space: &Space, blocks: usize) -> usize {
 /// Blocks whose places are looked up together.
 const FOUND_AT_ONCE: usize = 16;
 /// What a thread takes at once, of many blocks that several copy.
-const PART_BYTES: RangeInclusive<u64> = 64 << 10..=1 << 20;
+const PART_BYTES: RangeInclusive<u64> = 64 << 10..=2 << 20;
 /// Parts of each thread, at least: one that is late leaves some to the others.
 const PARTS: u64 = 4;
 

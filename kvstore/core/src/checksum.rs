@@ -27,18 +27,24 @@ impl Checksum {
 /// The polynomial of CRC-64/NVMe, lowest bit highest.
 pub const CHECKSUM_POLYNOMIAL: u64 = 0x9a6c_9329_ac4b_c9b5;
 
-/// Bytes of a part that is summed apart from what is before it, for [`Checksummer::join`].
+/// The shortest part that is summed apart from what is before it, for [`Checksummer::join`]. Longer ones are this doubled, so
+/// often at most.
 pub const JOINED_BYTES: usize = 64 << 10;
+/// See [`JOINED_BYTES`].
+pub const JOINED_DOUBLINGS_MAX: u32 = 5;
 
-/// What moves a sum over a joined part: x to the power of its bits, which are 2 to the 19th.
-const OVER_JOINED: u64 = {
+/// What moves a sum over a joined part, by its doublings: x to the power of its bits, which are 2 to the 19th and more.
+const OVER_JOINED: [u64; JOINED_DOUBLINGS_MAX as usize + 1] = {
     assert!(JOINED_BYTES * 8 == 1 << 19);
-    let (mut moved, mut squared) = (1 << 62, 0);
-    while squared < 19 {
+    let (mut over, mut moved, mut squared) = ([0; JOINED_DOUBLINGS_MAX as usize + 1], 1 << 62, 0);
+    while squared < 19 + over.len() {
+        if squared >= 19 {
+            over[squared - 19] = moved;
+        }
         moved = product(moved, moved);
         squared += 1;
     }
-    moved
+    over
 };
 
 /// Of two polynomials, modulo that of the checksum.
@@ -77,9 +83,12 @@ impl Checksummer {
         Self(crc_fast::Digest::new_with_init_state(crc_fast::CrcAlgorithm::Crc64Nvme, 0))
     }
 
-    /// Adds the next [`JOINED_BYTES`] of the payload, which were summed as a part.
-    pub fn join(&mut self, part: &Self) {
-        let state = product(self.state(), OVER_JOINED) ^ part.state();
+    /// Adds the next [`JOINED_BYTES`] of the payload, or as much doubled so often, which were summed as a part.
+    ///
+    /// # Panics
+    /// If that is more often than [`JOINED_DOUBLINGS_MAX`].
+    pub fn join(&mut self, part: &Self, doublings: u32) {
+        let state = product(self.state(), OVER_JOINED[doublings as usize]) ^ part.state();
         self.0 = crc_fast::Digest::new_with_init_state(crc_fast::CrcAlgorithm::Crc64Nvme, state);
     }
 
@@ -122,18 +131,20 @@ mod tests {
     #[test]
     fn joined_parts_are_the_whole() {
         let block = BlockId::from_bytes([3; 16]);
-        for head in [0, 1, 777, JOINED_BYTES] {
-            let length = head + 3 * JOINED_BYTES;
+        for (head, doublings) in [(0, 0), (1, 0), (777, 1), (JOINED_BYTES, JOINED_DOUBLINGS_MAX)] {
+            let piece = JOINED_BYTES << doublings;
+            let length = head + 3 * piece;
             let payload: Vec<u8> =
                 (0..length).map(|at| at.wrapping_mul(0x9e37_79b9).to_le_bytes()[2]).collect();
             let mut summer = Checksummer::new(block, ByteCount::new(length as u64), 5);
             summer.update(&payload[..head]);
-            for piece in payload[head..].chunks(JOINED_BYTES) {
+            for piece in payload[head..].chunks(piece) {
                 let mut part = Checksummer::of_part();
                 part.update(piece);
-                summer.join(&part);
+                summer.join(&part, doublings);
             }
-            assert_eq!(summer.finish(), checksum(block, 5, &payload), "behind {head} bytes");
+            let whole = checksum(block, 5, &payload);
+            assert_eq!(summer.finish(), whole, "behind {head} bytes, doubled {doublings} times");
         }
     }
 }

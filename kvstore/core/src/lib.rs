@@ -44,7 +44,9 @@ pub use api::{
     IoClass, Limit, Limits, Locality, MapAccess, MatchMode, MissReason, Notice, Policy, Purpose, Refusal,
     Reply, Request, Residence, Scrub, SealOutcome, UseStats, Via,
 };
-pub use checksum::{CHECKSUM_POLYNOMIAL, Checksum, Checksummer, JOINED_BYTES, checksum};
+pub use checksum::{
+    CHECKSUM_POLYNOMIAL, Checksum, Checksummer, JOINED_BYTES, JOINED_DOUBLINGS_MAX, checksum,
+};
 pub use cost::ComputeCost;
 pub use curves::{CurvePoint, CurveTier, CurveView};
 pub use gpu_config::{GpuConfig, HbmReads};

@@ -37,9 +37,9 @@ const SPINS: usize = 2000;
 const LATE: Duration = Duration::from_millis(1);
 /// How long nobody is called after that: the first time, and at most.
 const REST_MIN: Duration = Duration::from_millis(20);
-const REST_MAX: Duration = Duration::from_secs(1);
+const REST_MAX: Duration = Duration::from_millis(250);
 /// So many calls without it, and the next one is the first.
-const FORGOTTEN_AFTER: u32 = 1000;
+const FORGOTTEN_AFTER: u32 = 100;
 
 static CREW: Mutex<Crew> = Mutex::new(Crew {
     process: 0,
@@ -50,13 +50,13 @@ static CREW: Mutex<Crew> = Mutex::new(Crew {
 
 /// Who helps with one call.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Helpers {
+pub(crate) struct Called {
     others: usize,
     /// Those who sleep as well.
     wake: bool,
 }
 
-impl Helpers {
+impl Called {
     const NONE: Self = Self { others: 0, wake: false };
 
     /// Those for a call of up to so many threads that copies so many bytes: whoever is awake, or is worth waking.
@@ -90,19 +90,19 @@ impl Helpers {
 }
 
 /// Calls `each` once for every item, on this thread and on up to `threads - 1` others, at most [`COPY_THREADS_MAX`] in all;
-/// together they copy so many `bytes`, about a MiB each at most. When it returns, every call has ended, and what they copied
+/// together they copy so many `bytes`, two MiB each at most. When it returns, every call has ended, and what they copied
 /// past the cache is whole.
 ///
 /// # Panics
 /// If a call does, once the others have ended.
 pub fn share<T: Send>(items: &mut [T], threads: usize, bytes: usize, each: impl Fn(&mut T) + Sync) {
-    let helpers = if items.len() < 2 { Helpers::NONE } else { Helpers::of(threads, bytes) };
-    share_with(items, helpers, each);
+    let called = if items.len() < 2 { Called::NONE } else { Called::of(threads, bytes) };
+    share_with(items, called, each);
 }
 
 /// As [`share`].
-pub(crate) fn share_with<T: Send>(items: &mut [T], helpers: Helpers, each: impl Fn(&mut T) + Sync) {
-    if helpers.is_none() {
+pub(crate) fn share_with<T: Send>(items: &mut [T], called: Called, each: impl Fn(&mut T) + Sync) {
+    if called.is_none() {
         items.iter_mut().for_each(each);
         return drain();
     }
@@ -129,7 +129,7 @@ pub(crate) fn share_with<T: Send>(items: &mut [T], helpers: Helpers, each: impl 
         caller: thread::current(),
     });
     let waits = Waits(&work);
-    call(&work, helpers);
+    call(&work, called);
     work.run();
     drop(waits);
     if work.late.load(Ordering::Relaxed)
@@ -215,11 +215,11 @@ impl Crew {
 }
 
 /// Asks them to help. Whoever cannot be asked leaves it to the rest.
-fn call(work: &Arc<Work>, helpers: Helpers) {
+fn call(work: &Arc<Work>, called: Called) {
     let Ok(mut crew) = CREW.try_lock() else { return };
     let here = sched_getcpu();
-    let there = crew.mates.iter_mut().filter(|mate| helpers.wake || mate.is_awake());
-    for mate in there.take(helpers.others) {
+    let there = crew.mates.iter_mut().filter(|mate| called.wake || mate.is_awake());
+    for mate in there.take(called.others) {
         mate.leave(here);
         let _ended = mate.orders.send(Arc::clone(work));
     }
@@ -371,7 +371,7 @@ mod tests {
                 *item = Some(thread::current().id());
             });
             // What sleeps is late.
-            thread::sleep(REST_MAX / 50);
+            thread::sleep(REST_MAX / 10);
             if items.into_iter().flatten().collect::<HashSet<_>>().len() == 2 {
                 return;
             }
@@ -394,9 +394,9 @@ mod tests {
         for _ in 0..20 {
             rests.begin(began);
         }
-        assert!(!rests.is_over(began + ms(999)));
-        assert!(rests.is_over(began + ms(1000)));
-        assert!((1..FORGOTTEN_AFTER).all(|_| rests.is_over(began + ms(1000))));
+        assert!(!rests.is_over(began + ms(249)));
+        assert!(rests.is_over(began + ms(250)));
+        assert!((1..FORGOTTEN_AFTER).all(|_| rests.is_over(began + ms(250))));
         rests.begin(began);
         assert!(rests.is_over(began + ms(20)));
     }

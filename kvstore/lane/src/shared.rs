@@ -10,10 +10,10 @@ use std::fmt;
 use std::ptr::NonNull;
 use std::sync::{Arc, Weak};
 
-use terrace_core::{BlockId, ByteCount, Checksum, Checksummer, JOINED_BYTES};
+use terrace_core::{BlockId, ByteCount, Checksum, Checksummer, JOINED_BYTES, JOINED_DOUBLINGS_MAX};
 
 use crate::copy::{drain, stream};
-use crate::crew::{Helpers, Start, share_with};
+use crate::crew::{Called, Start, share_with};
 use crate::fold::{self, Stores, Way};
 use crate::mapping::Mapping;
 use crate::target::TargetMemory;
@@ -207,12 +207,12 @@ impl SharedBytes {
             // SAFETY: a part of this view, and of writable memory that is as long and no part of this view.
             unsafe { self.copy_part(source, target, length, next) };
         };
-        let helpers = Helpers::of(threads, self.length);
-        if helpers.is_none() {
+        let called = Called::of(threads, self.length);
+        if called.is_none() {
             copy(0, self.length);
         } else {
-            let mut parts: Vec<_> = parts(self.length).collect();
-            share_with(&mut parts, helpers, |(offset, length)| copy(*offset, *length));
+            let mut parts: Vec<_> = parts(self.length, doublings(self.length)).collect();
+            share_with(&mut parts, called, |(offset, length)| copy(*offset, *length));
         }
         self.copied();
     }
@@ -375,24 +375,35 @@ pub(crate) fn sum_parts(
     mut begun: Checksummer,
     sum: impl Fn(usize, usize, &mut Checksummer) + Sync,
 ) -> Checksum {
-    let helpers = Helpers::of(threads, length);
-    if helpers.is_none() {
+    let called = Called::of(threads, length);
+    if called.is_none() {
         sum(0, length, &mut begun);
         return begun.finish();
     }
     let sums = std::iter::once(begun).chain(std::iter::repeat_with(Checksummer::of_part));
-    let mut parts: Vec<_> = parts(length).zip(sums).collect();
-    share_with(&mut parts, helpers, |((offset, length), summer)| sum(*offset, *length, summer));
+    let doublings = doublings(length);
+    let mut parts: Vec<_> = parts(length, doublings).zip(sums).collect();
+    share_with(&mut parts, called, |((offset, length), summer)| sum(*offset, *length, summer));
     let mut sums = parts.into_iter().map(|(_, summer)| summer);
     let mut whole = sums.next().expect("the first part is there, however short");
-    sums.for_each(|part| whole.join(&part));
+    sums.for_each(|part| whole.join(&part, doublings));
     whole.finish()
 }
 
+/// Parts of something long, about: enough for a thread that is late to leave some to the others.
+const PARTS: usize = 16;
+
+/// How often the shortest part that can be joined is doubled, for something so long.
+fn doublings(length: usize) -> u32 {
+    let wanted = (length / (PARTS * JOINED_BYTES)).max(1);
+    wanted.ilog2().min(JOINED_DOUBLINGS_MAX)
+}
+
 /// Offsets and lengths of parts that several threads copy: each but the first is as long as sums are joined by.
-fn parts(length: usize) -> impl Iterator<Item = (usize, usize)> {
-    let first = length % JOINED_BYTES;
-    let others = (first..length).step_by(JOINED_BYTES).map(|offset| (offset, JOINED_BYTES));
+fn parts(length: usize, doublings: u32) -> impl Iterator<Item = (usize, usize)> {
+    let each = JOINED_BYTES << doublings;
+    let first = length % each;
+    let others = (first..length).step_by(each).map(move |offset| (offset, each));
     std::iter::once((0, first)).chain(others)
 }
 
@@ -474,7 +485,8 @@ mod tests {
     #[test]
     fn parts_of_several_threads_are_the_whole() {
         let block = BlockId::from_bytes([8; 16]);
-        let around = [SHARED_BYTES_MIN - 1, SHARED_BYTES_MIN, SHARED_BYTES_MIN + 1, 368_640, 8 << 20];
+        let around =
+            [SHARED_BYTES_MIN - 1, SHARED_BYTES_MIN, SHARED_BYTES_MIN + 1, 368_640, 2 << 20, 8 << 20];
         for (length, threads) in
             around.into_iter().flat_map(|length| [1, 2, 4].map(|threads| (length, threads)))
         {
