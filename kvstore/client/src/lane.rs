@@ -17,7 +17,7 @@ use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, oneshot};
 use tokio::time::timeout;
 
 use terrace_core::ClientId;
-use terrace_lane::{LaneConnection, LaneError, LaneReader, LaneWriter, Received};
+use terrace_lane::{LaneConnection, LaneError, LaneReader, LaneWriter, Received, Yields};
 use terrace_proto::LANE_VERSION;
 use terrace_proto::v1::lane_request::Op;
 use terrace_proto::v1::lane_response::Result as Answer;
@@ -324,6 +324,7 @@ impl LaneLink {
         let _watch = Watch::begin(&self.watching)?;
         let mut arrivals = self.arrivals.load(Ordering::Relaxed);
         let (mut until, mut others_ran) = (Instant::now() + within, false);
+        let mut yields = Yields::new(YIELDED_FOR_MAX);
         loop {
             match answered.try_recv() {
                 Ok(answered) => {
@@ -344,11 +345,10 @@ impl LaneLink {
                 self.watched_in_vain.fetch_add(1, Ordering::Relaxed);
                 return None;
             }
-            std::thread::yield_now();
             // If that was not the daemon, who had this processor wants it again, and who yields to him waits for a
             // hundred times what it takes to be woken.
-            let looked = Instant::now();
-            others_ran = looked.duration_since(now) >= YIELDED_FOR_MAX;
+            let (looked, wanted) = yields.give();
+            others_ran = wanted;
             tokio::task::yield_now().await;
             if looked.elapsed() >= WATCHED_FOR_MAX {
                 // The caller had something to do meanwhile, and looks for his answer from now on.

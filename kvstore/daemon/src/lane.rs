@@ -23,7 +23,8 @@ use tonic::Code;
 
 use terrace_core::{ClientId, MapAccess, Notice};
 use terrace_lane::{
-    LaneConnection, LaneError, LaneReader, LaneServer, LaneWriter, ProcessEnd, Received, leave_processor,
+    LaneConnection, LaneError, LaneReader, LaneServer, LaneWriter, ProcessEnd, Received, Yields,
+    leave_processor,
 };
 use terrace_proto::v1::{self, LaneRequest, LaneResponse, lane_request::Op, lane_response};
 use terrace_proto::{LANE_VERSION, MESSAGE_BYTES_MAX};
@@ -512,15 +513,14 @@ impl Talk {
 /// Answers when it ended if one of those had it and no request came of that: it was not the client, will want it again,
 /// and who yields to it waits for a hundred times what it takes to be woken.
 async fn awake_until(then: Instant, patience: Duration) -> Option<Instant> {
+    let mut yields = Yields::new(patience);
     loop {
         tokio::task::yield_now().await;
-        let began = Instant::now();
-        if began >= then {
+        if Instant::now() >= then {
             return None;
         }
-        std::thread::yield_now();
-        let ended = Instant::now();
-        if ended.duration_since(began) >= patience {
+        let (ended, wanted) = yields.give();
+        if wanted {
             // Once for the socket to be looked at, and once for whoever reads it.
             tokio::task::yield_now().await;
             tokio::task::yield_now().await;

@@ -35,7 +35,7 @@ pub use manifest::{BadManifestWire, manifest_from_wire, manifest_to_wire};
 pub use mapping::{Access, FenceMapping, Mapping, SharedBytesMut};
 pub use names::block_ids;
 pub use packed::{PACKED_GRANT_BYTES, PackedGrant};
-pub use processor::{leave_processor, processor};
+pub use processor::{Yields, leave_processor, processor};
 pub use shared::{SharedBytes, WeakBytes};
 pub use socket::{Admits, LaneConnection, LaneServer, PeerCredentials, ProcessEnd, SOCKET_PATH_BYTES_MAX};
 pub use target::TargetMemory;

@@ -4,6 +4,8 @@
 //! turns, while others are idle. Where idle ones look as if their host had taken them away, as they do in a virtual machine,
 //! none of them is looked for.
 
+use std::time::{Duration, Instant};
+
 use rustix::thread::{CpuSet, sched_getaffinity, sched_getcpu, sched_setaffinity};
 
 /// The processor that the caller runs on just now; `None` if its number is none that can be.
@@ -27,6 +29,38 @@ pub fn leave_processor(number: u32) -> bool {
     left
 }
 
+/// Gives its processor away again and again, while it waits awake for somebody on another one.
+#[derive(Clone, Copy, Debug)]
+pub struct Yields {
+    /// Whoever has it for longer wanted it.
+    longest: Duration,
+    /// The last one was longer.
+    long: bool,
+}
+
+impl Yields {
+    /// An interrupt takes as long now and then, but no longer, and not twice in a row.
+    const INTERRUPTED_FOR_MAX: Duration = Duration::from_micros(50);
+
+    /// Others may have the processor for so long before it counts that they had it.
+    pub fn new(longest: Duration) -> Self {
+        Self { longest, long: false }
+    }
+
+    /// Once. When it has the processor again, and whether somebody else wanted it.
+    pub fn give(&mut self) -> (Instant, bool) {
+        let began = Instant::now();
+        std::thread::yield_now();
+        let ended = Instant::now();
+        (ended, self.judge(ended.duration_since(began)))
+    }
+
+    fn judge(&mut self, away: Duration) -> bool {
+        let before = std::mem::replace(&mut self.long, away >= self.longest);
+        self.long && (before || away >= Self::INTERRUPTED_FOR_MAX)
+    }
+}
+
 /// From here on this thread takes its turns on a processor in slices as short as the kernel has them, so that it gets the
 /// next one sooner. A kernel that knows none leaves it as it is.
 pub(crate) fn take_short_turns() {
@@ -47,6 +81,19 @@ pub(crate) fn take_short_turns() {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    // Who takes an interrupt for somebody else sleeps until he is woken for a tenth of a second, and who takes somebody else for an
+    // interrupt waits for him for milliseconds, each time.
+    #[test]
+    fn an_interrupt_is_nobody() {
+        let us = Duration::from_micros;
+        let mut yields = Yields::new(us(5));
+        assert!(![1, 6, 2, 49, 4].map(us).into_iter().any(|away| yields.judge(away)));
+        assert!(yields.judge(us(50)), "nothing but another thread takes so long");
+        assert!(yields.judge(us(6)), "twice in a row");
+        assert!(!Yields::new(us(500)).judge(us(400)));
+        assert!(Yields::new(us(500)).judge(us(500)));
+    }
 
     // A thread that stays where its client works waits for him; one that lost the other processors for good would wait for
     // everybody from then on.

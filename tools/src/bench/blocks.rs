@@ -17,7 +17,7 @@ use super::stand;
 pub(super) const MODEL_BLOCK_BYTES: u64 = 30 * 2 * 16 * 3 * 64 * 2;
 const _: () = assert!(MODEL_BLOCK_BYTES == 368_640);
 /// Longest wait for frames or promotions.
-const WAIT: std::time::Duration = std::time::Duration::from_secs(10);
+pub(super) const WAIT: std::time::Duration = std::time::Duration::from_secs(10);
 
 /// A session on the lane.
 ///

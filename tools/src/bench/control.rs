@@ -4,6 +4,7 @@
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::ensure;
@@ -67,6 +68,7 @@ async fn measure(options: &Options) -> anyhow::Result<Vec<Line>> {
     let space = blocks::space(&session, BLOCK_BYTES).await?;
     let keys = blocks::keys(1, BLOCKS);
     blocks::put(&session, &space, &keys, &vec![7; usize::try_from(BLOCK_BYTES)?]).await?;
+    compared(&daemon.socket, &keys).await?;
     let mut lines = Vec::new();
     for case in CASES {
         for depth in [1, DEPTH] {
@@ -91,6 +93,16 @@ async fn measure(options: &Options) -> anyhow::Result<Vec<Line>> {
     let fair = CASES[1];
     lines.extend(fair::run(&daemon.socket, &keys[..fair.blocks], fair).await?);
     Ok(lines)
+}
+
+/// What one session sealed is compared with its checksum before it is anybody else's: waits until it was.
+async fn compared(socket: &Path, keys: &[[u8; 16]]) -> anyhow::Result<()> {
+    let session = blocks::session(socket).await?;
+    let space = blocks::space(&session, BLOCK_BYTES).await?;
+    let patient = ReadOptions { wait: blocks::WAIT, ..ReadOptions::default() };
+    let there = session.lease_read(&space, keys, patient).await?;
+    ensure!(there.prefix() == keys.len(), "only {} of {} blocks can be read", there.prefix(), keys.len());
+    Ok(())
 }
 
 pub(super) fn us(histogram: &Histogram<u64>, quantile: f64) -> f64 {
