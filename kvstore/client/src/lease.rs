@@ -105,8 +105,8 @@ pub(crate) struct Seen {
     generation: u64,
     /// Of each chunk in which a block was granted.
     mappings: Vec<(u64, Arc<Mapping>)>,
-    /// One a grant, made when it is wanted.
-    views: Vec<OnceLock<SharedBytes>>,
+    /// One a grant, made when it is wanted, which is for all of them or, where blocks are only counted, for none.
+    views: OnceLock<Vec<OnceLock<SharedBytes>>>,
 }
 
 impl Seen {
@@ -123,7 +123,8 @@ impl Seen {
     /// Its bytes.
     pub(crate) fn bytes(&self, at: u32) -> &SharedBytes {
         let at = at as usize;
-        self.views[at].get_or_init(|| {
+        let views = || std::iter::repeat_with(OnceLock::new).take(self.grants.len()).collect();
+        self.views.get_or_init(views)[at].get_or_init(|| {
             let grant = &self.grants[at];
             let mapping = self.mappings.iter().find(|(chunk, _)| *chunk == grant.chunk);
             let view =
@@ -338,7 +339,10 @@ pub(crate) async fn lease_seen<B>(
     let mapped = mapped.into_iter().map(|(chunk, mapping)| Ok((chunk, in_host_memory(mapping)?)));
     let mappings: Vec<(u64, Arc<Mapping>)> = mapped.collect::<Result<_, ClientError>>()?;
     let mut last = mappings.first();
-    for grant in grants.iter().filter(|grant| grant.outcome == GrantOutcome::Granted) {
+    for grant in &grants {
+        if outcome(grant, kind)? != Outcome::Granted(()) {
+            continue;
+        }
         check(space, grant)?;
         if last.is_none_or(|(chunk, _)| *chunk != grant.chunk) {
             last = mappings.iter().find(|(chunk, _)| *chunk == grant.chunk);
@@ -347,20 +351,23 @@ pub(crate) async fn lease_seen<B>(
             return Err(ClientError::Protocol { detail: "a frame outside its chunk" });
         }
     }
-    let outcomes: Vec<Outcome<()>> =
-        grants.iter().map(|grant| outcome(grant, kind)).collect::<Result<_, _>>()?;
-    let views = std::iter::repeat_with(OnceLock::new).take(grants.len()).collect();
-    let lease = held.filter(|_| !mappings.is_empty()).map(|(token, state)| {
-        let seen = Seen { grants, generation: granted.generation, mappings, views };
-        Arc::new(Lease { token, state, session: Arc::clone(session), seen })
-    });
-    let blocks = (0..).zip(outcomes).map(|(at, outcome)| match (outcome, &lease) {
-        (Outcome::Granted(()), None) => Err(UNLEASED),
-        (outcome, None) => Ok(outcome.map(|()| unreachable!("it was not granted"))),
-        (outcome, Some(lease)) => Ok(outcome.map(|()| block(at, Arc::clone(lease)))),
-    });
-    let blocks = blocks.collect::<Result<_, _>>()?;
-    Ok((lease, blocks))
+    // One behind the other into room for all: of hundreds of blocks, each vector that grows and each pass is felt.
+    let mut blocks = Vec::with_capacity(grants.len());
+    let Some((token, state)) = held.filter(|_| !mappings.is_empty()) else {
+        for grant in &grants {
+            match outcome(grant, kind)? {
+                Outcome::Granted(()) => return Err(UNLEASED),
+                other => blocks.push(other.map(|()| unreachable!("it was not granted"))),
+            }
+        }
+        return Ok((None, blocks));
+    };
+    let seen = Seen { grants, generation: granted.generation, mappings, views: OnceLock::new() };
+    let lease = Arc::new(Lease { token, state, session: Arc::clone(session), seen });
+    for (at, grant) in (0..).zip(&lease.seen.grants) {
+        blocks.push(outcome(grant, kind)?.map(|()| block(at, Arc::clone(&lease))));
+    }
+    Ok((Some(lease), blocks))
 }
 
 const UNLEASED: ClientError = ClientError::Protocol { detail: "a granted block without a lease" };

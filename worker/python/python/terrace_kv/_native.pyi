@@ -40,9 +40,9 @@ def connect(
     ``http://host:port``, for when there is no socket or nobody answers on it, and for streams. An empty tenant
     is "default". ``client_name`` is what operators see. ``answer_within`` are the seconds after which a daemon that
     says nothing, beyond what a call lets it wait, is given up with :class:`NoAnswer`; without it a minute.
-    ``copy_threads`` are the threads that copy what one ``get`` or ``write`` over the socket moves, from 4 MiB on, and from
-    256 KiB on where calls follow each other; without it as many as the process may run on, at most 4. Those that help
-    are shared by all sessions.
+    ``copy_threads`` are the threads that copy what one ``get`` or ``write`` over the socket moves, from 4 MiB on, and
+    from 256 KiB on where calls follow each other; without it as many as the process may run on, at most 4. Those that
+    help are shared by all sessions.
 
     Raises :class:`ConnectError` if nobody answers, :class:`Refused` if the daemon refuses the tenant.
     """
