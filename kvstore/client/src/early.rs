@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::RwLockWriteGuard;
 
 use terrace_core::{BlockId, Checksum, HEADER_PAGE_BYTES};
-use terrace_lane::drain;
+use terrace_lane::{Called, drain};
 
 use crate::chunks::Unused;
 use crate::get::is_past_the_cache;
@@ -104,7 +104,7 @@ impl<'a, K: AsRef<[u8]>> Early<'a, K> {
             }
             view.drain_later();
             let (block, generation) = (space.block_id(key.as_ref()), space.generation());
-            let checksum = view.copy_from_and_checksum(payload, block, generation, 1);
+            let checksum = view.copy_from_and_checksum(payload, block, generation, Called::NONE);
             return Some(FilledEarly { chunk, frame, block, generation, checksum });
         }
     }

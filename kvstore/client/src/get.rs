@@ -4,7 +4,7 @@ use std::ops::RangeInclusive;
 use std::time::{Duration, Instant};
 
 use terrace_core::{BlockId, Checksum, MissReason, Purpose};
-use terrace_lane::{SharedBytes, TargetMemory, block_ids, share};
+use terrace_lane::{Called, SharedBytes, TargetMemory, block_ids, share};
 
 use crate::error::ClientError;
 use crate::lease::Outcome;
@@ -45,38 +45,40 @@ pub(crate) fn is_past_the_cache(space: &Space, blocks: usize) -> bool {
     space.block_bytes().get().saturating_mul(blocks as u64) >= PAST_THE_CACHE_BYTES_MIN
 }
 
-/// Length of so many blocks.
-pub(crate) fn bytes_of(space: &Space, blocks: usize) -> usize {
-    usize::try_from(space.block_bytes().get()).unwrap_or(usize::MAX).saturating_mul(blocks)
-}
-
-/// Blocks whose places are looked up together.
-const FOUND_AT_ONCE: usize = 16;
 /// What a thread takes at once, of many blocks that several copy.
-const PART_BYTES: RangeInclusive<u64> = 64 << 10..=2 << 20;
+const PART_BYTES: RangeInclusive<usize> = 64 << 10..=2 << 20;
 /// Parts of each thread, at least: one that is late leaves some to the others.
-const PARTS: u64 = 4;
+const PARTS: usize = 4;
+/// Fewer blocks than twice the threads are shared one by one, if they are as long.
+const SPLIT_BYTES_MIN: usize = 256 << 10;
 
-/// How the blocks of one call are shared by threads.
+/// How blocks that are copied now are shared by threads.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Sharing {
-    /// Threads that take so many blocks at once.
-    pub(crate) among: usize,
+    /// Those that take so many blocks at once.
+    pub(crate) among: Called,
     pub(crate) at_once: usize,
-    /// Threads that take parts of each block.
-    pub(crate) within: usize,
+    /// Those that take parts of each block.
+    pub(crate) within: Called,
+    /// Length of all blocks.
+    pub(crate) bytes: usize,
 }
 
 impl Sharing {
-    /// `most` blocks at once, at most. Few or long ones are shared one by one.
-    pub(crate) fn of(space: &Space, blocks: usize, threads: usize, most: usize) -> Self {
-        let block = space.block_bytes().get().max(1);
-        if threads < 2 || blocks < 2 * threads || block > *PART_BYTES.end() {
-            return Self { among: 1, at_once: most, within: threads };
+    pub(crate) fn of(space: &Space, blocks: usize, threads: usize) -> Self {
+        let block = usize::try_from(space.block_bytes().get()).unwrap_or(usize::MAX).max(1);
+        let bytes = block.saturating_mul(blocks);
+        let called = Called::of(threads, bytes);
+        let alone = Self { among: Called::NONE, at_once: blocks.max(1), within: Called::NONE, bytes };
+        if called.is_none() {
+            return alone;
         }
-        let each = block.saturating_mul(blocks as u64) / (PARTS * threads as u64);
-        let part = each.clamp(*PART_BYTES.start(), *PART_BYTES.end()) / block;
-        Self { among: threads, at_once: usize::try_from(part).unwrap_or(most).clamp(1, most), within: 1 }
+        // A few long ones would not come out even.
+        if block > *PART_BYTES.end() || (blocks < 2 * threads && block >= SPLIT_BYTES_MIN) {
+            return Self { within: called, ..alone };
+        }
+        let part = (bytes / (PARTS * threads)).clamp(*PART_BYTES.start(), *PART_BYTES.end());
+        Self { among: called, at_once: (part / block).max(1), ..alone }
     }
 }
 
@@ -85,19 +87,11 @@ impl Sharing {
 pub(crate) struct How {
     verify: Verify,
     past_the_cache: bool,
-    /// Bytes of all.
-    bytes: usize,
-    sharing: Sharing,
 }
 
 impl How {
-    fn of(space: &Space, blocks: usize, verify: Verify, threads: usize) -> Self {
-        Self {
-            verify,
-            past_the_cache: is_past_the_cache(space, blocks),
-            bytes: bytes_of(space, blocks),
-            sharing: Sharing::of(space, blocks, threads, FOUND_AT_ONCE),
-        }
+    fn of(space: &Space, blocks: usize, verify: Verify) -> Self {
+        Self { verify, past_the_cache: is_past_the_cache(space, blocks) }
     }
 
     /// One of the blocks that are copied by one call, which drains at its end.
@@ -106,19 +100,19 @@ impl How {
         if self.past_the_cache { source.past_the_cache() } else { source }
     }
 
-    /// The checksum of what was copied, if it is to be compared.
+    /// The checksum of what was copied, by those that are called, if it is to be compared.
     pub(crate) fn copy(
         self,
         source: &SharedBytes,
         target: &mut impl BlockTarget,
-        block: BlockId,
-        generation: u64,
+        (block, generation): (BlockId, u64),
+        called: Called,
     ) -> Option<Checksum> {
-        let (target, threads) = (&mut target.memory(), self.sharing.within);
+        let target = &mut target.memory();
         match self.verify {
-            Verify::Checksum => Some(source.copy_and_checksum_into(target, block, generation, threads)),
+            Verify::Checksum => Some(source.copy_and_checksum_into(target, block, generation, called)),
             Verify::Fence => {
-                source.copy_into(target, threads);
+                source.copy_into(target, called);
                 None
             }
         }
@@ -139,7 +133,7 @@ pub struct GetOptions {
 impl Session {
     /// Copies blocks into `targets`, one for each key, and judges each copy; answers what became of each, in order.
     /// What is not `Granted` left anything in its target. The quickest way to a block by value: over the socket the
-    /// calling thread copies out of shared memory, a block that was got before is found without asking the daemon, and
+    /// calling thread, and others where there is much, copy out of shared memory, a block that was got before is found without asking the daemon, and
     /// the lease of another is given back without waiting for it. When cancelled, some targets may be filled.
     ///
     /// # Errors
@@ -163,7 +157,7 @@ impl Session {
                 stream_blocks(link, space, &keys, options.wait, store).await
             }
             Backend::Lane(lane) => {
-                let how = How::of(space, keys.len(), options.verify, self.inner.copy_threads);
+                let how = How::of(space, keys.len(), options.verify);
                 let mut outcomes = self.known(lane, space, keys, targets, how);
                 let missing = outcomes.iter().enumerate().filter(|(_, outcome)| outcome.granted().is_none());
                 let open: Vec<usize> = missing.map(|(at, _)| at).collect();
@@ -189,11 +183,25 @@ impl Session {
     ) -> Vec<Outcome<()>> {
         let mut outcomes = vec![Outcome::Missing(MissReason::Unknown); keys.len()];
         let blocks = block_ids(space.tenant_key(), space.id(), keys);
-        let Sharing { among, at_once, .. } = how.sharing;
-        let parts = blocks.chunks(at_once).zip(targets.chunks_mut(at_once)).zip(outcomes.chunks_mut(at_once));
-        let mut parts: Vec<_> = parts.collect();
-        share(&mut parts, among, how.bytes, |((blocks, targets), outcomes)| {
-            copy_known(lane, blocks, targets, outcomes, how);
+        let length = targets.first_mut().map_or(0, |target| target.memory().len());
+        let mut lying = lane.places.find(&blocks, length, how);
+        for at in 1..lying.len() {
+            if let [Some(one), Some(next)] = &mut lying[at - 1..=at] {
+                one.bytes.come_before(&next.bytes);
+            }
+        }
+        let places = blocks.iter().zip(&lying).zip(targets).zip(&mut outcomes);
+        let mut copies: Vec<_> = places
+            .filter_map(|(((block, lying), target), outcome)| Some((block, lying.as_ref()?, target, outcome)))
+            .collect();
+        let sharing = Sharing::of(space, copies.len(), self.inner.copy_threads);
+        let mut parts: Vec<_> = copies.chunks_mut(sharing.at_once).collect();
+        share(&mut parts, sharing.bytes, sharing.among, |part| {
+            for (block, lying, target, outcome) in part.iter_mut() {
+                if lying.copy(**block, &lane.status, *target, how, sharing.within) {
+                    **outcome = Outcome::Granted(());
+                }
+            }
         });
         outcomes
     }
@@ -210,24 +218,35 @@ impl Session {
         let places = &self.lane("get")?.places;
         let wanted: Vec<&[u8]> = batch.iter().map(|&at| keys[at].as_ref()).collect();
         let lease = self.lease_read(space, &wanted, options).await?;
-        let mut open = batch.iter().peekable();
-        let targets =
-            targets.iter_mut().enumerate().filter_map(|(at, target)| open.next_if_eq(&&at).map(|_| target));
-        let mut copies: Vec<_> =
-            lease.grants.into_iter().zip(targets).map(|(grant, target)| (grant, target, None)).collect();
-        let how = How::of(space, copies.len(), how.verify, self.inner.copy_threads);
-        let Sharing { among, at_once, .. } = how.sharing;
-        let mut parts: Vec<_> = copies.chunks_mut(at_once).collect();
-        share(&mut parts, among, how.bytes, |part| {
-            for (grant, target, outcome) in part.iter_mut() {
-                *outcome = grant.granted().map(|block| copied(block, *target, how));
+        let (Some(&first), Some(&last)) = (batch.first(), batch.last()) else { return Ok(()) };
+        let mut open = batch.iter().zip(&lease.grants).peekable();
+        let mut copies = Vec::with_capacity(batch.len());
+        for (at, target) in (first..).zip(&mut targets[first..=last]) {
+            let wanted = open.next_if(|(wanted, _)| **wanted == at);
+            if let Some(block) = wanted.and_then(|(_, grant)| grant.granted()) {
+                copies.push((block, target, Outcome::Promoting));
+            }
+        }
+        let sharing = Sharing::of(space, copies.len(), self.inner.copy_threads);
+        let mut parts: Vec<_> = copies.chunks_mut(sharing.at_once).collect();
+        share(&mut parts, sharing.bytes, sharing.among, |part| {
+            for (block, target, outcome) in part.iter_mut() {
+                *outcome = copied(block, *target, how, sharing.within);
             }
         });
-        for ((&at, key), (grant, _, outcome)) in batch.iter().zip(wanted).zip(copies) {
-            if let (Outcome::Granted(block), Some(Outcome::Granted(()))) = (&grant, &outcome) {
-                places.keep(block.id(), block.place(), space.handle, key);
-            }
-            outcomes[at] = outcome.unwrap_or_else(|| grant.map(|_| ()));
+        let copied: Vec<_> = copies.into_iter().map(|(_, _, outcome)| outcome).collect();
+        let mut copied = copied.into_iter();
+        for ((&at, key), grant) in batch.iter().zip(wanted).zip(lease.grants) {
+            outcomes[at] = match grant {
+                Outcome::Granted(block) => {
+                    let outcome = copied.next().expect("each granted block was copied");
+                    if outcome.granted().is_some() {
+                        places.keep(block.id(), block.place(), space.handle, key);
+                    }
+                    outcome
+                }
+                other => other.map(|_| ()),
+            };
         }
         if let Some(lease) = lease.lease {
             lease.end_soon();
@@ -250,29 +269,9 @@ fn check(space: &Space, keys: usize, targets: &mut [impl BlockTarget]) -> Result
     Ok(())
 }
 
-/// Copies those that are known to lie somewhere.
-fn copy_known<T: BlockTarget>(
-    lane: &LaneSession,
-    blocks: &[BlockId],
-    targets: &mut [T],
-    outcomes: &mut [Outcome<()>],
-    how: How,
-) {
-    let length = targets.first_mut().map_or(0, |target| target.memory().len());
-    let mut found = lane.places.find(blocks, length, how);
-    for (at, ((block, target), outcome)) in blocks.iter().zip(targets).zip(outcomes).enumerate() {
-        if let Some([Some(lying), Some(next)]) = found.get_mut(at..at + 2) {
-            lying.bytes.come_before(&next.bytes);
-        }
-        if found[at].as_ref().is_some_and(|lying| lying.copy(*block, &lane.status, target, how)) {
-            *outcome = Outcome::Granted(());
-        }
-    }
-}
-
-fn copied(block: &ReadBlock, target: &mut impl BlockTarget, how: How) -> Outcome<()> {
+fn copied(block: &ReadBlock, target: &mut impl BlockTarget, how: How, called: Called) -> Outcome<()> {
     let source = how.of_many(block.bytes().clone());
-    let found = how.copy(&source, target, block.id(), block.generation());
+    let found = how.copy(&source, target, (block.id(), block.generation()), called);
     let judged = match found {
         Some(found) => block.judge(found),
         None if block.is_valid() => Ok(()),

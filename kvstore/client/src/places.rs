@@ -14,7 +14,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use bytes::Bytes;
 
 use terrace_core::{BlockId, Checksum, Fence};
-use terrace_lane::{SharedBytes, WeakBytes};
+use terrace_lane::{Called, SharedBytes, WeakBytes};
 use terrace_proto::v1::TouchRequest;
 
 use crate::get::{BlockTarget, How};
@@ -68,11 +68,12 @@ impl Lying {
         status: &Status,
         target: &mut impl BlockTarget,
         how: How,
+        called: Called,
     ) -> bool {
         if !self.holds(status) {
             return false;
         }
-        let found = how.copy(&self.bytes, target, block, self.generation);
+        let found = how.copy(&self.bytes, target, (block, self.generation), called);
         if !self.holds(status) {
             return false;
         }

@@ -21,7 +21,7 @@ use terrace_proto::v1::{LeaseKind, LeasePurpose};
 use crate::convert::parent_to_wire;
 use crate::early::{Early, FilledEarly};
 use crate::error::ClientError;
-use crate::get::{Sharing, bytes_of, is_past_the_cache};
+use crate::get::{Sharing, is_past_the_cache};
 use crate::keyed::Named;
 use crate::lease::{Outcome, Wanted, lease};
 use crate::session::{LaneSession, Session};
@@ -135,8 +135,7 @@ impl Session {
             }
             lease.drain_later();
             let payloads = &put.payloads[run.clone()];
-            let sharing = Sharing::of(put.space, run.len(), self.inner.copy_threads, run.len());
-            let sums = fill(&mut lease, payloads, &early, sharing, bytes_of(put.space, run.len()));
+            let sums = fill(&mut lease, payloads, &early, (put.space, self.inner.copy_threads));
             let (filled, sums) = told_apart(&lease, run.start, sums, outcomes)?;
             early.clear();
             sealing.push_back((filled, Asked::begin(seal(lease, sums, put.durability)).await));
@@ -263,28 +262,30 @@ fn pieces(open: Range<usize>, most: usize) -> Vec<Range<usize>> {
     (0..count).map(|piece| at(piece)..at(piece + 1)).collect()
 }
 
-/// Fills what was granted, but for what was filled early; answers what each is sealed with. Blocks of a run, all of which
-/// have so many bytes, and what was filled early begin together.
+/// Fills what was granted, but for what was filled early, by so many threads; answers what each is sealed with. Blocks of a
+/// run and what was filled early begin together.
 fn fill(
     lease: &mut WriteLease,
     payloads: &[&[u8]],
     early: &[FilledEarly],
-    sharing: Sharing,
-    bytes: usize,
+    (space, threads): (&Space, usize),
 ) -> Vec<Option<Result<Checksum, ClientError>>> {
     let mut sums: Vec<_> = payloads.iter().map(|_| None).collect();
-    let early = (0..payloads.len()).map(|at| early.get(at));
-    let blocks = lease.grants.iter_mut().zip(payloads).zip(early).zip(&mut sums);
-    let mut blocks: Vec<_> = blocks.collect();
+    let mut blocks = Vec::with_capacity(payloads.len());
+    let run = lease.grants.iter_mut().zip(payloads).zip(&mut sums).enumerate();
+    for (at, ((grant, payload), sum)) in run {
+        let Some(block) = grant.granted_mut() else { continue };
+        // Of the payload, not of the frame: what is sealed is what was given.
+        match early.get(at).filter(|early| block.is(early)) {
+            Some(early) => *sum = Some(Ok(early.checksum)),
+            None => blocks.push((block, payload, sum)),
+        }
+    }
+    let sharing = Sharing::of(space, blocks.len(), threads);
     let mut parts: Vec<_> = blocks.chunks_mut(sharing.at_once).collect();
-    share(&mut parts, sharing.among, bytes, |part| {
-        for (((grant, payload), early), sum) in part.iter_mut() {
-            let Some(block) = grant.granted_mut() else { continue };
-            // Of the payload, not of the frame: what is sealed is what was given.
-            **sum = Some(match early.filter(|early| block.is(early)) {
-                Some(early) => Ok(early.checksum),
-                None => block.write_checked_by(payload, sharing.within),
-            });
+    share(&mut parts, sharing.bytes, sharing.among, |part| {
+        for (block, payload, sum) in part.iter_mut() {
+            **sum = Some(block.write_checked_by(payload, sharing.within));
         }
     });
     sums

@@ -11,7 +11,7 @@ use tokio::sync::Mutex;
 use tokio::task::AbortHandle;
 
 use terrace_core::{ClientId, ComputeCost, SpaceManifest};
-use terrace_lane::manifest_to_wire;
+use terrace_lane::{COPY_THREADS_MAX, manifest_to_wire};
 use terrace_proto::v1;
 use terrace_proto::v1::lane_request::Op;
 use terrace_proto::v1::lane_response::Result as Answer;
@@ -67,7 +67,7 @@ impl Target {
 
     fn copy_threads(&self) -> usize {
         let may_run = || available_parallelism().map_or(1, NonZero::get).min(Self::COPY_THREADS);
-        self.copy_threads.map_or_else(may_run, NonZero::get)
+        self.copy_threads.map_or_else(may_run, NonZero::get).min(COPY_THREADS_MAX)
     }
 
     /// For all of a session's beginning.

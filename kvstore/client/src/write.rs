@@ -5,7 +5,7 @@ use std::sync::atomic::{self, Ordering};
 use std::time::Duration;
 
 use terrace_core::{BlockId, ByteCount, Checksum, Durability, Fence, SealOutcome};
-use terrace_lane::{Mapping, SharedBytes, SharedBytesMut};
+use terrace_lane::{Called, Mapping, SharedBytes, SharedBytesMut};
 use terrace_proto::v1::lane_request::Op;
 use terrace_proto::v1::lane_response::Result as Answer;
 use terrace_proto::v1::{AbortRequest, SealBlock, SealRequest};
@@ -354,18 +354,18 @@ impl WriteBlock {
     /// # Errors
     /// As [`WriteBlock::write`].
     pub fn write_checked(&mut self, payload: &[u8]) -> Result<Checksum, ClientError> {
-        self.write_checked_by(payload, 1)
+        self.write_checked_by(payload, Called::NONE)
     }
 
-    /// The same by so many threads.
+    /// The same by those that are called.
     pub(crate) fn write_checked_by(
         &mut self,
         payload: &[u8],
-        threads: usize,
+        called: Called,
     ) -> Result<Checksum, ClientError> {
         self.check_length(payload)?;
         let writer = self.writer.as_ref().ok_or(ClientError::NotWritable { index: self.frame })?;
-        Ok(writer.view.copy_from_and_checksum(payload, self.block, self.generation, threads))
+        Ok(writer.view.copy_from_and_checksum(payload, self.block, self.generation, called))
     }
 
     fn check_length(&self, payload: &[u8]) -> Result<(), ClientError> {

@@ -12,7 +12,7 @@ use std::hint;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{self, TryRecvError};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::{self, Thread};
 use std::time::{Duration, Instant};
 
@@ -27,13 +27,13 @@ pub const COPY_THREADS_MAX: usize = 8;
 pub(crate) const SHARED_BYTES_MIN: usize = 256 << 10;
 /// Who copies as much has others woken for it.
 const WORTH_WAKING_BYTES: usize = 4 << 20;
-/// So has who calls again after so long at most, however little it is.
-const SOON: Duration = Duration::from_micros(300);
+/// So has who calls again so soon, and as long as a thread takes for what he copied the last time, however little it is.
+const SOON: Duration = Duration::from_micros(100);
 /// How long a thread looks for the next call before it sleeps.
 const AWAKE_FOR: Duration = Duration::from_micros(50);
 /// Looks before waiting: the last copy of another thread mostly takes less than it costs to be woken.
 const SPINS: usize = 2000;
-/// An item takes less; who waits for longer waits for a thread that lost its processor.
+/// Who waits for longer than this, and as long as a thread takes for an item, waits for one that lost its processor.
 const LATE: Duration = Duration::from_millis(1);
 /// How long nobody is called after that: the first time, and at most.
 const REST_MIN: Duration = Duration::from_millis(20);
@@ -48,19 +48,27 @@ static CREW: Mutex<Crew> = Mutex::new(Crew {
     mates: Vec::new(),
 });
 
+/// As long as a thread takes to copy so much, or longer.
+fn copied_in(bytes: usize) -> Duration {
+    const BYTES_PER_NANO: u64 = 4;
+    Duration::from_nanos(bytes as u64 / BYTES_PER_NANO)
+}
+
 /// Who helps with one call.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Called {
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Called {
     others: usize,
     /// Those who sleep as well.
     wake: bool,
 }
 
 impl Called {
-    const NONE: Self = Self { others: 0, wake: false };
+    /// Nobody.
+    pub const NONE: Self = Self { others: 0, wake: false };
 
-    /// Those for a call of up to so many threads that copies so many bytes: whoever is awake, or is worth waking.
-    pub(crate) fn of(threads: usize, bytes: usize) -> Self {
+    /// Those for a call of up to so many threads, the caller's among them and [`COPY_THREADS_MAX`] at most, that copies so
+    /// many bytes in all: whoever is awake, or is worth waking.
+    pub fn of(threads: usize, bytes: usize) -> Self {
         let most = threads.min(COPY_THREADS_MAX).saturating_sub(1);
         if most == 0 || bytes < SHARED_BYTES_MIN {
             return Self::NONE;
@@ -69,7 +77,9 @@ impl Called {
         let Ok(mut crew) = CREW.try_lock() else { return Self::NONE };
         crew.is_of_this_process();
         let now = Instant::now();
-        let again_soon = crew.called.replace(now).is_some_and(|before| now.duration_since(before) < SOON);
+        let before = crew.called.replace((now, bytes));
+        let again_soon =
+            before.is_some_and(|(then, bytes)| now.duration_since(then) < SOON + copied_in(bytes));
         let wake = again_soon || bytes >= WORTH_WAKING_BYTES;
         if !crew.rests.is_over(now) {
             return Self::NONE;
@@ -84,25 +94,20 @@ impl Called {
         Self { others: there.min(most), wake }
     }
 
-    pub(crate) fn is_none(self) -> bool {
+    /// Whether the caller is alone.
+    pub fn is_none(self) -> bool {
         self.others == 0
     }
 }
 
-/// Calls `each` once for every item, on this thread and on up to `threads - 1` others, at most [`COPY_THREADS_MAX`] in all;
-/// together they copy so many `bytes`, two MiB each at most. When it returns, every call has ended, and what they copied
-/// past the cache is whole.
+/// Calls `each` once for every item, on this thread and on those that are called; together they copy so many `bytes`, about
+/// as many each. When it returns, every call has ended, and what they copied past the cache is whole.
 ///
 /// # Panics
 /// If a call does, once the others have ended.
-pub fn share<T: Send>(items: &mut [T], threads: usize, bytes: usize, each: impl Fn(&mut T) + Sync) {
-    let called = if items.len() < 2 { Called::NONE } else { Called::of(threads, bytes) };
-    share_with(items, called, each);
-}
-
-/// As [`share`].
-pub(crate) fn share_with<T: Send>(items: &mut [T], called: Called, each: impl Fn(&mut T) + Sync) {
-    if called.is_none() {
+pub fn share<T: Send>(items: &mut [T], bytes: usize, called: Called, each: impl Fn(&mut T) + Sync) {
+    let others = called.others.min(items.len().saturating_sub(1));
+    if others == 0 {
         items.iter_mut().for_each(each);
         return drain();
     }
@@ -125,11 +130,12 @@ pub(crate) fn share_with<T: Send>(items: &mut [T], called: Called, each: impl Fn
         next: AtomicUsize::new(0),
         left: AtomicUsize::new(count),
         panicked: Mutex::new(None),
+        late_after: LATE + copied_in(bytes / count),
         late: AtomicBool::new(false),
         caller: thread::current(),
     });
     let waits = Waits(&work);
-    call(&work, called);
+    call(&work, Called { others, ..called });
     work.run();
     drop(waits);
     if work.late.load(Ordering::Relaxed)
@@ -159,8 +165,8 @@ impl<T> Start<T> {
 /// Threads of this process.
 struct Crew {
     process: u32,
-    /// When it was called the last time.
-    called: Option<Instant>,
+    /// When it was called the last time, and for how many bytes.
+    called: Option<(Instant, usize)>,
     rests: Rests,
     mates: Vec<Mate>,
 }
@@ -196,7 +202,8 @@ impl Rests {
 }
 
 struct Mate {
-    thread: Pid,
+    /// Once it has begun.
+    thread: Arc<OnceLock<Pid>>,
     orders: mpsc::Sender<Arc<Work>>,
     awake: Arc<AtomicBool>,
     /// The processor that it was told to stay away from: its caller's.
@@ -228,18 +235,17 @@ fn call(work: &Arc<Work>, called: Called) {
 impl Mate {
     fn start() -> Option<Self> {
         let (orders, taken) = mpsc::channel::<Arc<Work>>();
-        let (tell, told) = mpsc::channel();
-        let awake = Arc::new(AtomicBool::new(true));
-        let known = Arc::clone(&awake);
+        let (thread, awake) = (Arc::new(OnceLock::new()), Arc::new(AtomicBool::new(true)));
+        let (its, known) = (Arc::clone(&thread), Arc::clone(&awake));
         let body = move || {
             take_short_turns();
-            let _gone = tell.send(gettid());
+            its.get_or_init(gettid);
             while let Some(work) = next(&taken, &known) {
                 work.run();
             }
         };
         thread::Builder::new().name("terrace-copy".into()).spawn(body).ok()?;
-        Some(Self { thread: told.recv().ok()?, orders, awake, leaves: usize::MAX })
+        Some(Self { thread, orders, awake, leaves: usize::MAX })
     }
 
     fn is_awake(&self) -> bool {
@@ -248,13 +254,13 @@ impl Mate {
 
     /// Where all processors are busy, the kernel would put it behind its caller on this one.
     fn leave(&mut self, here: usize) {
-        if self.leaves == here || here >= CpuSet::MAX_CPU {
+        let Some(thread) = self.thread.get().filter(|_| self.leaves != here && here < CpuSet::MAX_CPU) else {
             return;
-        }
+        };
         let Ok(mut elsewhere) = sched_getaffinity(None) else { return };
         elsewhere.unset(here);
         // A set that the kernel refuses, for example because nothing is in it, changes nothing.
-        let _refused = sched_setaffinity(Some(self.thread), &elsewhere);
+        let _refused = sched_setaffinity(Some(*thread), &elsewhere);
         self.leaves = here;
     }
 }
@@ -292,7 +298,8 @@ struct Work {
     /// Items that are not done.
     left: AtomicUsize,
     panicked: Mutex<Option<Box<dyn Any + Send>>>,
-    /// The caller had to wait for somebody.
+    late_after: Duration,
+    /// The caller had to wait for longer.
     late: AtomicBool,
     /// Who waits for the last of them.
     caller: Thread,
@@ -330,7 +337,7 @@ impl Work {
         while self.left.load(Ordering::Acquire) > 0 {
             thread::park();
         }
-        self.late.store(began.elapsed() > LATE, Ordering::Relaxed);
+        self.late.store(began.elapsed() > self.late_after, Ordering::Relaxed);
     }
 }
 
@@ -366,7 +373,7 @@ mod tests {
     fn two_threads_take_part() {
         for _ in 0..1000 {
             let mut items = [None; 8];
-            share(&mut items, 2, WORTH_WAKING_BYTES, |item| {
+            share(&mut items, WORTH_WAKING_BYTES, Called::of(2, WORTH_WAKING_BYTES), |item| {
                 thread::sleep(Duration::from_millis(1));
                 *item = Some(thread::current().id());
             });
@@ -408,7 +415,7 @@ mod tests {
         for threads in [0, 1, 2, 3, COPY_THREADS_MAX + 1] {
             for length in [0, 1, 2, 1000] {
                 let mut items = vec![0u32; length];
-                share(&mut items, threads, SHARED_BYTES_MIN, |item| *item += 1);
+                share(&mut items, 1, Called::of(threads, WORTH_WAKING_BYTES), |item| *item += 1);
                 assert!(items.iter().all(|item| *item == 1), "{length} items by {threads} threads");
             }
         }
@@ -416,7 +423,9 @@ mod tests {
         for _ in 0..20 {
             let mut items = [0, 1, 2, 3];
             let broken = catch_unwind(AssertUnwindSafe(|| {
-                share(&mut items, 2, WORTH_WAKING_BYTES, |item| assert_ne!(*item, 2, "the third"));
+                share(&mut items, 1, Called::of(2, WORTH_WAKING_BYTES), |item| {
+                    assert_ne!(*item, 2, "the third")
+                });
             }));
             assert!(broken.is_err());
         }

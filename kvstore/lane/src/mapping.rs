@@ -14,7 +14,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use terrace_core::{BlockId, ByteCount, Checksum, Checksummer, Fence};
 
-use crate::crew::Start;
+use crate::crew::{Called, Start};
 use crate::error::MapError;
 use crate::fold::{self, Way};
 use crate::shared::{SharedBytes, sum_parts};
@@ -293,8 +293,8 @@ impl SharedBytesMut {
         }
     }
 
-    /// Copies a whole block in and computes the checksum of `source`, in one pass over it, by so many threads where it is long
-    /// enough; see [`crate::share`].
+    /// Copies a whole block in and computes the checksum of `source`, in one pass over it, in parts by those that are called
+    /// where it is long enough.
     ///
     /// # Panics
     /// If `source` has another length.
@@ -303,7 +303,7 @@ impl SharedBytesMut {
         source: &[u8],
         block: BlockId,
         generation: u64,
-        threads: usize,
+        called: Called,
     ) -> Checksum {
         assert_eq!(source.len(), self.bytes.len(), "source and target of a copy have one length");
         self.bytes.map_ahead();
@@ -311,7 +311,7 @@ impl SharedBytesMut {
         let target = Start(self.as_mut_ptr());
         // To fetch the source ahead costs a tenth beside these stores, and more where blocks are short.
         let way = || Way::alone(self.bytes.stores());
-        let sum = sum_parts(source.len(), threads, begun, |offset, length, summer| {
+        let sum = sum_parts(source.len(), called, begun, |offset, length, summer| {
             // SAFETY: the block stays mapped and writable while this view lives and has the source's length; `source` is
             // ordinary memory, so the two do not overlap.
             unsafe {

@@ -13,7 +13,7 @@ use std::sync::{Arc, Weak};
 use terrace_core::{BlockId, ByteCount, Checksum, Checksummer, JOINED_BYTES, JOINED_DOUBLINGS_MAX};
 
 use crate::copy::{drain, stream};
-use crate::crew::{Called, Start, share_with};
+use crate::crew::{Called, SHARED_BYTES_MIN, Start, share};
 use crate::fold::{self, Stores, Way};
 use crate::mapping::Mapping;
 use crate::target::TargetMemory;
@@ -189,14 +189,14 @@ impl SharedBytes {
     /// # Panics
     /// If `target` has another length.
     pub fn copy_to(&self, target: &mut [u8]) {
-        self.copy_into(&mut TargetMemory::from(target), 1);
+        self.copy_into(&mut TargetMemory::from(target), Called::NONE);
     }
 
-    /// Copies everything out, by so many threads where it is long enough; see [`crate::share`].
+    /// Copies everything out, in parts by those that are called where it is long enough.
     ///
     /// # Panics
     /// If `target` has another length.
-    pub fn copy_into(&self, target: &mut TargetMemory<'_>, threads: usize) {
+    pub fn copy_into(&self, target: &mut TargetMemory<'_>, called: Called) {
         assert_eq!(target.len(), self.length, "source and target of a copy have one length");
         let (source, target) = (Start(self.start.as_ptr()), Start(target.start()));
         self.map_ahead();
@@ -207,12 +207,11 @@ impl SharedBytes {
             // SAFETY: a part of this view, and of writable memory that is as long and no part of this view.
             unsafe { self.copy_part(source, target, length, next) };
         };
-        let called = Called::of(threads, self.length);
-        if called.is_none() {
-            copy(0, self.length);
-        } else {
+        if is_split(self.length, called) {
             let mut parts: Vec<_> = parts(self.length, doublings(self.length)).collect();
-            share_with(&mut parts, called, |(offset, length)| copy(*offset, *length));
+            share(&mut parts, self.length, called, |(offset, length)| copy(*offset, *length));
+        } else {
+            copy(0, self.length);
         }
         self.copied();
     }
@@ -245,10 +244,10 @@ impl SharedBytes {
     /// If `target` has another length.
     pub fn copy_and_checksum(&self, target: &mut [u8], block: BlockId, generation: u64) -> Checksum {
         assert_eq!(target.len(), self.length, "source and target of a copy have one length");
-        self.copy_and_checksum_into(&mut TargetMemory::from(target), block, generation, 1)
+        self.copy_and_checksum_into(&mut TargetMemory::from(target), block, generation, Called::NONE)
     }
 
-    /// The same, by so many threads where it is long enough; see [`crate::share`].
+    /// The same, in parts by those that are called where it is long enough.
     ///
     /// # Panics
     /// If `target` has another length.
@@ -257,13 +256,13 @@ impl SharedBytes {
         target: &mut TargetMemory<'_>,
         block: BlockId,
         generation: u64,
-        threads: usize,
+        called: Called,
     ) -> Checksum {
         assert_eq!(target.len(), self.length, "source and target of a copy have one length");
         let (source, target) = (Start(self.start.as_ptr()), Start(target.start()));
         self.map_ahead();
         let begun = Checksummer::new(block, ByteCount::new(self.length as u64), generation);
-        let sum = sum_parts(self.length, threads, begun, |offset, length, summer| {
+        let sum = sum_parts(self.length, called, begun, |offset, length, summer| {
             let (source, target) = (source.at(offset).cast_const(), target.at(offset));
             let behind = source.wrapping_add(length);
             let next = if behind == self.end() { self.next } else { behind };
@@ -276,7 +275,7 @@ impl SharedBytes {
         sum
     }
 
-    /// Copies everything out into pieces, one behind the other, as [`SharedBytes::copy_and_checksum_to`].
+    /// Copies everything out into pieces, one behind the other, as [`SharedBytes::copy_and_checksum_into`].
     ///
     /// # Panics
     /// If the pieces have another length together.
@@ -368,22 +367,26 @@ impl SharedBytes {
     }
 }
 
-/// The sum of something so long that `sum` adds to, by offset and length, in one part or, by several threads, in many.
+/// Whether something so long is copied in parts.
+fn is_split(length: usize, called: Called) -> bool {
+    length >= SHARED_BYTES_MIN && !called.is_none()
+}
+
+/// The sum of something so long that `sum` adds to, by offset and length, in one part or, by those that are called, in many.
 pub(crate) fn sum_parts(
     length: usize,
-    threads: usize,
+    called: Called,
     mut begun: Checksummer,
     sum: impl Fn(usize, usize, &mut Checksummer) + Sync,
 ) -> Checksum {
-    let called = Called::of(threads, length);
-    if called.is_none() {
+    if !is_split(length, called) {
         sum(0, length, &mut begun);
         return begun.finish();
     }
     let sums = std::iter::once(begun).chain(std::iter::repeat_with(Checksummer::of_part));
     let doublings = doublings(length);
     let mut parts: Vec<_> = parts(length, doublings).zip(sums).collect();
-    share_with(&mut parts, called, |((offset, length), summer)| sum(*offset, *length, summer));
+    share(&mut parts, length, called, |((offset, length), summer)| sum(*offset, *length, summer));
     let mut sums = parts.into_iter().map(|(_, summer)| summer);
     let mut whole = sums.next().expect("the first part is there, however short");
     sums.for_each(|part| whole.join(&part, doublings));
@@ -411,7 +414,6 @@ fn parts(length: usize, doublings: u32) -> impl Iterator<Item = (usize, usize)> 
 mod tests {
     use super::*;
     use crate::copy::STREAM_BYTES_MIN;
-    use crate::crew::SHARED_BYTES_MIN;
 
     fn over(memory: &Arc<Vec<u8>>) -> SharedBytes {
         let owner: Arc<dyn Any + Send + Sync> = Arc::clone(memory) as _;
@@ -497,11 +499,12 @@ mod tests {
                 let mut copy = vec![0; length + 1];
                 // Some of it is at no line's beginning.
                 let mut target = TargetMemory::from(&mut copy[1..]);
-                let found = shared.copy_and_checksum_into(&mut target, block, 3, threads);
+                let found =
+                    shared.copy_and_checksum_into(&mut target, block, 3, Called::of(threads, 8 << 20));
                 assert_eq!(found, whole, "{length} bytes by {threads}");
                 assert!(copy[1..] == memory[..], "{length} bytes by {threads}");
                 copy.fill(0);
-                shared.copy_into(&mut TargetMemory::from(&mut copy[1..]), threads);
+                shared.copy_into(&mut TargetMemory::from(&mut copy[1..]), Called::of(threads, 8 << 20));
                 assert!(copy[1..] == memory[..], "plain copy of {length} bytes by {threads}");
             }
         }

@@ -24,7 +24,7 @@ impl TargetMemory<'_> {
     ///
     /// # Safety
     /// For as long as this lives, from whatever thread, `length` bytes from `start` on are writable, and no part of what
-    /// blocks are copied from.
+    /// blocks are copied from, nor of another one's: several threads may store into them at once.
     pub unsafe fn from_raw(start: *mut u8, length: usize) -> Self {
         Self { start, length, _memory: PhantomData }
     }

@@ -4,7 +4,7 @@
 
 use pyo3::prelude::*;
 
-use terrace_lane::share;
+use terrace_lane::{Called, share};
 
 use crate::block::{Block, Copy, Way};
 use crate::errors::invalid;
@@ -32,10 +32,10 @@ pub(crate) fn copy_blocks(
     let bytes: usize = copies.iter().map(Copy::bytes).sum();
     let way = if bytes <= CACHED_BYTES_MAX { Way::ThroughTheCache } else { Way::ByLength };
     let copies: Vec<_> = copies.into_iter().map(|copy| copy.by(way)).collect();
-    let threads = if overlap(&copies) { 1 } else { threads };
+    let threads = if overlap(&copies) { 1 } else { threads.min(copies.len()) };
     let mut copies: Vec<_> = copies.into_iter().map(|copy| (copy, false)).collect();
     Ok(py.detach(|| {
-        share(&mut copies, threads, bytes, |(copy, good)| *good = copy.run());
+        share(&mut copies, bytes, Called::of(threads, bytes), |(copy, good)| *good = copy.run());
         copies.iter().map(|(_, good)| *good).collect()
     }))
 }
