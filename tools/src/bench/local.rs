@@ -54,13 +54,20 @@ const RETAINED: Duration = Duration::from_secs(120);
 const RETAIN_FIRST: u8 = 100;
 
 pub(super) async fn run(options: &Options) -> anyhow::Result<Vec<Line>> {
+    let sizes = if options.block_bytes.is_empty() { &SIZES[..] } else { &options.block_bytes[..] };
+    for bytes in sizes {
+        let measurable = (1..=BATCH_BYTES).contains(bytes);
+        ensure!(
+            measurable,
+            "--block-bytes {bytes}: give 1 to {BATCH_BYTES} bytes, which is what is leased at once"
+        );
+    }
     let dir = stand::temp_dir(options)?;
     let daemon = stand::Daemon::start(dir.path(), &POOL_BYTES.to_string(), "512MiB").await?;
     let clients = Clients::connect(&daemon.socket).await?;
     warm(&clients.alone).await?;
     let mut lines = Vec::new();
     let mut frames = Frames::new(usize::try_from(POOL_BYTES)?).context("no memory as long as the pool")?;
-    let sizes = if options.block_bytes.is_empty() { &SIZES[..] } else { &options.block_bytes[..] };
     for &bytes in sizes {
         let known = lines.len();
         let mut set = Set::new(bytes)?;
