@@ -4,7 +4,7 @@ use std::ops::RangeInclusive;
 use std::time::{Duration, Instant};
 
 use terrace_core::{BlockId, Checksum, MissReason, Purpose};
-use terrace_lane::{Called, SharedBytes, TargetMemory, block_ids, share};
+use terrace_lane::{Called, SHARED_BYTES_MIN, SharedBytes, TargetMemory, block_ids, share};
 
 use crate::error::ClientError;
 use crate::lease::Outcome;
@@ -49,23 +49,33 @@ pub(crate) fn is_past_the_cache(space: &Space, blocks: usize) -> bool {
 const PART_BYTES: RangeInclusive<usize> = 64 << 10..=2 << 20;
 /// Parts of each thread, at least: one that is late leaves some to the others.
 const PARTS: usize = 4;
-/// Fewer blocks than twice the threads are shared one by one, if they are as long.
-const SPLIT_BYTES_MIN: usize = 256 << 10;
 
 /// How blocks that are copied now are shared by threads.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Sharing {
+struct Sharing {
     /// Those that take so many blocks at once.
-    pub(crate) among: Called,
-    pub(crate) at_once: usize,
+    among: Called,
+    at_once: usize,
     /// Those that take parts of each block.
-    pub(crate) within: Called,
+    within: Called,
     /// Length of all blocks.
-    pub(crate) bytes: usize,
+    bytes: usize,
+}
+
+/// Calls `copy` once for each of these blocks, on up to so many threads. Those that it is told copy parts of the block.
+pub(crate) fn copy_each<T: Send>(
+    space: &Space,
+    threads: usize,
+    blocks: &mut [T],
+    copy: impl Fn(&mut T, Called) + Sync,
+) {
+    let Sharing { among, at_once, within, bytes } = Sharing::of(space, blocks.len(), threads);
+    let mut parts: Vec<_> = blocks.chunks_mut(at_once).collect();
+    share(&mut parts, bytes, among, |part| part.iter_mut().for_each(|block| copy(block, within)));
 }
 
 impl Sharing {
-    pub(crate) fn of(space: &Space, blocks: usize, threads: usize) -> Self {
+    fn of(space: &Space, blocks: usize, threads: usize) -> Self {
         let block = usize::try_from(space.block_bytes().get()).unwrap_or(usize::MAX).max(1);
         let bytes = block.saturating_mul(blocks);
         let called = Called::of(threads, bytes);
@@ -74,7 +84,7 @@ impl Sharing {
             return alone;
         }
         // A few long ones would not come out even.
-        if block > *PART_BYTES.end() || (blocks < 2 * threads && block >= SPLIT_BYTES_MIN) {
+        if block > *PART_BYTES.end() || (blocks < 2 * threads && block >= SHARED_BYTES_MIN) {
             return Self { within: called, ..alone };
         }
         let part = (bytes / (PARTS * threads)).clamp(*PART_BYTES.start(), *PART_BYTES.end());
@@ -133,8 +143,9 @@ pub struct GetOptions {
 impl Session {
     /// Copies blocks into `targets`, one for each key, and judges each copy; answers what became of each, in order.
     /// What is not `Granted` left anything in its target. The quickest way to a block by value: over the socket the
-    /// calling thread, and others where there is much, copy out of shared memory, a block that was got before is found without asking the daemon, and
-    /// the lease of another is given back without waiting for it. When cancelled, some targets may be filled.
+    /// calling thread, and others where there is much, copy out of shared memory, a block that was got before is found
+    /// without asking the daemon, and the lease of another is given back without waiting for it. When cancelled, some
+    /// targets may be filled.
     ///
     /// # Errors
     /// Bad keys or targets; over gRPC [`ClientError::Throttled`] if the daemon is over a limit; the session has ended.
@@ -194,13 +205,10 @@ impl Session {
         let mut copies: Vec<_> = places
             .filter_map(|(((block, lying), target), outcome)| Some((block, lying.as_ref()?, target, outcome)))
             .collect();
-        let sharing = Sharing::of(space, copies.len(), self.inner.copy_threads);
-        let mut parts: Vec<_> = copies.chunks_mut(sharing.at_once).collect();
-        share(&mut parts, sharing.bytes, sharing.among, |part| {
-            for (block, lying, target, outcome) in part.iter_mut() {
-                if lying.copy(**block, &lane.status, *target, how, sharing.within) {
-                    **outcome = Outcome::Granted(());
-                }
+        let threads = self.inner.copy_threads;
+        copy_each(space, threads, &mut copies, |(block, lying, target, outcome), called| {
+            if lying.copy(**block, &lane.status, *target, how, called) {
+                **outcome = Outcome::Granted(());
             }
         });
         outcomes
@@ -227,12 +235,9 @@ impl Session {
                 copies.push((block, target, Outcome::Promoting));
             }
         }
-        let sharing = Sharing::of(space, copies.len(), self.inner.copy_threads);
-        let mut parts: Vec<_> = copies.chunks_mut(sharing.at_once).collect();
-        share(&mut parts, sharing.bytes, sharing.among, |part| {
-            for (block, target, outcome) in part.iter_mut() {
-                *outcome = copied(block, *target, how, sharing.within);
-            }
+        let threads = self.inner.copy_threads;
+        copy_each(space, threads, &mut copies, |(block, target, outcome), called| {
+            *outcome = copied(block, *target, how, called);
         });
         let copied: Vec<_> = copies.into_iter().map(|(_, _, outcome)| outcome).collect();
         let mut copied = copied.into_iter();

@@ -15,13 +15,12 @@ use bytes::Bytes;
 use tokio::time::timeout_at;
 
 use terrace_core::{Checksum, Durability, SealOutcome};
-use terrace_lane::share;
 use terrace_proto::v1::{LeaseKind, LeasePurpose};
 
 use crate::convert::parent_to_wire;
 use crate::early::{Early, FilledEarly};
 use crate::error::ClientError;
-use crate::get::{Sharing, is_past_the_cache};
+use crate::get::{copy_each, is_past_the_cache};
 use crate::keyed::Named;
 use crate::lease::{Outcome, Wanted, lease};
 use crate::session::{LaneSession, Session};
@@ -281,12 +280,8 @@ fn fill(
             None => blocks.push((block, payload, sum)),
         }
     }
-    let sharing = Sharing::of(space, blocks.len(), threads);
-    let mut parts: Vec<_> = blocks.chunks_mut(sharing.at_once).collect();
-    share(&mut parts, sharing.bytes, sharing.among, |part| {
-        for (block, payload, sum) in part.iter_mut() {
-            **sum = Some(block.write_checked_by(payload, sharing.within));
-        }
+    copy_each(space, threads, &mut blocks, |(block, payload, sum), called| {
+        **sum = Some(block.write_checked_by(payload, called));
     });
     sums
 }

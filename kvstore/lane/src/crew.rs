@@ -23,8 +23,8 @@ use crate::processor::take_short_turns;
 
 /// Threads of one call, the caller's own among them.
 pub const COPY_THREADS_MAX: usize = 8;
-/// Less is one thread's.
-pub(crate) const SHARED_BYTES_MIN: usize = 256 << 10;
+/// Less is one thread's: of a call, and of a block that is copied in parts.
+pub const SHARED_BYTES_MIN: usize = 256 << 10;
 /// Who copies as much has others woken for it.
 const WORTH_WAKING_BYTES: usize = 4 << 20;
 /// So has who calls again so soon, and as long as a thread takes for what he copied the last time, however little it is.

@@ -27,7 +27,7 @@ mod target;
 mod varint;
 
 pub use copy::drain;
-pub use crew::{COPY_THREADS_MAX, Called, share};
+pub use crew::{COPY_THREADS_MAX, Called, SHARED_BYTES_MIN, share};
 pub use error::{LaneError, MapError};
 pub use frame::{DESCRIPTORS_WAITING_MAX, LaneMessage, LaneReader, LaneWriter, Received, Writable};
 pub use heap::keep_freed_memory;

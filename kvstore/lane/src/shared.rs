@@ -130,6 +130,12 @@ impl SharedBytes {
         self.start.as_ptr().wrapping_add(self.length)
     }
 
+    /// What is copied after `length` bytes from `source` on, by whichever thread.
+    fn after(&self, source: *const u8, length: usize) -> *const u8 {
+        let behind = source.wrapping_add(length);
+        if behind == self.end() { self.next } else { behind }
+    }
+
     pub(crate) fn drain_later(&mut self) {
         self.wholeness = Wholeness::Later;
     }
@@ -202,10 +208,8 @@ impl SharedBytes {
         self.map_ahead();
         let copy = |offset: usize, length: usize| {
             let (source, target) = (source.at(offset).cast_const(), target.at(offset));
-            let behind = source.wrapping_add(length);
-            let next = if behind == self.end() { self.next } else { behind };
             // SAFETY: a part of this view, and of writable memory that is as long and no part of this view.
-            unsafe { self.copy_part(source, target, length, next) };
+            unsafe { self.copy_part(source, target, length) };
         };
         if is_split(self.length, called) {
             let mut parts: Vec<_> = parts(self.length, doublings(self.length)).collect();
@@ -218,14 +222,14 @@ impl SharedBytes {
 
     /// # Safety
     /// `length` bytes of this view from `source` on, and as many writable ones from `target` on that do not overlap it.
-    unsafe fn copy_part(&self, source: *const u8, target: *mut u8, length: usize, next: *const u8) {
+    unsafe fn copy_part(&self, source: *const u8, target: *mut u8, length: usize) {
         // SAFETY: the source is mapped while `owner` lives; the rest is the caller's promise. Another process may store
         // into the source meanwhile: the bytes are then arbitrary, which u8 allows, and the caller's fence check throws
         // them away.
         unsafe {
             match self.stores {
                 Stores::Cached => std::ptr::copy_nonoverlapping(source, target, length),
-                Stores::Streamed => stream(source, target, length, next),
+                Stores::Streamed => stream(source, target, length, self.after(source, length)),
             }
         }
     }
@@ -243,7 +247,6 @@ impl SharedBytes {
     /// # Panics
     /// If `target` has another length.
     pub fn copy_and_checksum(&self, target: &mut [u8], block: BlockId, generation: u64) -> Checksum {
-        assert_eq!(target.len(), self.length, "source and target of a copy have one length");
         self.copy_and_checksum_into(&mut TargetMemory::from(target), block, generation, Called::NONE)
     }
 
@@ -264,12 +267,9 @@ impl SharedBytes {
         let begun = Checksummer::new(block, ByteCount::new(self.length as u64), generation);
         let sum = sum_parts(self.length, called, begun, |offset, length, summer| {
             let (source, target) = (source.at(offset).cast_const(), target.at(offset));
-            let behind = source.wrapping_add(length);
-            let next = if behind == self.end() { self.next } else { behind };
+            let way = Way { stores: self.stores, next: self.after(source, length) };
             // SAFETY: a part of this view, and of writable memory that is as long and no part of this view.
-            unsafe {
-                fold::copy_and_sum_by(source, target, length, Way { stores: self.stores, next }, summer)
-            };
+            unsafe { fold::copy_and_sum_by(source, target, length, way, summer) };
         });
         self.copied();
         sum

@@ -8,7 +8,7 @@ use terrace_lane::{Called, share};
 
 use crate::block::{Block, Copy, Way};
 use crate::errors::invalid;
-use crate::span::Span;
+use crate::span::{Span, overlap};
 
 /// Up to here the targets of one call are still in the last cache when somebody looks at them, and often before: 29 GiB/s
 /// into what is there, by two threads 36, on Zen 5, where past the cache both have 25 to 27.
@@ -32,7 +32,7 @@ pub(crate) fn copy_blocks(
     let bytes: usize = copies.iter().map(Copy::bytes).sum();
     let way = if bytes <= CACHED_BYTES_MAX { Way::ThroughTheCache } else { Way::ByLength };
     let copies: Vec<_> = copies.into_iter().map(|copy| copy.by(way)).collect();
-    let threads = if overlap(&copies) { 1 } else { threads.min(copies.len()) };
+    let threads = if overlap(copies.iter().map(Copy::place)) { 1 } else { threads.min(copies.len()) };
     let mut copies: Vec<_> = copies.into_iter().map(|copy| (copy, false)).collect();
     Ok(py.detach(|| {
         share(&mut copies, bytes, Called::of(threads, bytes), |(copy, good)| *good = copy.run());
@@ -46,10 +46,4 @@ pub(crate) fn map_blocks(py: Python<'_>, blocks: Vec<Bound<'_, Block>>) -> PyRes
     let held = blocks.iter().map(|block| block.get().held()).collect::<PyResult<Vec<_>>>()?;
     py.detach(|| held.iter().for_each(|held| Block::map_ahead(held)));
     Ok(())
-}
-
-fn overlap(copies: &[Copy<'_>]) -> bool {
-    let mut places: Vec<_> = copies.iter().map(Copy::place).collect();
-    places.sort_unstable_by_key(|place| place.start);
-    places.windows(2).any(|two| two[0].end > two[1].start)
 }

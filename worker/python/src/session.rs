@@ -25,7 +25,7 @@ use crate::owned::Owned;
 use crate::results::{Match, Prefetched, seal_word};
 use crate::runtime::{Engine, Mode, done};
 use crate::space::Space;
-use crate::span::{Filled, Span};
+use crate::span::{Filled, Span, overlap};
 use crate::stream::{Feed, Stream};
 
 /// What blocking and asyncio sessions have in common; see the package's stubs.
@@ -386,7 +386,7 @@ impl Calls {
         let options = GetOptions { wait: span("wait", wait)?, purpose, verify: Verify::Checksum };
         let spans = targets.iter().map(Span::of).collect::<PyResult<Vec<_>>>()?;
         let filled = spans.iter().map(Filled::new).collect::<PyResult<Vec<_>>>()?;
-        if Filled::overlap(&filled) {
+        if overlap(filled.iter().map(Filled::place)) {
             return Err(invalid("two targets share memory; each block needs its own"));
         }
         // The spans go with the call, and are let go where the interpreter is held.

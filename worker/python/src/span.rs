@@ -137,6 +137,13 @@ impl Span {
     }
 }
 
+/// Whether two targets share memory: then several threads would store there at once.
+pub(crate) fn overlap(places: impl Iterator<Item = Range<usize>>) -> bool {
+    let mut places: Vec<_> = places.collect();
+    places.sort_unstable_by_key(|place| place.start);
+    places.windows(2).any(|two| two[0].end > two[1].start)
+}
+
 /// A span as what a session's `get` fills.
 pub(crate) struct Filled<'span> {
     target: Address,
@@ -154,11 +161,10 @@ impl<'span> Filled<'span> {
         Ok(Self { target: target.address(), length: target.length(), _span: PhantomData })
     }
 
-    /// Whether two of them share memory: then several threads would store there at once.
-    pub(crate) fn overlap(all: &[Self]) -> bool {
-        let mut places: Vec<_> = all.iter().map(|one| (one.target.get().addr(), one.length)).collect();
-        places.sort_unstable();
-        places.windows(2).any(|two| two[0].0 + two[0].1 > two[1].0)
+    /// The addresses between which it is filled.
+    pub(crate) fn place(&self) -> Range<usize> {
+        let start = self.target.get().addr();
+        start..start + self.length
     }
 
     /// The same without its span, which the caller holds until the call that fills this has ended.
