@@ -44,6 +44,8 @@ def test_blocks_are_computed_and_read_in_place(hbm: Daemon, device: terrace_kv.D
     names = keys(4)
     with terrace_kv.connect(hbm.socket) as writer:
         fill(writer, writer.open_space(manifest()), device, names)
+    # What a session leaves in its window moves out of it, one block after the other.
+    hbm.expect_quiet()
     with terrace_kv.connect(hbm.socket) as reader:
         other = terrace_kv.open_device("host-only")
         space = reader.open_space(manifest())
