@@ -193,9 +193,13 @@ impl<P> Table<P> {
         Some(&known.place)
     }
 
-    fn keep(&mut self, known: Known<P>) {
+    fn keep(&mut self, mut known: Known<P>) {
         let slot = match self.slots.get(&known.block) {
-            Some(slot) => *slot,
+            Some(slot) => {
+                // It was read where it lay before.
+                known.untold = self.known[*slot].untold;
+                *slot
+            }
             None if self.known.len() < PLACES_MAX => {
                 self.slots.insert(known.block, self.known.len());
                 return self.known.push(known);
@@ -254,5 +258,16 @@ mod tests {
         // A block that moved is known at its new place only.
         table.keep(Known { place: 77, ..known(0) });
         assert_eq!((table.place(known(0).block).copied(), table.known.len()), (Some(77), PLACES_MAX));
+    }
+
+    // A block that is found somewhere else was read where it lay before, and operators must see that.
+    #[test]
+    fn what_was_read_is_told_though_the_block_moved() {
+        let mut table = Table { slots: HashMap::default(), known: Vec::new(), next: 0, hand: 0 };
+        table.keep(known(1));
+        table.place(known(1).block);
+        table.keep(Known { place: 77, ..known(1) });
+        table.place(known(1).block);
+        assert_eq!(table.known[0].untold, 2);
     }
 }
