@@ -111,6 +111,15 @@ impl Core {
         None
     }
 
+    /// A request has waited for memory: what it was granted is gone from its session's windows only now, and whether
+    /// the next one is needed may have been asked meanwhile.
+    fn wrote_late(&mut self, lease: LeaseId) {
+        let Some(lease) = self.leases.get(&lease) else { return };
+        if let LeaseKind::Write { space, memory: Memory::Pinned } = lease.kind {
+            self.wrote(lease.session, space, 0);
+        }
+    }
+
     /// A space of the tenant whose frames fit into a chunk.
     pub(crate) fn writable_space(&self, tenant: TenantId, id: SpaceId) -> Result<SpaceIndex, Refusal> {
         let index = self.spaces.find(id).ok_or(Refusal::UnknownSpace)?;
@@ -143,6 +152,9 @@ impl Core {
         let mut settled = true;
         if let WaitKind::Write { lease, grants, blocks, parent } = &mut wait.kind {
             settled = self.grant_writes(*lease, grants, blocks, *parent);
+            if settled && self.writers.contains(&id) {
+                self.wrote_late(*lease);
+            }
         }
         self.waits.insert(id, wait);
         if settled {

@@ -73,6 +73,25 @@ fn who_does_not_pause_is_given_the_next_window_in_time() {
     assert_eq!(told(&node).len(), 1);
 }
 
+/// A first write waits until its window is made, and may do so for longer than a pause: what it takes of that counts as well.
+#[test]
+fn who_waited_for_a_window_is_given_the_next() {
+    let mut node = node(config().limits);
+    let requests = [1, 51].map(|from| {
+        let op = node.lease_write(&numbers(from, 50));
+        node.ask(1, op)
+    });
+    node.after(6);
+    assert!(requests.iter().all(|request| node.reply(*request).is_none()), "they wait");
+    node.run();
+    for request in requests {
+        assert!(matches!(node.reply(request), Some(Reply::Leased { lease: Some(_), .. })));
+    }
+    node.after(6);
+    node.run();
+    assert_eq!(told(&node).len(), 1);
+}
+
 /// A window that nobody uses must not keep its tenant's other sessions from writing.
 #[test]
 fn a_window_ahead_goes_back_when_a_limit_is_in_the_way() {
