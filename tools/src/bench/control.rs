@@ -64,6 +64,7 @@ pub(super) async fn run(options: &Options) -> anyhow::Result<Vec<Line>> {
 async fn measure(options: &Options) -> anyhow::Result<Vec<Line>> {
     let dir = stand::temp_dir(options)?;
     let daemon = stand::Daemon::start(dir.path(), "512MiB", "512MiB").await?;
+    daemon.measured().await?;
     let session = blocks::session(&daemon.socket).await?;
     let space = blocks::space(&session, BLOCK_BYTES).await?;
     let keys = blocks::keys(1, BLOCKS);

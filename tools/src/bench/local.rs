@@ -64,6 +64,7 @@ pub(super) async fn run(options: &Options) -> anyhow::Result<Vec<Line>> {
     }
     let dir = stand::temp_dir(options)?;
     let daemon = stand::Daemon::start(dir.path(), &POOL_BYTES.to_string(), "512MiB").await?;
+    daemon.measured().await?;
     let clients = Clients::connect(&daemon.socket).await?;
     warm(&clients.alone).await?;
     let mut lines = Vec::new();

@@ -10,6 +10,7 @@ use anyhow::{Context, bail};
 use tempfile::TempDir;
 use terrace_planner::config::beside_this_program;
 use terrace_planner::process::{Ask, guarded, signal};
+use terrace_proto::v1::{InfoRequest, Tier};
 
 use super::Options;
 use crate::daemon_config::DaemonConfig;
@@ -157,6 +158,25 @@ impl Daemon {
         let mut daemon = Self { process, dir: dir.to_owned(), config, grpc, metrics, socket };
         daemon.wait_ready().await?;
         Ok(daemon)
+    }
+
+    /// Returns when it has measured its devices, which it does after its start, beside its first work.
+    ///
+    /// # Errors
+    /// When it has not within half a minute.
+    pub(super) async fn measured(&self) -> anyhow::Result<()> {
+        const LOOKS: u32 = 300;
+        const PAUSE: Duration = Duration::from_millis(100);
+        let mut client = terrace_client::admin(&self.grpc).await?;
+        for _ in 0..LOOKS {
+            let tiers = client.info(InfoRequest {}).await?.into_inner().tiers;
+            let mut devices = tiers.iter().filter(|tier| tier.tier() == Tier::Nvme);
+            if devices.all(|device| !device.self_test.is_empty()) {
+                return Ok(());
+            }
+            tokio::time::sleep(PAUSE).await;
+        }
+        bail!("the daemon's self-test of its devices has not ended in {:?}", PAUSE * LOOKS)
     }
 
     /// Its process.

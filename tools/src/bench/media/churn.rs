@@ -2,12 +2,10 @@
 //! devices (blocks, header pages, catalog, superblocks) for each byte of blocks
 //! that it persisted, while ten times the capacity goes through.
 
-use std::time::Duration;
-
-use anyhow::{Context, bail, ensure};
+use anyhow::{Context, ensure};
 use terrace_client::{Admin, admin};
 use terrace_core::{KIB, MIB};
-use terrace_proto::v1::{FlushRequest, InfoRequest, Tier};
+use terrace_proto::v1::{FlushRequest, InfoRequest};
 
 use super::{Line, Options, blocks, stand};
 
@@ -20,8 +18,6 @@ const CAPACITIES: u64 = 10;
 const CAPACITIES_SMALL: u64 = 2;
 /// Bytes written between two flushes, so that eviction from memory never outruns persistence.
 const BATCH_BYTES: u64 = 32 * MIB;
-const SELF_TEST_LOOKS: u32 = 300;
-const SELF_TEST_PAUSE: Duration = Duration::from_millis(100);
 const AMPLIFICATION_MAX: f64 = 1.05;
 
 pub(super) async fn run(options: &Options) -> anyhow::Result<Vec<Line>> {
@@ -64,7 +60,8 @@ async fn amplification(options: &Options, block_bytes: u64, bytes: u64) -> anyho
     let (mut before, mut sent) = (0, 0);
     for chain in 0..warm_up + chains {
         if chain == warm_up {
-            wait_for_self_test(&mut client).await?;
+            // What it writes by itself is no part of the churn.
+            daemon.measured().await?;
             before = written(&mut client).await?;
             sent = write_bytes(daemon.pid())?;
         }
@@ -76,19 +73,6 @@ async fn amplification(options: &Options, block_bytes: u64, bytes: u64) -> anyho
     let sent = write_bytes(daemon.pid())? - sent;
     ensure!(persisted > 0, "nothing was persisted");
     Ok(super::float(sent) / super::float(persisted * block_bytes))
-}
-
-/// The daemon measures its devices after its start: what it writes then is no part of the churn.
-async fn wait_for_self_test(client: &mut Admin) -> anyhow::Result<()> {
-    for _ in 0..SELF_TEST_LOOKS {
-        let tiers = client.info(InfoRequest {}).await?.into_inner().tiers;
-        let mut devices = tiers.iter().filter(|tier| tier.tier() == Tier::Nvme);
-        if devices.all(|device| !device.self_test.is_empty()) {
-            return Ok(());
-        }
-        tokio::time::sleep(SELF_TEST_PAUSE).await;
-    }
-    bail!("the daemon's self-test of its devices has not ended in {:?}", SELF_TEST_PAUSE * SELF_TEST_LOOKS)
 }
 
 /// Bytes that a process caused to be sent to block devices.
