@@ -688,7 +688,8 @@ async fn connections_beyond_the_open_files_cost_no_processor() {
     let folder = folder();
     let daemon = Running::start(folder.path(), "");
     daemon.info().await;
-    let most = Some(daemon.footprint().1 as u64 + 16);
+    let now = daemon.footprint();
+    let most = Some((now.descriptors + now.of_chunks) as u64 + 16);
     let limit = rustix::process::Rlimit { current: most, maximum: most };
     let pid = rustix::process::Pid::from_raw(i32::try_from(daemon.pid()).unwrap());
     rustix::process::prlimit(pid, rustix::process::Resource::Nofile, limit).unwrap();

@@ -171,13 +171,19 @@ impl Running {
         }
     }
 
-    /// Memory of the process that is nobody else's, in bytes, and its open descriptors.
-    pub(crate) fn footprint(&self) -> (u64, usize) {
+    /// What the process has.
+    pub(crate) fn footprint(&self) -> Footprint {
         let proc = PathBuf::from(format!("/proc/{}", self.child.id()));
         let status = std::fs::read_to_string(proc.join("status")).unwrap();
         let anon = status.lines().find_map(|line| line.strip_prefix("RssAnon:")).unwrap();
         let kib: u64 = anon.trim().trim_end_matches(" kB").parse().unwrap();
-        (kib << 10, std::fs::read_dir(proc.join("fd")).unwrap().count())
+        let of_chunk = |entry: &std::fs::DirEntry| {
+            // One may be closed meanwhile.
+            std::fs::read_link(entry.path()).is_ok_and(|file| file.to_string_lossy().contains("memfd:terrace-"))
+        };
+        let descriptors = std::fs::read_dir(proc.join("fd")).unwrap().map(Result::unwrap);
+        let (chunks, others): (Vec<_>, Vec<_>) = descriptors.partition(of_chunk);
+        Footprint { bytes: kib << 10, descriptors: others.len(), of_chunks: chunks.len() }
     }
 
     pub(crate) fn pid(&self) -> u32 {
@@ -195,6 +201,17 @@ impl Running {
         let status = self.child.wait().unwrap();
         assert!(status.success(), "{status}");
     }
+}
+
+/// What a process has.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Footprint {
+    /// Memory that is nobody else's, in bytes.
+    pub(crate) bytes: u64,
+    /// Open descriptors but those of chunks.
+    pub(crate) descriptors: usize,
+    /// Those of chunks, which come and go.
+    pub(crate) of_chunks: usize,
 }
 
 impl Drop for Running {
