@@ -96,7 +96,7 @@ impl GrpcLink {
         Ok((Arc::new(link), facts))
     }
 
-    pub(crate) fn status(&self) -> &Status {
+    pub(crate) fn status(&self) -> &Arc<Status> {
         &self.status
     }
 
@@ -195,16 +195,20 @@ impl GrpcLink {
         self: &Arc<Self>,
         from_sequence: u64,
         incarnation: u64,
+        session: Arc<Status>,
     ) -> Result<EventStream, ClientError> {
         let request = self.request(WatchRequest { from_sequence, incarnation });
         let stream = self.client.clone().watch(request).await.map_err(|status| self.failed(status))?;
-        Ok(EventStream::new(stream.into_inner(), Arc::clone(self)))
+        Ok(EventStream::new(stream.into_inner(), Arc::clone(self), session))
     }
 
-    pub(crate) async fn snapshot(self: &Arc<Self>) -> Result<SnapshotStream, ClientError> {
+    pub(crate) async fn snapshot(
+        self: &Arc<Self>,
+        session: Arc<Status>,
+    ) -> Result<SnapshotStream, ClientError> {
         let request = self.request(SnapshotRequest {});
         let stream = self.client.clone().snapshot(request).await.map_err(|status| self.failed(status))?;
-        Ok(SnapshotStream::new(stream.into_inner(), Arc::clone(self)))
+        Ok(SnapshotStream::new(stream.into_inner(), Arc::clone(self), session))
     }
 }
 

@@ -286,7 +286,7 @@ impl Session {
         }
     }
 
-    fn status(&self) -> &Status {
+    fn status(&self) -> &Arc<Status> {
         match &self.inner.backend {
             Backend::Lane(lane) => &lane.status,
             Backend::Grpc(link) => link.status(),
@@ -485,7 +485,7 @@ impl Session {
     /// [`ClientError::NeedsGrpc`] if the target has no gRPC address; the session has ended.
     pub async fn watch(&self, from_sequence: Option<u64>) -> Result<EventStream, ClientError> {
         let link = self.streaming("watch").await?;
-        link.watch(from_sequence.unwrap_or(0), self.inner.incarnation).await
+        link.watch(from_sequence.unwrap_or(0), self.inner.incarnation, Arc::clone(self.status())).await
     }
 
     /// Streams everything the tenant holds at one sequence number.
@@ -493,7 +493,7 @@ impl Session {
     /// # Errors
     /// As [`Session::watch`].
     pub async fn snapshot(&self) -> Result<SnapshotStream, ClientError> {
-        self.streaming("snapshot").await?.snapshot().await
+        self.streaming("snapshot").await?.snapshot(Arc::clone(self.status())).await
     }
 
     async fn streaming(&self, call: &'static str) -> Result<Arc<GrpcLink>, ClientError> {

@@ -1,5 +1,7 @@
 //! The same session without shared memory, and the streams.
 
+use std::time::Duration;
+
 use terrace_client::signals::{Follower, Report, Reporter};
 use terrace_client::wire::{BlockEventKind, WorkerLoad, WorkerRole};
 use terrace_client::{ClientError, Durability, MatchMode, ReadOptions, SealOutcome, Session, Transport};
@@ -68,7 +70,7 @@ async fn a_lost_daemon_is_noticed_over_grpc() {
     let session = Session::connect(&daemon.remote()).await.unwrap();
     let space = session.open_space(&manifest("client", BLOCK_BYTES)).await.unwrap();
     daemon.kill();
-    tokio::time::timeout(std::time::Duration::from_secs(10), session.closed()).await.unwrap();
+    tokio::time::timeout(Duration::from_secs(10), session.closed()).await.unwrap();
     let error = session.touch(&space, &keys(0, 1)).await.unwrap_err();
     assert!(matches!(error, ClientError::Disconnected), "{error}");
 }
@@ -107,6 +109,24 @@ async fn events_go_on_where_the_snapshot_ends() {
     assert_eq!(sealed, expected(5, 2));
 }
 
+// Who follows events in one task and closes the session in another must not wait for ever; over the socket the stream has
+// a connection of its own.
+#[tokio::test(flavor = "multi_thread")]
+async fn streams_end_with_their_session() {
+    let daemon = Daemon::start("");
+    let over_grpc = Session::connect(&daemon.remote()).await.unwrap();
+    for session in [daemon.session().await, over_grpc] {
+        let mut events = session.watch(None).await.unwrap();
+        let waiting =
+            tokio::spawn(async move { (events.next().await.map(|_| ()), events.next().await.map(|_| ())) });
+        tokio::time::sleep(Duration::from_millis(20)).await;
+        session.close();
+        let (ended, again) = tokio::time::timeout(Duration::from_secs(20), waiting).await.unwrap().unwrap();
+        assert!(matches!(ended, Err(ClientError::Disconnected)), "{ended:?}");
+        assert!(matches!(again, Err(ClientError::Disconnected)), "{again:?}");
+    }
+}
+
 // A worker must appear to everybody who follows, with its latest report, and
 // vanish when it goes.
 #[tokio::test(flavor = "multi_thread")]
@@ -125,7 +145,7 @@ async fn reports_reach_their_followers() {
     let follower = Follower::start(daemon.grpc());
     let mut reports = follower.reports();
     let reporter = Reporter::start(daemon.grpc(), load(1));
-    let limit = std::time::Duration::from_secs(20);
+    let limit = Duration::from_secs(20);
     let seen = reports.wait_for(|seen| seen.workers.iter().any(|worker| worker.queued_requests == 1));
     tokio::time::timeout(limit, seen).await.unwrap().unwrap();
     reporter.report(load(7));

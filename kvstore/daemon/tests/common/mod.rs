@@ -179,7 +179,8 @@ impl Running {
         let kib: u64 = anon.trim().trim_end_matches(" kB").parse().unwrap();
         let of_chunk = |entry: &std::fs::DirEntry| {
             // One may be closed meanwhile.
-            std::fs::read_link(entry.path()).is_ok_and(|file| file.to_string_lossy().contains("memfd:terrace-"))
+            std::fs::read_link(entry.path())
+                .is_ok_and(|file| file.to_string_lossy().contains("memfd:terrace-"))
         };
         let descriptors = std::fs::read_dir(proc.join("fd")).unwrap().map(Result::unwrap);
         let (chunks, others): (Vec<_>, Vec<_>) = descriptors.partition(of_chunk);
