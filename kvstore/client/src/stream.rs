@@ -32,11 +32,13 @@ impl<T> Parts<T> {
 /// What happens to the tenant's blocks, in sequence. When it ends or says
 /// `resync`, take a snapshot and watch from its number on.
 #[derive(Debug)]
-pub struct EventStream(Parts<WatchResponse>);
+pub struct EventStream {
+    parts: Parts<WatchResponse>,
+}
 
 impl EventStream {
     pub(crate) fn new(stream: Streaming<WatchResponse>, link: Arc<GrpcLink>, session: Arc<Status>) -> Self {
-        Self(Parts { stream, link, session })
+        Self { parts: Parts { stream, link, session } }
     }
 
     /// The next run of events; `None` at the end. Cancel-safe.
@@ -44,13 +46,15 @@ impl EventStream {
     /// # Errors
     /// The stream broke, or the session has ended.
     pub async fn next(&mut self) -> Result<Option<WatchResponse>, ClientError> {
-        self.0.next().await
+        self.parts.next().await
     }
 }
 
 /// Everything the tenant holds at one sequence number, in parts.
 #[derive(Debug)]
-pub struct SnapshotStream(Parts<SnapshotResponse>);
+pub struct SnapshotStream {
+    parts: Parts<SnapshotResponse>,
+}
 
 impl SnapshotStream {
     pub(crate) fn new(
@@ -58,7 +62,7 @@ impl SnapshotStream {
         link: Arc<GrpcLink>,
         session: Arc<Status>,
     ) -> Self {
-        Self(Parts { stream, link, session })
+        Self { parts: Parts { stream, link, session } }
     }
 
     /// The next part; `None` after the last. Cancel-safe.
@@ -66,6 +70,6 @@ impl SnapshotStream {
     /// # Errors
     /// The stream broke, or the session has ended.
     pub async fn next(&mut self) -> Result<Option<SnapshotResponse>, ClientError> {
-        self.0.next().await
+        self.parts.next().await
     }
 }
