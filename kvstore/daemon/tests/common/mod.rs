@@ -177,13 +177,11 @@ impl Running {
         let status = std::fs::read_to_string(proc.join("status")).unwrap();
         let anon = status.lines().find_map(|line| line.strip_prefix("RssAnon:")).unwrap();
         let kib: u64 = anon.trim().trim_end_matches(" kB").parse().unwrap();
-        let of_chunk = |entry: &std::fs::DirEntry| {
-            // One may be closed meanwhile.
-            std::fs::read_link(entry.path())
-                .is_ok_and(|file| file.to_string_lossy().contains("memfd:terrace-"))
-        };
-        let descriptors = std::fs::read_dir(proc.join("fd")).unwrap().map(Result::unwrap);
-        let (chunks, others): (Vec<_>, Vec<_>) = descriptors.partition(of_chunk);
+        let entries = std::fs::read_dir(proc.join("fd")).unwrap().map(Result::unwrap);
+        // One that is closed meanwhile is none.
+        let open = entries.filter_map(|entry| std::fs::read_link(entry.path()).ok());
+        let (chunks, others): (Vec<_>, Vec<_>) =
+            open.partition(|file| file.to_string_lossy().contains("memfd:terrace-"));
         Footprint { bytes: kib << 10, descriptors: others.len(), of_chunks: chunks.len() }
     }
 
