@@ -359,7 +359,8 @@ impl Core {
         if let (true, Memory::Hbm(gpu)) = (duels, memory) {
             shift = shift.min(self.duels.hbm[usize::from(gpu.get())].shift());
         }
-        let watched = keys.filter(|(key, _)| key.leading_zeros() >= shift).collect();
+        let mut watched = Vec::with_capacity((blocks.len() >> shift.min(63)) * 3 / 2 + 16);
+        watched.extend(keys.filter(|(key, _)| key.leading_zeros() >= shift));
         Lesson { watched, blocks: blocks.len(), first_depth, space, memory }
     }
 
@@ -372,14 +373,22 @@ impl Core {
         let nvme = self.disks.any_usable();
         let lookup =
             |&(key, depth): &(u64, u32)| Lookup { key, size, tokens, seconds: narrow(cost.seconds(depth)) };
+        // Once for all curves.
+        let lookups: Vec<_> = watched.iter().map(lookup).collect();
         let asked = asked_of(cost, tokens, first_depth, blocks);
         let count = blocks as u64;
-        self.curves.request(tenant, asked, count, watched.iter().map(lookup));
+        self.curves.request(tenant, asked, count, lookups.iter().copied());
         if !duels {
             return;
         }
         let worth = worth_of(self.spaces.at(space), self.load_seconds_idle(space));
         let steps = |tier: Tier| {
+            let first = match tier {
+                Tier::Pinned if nvme => worth.load_seconds,
+                Tier::Pinned => worth.compute.first_seconds,
+                Tier::Nvme => worth.compute.first_seconds - worth.load_seconds,
+            };
+            let per_byte = narrow((first / worth.bytes).max(WORTH_MIN));
             watched.iter().map(move |&(key, depth)| {
                 let compute = worth.compute.seconds(depth);
                 let seconds = match tier {
@@ -387,12 +396,6 @@ impl Core {
                     Tier::Pinned => compute,
                     Tier::Nvme => (compute - worth.load_seconds).max(0.0),
                 };
-                let first = match tier {
-                    Tier::Pinned if nvme => worth.load_seconds,
-                    Tier::Pinned => worth.compute.first_seconds,
-                    Tier::Nvme => worth.compute.first_seconds - worth.load_seconds,
-                };
-                let per_byte = narrow((first / worth.bytes).max(WORTH_MIN));
                 Step { key, seconds: narrow(seconds), worth: per_byte }
             })
         };

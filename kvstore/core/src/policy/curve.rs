@@ -149,16 +149,19 @@ impl Curve {
         }
         let scale = self.scale();
         let mut near = Near::default();
+        let mut before = None;
         for block in blocks {
             if block.key.leading_zeros() < self.shift || self.path.len() >= self.entries_max {
                 continue;
             }
             let own = Sums { tokens: f64::from(block.tokens), seconds: f64::from(block.seconds) };
             self.sampled.add(own, scale);
-            match self.index.find(hash(block.key), |&slot| self.entries[slot as usize].key == block.key) {
+            let found = self.find_after(before, block.key);
+            before = found;
+            match found {
                 // The request names it twice.
-                Some(&slot) if self.entries[slot as usize].place == NONE => {}
-                Some(&slot) => {
+                Some(slot) if self.entries[slot as usize].place == NONE => {}
+                Some(slot) => {
                     if let Some(point) = self.point_of(slot, scale, &mut near) {
                         self.hits[point].add(own, scale);
                     }
@@ -238,6 +241,19 @@ impl Curve {
         let blocks = self.sizes[CURVE_POINTS - 1] / size.max(1);
         let times = blocks.div_ceil(self.entries_max as u64);
         (0..64).find(|&shift| times <= 1 << shift).unwrap_or(63)
+    }
+
+    /// The entry of a block. `before` is the entry of the one before it in the request: where an earlier request
+    /// named both, it lies one place before that.
+    fn find_after(&self, before: Option<u32>, key: u64) -> Option<u32> {
+        let place = before.and_then(|before| self.entries[before as usize].place.checked_sub(1));
+        let beside = place.and_then(|place| self.places.get(place as usize).copied());
+        match beside {
+            Some(slot) if slot != NONE && self.entries[slot as usize].key == key => Some(slot),
+            Some(_) | None => {
+                self.index.find(hash(key), |&slot| self.entries[slot as usize].key == key).copied()
+            }
+        }
     }
 
     /// Whether the last places are those of the request, its first block last.
@@ -337,6 +353,18 @@ impl Curve {
             let size = entry.size;
             self.by_place.set(at, size);
         }
+    }
+
+    /// The same of at most so many sampled blocks (at least 64).
+    pub(crate) fn of_at_most(&self, entries_max: u32) -> Self {
+        let mut curve = self.clone();
+        curve.entries_max = entries_max.max(64) as usize;
+        while curve.entries.len() - curve.free.len() > curve.entries_max {
+            curve.halve();
+        }
+        curve.by_place = PlaceSums::new(4 * curve.entries_max);
+        curve.compact();
+        curve
     }
 
     /// Drops every second block of the sample.

@@ -215,9 +215,13 @@ impl Ghost {
         self.grow_older(hazards);
         let saved = self.take_path(steps, hazards);
         self.count_new(blocks, hazards);
-        for at in (0..self.path.len()).rev() {
-            let index = self.path[at];
-            self.make_hottest(index, hazards);
+        if self.is_hottest() {
+            self.stay_hottest(hazards);
+        } else {
+            for at in (0..self.path.len()).rev() {
+                let index = self.path[at];
+                self.make_hottest(index, hazards);
+            }
         }
         self.keep_path(hazards);
         while self.length > self.limit {
@@ -260,7 +264,7 @@ impl Ghost {
                 break;
             }
             let before = self.path.last().copied();
-            match self.find(step.key) {
+            match self.find_after(before, step.key) {
                 // A block has one predecessor; a prefix that says otherwise ends here.
                 Some(index) if before.is_some_and(|before| self.entries.at(index).parent != before) => break,
                 Some(index) => {
@@ -314,6 +318,12 @@ impl Ghost {
             hazards.returns.came_back(entry.turn, entry.length);
         }
         entry.uses = entry.uses.saturating_add(1);
+    }
+
+    /// `before` is the block before it in the request: where an earlier one named both, they are neighbours.
+    fn find_after(&self, before: Option<u32>, key: u64) -> Option<u32> {
+        let beside = before.map_or(NONE, |before| self.entries.at(before).colder);
+        if beside != NONE && self.entries.at(beside).key == key { Some(beside) } else { self.find(key) }
     }
 
     fn find(&self, key: u64) -> Option<u32> {
@@ -387,6 +397,34 @@ impl Ghost {
             colder => self.entries.at_mut(colder).hotter = hotter,
         }
         self.length -= 1;
+    }
+
+    /// Whether the request names what was used last, all of it in the LRU shadow.
+    fn is_hottest(&self) -> bool {
+        let mut next = self.hottest;
+        self.path.iter().all(|&index| {
+            let entry = self.entries.at(index);
+            let is_next = index == next && entry.flags & IN_LRU != 0;
+            next = entry.colder;
+            is_next
+        })
+    }
+
+    /// What was used last is used again: all lies where it is, and is young.
+    fn stay_hottest(&mut self, hazards: &mut Hazards) {
+        let Some(&last) = self.path.last() else { return };
+        let colder = self.entries.at(last).colder;
+        for &index in &self.path {
+            let entry = self.entries.at_mut(index);
+            for from in 1..=usize::from(entry.bucket) {
+                if self.oldest_from[from] == index {
+                    self.oldest_from[from] = colder;
+                }
+            }
+            entry.used = self.tick;
+            entry.bucket = 0;
+            hazards.reached(entry.class(), 0);
+        }
     }
 
     /// It was used by this request: to the hot end, and into the LRU shadow.

@@ -75,6 +75,39 @@ fn the_lru_shadow_is_leaf_only_lru() {
     }
 }
 
+/// What is asked for again at once is not moved: all must be as if it had been taken out and put in.
+#[test]
+fn what_was_used_last_stays_where_it_would_go() {
+    let mut stayed = 0;
+    for capacity in [1, 7, 40, 200] {
+        let mut ghost = Ghost::new(BlockCount::new(capacity));
+        let mut hazards = Hazards::new();
+        for n in 0..300 {
+            let keys = request(n, 300);
+            // Once more after none, one, or several others.
+            for keys in [&keys, &keys, &request(n / 2, 300)] {
+                let count = keys.len() as u64;
+                let (mut moving, mut counts) = (ghost.clone(), hazards.clone());
+                ghost.request(count, steps(keys), &mut hazards);
+                moving.tick = moving.tick.next();
+                moving.grow_older(&mut counts);
+                moving.take_path(steps(keys), &mut counts);
+                moving.count_new(count, &mut counts);
+                stayed += u32::from(moving.is_hottest());
+                for at in (0..moving.path.len()).rev() {
+                    moving.make_hottest(moving.path[at], &mut counts);
+                }
+                moving.keep_path(&counts);
+                while moving.length > moving.limit {
+                    moving.forget_coldest(&mut counts);
+                }
+                assert_eq!(format!("{ghost:?} {hazards:?}"), format!("{moving:?} {counts:?}"), "request {n}");
+            }
+        }
+    }
+    assert!(stayed > 300, "only {stayed} requests named what was used last");
+}
+
 /// Structures that must agree: list, index, flags, counts and bounds.
 fn check(ghost: &Ghost) {
     let (mut index, mut listed, mut lru, mut learned, mut hotter_age) = (ghost.hottest, 0, 0, 0, 0);
