@@ -150,6 +150,8 @@ impl Curve {
         let scale = self.scale();
         let mut near = Near::default();
         let mut before = None;
+        // Sizes of the blocks so far, while those are what was used last.
+        let mut on_top = Some(0);
         for block in blocks {
             if block.key.leading_zeros() < self.shift || self.path.len() >= self.entries_max {
                 continue;
@@ -162,19 +164,26 @@ impl Curve {
                 // The request names it twice.
                 Some(slot) if self.entries[slot as usize].place == NONE => {}
                 Some(slot) => {
-                    if let Some(point) = self.point_of(slot, scale, &mut near) {
+                    let Entry { place, size, .. } = self.entries[slot as usize];
+                    on_top = on_top.filter(|_| place as usize + 1 + self.path.len() == self.places.len());
+                    let hotter = match &mut on_top {
+                        Some(sum) => std::mem::replace(sum, *sum + size),
+                        None => self.total - self.by_place.up_to(place as usize, &mut near),
+                    };
+                    if let Some(point) = self.point_of(real(hotter) * scale + real(size), &mut near) {
                         self.hits[point].add(own, scale);
                     }
                     self.path.push(slot);
                 }
                 None => {
+                    on_top = None;
                     let slot = self.add(block);
                     self.path.push(slot);
                 }
             }
         }
         // Whoever asks again for what was asked for last leaves everything where it is.
-        if !self.is_hottest() {
+        if on_top.is_none() {
             // First all out and then all in: what changes lies side by side, and the sums change together.
             for at in (0..self.path.len()).rev() {
                 self.vacate(self.path[at]);
@@ -256,18 +265,8 @@ impl Curve {
         }
     }
 
-    /// Whether the last places are those of the request, its first block last.
-    fn is_hottest(&self) -> bool {
-        let slots = self.path.iter().zip((0..self.places.len()).rev());
-        let alike = slots.filter(|&(&slot, place)| self.places[place] == slot);
-        self.path.len() <= self.places.len() && alike.count() == self.path.len()
-    }
-
-    /// The smallest size that holds the block; `None` if none does.
-    fn point_of(&self, slot: u32, scale: f64, near: &mut Near) -> Option<usize> {
-        let entry = self.entries[slot as usize];
-        let hotter = self.total - self.by_place.up_to(entry.place as usize, near);
-        let needed = real(hotter) * scale + real(entry.size);
+    /// The smallest size that holds what is needed; `None` if none does.
+    fn point_of(&self, needed: f64, near: &mut Near) -> Option<usize> {
         // Neighbours mostly need the same size, or the next.
         if near.point > 0 && self.limits[near.point - 1] >= needed {
             near.point = self.limits.partition_point(|&limit| limit < needed);
