@@ -9,12 +9,12 @@ use bytes::{BufMut, Bytes};
 use prost::encoding::{encode_varint, encoded_len_varint};
 use prost::{DecodeError, Message};
 
-use terrace_core::BlockId;
+use terrace_core::{BlockId, HEADER_PAGE_BYTES};
 use terrace_lane::{LaneMessage, PACKED_GRANT_BYTES, PackedGrant, block_ids, varint};
-use terrace_proto::KEY_BYTES_MAX;
 use terrace_proto::v1::lane_request::Op;
 use terrace_proto::v1::lane_response::Result as Answer;
-use terrace_proto::v1::{self, BlockGrant, GrantOutcome, LaneResponse, MissReason};
+use terrace_proto::v1::{self, BlockGrant, GrantOutcome, LaneResponse, MissReason, PackedGrants, PackedRun};
+use terrace_proto::{BLOCKS_PER_REQUEST_MAX, KEY_BYTES_MAX};
 
 use crate::error::ClientError;
 use crate::space::Space;
@@ -70,7 +70,7 @@ impl Keys {
 pub(crate) enum Named {
     Keys(Keys),
     /// The ids of the blocks, 16 bytes each: hashed here, by whoever waits for the answer.
-    Blocks(Vec<u8>),
+    Blocks(Bytes),
 }
 
 impl Named {
@@ -84,7 +84,15 @@ impl Named {
         let blocks = block_ids(space.tenant_key(), space.id(), keys);
         let mut bytes = Vec::with_capacity(blocks.len() * BLOCK_ID_BYTES);
         blocks.iter().for_each(|block| bytes.extend_from_slice(&block.to_bytes()));
-        Ok(Self::Blocks(bytes))
+        Ok(Self::Blocks(bytes.into()))
+    }
+
+    /// The ids of the blocks, if it has them.
+    pub(crate) fn ids(&self) -> Option<Bytes> {
+        match self {
+            Self::Keys(_) => None,
+            Self::Blocks(bytes) => Some(bytes.clone()),
+        }
     }
 
     pub(crate) fn len(&self) -> usize {
@@ -185,19 +193,20 @@ impl Grant {
         block: None,
     };
 
-    fn unpacked(bytes: &[u8; PACKED_GRANT_BYTES], length: u64) -> Self {
-        let packed = PackedGrant::from_bytes(bytes);
-        Self {
-            outcome: GrantOutcome::try_from(i32::from(packed.outcome)).unwrap_or_default(),
-            reason: MissReason::try_from(i32::from(packed.reason)).unwrap_or_default(),
-            chunk: packed.chunk,
-            frame: packed.frame,
-            offset: packed.offset,
-            fence: packed.fence,
-            length,
-            checksum: packed.checksum,
-            block: Some(BlockId::from_bytes(packed.block)),
-        }
+    /// One of a run that is granted. `None`: at no offset, or behind no fence.
+    fn unpacked(bytes: &[u8; PACKED_GRANT_BYTES], run: &PackedRun, packed: &PackedGrants) -> Option<Self> {
+        let one = PackedGrant::from_bytes(bytes);
+        Some(Self {
+            outcome: GrantOutcome::Granted,
+            reason: run.reason(),
+            chunk: run.chunk,
+            frame: one.frame,
+            offset: u64::from(one.frame).checked_mul(packed.frame_bytes)?.checked_add(HEADER_PAGE_BYTES)?,
+            fence: packed.fence.checked_add(one.fence.into())?,
+            length: packed.length,
+            checksum: one.checksum,
+            block: None,
+        })
     }
 }
 
@@ -242,13 +251,43 @@ impl LaneMessage for Answered {
 /// The blocks of a lease, one by one or packed.
 fn grants_of(response: &mut LaneResponse) -> Vec<Grant> {
     let Some(Answer::Lease(leased)) = &mut response.result else { return Vec::new() };
-    let (blocks, packed) = (std::mem::take(&mut leased.blocks), std::mem::take(&mut leased.packed));
-    // What is left of the last is none: the lease then answers too few keys, and is refused.
-    let packed = packed.as_chunks::<PACKED_GRANT_BYTES>().0;
-    let mut grants = Vec::with_capacity(blocks.len() + packed.len());
-    grants.extend(blocks.iter().map(Grant::from));
-    grants.extend(packed.iter().map(|bytes| Grant::unpacked(bytes, leased.packed_length)));
+    let Some(packed) = leased.packed.take() else {
+        return std::mem::take(&mut leased.blocks).iter().map(Grant::from).collect();
+    };
+    let mut grants = Vec::with_capacity(packed.grants.len() / PACKED_GRANT_BYTES);
+    // Where it is not what it should be it ends: the lease then answers too few keys, and is refused.
+    let _ = unpack(&packed, &mut grants);
     grants
+}
+
+fn unpack(packed: &PackedGrants, grants: &mut Vec<Grant>) -> Option<()> {
+    let mut rest = packed.grants.as_chunks::<PACKED_GRANT_BYTES>().0;
+    let mut ids = packed.block_ids.as_chunks::<BLOCK_ID_BYTES>().0.iter();
+    for run in &packed.runs {
+        let (blocks, outcome) = (run.blocks as usize, run.outcome());
+        if grants.len() + blocks > BLOCKS_PER_REQUEST_MAX {
+            return None;
+        }
+        if outcome != GrantOutcome::Granted {
+            let none = Grant { outcome, reason: run.reason(), ..Grant::EMPTY };
+            grants.extend(std::iter::repeat_n(none, blocks));
+            continue;
+        }
+        let (own, after) = rest.split_at_checked(blocks)?;
+        rest = after;
+        for bytes in own {
+            let block = ids.next().map(|id| BlockId::from_bytes(*id));
+            grants.push(Grant { block, ..Grant::unpacked(bytes, run, packed)? });
+        }
+    }
+    Some(())
+}
+
+/// These are the ids that the blocks were asked for by, 16 bytes each, in order.
+pub(crate) fn name(grants: &mut [Grant], ids: &[u8]) {
+    for (grant, id) in grants.iter_mut().zip(ids.as_chunks::<BLOCK_ID_BYTES>().0) {
+        grant.block = Some(BlockId::from_bytes(*id));
+    }
 }
 
 /// The answer to a lease that is not packed; `None` for anything else or unusual.
@@ -360,8 +399,8 @@ mod tests {
         }
         assert!(encode(1, &Op::Release(v1::ReleaseRequest::default()), &named).is_none());
         for count in [0, 1, 8, 128] {
-            let ids: Vec<u8> = (0..=255).cycle().take(16 * count).collect();
-            let (named, block_ids) = (Named::Blocks(ids.clone()), Bytes::from(ids));
+            let block_ids: Bytes = (0..=255).cycle().take(16 * count).collect();
+            let named = Named::Blocks(block_ids.clone());
             assert_eq!(named.len(), count);
             for (bare, whole) in [
                 (
@@ -459,45 +498,73 @@ mod tests {
         }
     }
 
-    // A byte in another's place would be another block's frame, and what a daemon sends may end anywhere.
+    fn run(blocks: u32, outcome: GrantOutcome, chunk: u64) -> PackedRun {
+        PackedRun { blocks, outcome: outcome.into(), reason: 1, chunk, ..Default::default() }
+    }
+
+    /// Of three blocks that are granted and three that are not.
+    fn six() -> (PackedGrants, Vec<Grant>) {
+        let grants = (0..3u8).map(|n| PackedGrant { checksum: 70 + u64::from(n), fence: n.into(), frame: 5 });
+        let packed = PackedGrants {
+            runs: vec![
+                run(2, GrantOutcome::Granted, 300),
+                run(3, GrantOutcome::Missing, 0),
+                run(1, GrantOutcome::Granted, 400),
+            ],
+            grants: grants.flat_map(|grant| grant.to_bytes()).collect(),
+            fence: 1 << 40,
+            length: 4000,
+            frame_bytes: 8192,
+            block_ids: (0..3).flat_map(|n| [n; 16]).collect(),
+        };
+        let reason = MissReason::try_from(1).unwrap();
+        let granted = |n: u8, chunk: u64| Grant {
+            outcome: GrantOutcome::Granted,
+            reason,
+            chunk,
+            frame: 5,
+            offset: 5 * 8192 + 4096,
+            fence: (1 << 40) + u64::from(n),
+            length: 4000,
+            checksum: 70 + u64::from(n),
+            block: Some(BlockId::from_bytes([n; 16])),
+        };
+        let missing = Grant { outcome: GrantOutcome::Missing, reason, ..Grant::EMPTY };
+        (packed, vec![granted(0, 300), granted(1, 300), missing, missing, missing, granted(2, 400)])
+    }
+
+    fn unpacked(packed: PackedGrants) -> Vec<Grant> {
+        let leased = v1::LeaseResponse { lease: 3, packed: Some(packed), ..Default::default() };
+        let answer = LaneResponse { id: 1, result: Some(Answer::Lease(leased)) };
+        Answered::decode_frame(answer.encode_to_vec().into()).unwrap().grants
+    }
+
+    // A byte in another's place would be another block's frame.
     #[test]
     fn packed_blocks_are_what_the_daemon_granted() {
-        let packed = |number: u8| PackedGrant {
-            block: [number; 16],
-            chunk: number.into(),
-            offset: 1000,
-            fence: u64::MAX - u64::from(number),
-            checksum: 77,
-            frame: 5,
-            outcome: number % 6,
-            reason: 1,
-            ..PackedGrant::default()
-        };
-        let bytes: Vec<u8> = (0..6).flat_map(|number| packed(number).to_bytes()).collect();
-        for length in 0..=bytes.len() {
-            let leased = v1::LeaseResponse {
-                lease: 3,
-                packed: bytes[..length].to_vec().into(),
-                packed_length: 4096,
-                ..Default::default()
-            };
-            let answer = LaneResponse { id: 1, result: Some(Answer::Lease(leased)) };
-            let found = Answered::decode_frame(answer.encode_to_vec().into()).unwrap();
-            assert_eq!(found.grants.len(), length / PACKED_GRANT_BYTES);
-            for (number, grant) in (0..).zip(found.grants) {
-                let wanted = Grant {
-                    outcome: GrantOutcome::try_from(i32::from(number)).unwrap(),
-                    reason: MissReason::try_from(1).unwrap(),
-                    chunk: number.into(),
-                    frame: 5,
-                    offset: 1000,
-                    fence: u64::MAX - u64::from(number),
-                    length: 4096,
-                    checksum: 77,
-                    block: Some(BlockId::from_bytes([number; 16])),
-                };
-                assert_eq!(grant, wanted);
-            }
+        let (packed, wanted) = six();
+        assert_eq!(unpacked(packed.clone()), wanted);
+        // Whoever asked by ids has none in the answer.
+        let mut named = unpacked(PackedGrants { block_ids: Bytes::new(), ..packed });
+        assert!(named.iter().all(|grant| grant.block.is_none()));
+        let ids: Vec<u8> = (0..6).flat_map(|n| [n; 16]).collect();
+        name(&mut named, &ids);
+        let blocks: Vec<_> = (0..6).map(|n| Some(BlockId::from_bytes([n; 16]))).collect();
+        assert_eq!(named.iter().map(|grant| grant.block).collect::<Vec<_>>(), blocks);
+    }
+
+    // What a daemon sends may end anywhere and say anything: a block must not be found where none was granted.
+    #[test]
+    fn packed_blocks_that_lie_nowhere_are_none() {
+        let (packed, wanted) = six();
+        for length in 0..packed.grants.len() {
+            let cut = PackedGrants { grants: packed.grants.slice(..length), ..packed.clone() };
+            let left = if length < 2 * PACKED_GRANT_BYTES { 0 } else { 5 };
+            assert_eq!(unpacked(cut), wanted[..left], "{length} bytes");
         }
+        assert!(unpacked(PackedGrants { frame_bytes: u64::MAX / 2, ..packed.clone() }).is_empty());
+        assert!(unpacked(PackedGrants { fence: u64::MAX - 1, ..packed.clone() }).len() < 6);
+        let many = vec![run(u32::MAX, GrantOutcome::Missing, 0); 3];
+        assert!(unpacked(PackedGrants { runs: many, ..packed }).is_empty());
     }
 }

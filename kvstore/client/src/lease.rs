@@ -17,7 +17,7 @@ use crate::chunks::{Mapped, WriterToken};
 use crate::convert::reason_from_wire;
 use crate::error::ClientError;
 use crate::keeper::LeaseToken;
-use crate::keyed::{Grant, Named};
+use crate::keyed::{self, Grant, Named};
 use crate::session::LaneSession;
 use crate::space::Space;
 
@@ -240,13 +240,17 @@ async fn ask(session: &Arc<LaneSession>, wanted: Wanted<'_>) -> Result<Answered,
         LeaseKind::Write if !wanted.alone => Some(session.chunks.turn.read().await),
         LeaseKind::Write | LeaseKind::Read | LeaseKind::Unspecified => None,
     };
-    let delivered = session.link.call_keyed(Op::Lease(request), wanted.keys, &session.keeper).await?;
+    let ids = wanted.keys.ids();
+    let mut delivered = session.link.call_keyed(Op::Lease(request), wanted.keys, &session.keeper).await?;
     drop(in_turn);
     let Answer::Lease(granted) = delivered.answer else {
         return Err(ClientError::Protocol { detail: "a lease was asked for" });
     };
     if delivered.grants.len() != asked {
         return Err(ClientError::Protocol { detail: "a lease that does not answer each key" });
+    }
+    if let Some(ids) = ids {
+        keyed::name(&mut delivered.grants, &ids);
     }
     let held = delivered.lease.map(|token| {
         let state = Arc::new(LeaseState::default());

@@ -544,7 +544,8 @@ async fn respond(
                 None => service.lease_of(session, &wanted, &wanted.keys).await?,
             };
             let leased = answer.leased()?;
-            match wanted.packed.then(|| encode::packed(&leased)).flatten() {
+            let with_ids = wanted.block_ids.is_empty();
+            match wanted.packed.then(|| encode::packed(&leased, with_ids)).flatten() {
                 Some(packed) => (lane_response::Result::Lease(packed), Vec::new()),
                 None => {
                     let bytes = encode::leased(id, &leased);

@@ -206,8 +206,14 @@ fn sizes(ask: Ask, keys: &[[u8; 16]]) -> (usize, usize) {
                 lease: 1_000,
                 ttl_ms: 10_000,
                 generation: 1,
-                packed: vec![7; PACKED_GRANT_BYTES * keys.len()].into(),
-                packed_length: BLOCK_BYTES,
+                packed: Some(wire::PackedGrants {
+                    grants: vec![7; PACKED_GRANT_BYTES * keys.len()].into(),
+                    runs: vec![wire::PackedRun { blocks: 1_000, outcome: 1, chunk: 1, ..Default::default() }],
+                    fence: 1_000,
+                    length: BLOCK_BYTES,
+                    frame_bytes: BLOCK_BYTES + 4096,
+                    block_ids: Bytes::new(),
+                }),
                 ..wire::LeaseResponse::default()
             };
             let wanted =

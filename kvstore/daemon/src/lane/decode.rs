@@ -113,8 +113,8 @@ fn lease(mut rest: Rest<'_>) -> Option<(Op, Vec<Range<u32>>)> {
             0x40 => request.wait_ms = rest.number()?,
             0x48 => request.purpose = rest.choice()?,
             0x50 => request.want_device = rest.small()?,
-            0x58 => request.packed = rest.number()? != 0,
             0x68 => request.processor = rest.small()?,
+            0x70 => request.packed = rest.number()? != 0,
             _ => return None,
         }
     }

@@ -3,7 +3,7 @@
 //! By way of the generated messages each part would be built, measured twice and encoded: more work than to find and
 //! pin the blocks. The bytes are those of the generated code.
 
-use terrace_core::{Checksum, Grant, LeaseId, Micros};
+use terrace_core::{ByteCount, Checksum, Grant, HEADER_PAGE_BYTES, LeaseId, Micros, frame_bytes};
 use terrace_lane::{PACKED_GRANT_BYTES, PackedGrant};
 use terrace_proto::v1;
 
@@ -76,45 +76,63 @@ pub(crate) fn leased(id: u64, leased: &Leased<'_>) -> Vec<u8> {
     message
 }
 
-/// The answer to whoever reads packed grants; `None` if these cannot be packed.
-pub(crate) fn packed(leased: &Leased<'_>) -> Option<v1::LeaseResponse> {
-    let mut bytes = Vec::with_capacity(leased.grants.len() * PACKED_GRANT_BYTES);
-    let mut packed_length = None;
+/// The answer to whoever reads packed grants, with the blocks' ids if he does not know them; `None` if these cannot be packed.
+pub(crate) fn packed(leased: &Leased<'_>, with_ids: bool) -> Option<v1::LeaseResponse> {
+    let granted = |grant: &Grant| match grant {
+        Grant::Granted { fence, length, .. } => Some((fence.get(), *length)),
+        Grant::Promoting | Grant::Missing(_) | Grant::Throttled | Grant::Exists => None,
+    };
+    let fence = leased.grants.iter().filter_map(granted).map(|(fence, _)| fence).min().unwrap_or(0);
+    // Payload and frame of the first, which must be those of all.
+    let all = leased.grants.iter().find_map(granted).map_or(ByteCount::new(0), |(_, length)| length);
+    let frame_bytes = frame_bytes(all)?.get();
+    let count = leased.grants.len();
+    let mut grants = Vec::with_capacity(count * PACKED_GRANT_BYTES);
+    let mut block_ids = Vec::with_capacity(if with_ids { count * 16 } else { 0 });
+    let mut runs: Vec<v1::PackedRun> = Vec::new();
     for grant in leased.grants {
         let (outcome, reason) = convert::outcome(grant);
-        let (outcome, reason) = (u8::try_from(outcome as i32).ok()?, u8::try_from(reason as i32).ok()?);
-        let one = match grant {
-            Grant::Granted { block, frame, fence, offset, length, checksum, memory } => {
-                if *packed_length.get_or_insert(length.get()) != length.get() {
-                    return None;
-                }
-                let (tier, device) = convert::memory(*memory);
-                PackedGrant {
-                    block: block.to_bytes(),
-                    chunk: frame.chunk.get(),
-                    offset: *offset,
-                    fence: fence.get(),
-                    checksum: checksum.map_or(0, Checksum::get),
-                    frame: frame.index,
-                    outcome,
-                    reason,
-                    tier: u8::try_from(tier as i32).ok()?,
-                    device: u8::try_from(device).ok()?,
-                }
+        let mut run =
+            v1::PackedRun { blocks: 1, outcome: outcome.into(), reason: reason.into(), ..Default::default() };
+        if let Grant::Granted { block, frame, fence: own, offset, length, checksum, memory } = grant {
+            let at = u64::from(frame.index).checked_mul(frame_bytes)?.checked_add(HEADER_PAGE_BYTES)?;
+            if all != *length || at != *offset {
+                return None;
             }
-            Grant::Promoting | Grant::Missing(_) | Grant::Throttled | Grant::Exists => {
-                PackedGrant { outcome, reason, ..PackedGrant::default() }
+            let (tier, device) = convert::memory(*memory);
+            (run.chunk, run.tier, run.device) = (frame.chunk.get(), tier.into(), device);
+            let one = PackedGrant {
+                checksum: checksum.map_or(0, Checksum::get),
+                fence: u32::try_from(own.get() - fence).ok()?,
+                frame: frame.index,
+            };
+            grants.extend_from_slice(&one.to_bytes());
+            if with_ids {
+                block_ids.extend_from_slice(&block.to_bytes());
             }
-        };
-        bytes.extend_from_slice(&one.to_bytes());
+        }
+        match runs.last_mut() {
+            Some(last) if v1::PackedRun { blocks: 1, ..*last } == run => last.blocks += 1,
+            Some(_) | None => runs.push(run),
+        }
+    }
+    // Each is a message, which takes as long as a block's.
+    if runs.len() > 16 + count / 8 {
+        return None;
     }
     Some(v1::LeaseResponse {
         lease: leased.lease.map_or(0, LeaseId::get),
         ttl_ms: leased.ttl.millis(),
         blocks: Vec::new(),
         generation: leased.generation,
-        packed: bytes.into(),
-        packed_length: packed_length.unwrap_or(0),
+        packed: Some(v1::PackedGrants {
+            runs,
+            grants: grants.into(),
+            fence,
+            length: all.get(),
+            frame_bytes,
+            block_ids: block_ids.into(),
+        }),
     })
 }
 
@@ -203,15 +221,14 @@ const _: fn(v1::BlockGrant) = |grant| {
     } = grant;
 };
 const _: fn(v1::LeaseResponse) = |leased| {
-    let v1::LeaseResponse { lease: _, ttl_ms: _, blocks: _, generation: _, packed: _, packed_length: _ } =
-        leased;
+    let v1::LeaseResponse { lease: _, ttl_ms: _, blocks: _, generation: _, packed: _ } = leased;
 };
 
 #[cfg(test)]
 mod tests {
     use prost::Message;
 
-    use terrace_core::{BlockId, ByteCount, ChunkId, Fence, FrameRef, GpuId, Memory, MissReason};
+    use terrace_core::{BlockId, ChunkId, Fence, FrameRef, GpuId, Memory, MissReason};
 
     use super::*;
 
@@ -254,43 +271,80 @@ mod tests {
             assert_eq!(ours, v1::LaneResponse { id: 300, result }.encode_to_vec(), "{count} grants");
         }
     }
-    // The same for packed ones, which are not for blocks of several lengths.
+
+    // The same for packed ones, read as a client reads them.
     #[test]
     fn packed_grants_are_those_of_the_generated_code() {
-        let length = |mut grant: Grant| {
-            if let Grant::Granted { length, .. } = &mut grant {
-                *length = ByteCount::new(4096);
-            }
-            grant
-        };
         let hbm = Memory::Hbm(GpuId::new(3));
-        let mut grants: Vec<Grant> = (0..64).map(|bit| length(granted(1 << bit, Memory::Pinned))).collect();
-        grants.extend((0..64).map(|bit| length(granted(u64::MAX >> bit, hbm))));
-        grants.extend([Grant::Promoting, Grant::Throttled, Grant::Exists]);
+        let fences = (1 << 60, (1 << 60) + u64::from(u32::MAX));
+        // Frame n of chunk n / 8, with the youngest and the oldest fence that go together.
+        let place = |n: u32| Grant::Granted {
+            block: BlockId::from_bytes([u8::try_from(n % 256).unwrap(); 16]),
+            frame: FrameRef { chunk: ChunkId::new(u64::from(n) / 8), index: n },
+            fence: Fence::new(if n.is_multiple_of(2) { fences.0 } else { fences.1 }),
+            offset: u64::from(n) * 3 * 4096 + 4096,
+            length: ByteCount::new(5000),
+            checksum: (!n.is_multiple_of(3)).then(|| Checksum::new(u64::MAX - u64::from(n))),
+            memory: if n < 20 { Memory::Pinned } else { hbm },
+        };
+        let mut grants = vec![Grant::Throttled, Grant::Exists];
+        grants.extend((0..64).map(place));
         grants.extend([MissReason::Unknown, MissReason::Filling, MissReason::Device].map(Grant::Missing));
+        grants.extend([Grant::Promoting, Grant::Promoting, place(63)]);
         let ttl = Micros::from_millis(10_000);
         let leased = Leased { lease: Some(LeaseId::new(9)), ttl, generation: 5, grants: &grants };
-        let answer = packed(&leased).unwrap();
+        let answer = packed(&leased, true).unwrap();
         assert_eq!((answer.lease, answer.ttl_ms, answer.generation), (9, 10_000, 5));
-        assert_eq!((answer.blocks.len(), answer.packed_length), (0, 4096));
-        let found = answer.packed.as_chunks().0.iter().map(PackedGrant::from_bytes).map(|grant| {
-            let is_granted = i32::from(grant.outcome) == v1::GrantOutcome::Granted as i32;
-            v1::BlockGrant {
-                outcome: grant.outcome.into(),
-                reason: grant.reason.into(),
-                chunk: grant.chunk,
-                frame: grant.frame,
-                offset: grant.offset,
-                fence: grant.fence,
-                length: if is_granted { answer.packed_length } else { 0 },
-                checksum: grant.checksum,
-                block_id: if is_granted { grant.block.to_vec().into() } else { Default::default() },
-                tier: grant.tier.into(),
-                device: grant.device.into(),
-            }
-        });
-        assert_eq!(found.collect::<Vec<_>>(), convert::grants(&grants));
-        let lengths = [granted(1, Memory::Pinned), granted(2, Memory::Pinned)];
-        assert_eq!(packed(&Leased { grants: &lengths, ..leased }), None);
+        let whole = answer.packed.unwrap();
+        let v1::PackedGrants { runs, grants: bytes, fence, length, frame_bytes, block_ids } = whole.clone();
+        // 8 chunks, of which one is on both media, and seven others.
+        assert_eq!((runs.len(), fence, length, frame_bytes), (16, fences.0, 5000, 3 * 4096));
+        let mut ids = block_ids.as_chunks::<16>().0.iter();
+        let mut places = bytes.as_chunks().0.iter().map(PackedGrant::from_bytes);
+        let each = runs.iter().flat_map(|run| (0..run.blocks).map(move |_| run));
+        let found: Vec<_> = each
+            .map(|run| {
+                let mut wire =
+                    v1::BlockGrant { outcome: run.outcome, reason: run.reason, ..Default::default() };
+                if run.outcome() == v1::GrantOutcome::Granted {
+                    let grant = places.next().unwrap();
+                    (wire.chunk, wire.frame, wire.tier, wire.device) =
+                        (run.chunk, grant.frame, run.tier, run.device);
+                    wire.offset = u64::from(grant.frame) * frame_bytes + 4096;
+                    (wire.fence, wire.checksum) = (fence + u64::from(grant.fence), grant.checksum);
+                    (wire.length, wire.block_id) = (length, ids.next().unwrap().to_vec().into());
+                }
+                wire
+            })
+            .collect();
+        assert_eq!(found, convert::grants(&grants));
+        assert_eq!((places.next(), ids.next()), (None, None), "more than was granted");
+        let brief = packed(&leased, false).unwrap().packed.unwrap();
+        assert_eq!(v1::PackedGrants { block_ids, ..brief }, whole);
+    }
+
+    // What has no such places is answered by fields.
+    #[test]
+    fn what_cannot_be_packed_is_not() {
+        let place = |n: u32, fence: u64, length: u64, more: u64| Grant::Granted {
+            block: BlockId::from_bytes([7; 16]),
+            frame: FrameRef { chunk: ChunkId::new(u64::from(n)), index: n },
+            fence: Fence::new(fence),
+            offset: u64::from(n) * 3 * 4096 + 4096 + more,
+            length: ByteCount::new(length),
+            checksum: None,
+            memory: Memory::Pinned,
+        };
+        let can = |grants: &[Grant]| {
+            let ttl = Micros::from_millis(10_000);
+            packed(&Leased { lease: None, ttl, generation: 5, grants }, true).is_some()
+        };
+        let first = place(1, 1 << 40, 5000, 0);
+        assert!(can(&[]) && can(&[Grant::Promoting]) && can(&[first, place(2, 1 << 40, 5000, 0)]));
+        assert!(!can(&[first, place(2, 1 << 40, 5001, 0)]), "two lengths");
+        assert!(!can(&[first, place(2, 1 << 40, 5000, 4096)]), "a payload elsewhere");
+        assert!(!can(&[first, place(2, 1 << 39, 5000, 0)]), "fences far from each other");
+        let apart: Vec<_> = (0..19).map(|n| place(n, 5, 5000, 0)).collect();
+        assert!(can(&apart[..18]) && !can(&apart), "hardly any run");
     }
 }
