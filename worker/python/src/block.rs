@@ -8,7 +8,6 @@
 
 use std::ffi::c_int;
 use std::marker::PhantomData;
-use std::ops::Range;
 use std::ptr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -215,9 +214,9 @@ impl<'span> Copy<'span> {
         Self { way, ..self }
     }
 
-    /// The addresses between which it writes.
-    pub(crate) fn place(&self) -> Range<usize> {
-        self.target.place()
+    /// Where it writes.
+    pub(crate) fn target(&self) -> &Pieces {
+        &self.target
     }
 
     /// How much it writes.

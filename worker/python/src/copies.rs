@@ -8,7 +8,7 @@ use terrace_lane::{Called, share};
 
 use crate::block::{Block, Copy, Way};
 use crate::errors::invalid;
-use crate::span::{Span, overlap};
+use crate::span::{Pieces, Span, overlap};
 
 /// Up to here the targets of one call are still in the last cache when somebody looks at them, and often before: 29 GiB/s
 /// into what is there, by two threads 36, on Zen 5, where past the cache both have 25 to 27.
@@ -32,7 +32,10 @@ pub(crate) fn copy_blocks(
     let bytes: usize = copies.iter().map(Copy::bytes).sum();
     let way = if bytes <= CACHED_BYTES_MAX { Way::ThroughTheCache } else { Way::ByLength };
     let copies: Vec<_> = copies.into_iter().map(|copy| copy.by(way)).collect();
-    let threads = if overlap(copies.iter().map(Copy::place)) { 1 } else { threads.min(copies.len()) };
+    let targets = || copies.iter().map(Copy::target);
+    // Rows of several layers lie between each other, and share nothing.
+    let is_shared = || overlap(targets().map(Pieces::place)) && overlap(targets().flat_map(Pieces::places));
+    let threads = if threads > 1 && is_shared() { 1 } else { threads.min(copies.len()) };
     let mut copies: Vec<_> = copies.into_iter().map(|copy| (copy, false)).collect();
     Ok(py.detach(|| {
         share(&mut copies, bytes, Called::of(threads, bytes), |(copy, good)| *good = copy.run());

@@ -58,12 +58,19 @@ impl Pieces {
         self.writable().into_iter().map(|(start, length)| (start.cast_const(), length)).collect()
     }
 
+    /// The addresses of each piece.
+    pub(crate) fn places(&self) -> impl Iterator<Item = Range<usize>> {
+        self.offsets.iter().map(|offset| {
+            let first = self.start.get().wrapping_offset(*offset).addr();
+            first..first + self.length
+        })
+    }
+
     /// The addresses from the first byte of all to the last.
     pub(crate) fn place(&self) -> Range<usize> {
-        let at = |offset: &isize| self.start.get().wrapping_offset(*offset).addr();
-        let first = self.offsets.iter().map(at).min().unwrap_or(0);
-        let last = self.offsets.iter().map(at).max().unwrap_or(0);
-        first..last + self.length
+        let first = self.places().map(|place| place.start).min().unwrap_or(0);
+        let last = self.places().map(|place| place.end).max().unwrap_or(0);
+        first..last
     }
 }
 

@@ -443,6 +443,13 @@ def test_many_blocks_are_copied_in_one_call(lane: terrace_kv.Session, threads: i
         # The same place twice: whatever is left there, it is one of the two.
         assert terrace_kv.copy_blocks(blocks, [targets[0]] * 9, threads=threads) == [True] * 9
         assert bytes(targets[0]) == payload(names[-1], big)
+        # Rows between each other, as of several layers, and again the same ones.
+        whole = np.zeros((16, 9, big // 16), np.uint8)
+        between = [whole[:, place] for place in range(9)]
+        assert terrace_kv.copy_blocks(blocks, between, threads=threads) == [True] * 9  # type: ignore[arg-type]
+        assert [target.tobytes() for target in between] == [payload(name, big) for name in names]
+        assert terrace_kv.copy_blocks(blocks, between[:1] * 9, threads=threads) == [True] * 9  # type: ignore[arg-type]
+        assert between[0].tobytes() == payload(names[-1], big)
         blocks[3].close()
         assert terrace_kv.copy_blocks(blocks, targets, threads=threads) == [True] * 3 + [False] + [True] * 5
     assert terrace_kv.copy_blocks(blocks, targets, threads=threads) == [False] * 9
