@@ -157,21 +157,14 @@ class Vllm(Connector):
     def redeem(self, numbers: Numbers) -> Found:
         request, tokens = self._promised.pop(tuple(numbers))
         count = tokens // self.tokens
-        first, failed, ended = 30, set(), set()
+        first, failed = 30, set[int]()
         for layer in self.rows:
             layer[first:] = 0
         # The request computes its last token itself, in a block of its own.
         block_ids = list(range(first, first + len(numbers) + 1))
         if count:
             self.running.allocate(request, block_ids, tokens)
-
-            def over() -> bool:
-                finished, bad = self.running.step()
-                ended.update(finished)
-                failed.update(bad)
-                return request.request_id in ended
-
-            wait_for(over, "the load's end")
+            failed = self.running.carry(request)
         self.running.scheduler.request_finished_all_groups(request, ([],))
         found: Found = [None] * len(numbers)
         for index in range(count):
@@ -185,6 +178,14 @@ class Vllm(Connector):
 
     def close(self) -> None:
         self.running.stop()
+
+
+class VllmBeside(Vllm):
+    """The same while another request runs."""
+
+    def __init__(self, socket: Path, **changes: Any) -> None:
+        super().__init__(socket, **changes)
+        self.running.run_another()
 
 
 class VllmTier(Connector):
@@ -353,4 +354,4 @@ class Lmcache(Connector):
         self.level.close()
 
 
-CONNECTORS: list[type[Connector]] = [Shared, Vllm, VllmTier, Sglang, Lmcache]
+CONNECTORS: list[type[Connector]] = [Shared, Vllm, VllmBeside, VllmTier, Sglang, Lmcache]

@@ -18,6 +18,8 @@ warnings.simplefilter("default")
 torch = pytest.importorskip("torch", reason="torch is not installed: the vLLM connector is not tested here")
 pytest.importorskip("vllm", reason="vLLM is not installed: its connector is not tested here (make test-vllm does)")
 
+from terrace_kv._engine import StoreSpace  # noqa: E402
+from terrace_kv.vllm import scheduler, worker  # noqa: E402
 from terrace_kv.vllm.connector import TerraceConnector  # noqa: E402
 from terrace_kv.vllm.layout import Pieces  # noqa: E402
 from terrace_kv.vllm.options import Options  # noqa: E402
@@ -92,6 +94,11 @@ class Engine:
         self.worker.register_kv_caches(self.caches)
         self.scheduler.set_xfer_handshake_metadata_pp_aware({(0, 0): self.worker.get_handshake_metadata()})  # type: ignore[dict-item]
         self.sums: dict[str, float] = {}
+        self.beside: set[str] = set()
+
+    def run_another(self) -> None:
+        """From here on a request is never alone: what it loads it waits for beside the steps of others."""
+        self.allocate(self.request("another", TOKENS - 1), [BLOCKS - 1], 0)
 
     def request(self, name: str, tokens: int, salt: str = "") -> Any:
         hashes = [f"{salt}:{index}".encode() for index in range(tokens // TOKENS)]
@@ -107,7 +114,9 @@ class Engine:
         found: list[int] = []
 
         def answered() -> bool:
-            tokens, _ = self.scheduler.get_num_new_matched_tokens(request, computed)
+            tokens, is_beside = self.scheduler.get_num_new_matched_tokens(request, computed)
+            if is_beside:
+                self.beside.add(request.request_id)
             found.append(-1 if tokens is None else tokens)
             return tokens is not None
 
@@ -188,12 +197,17 @@ class Engine:
         tokens = self.match(request)
         assert tokens
         self.allocate(request, block_ids, tokens)
+        return self.carry(request)
+
+    def carry(self, request: Any) -> set[int]:
+        """Steps until its load has ended, the first if that waits for it; answers which blocks failed."""
         failed: set[int] = set()
 
         def ended() -> bool:
             finished, bad = self.step()
             failed.update(bad)
-            return request.request_id in finished
+            assert finished <= self.beside
+            return request.request_id not in self.beside or request.request_id in finished
 
         wait_for(ended, "the load's end")
         return failed
@@ -223,6 +237,10 @@ def test_what_one_engine_saves_another_loads(engine: Engine, daemon: Daemon) -> 
     other = Engine(daemon.socket)
     again = other.request("b", 10 * TOKENS + 5)
     assert other.load(again, [*range(40, 50), 3]) == set()
+    # That step may still be running while the next one is ordered.
+    other.step()
+    daemon.expect_leases(1)
+    other.step()
     daemon.expect_leases(0)
     for name, cache in other.caches.items():
         assert torch.equal(cache[40:50], there[name])
@@ -290,17 +308,7 @@ def test_a_block_that_is_lost_is_reported(engine: Engine, daemon: Daemon) -> Non
     engine.allocate(again, list(range(20, 26)), tokens)
     daemon.process.kill()
     daemon.process.wait()
-    ended: set[str] = set()
-    failed: set[int] = set()
-
-    def over() -> bool:
-        finished, bad = engine.step()
-        ended.update(finished)
-        failed.update(bad)
-        return bool(ended)
-
-    wait_for(over, "the load's end")
-    assert failed == set(range(20, 25))
+    assert engine.carry(again) == set(range(20, 25))
     assert engine.match(engine.request("c", 6 * TOKENS)) == 0, "no hit that cannot be served"
 
 
@@ -355,10 +363,69 @@ def test_layers_wait_for_their_own_blocks(daemon: Daemon) -> None:
     assert engine.step() == (set(), set()), "nobody waits for the end of such a load"
     for name, cache in engine.caches.items():
         assert torch.equal(cache[30:34], there[name])
-    engine.step()
     engine.scheduler.request_finished_all_groups(again, ([],))
     daemon.expect_leases(0)
     engine.stop()
+
+
+def test_what_a_step_waits_for(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request that runs alone waits in its step, unless there is much to copy; no other does."""
+    there = engine.fill(list(range(4)), seed=1)
+    stored = engine.request("a", 4 * TOKENS + 1)
+    engine.save(stored, list(range(5)))
+    engine.until("blocks_stored", 4)
+    engine.scheduler.request_finished_all_groups(stored, ([],))
+
+    def is_beside(request: Any) -> bool:
+        assert engine.match(request) == 4 * TOKENS
+        return request.request_id in engine.beside
+
+    alone = engine.request("alone", 4 * TOKENS + 1)
+    assert not is_beside(alone)
+    engine.allocate(alone, list(range(30, 35)), 4 * TOKENS)
+    assert engine.step() == (set(), set()), "nobody hears of the end of such a load"
+    for name, cache in engine.caches.items():
+        assert torch.equal(cache[30:34], there[name])
+    second = engine.request("second", 4 * TOKENS + 1)
+    assert is_beside(second)
+    for request in (second, alone):
+        engine.scheduler.request_finished_all_groups(request, ([],))
+    block = engine.worker._worker._parts[0].pieces.block_bytes  # type: ignore[union-attr]
+    for room, expected in ((4 * block, False), (4 * block - 1, True)):
+        monkeypatch.setattr(scheduler, "IN_STEP_BYTES_MAX", room)
+        large = engine.request(f"large {room}", 4 * TOKENS + 1)
+        assert is_beside(large) is expected
+        engine.scheduler.request_finished_all_groups(large, ([],))
+
+
+def test_a_step_does_not_wait_for_a_daemon_that_hangs(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its blocks are lost then, and whatever the daemon answers later is not written into them any more."""
+    monkeypatch.setattr(worker, "IN_STEP_SECONDS", 0.1)
+    side = engine.worker._worker
+    assert side is not None
+    engine.fill(list(range(4)), seed=1)
+    stored = engine.request("a", 4 * TOKENS + 1)
+    engine.save(stored, list(range(5)))
+    engine.until("blocks_stored", 4)
+    engine.scheduler.request_finished_all_groups(stored, ([],))
+    read, answers, answered = StoreSpace.read, threading.Event(), threading.Event()
+
+    def read_late(space: StoreSpace, *arguments: Any, **options: Any) -> Any:
+        if threading.current_thread().name.startswith("terrace-load"):
+            answers.wait(PATIENCE)
+            answered.set()
+        return read(space, *arguments, **options)
+
+    monkeypatch.setattr(StoreSpace, "read", read_late)
+    assert engine.load(engine.request("b", 4 * TOKENS + 1), list(range(30, 35))) == set(range(30, 34))
+    assert not answered.is_set()
+    computed = engine.fill(list(range(30, 34)), seed=2)
+    answers.set()
+    side._loaders.stop(PATIENCE)
+    assert answered.is_set()
+    for name, cache in engine.caches.items():
+        assert torch.equal(cache[30:34], computed[name])
+    assert engine.step() == (set(), set()), "what failed is told once"
 
 
 @pytest.mark.parametrize("change", [{"model": "other/model"}, {"ranks": 2, "rank": 1}])

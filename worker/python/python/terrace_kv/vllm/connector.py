@@ -165,10 +165,7 @@ class TerraceConnector(KVConnectorBase_V1, SupportsHMA):
 
     def build_connector_meta(self, scheduler_output: Any) -> KVConnectorMetadata:
         assert self._scheduler is not None
-        orders = self._scheduler.orders(scheduler_output)
-        if self._options.load == "layers":
-            self._scheduler.release_started(orders)
-        return orders
+        return self._scheduler.orders(scheduler_output)
 
     def update_connector_output(self, connector_output: Any) -> None:
         assert self._scheduler is not None

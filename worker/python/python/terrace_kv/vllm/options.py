@@ -16,8 +16,9 @@ class Options:
     """The connector's settings."""
 
     load: Literal["async", "layers", "off"] = "async"
-    """"async": a request waits beside the batch until its blocks are loaded. "layers": its step starts at once, and
-    each layer waits for its own blocks. "off": nothing is loaded."""
+    """"async": a request waits beside the batch until its blocks are loaded; its own step does where it runs alone and
+    they are few. "layers": its step starts at once, and each layer waits for its own blocks. "off": nothing is
+    loaded."""
     save: Literal["all", "prompt", "off"] = "all"
     """Which blocks are stored: those of prompts and answers, those of prompts, or none."""
     blocks_min: int = 1

@@ -20,6 +20,8 @@ class Load:
 
     request_id: str
     runs: list[Run]
+    in_step: bool
+    """Whether the step that it is ordered in waits for it. Else the request waits, beside all steps until its end."""
 
 
 @dataclass(frozen=True)

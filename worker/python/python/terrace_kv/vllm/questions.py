@@ -25,6 +25,9 @@ class Question:
     """By group, of the blocks from ``start`` on."""
     deadline: float
     used_start: int = 0
+    in_step: bool = False
+    prefixes: dict[int, int] = field(default_factory=dict)
+    """By group, how many of its first blocks were there a moment ago, where that is known."""
     answer_end: int = 0
     """All tokens before it can be loaded."""
     holds: list[Reading] = field(default_factory=list)
@@ -72,8 +75,10 @@ def look_up(
     chains = [(place, shelf) for place, shelf in enumerate(shelves) if shelf.group.is_chain]
     windows = [(place, shelf) for place, shelf in enumerate(shelves) if not shelf.group.is_chain]
     for place, shelf in chains:
-        found = store.prefix(shelf.spaces, question.keys_of(place, shelf.group, _blocks(shelf.group, start, end)))
-        end = _whole(start, start + found * shelf.group.tokens, step)
+        found = question.prefixes.get(place)
+        if found is None:
+            found = store.prefix(shelf.spaces, question.keys_of(place, shelf.group, _blocks(shelf.group, start, end)))
+        end = _whole(start, min(end, start + found * shelf.group.tokens), step)
     flags = {}
     for place, shelf in windows:
         names = question.keys_of(place, shelf.group, _blocks(shelf.group, start, end))

@@ -4,9 +4,11 @@ It never waits for the daemon beyond a moment. A question is asked in the backgr
 what the scheduler then promises to load stays in memory until the workers have it.
 """
 
+import itertools
 import logging
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +27,11 @@ GRACE_ALONE_SECONDS = 0.05
 # Beyond what slower tiers may take: then the daemon hangs.
 PATIENCE_SECONDS = 1.0
 QUESTIONS_MAX = 64
+# A request that runs alone has so much copied in its own step, some milliseconds: to wait beside takes two empty ones.
+# Whoever comes meanwhile waits as long.
+IN_STEP_BYTES_MAX = 64 << 20
+# A step that vLLM has ordered may run while the next one is being ordered already.
+STEPS_AT_ONCE = 2
 
 Tables = Sequence[Sequence[int]]
 """Block ids of a request, by vLLM's groups."""
@@ -58,6 +65,7 @@ class SchedulerSide:
         self.store = store
         self._options = options
         self._groups = plan.groups
+        self._is_whole = plan.is_whole
         self._hash_tokens = plan.hash_tokens
         self._step = plan.step
         self._logger = logger
@@ -66,6 +74,8 @@ class SchedulerSide:
         self._questions: dict[str, Question] = {}
         self._tracked: dict[str, Tracked] = {}
         self._holds: dict[str, list[Reading]] = {}
+        # Of loads in the latest steps, by request: nobody reports their end.
+        self._step_holds: deque[dict[str, list[Reading]]] = deque({} for _ in range(STEPS_AT_ONCE))
         self._next = Orders()
         self._ended: list[Save] = []
         self._resets = 0
@@ -131,7 +141,20 @@ class SchedulerSide:
             question.drop()
             question.done.set()
         tokens = min(question.answer_end, end) - computed
-        return (tokens, self._options.load == "async") if tokens >= least else (0, False)
+        if tokens < least:
+            return 0, False
+        question.in_step = self._is_in_step(tokens)
+        return tokens, not question.in_step
+
+    def _is_in_step(self, tokens: int) -> bool:
+        """Whether the request's first step waits until so many tokens are loaded, which are pinned by now."""
+        if self._options.load == "layers":
+            return True
+        # A step that runs cannot be told that its load failed as a whole.
+        if self._tracked or self._is_whole:
+            return False
+        ranks = [shelf.spaces[0].manifest.block_bytes * (tokens // shelf.group.tokens) for shelf in self._shelves]
+        return sum(ranks) <= IN_STEP_BYTES_MAX
 
     def _ask(self, request: Any, start: int, end: int) -> Question:
         deadline = time.monotonic() + self._options.wait_seconds + PATIENCE_SECONDS
@@ -154,7 +177,10 @@ class SchedulerSide:
             if shelf.group.is_chain:
                 began = time.monotonic()
                 found = self.store.prefix_now(shelf.spaces, question.keys[place], within)
-                if found is None or found * shelf.group.tokens >= self._options.blocks_min * self._step:
+                if found is None:
+                    return False
+                question.prefixes[place] = found
+                if found * shelf.group.tokens >= self._options.blocks_min * self._step:
                     return False
                 self.store.counters.add("lookups")
                 self.store.counters.add("lookup_seconds", time.monotonic() - began)
@@ -199,7 +225,7 @@ class SchedulerSide:
             table.loaded = blocks
             if blocks:
                 runs.append(Run(place, keys, table.block_ids[blocks.start : blocks.stop]))
-        self._next.loads.append(Load(request.request_id, runs))
+        self._next.loads.append(Load(request.request_id, runs, question.in_step))
         self._release(request.request_id)
         self._holds[request.request_id] = question.holds
 
@@ -232,6 +258,9 @@ class SchedulerSide:
             if tracked is not None and request_id in steps:
                 self._next.saves += self._saves(tracked, steps[request_id] + scheduled)
         orders, self._next = self._next, Orders()
+        names = [load.request_id for load in orders.loads if load.in_step]
+        self._step_holds.append({name: self._holds.pop(name, []) for name in names})
+        _close(itertools.chain(*self._step_holds.popleft().values()))
         orders.resets = self._resets
         # A request that ended gave its blocks back, perhaps to another one of this step.
         ended, self._ended = self._ended, []
@@ -266,6 +295,8 @@ class SchedulerSide:
     def finished(self, request: Any) -> None:
         """A request ended, or was aborted. Its blocks may belong to others soon."""
         self._forget(request.request_id)
+        for step in self._step_holds:
+            _close(step.pop(request.request_id, ()))
         tracked = self._tracked.pop(request.request_id, None)
         if tracked is not None and request.num_computed_tokens and request.request_id not in self._holds:
             self._ended += self._saves(tracked, request.num_computed_tokens)
@@ -282,14 +313,7 @@ class SchedulerSide:
                     table.computed_again()
 
     def _release(self, request_id: str) -> None:
-        for hold in self._holds.pop(request_id, ()):
-            hold.close()
-
-    def release_started(self, orders: Orders) -> None:
-        """With load "layers" nobody reports the end of a load: the lease goes with the next step."""
-        kept = {load.request_id for load in orders.loads}
-        for request_id in [request_id for request_id in self._holds if request_id not in kept]:
-            self._release(request_id)
+        _close(self._holds.pop(request_id, ()))
 
     def reset(self) -> bool:
         """Drops everything that is stored for this engine, for all engines that share it: its weights changed."""
@@ -302,9 +326,15 @@ class SchedulerSide:
         self._background.stop(1.0)
         for request_id in list(self._questions):
             self._forget(request_id)
-        for request_id in list(self._holds):
-            self._release(request_id)
+        for holds in (self._holds, *self._step_holds):
+            _close(itertools.chain(*holds.values()))
+            holds.clear()
         self.store.close()
+
+
+def _close(holds: Iterable[Reading]) -> None:
+    for hold in holds:
+        hold.close()
 
 
 def _runs(blocks: Sequence[int]) -> list[range]:

@@ -21,6 +21,15 @@ SAVE_AFTER_SECONDS = 0.01
 and the interpreter that its own blocks are being stored with."""
 
 
+IN_STEP_SECONDS = 1.0
+"""A step waits so long for blocks that were pinned when it was ordered. Then they are computed: the daemon hangs."""
+
+
+def _none_of(load: Load) -> list[list[bool]]:
+    """Of each run, which blocks were loaded: none."""
+    return [[False] * len(run.keys) for run in load.runs]
+
+
 @dataclass(frozen=True)
 class Part:
     """A group's layers on this rank, and the space of their blocks."""
@@ -67,6 +76,22 @@ class Loading:
     def __init__(self, load: Load, groups: int) -> None:
         self.load = load
         self.groups = [threading.Event() for _ in range(groups)]
+        self._lock = threading.Lock()
+        self._begun = False
+        self._revoked = False
+        self.has_ended = False
+
+    def begin(self) -> bool:
+        """Whether the blocks are to be written, which then happens without a further wait."""
+        with self._lock:
+            self._begun = not self._revoked
+            return self._begun
+
+    def revoke(self) -> bool:
+        """Nothing is written from here on, if nothing has been yet."""
+        with self._lock:
+            self._revoked = not self._begun
+            return self._revoked
 
     def finish(self) -> None:
         for group in self.groups:
@@ -128,12 +153,21 @@ class WorkerSide:
                 part.space.forget()
 
     def start_loads(self, orders: Orders) -> None:
+        awaited = []
         for load in orders.loads:
             loading = Loading(load, self._layer_groups())
             if self._options.load == "layers":
                 self._loadings.append(loading)
+            elif load.in_step:
+                awaited.append(loading)
             if not self._parts or not self._loaders.submit(lambda loading=loading: self._load(loading)):
-                self._loaded(loading, [[False] * len(run.keys) for run in load.runs])
+                self._loaded(loading, _none_of(load))
+        until = time.monotonic() + IN_STEP_SECONDS
+        for loading in awaited:
+            ended = loading.groups[-1].wait(max(0.0, until - time.monotonic()))
+            if not ended and loading.revoke():
+                self._loaded(loading, _none_of(loading.load))
+            loading.groups[-1].wait()
 
     def _layer_groups(self) -> int:
         """They matter only where a step waits for them; then there is one group."""
@@ -142,7 +176,7 @@ class WorkerSide:
 
     def _load(self, loading: Loading) -> None:
         began = time.monotonic()
-        good = [[False] * len(run.keys) for run in loading.load.runs]
+        good = _none_of(loading.load)
         try:
             for place, run in enumerate(loading.load.runs):
                 good[place] = self._load_run(loading, run)
@@ -160,20 +194,22 @@ class WorkerSide:
         at_once = part.pieces.is_regular and self._options.load != "layers"
         # Bytes are compared before a layer uses them, or as they are copied.
         with part.space.read(run.keys, wait=self._options.wait_seconds, verify=not at_once) as reading:
+            if not loading.begin():
+                return [False] * len(run.keys)
             if at_once:
-                same = self._copy_whole(part.pieces, run, reading.blocks)
+                same = self._copy_whole(part.pieces, run, reading.blocks, threads=2 if loading.load.in_step else 1)
                 return [fine and still for fine, still in zip(same, reading.good(), strict=True)]
             self._copy(loading, part.pieces, run, reading.blocks)
             if not part.pieces.is_cpu:
                 torch.cuda.current_stream(part.pieces.device).synchronize()
             return reading.good()
 
-    def _copy_whole(self, pieces: Pieces, run: Run, blocks: list[Any]) -> list[bool]:
+    def _copy_whole(self, pieces: Pieces, run: Run, blocks: list[Any], threads: int) -> list[bool]:
         """Copies and compares in one pass; answers which copies are good. Blocks that nobody reads are not copied."""
         good = [frame is not None for frame in blocks]
         wanted = [place for place, block in enumerate(run.block_ids) if good[place] and block != NULL_BLOCK]
         targets = [pieces.rows(run.block_ids[place]) for place in wanted]
-        found = self.store.copy_out([blocks[place] for place in wanted], targets)
+        found = self.store.copy_out([blocks[place] for place in wanted], targets, threads)
         for place, fine in zip(wanted, found, strict=True):
             good[place] = fine
         return good
@@ -196,12 +232,15 @@ class WorkerSide:
         pairs = [pair for run, fine in zip(runs, good, strict=True) for pair in zip(run.block_ids, fine, strict=True)]
         lost = [block for block, fine in pairs if not fine]
         with self._lock:
+            if loading.has_ended:
+                return
+            loading.has_ended = True
             # Errors first: whoever sees the end of a load sees what failed in it.
             if not self._is_whole:
                 self._failed.update(lost)
             elif lost:
                 self._failed_requests.add(loading.load.request_id)
-            if self._options.load == "async":
+            if not loading.load.in_step:
                 self._finished.add(loading.load.request_id)
         loading.finish()
         self.store.counters.add("blocks_loaded", len(pairs) - len(lost))
