@@ -230,7 +230,7 @@ class Vllm(Server):
                 sums[found[1]] = sums.get(found[1], 0) + float(found[2])
         return sums
 
-    def ask(self, prompt: str, tokens: int = 16, **more: Any) -> tuple[float, str]:
+    def ask(self, prompt: str | list[int], tokens: int = 16, **more: Any) -> tuple[float, str]:
         """Seconds to the first token, and the text."""
         body = {"model": "smol", "prompt": prompt, "max_tokens": tokens, "temperature": 0, "stream": True}
         connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=120)

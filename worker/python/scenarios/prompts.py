@@ -1,6 +1,7 @@
 """Prompts of plain text: the same for the same seed, and for no other."""
 
 import random
+from typing import Any
 
 QUESTION = "Question: What is the capital of France? Answer: The capital of France is"
 SENTENCES = [
@@ -21,6 +22,13 @@ def prompt(seed: int, tokens: int, *, shared: int = 0, shared_seed: int = 0) -> 
     ``shared_seed``."""
     lines = [*_lines(shared_seed, shared), *_lines(seed, tokens - shared)]
     return "\n".join([*lines, QUESTION])
+
+
+def exact_prompt(tokenizer: Any, seed: int, tokens: int) -> list[int]:
+    """The last tokens of such a text, so many."""
+    text: list[int] = tokenizer.encode(prompt(seed, tokens))
+    assert len(text) >= tokens
+    return text[-tokens:]
 
 
 def _lines(seed: int, tokens: int) -> list[str]:

@@ -15,7 +15,8 @@ from arguments import no_daemon_of_the_user, options, tell
 from figures import check, figure, say
 from load import fixed_rate, never_repeats
 from processes import PATIENCE, Terraced, Up, Vllm
-from prompts import prompt
+from prompts import exact_prompt, prompt
+from transformers import AutoTokenizer
 
 PARTS = "ttft,overhead,rate,shared,daemon,corrupt,restart,worker,hybrid"
 PROMPT_TOKENS = 880
@@ -35,6 +36,7 @@ class Story:
 
     def __init__(self, model: Path, terraced: Path, state: Path) -> None:
         self.model = model
+        self.tokenizer = AutoTokenizer.from_pretrained(model)
         self.terraced = Terraced(terraced, state / "store")
         self.program = terraced
         self.state = state
@@ -63,6 +65,10 @@ class Story:
         say("vllm started", name=name, seconds=round(server.wait(), 1))
         return server
 
+    def prompt(self, seed: int) -> list[int]:
+        """The same for the same seed."""
+        return exact_prompt(self.tokenizer, seed, PROMPT_TOKENS)
+
     def ask(self, server: Vllm, seed: int, way: str) -> float:
         """Asks, and compares the text with what was answered to the same prompt before.
 
@@ -70,7 +76,7 @@ class Story:
         in plain vLLM too. So texts must be equal when they came the same way ("computed" or "cached"), whoever
         cached it; texts of both ways are compared and counted.
         """
-        seconds, text = server.ask(prompt(seed, PROMPT_TOKENS))
+        seconds, text = server.ask(self.prompt(seed))
         known = self.texts.setdefault((seed, way), text)
         check(known == text, f"another text for prompt {seed}, {way}: {text!r}, before {known!r}")
         return seconds
@@ -124,7 +130,7 @@ class Story:
             while True:
                 server.reset()
                 before = hits(server)
-                server.ask(prompt(seed, PROMPT_TOKENS), tokens=1)
+                server.ask(self.prompt(seed), tokens=1)
                 if hits(server) - before > PROMPT_TOKENS // 2:
                     break
                 check(time.monotonic() < deadline, f"prompt {seed} is not loaded")
@@ -192,7 +198,7 @@ class Story:
         while True:
             server.reset()
             before = hits(server)
-            seconds = server.ask(prompt(2, PROMPT_TOKENS))[0]
+            seconds = server.ask(self.prompt(2))[0]
             if hits(server) > before:
                 break
             check(time.monotonic() < deadline, "no hits after terraced was started again")
