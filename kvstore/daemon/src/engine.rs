@@ -26,6 +26,9 @@ use crate::spaces::Spaces;
 
 /// Notices that a session may leave unread before it is cut off.
 const NOTICES_MAX: usize = 1024;
+/// How long a thread waits awake for the state: most requests keep it for a few microseconds, and to sleep and be woken takes
+/// three times as long, of the thread that had it as well.
+const AWAKE_FOR: Duration = Duration::from_micros(20);
 /// The ticker looks at the deadlines this often at least, so that it need not be woken for every one that is later.
 const TICK_MAX: Micros = Micros::from_millis(500);
 
@@ -353,11 +356,29 @@ impl Engine {
     fn state(&self) -> MutexGuard<'_, State> {
         // A panic while the core was changing leaves it in an unknown state. To
         // serve from it could serve wrong bytes, so nothing is served any more.
+        if let Some(state) = self.state_soon() {
+            return state;
+        }
         self.state.lock().unwrap_or_else(|poisoned: PoisonError<_>| {
             drop(poisoned);
             tracing::error!("the core panicked; ending the process, blocks on disk survive");
             std::process::abort()
         })
+    }
+
+    /// The state, unless others keep it for longer than who waits for it should stay awake.
+    fn state_soon(&self) -> Option<MutexGuard<'_, State>> {
+        let mut began = None;
+        loop {
+            if let Ok(state) = self.state.try_lock() {
+                return Some(state);
+            }
+            let now = Instant::now();
+            if now.duration_since(*began.get_or_insert(now)) >= AWAKE_FOR {
+                return None;
+            }
+            std::hint::spin_loop();
+        }
     }
 
     fn completed(&self, op: OpId, outcome: Result<Done, Fault>) {
