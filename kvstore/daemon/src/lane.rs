@@ -93,10 +93,15 @@ enum Response {
 /// answered by one of them: in a pool whose threads share their work, every socket that becomes readable wakes a second
 /// thread to look for more, which costs more than most answers do.
 pub(crate) struct Loops {
-    loops: Vec<Handle>,
-    next: usize,
+    loops: Vec<Loop>,
     /// The loops end when this goes.
     _running: watch::Sender<()>,
+}
+
+struct Loop {
+    handle: Handle,
+    /// Each of its connections holds it too.
+    held: Arc<()>,
 }
 
 impl Loops {
@@ -113,20 +118,24 @@ impl Loops {
                 // What a request left to a thread for files must not delay the end.
                 runtime.shutdown_background();
             })?;
-            Ok(handle)
+            Ok(Loop { handle, held: Arc::default() })
         });
-        Ok(Self { loops: loops.collect::<std::io::Result<_>>()?, next: 0, _running: running })
+        Ok(Self { loops: loops.collect::<std::io::Result<_>>()?, _running: running })
     }
 
-    /// The loop of the next connection.
-    fn next(&mut self) -> &Handle {
-        self.next = (self.next + 1) % self.loops.len();
-        &self.loops[self.next]
+    /// Runs a connection to its end on the loop that has the fewest.
+    fn spawn(&self, connection: impl Future<Output = ()> + Send + 'static) {
+        let Some(chosen) = self.loops.iter().min_by_key(|each| Arc::strong_count(&each.held)) else { return };
+        let held = Arc::clone(&chosen.held);
+        chosen.handle.spawn(async move {
+            connection.await;
+            drop(held);
+        });
     }
 }
 
 /// Accepts connections until `stop`, and returns when they have ended.
-pub(crate) async fn serve(server: LaneServer, mut loops: Loops, service: Arc<Service>, mut stop: Stop) {
+pub(crate) async fn serve(server: LaneServer, loops: Loops, service: Arc<Service>, mut stop: Stop) {
     let most = service.facts().edges.lane_connections;
     let room = Arc::new(Semaphore::new(most));
     let refusals = Arc::new(Semaphore::new(REFUSALS_MAX));
@@ -145,7 +154,7 @@ pub(crate) async fn serve(server: LaneServer, mut loops: Loops, service: Arc<Ser
                     tracing::warn!("lane connection refused: `limits.lane_connections` are open");
                     service.metrics().refused(Code::ResourceExhausted);
                     if let Ok(turn) = refusals.clone().try_acquire_owned() {
-                        loops.next().spawn(async move {
+                        loops.spawn(async move {
                             // Whoever does not listen is not told.
                             let _ = tokio::time::timeout(REFUSE_WITHIN, refuse(stream)).await;
                             drop(turn);
@@ -154,7 +163,7 @@ pub(crate) async fn serve(server: LaneServer, mut loops: Loops, service: Arc<Ser
                     continue;
                 };
                 let (service, stop) = (service.clone(), stop.clone());
-                loops.next().spawn(async move {
+                loops.spawn(async move {
                     match LaneConnection::from_stream(stream) {
                         Ok(connection) => converse(connection, service, stop).await,
                         Err(error) => tracing::info!(%error, "lane connection ended before hello"),
@@ -640,4 +649,47 @@ async fn map_chunk(service: &Service, session: &Session, request: v1::MapChunk) 
         }
     };
     Ok((lane_response::Result::MappedChunk(mapped), descriptors))
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::sync::oneshot;
+
+    use super::*;
+
+    // Two clients on one thread wait for each other, and another thread does nothing.
+    #[tokio::test]
+    async fn a_connection_comes_to_the_thread_that_has_the_fewest() {
+        let loops = Loops::start().unwrap();
+        let threads = loops.loops.len();
+        let connect = || {
+            let ((told, on), (end, ended)) = (oneshot::channel(), oneshot::channel::<()>());
+            loops.spawn(async move {
+                told.send(std::thread::current().id()).unwrap();
+                let _ = ended.await;
+            });
+            (on, end)
+        };
+        let mut open = Vec::new();
+        for _ in 0..2 * threads {
+            let (on, end) = connect();
+            open.push((on.await.unwrap(), end));
+        }
+        for (thread, _) in &open {
+            assert_eq!(open.iter().filter(|(other, _)| other == thread).count(), 2);
+        }
+        // Whatever order they were opened in, and however many have been since.
+        for place in [0, threads - 1, 0] {
+            let (left, end) = open.remove(place);
+            drop(end);
+            let held = || loops.loops.iter().map(|each| Arc::strong_count(&each.held)).sum::<usize>();
+            while held() > 3 * threads - 1 {
+                tokio::task::yield_now().await;
+            }
+            let (on, end) = connect();
+            let thread = on.await.unwrap();
+            assert_eq!(thread, left);
+            open.push((thread, end));
+        }
+    }
 }
