@@ -76,7 +76,8 @@ pub(crate) fn leased(id: u64, leased: &Leased<'_>) -> Vec<u8> {
     message
 }
 
-/// The answer to whoever reads packed grants, with the blocks' ids if he does not know them; `None` if these cannot be packed.
+/// The answer to whoever reads packed grants, with the blocks' ids if he does not know them; `None` if these cannot be packed,
+/// or have too little in common to be.
 pub(crate) fn packed(leased: &Leased<'_>, with_ids: bool) -> Option<v1::LeaseResponse> {
     let granted = |grant: &Grant| match grant {
         Grant::Granted { fence, length, .. } => Some((fence.get(), *length)),
@@ -89,7 +90,8 @@ pub(crate) fn packed(leased: &Leased<'_>, with_ids: bool) -> Option<v1::LeaseRes
     let count = leased.grants.len();
     let mut grants = Vec::with_capacity(count * PACKED_GRANT_BYTES);
     let mut block_ids = Vec::with_capacity(if with_ids { count * 16 } else { 0 });
-    let mut runs: Vec<v1::PackedRun> = Vec::new();
+    // Each is a message, which takes as long as a block's.
+    let (mut runs, runs_max) = (Vec::<v1::PackedRun>::new(), 16 + count / 8);
     for grant in leased.grants {
         let (outcome, reason) = convert::outcome(grant);
         let mut run =
@@ -111,14 +113,12 @@ pub(crate) fn packed(leased: &Leased<'_>, with_ids: bool) -> Option<v1::LeaseRes
                 block_ids.extend_from_slice(&block.to_bytes());
             }
         }
+        let is_full = runs.len() == runs_max;
         match runs.last_mut() {
             Some(last) if v1::PackedRun { blocks: 1, ..*last } == run => last.blocks += 1,
+            Some(_) if is_full => return None,
             Some(_) | None => runs.push(run),
         }
-    }
-    // Each is a message, which takes as long as a block's.
-    if runs.len() > 16 + count / 8 {
-        return None;
     }
     Some(v1::LeaseResponse {
         lease: leased.lease.map_or(0, LeaseId::get),
