@@ -195,6 +195,8 @@ class Vllm(Server):
             "DO_NOT_TRACK": "1",
             "VLLM_HOST_IP": "127.0.0.1",
             "VLLM_SERVER_DEV_MODE": "1",
+            # For connectors beside this file.
+            "PYTHONPATH": str(Path(__file__).parent),
             # With a connector vLLM keeps one processor more free for it, and none at all where there are two: servers
             # that are compared must compute with the same.
             "VLLM_CPU_NUM_OF_RESERVED_CPU": "1",

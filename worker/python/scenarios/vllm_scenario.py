@@ -18,12 +18,13 @@ from processes import PATIENCE, Terraced, Up, Vllm
 from prompts import exact_prompt, prompt
 from transformers import AutoTokenizer
 
-PARTS = "ttft,overhead,rate,shared,daemon,corrupt,restart,worker,hybrid"
+PARTS = "ttft,overhead,rate,shared,daemon,corrupt,lost,restart,worker,hybrid"
 PROMPT_TOKENS = 880
 ROUNDS = 5
 RATIO_MIN = 8.0
 EXTERNAL_HITS = "vllm:external_prefix_cache_hits_total"
 STORED = "vllm:terrace_blocks_stored_total"
+FAILED = "vllm:terrace_blocks_failed_total"
 
 
 def hits(server: Vllm) -> float:
@@ -52,10 +53,11 @@ class Story:
         socket: Path | None = None,
         model: Path | None = None,
         options: dict[str, str] | None = None,
+        module: str = "terrace_kv.vllm",
     ) -> Vllm:
         connector = {
             "kv_connector": "TerraceConnector",
-            "kv_connector_module_path": "terrace_kv.vllm",
+            "kv_connector_module_path": module,
             "kv_role": "kv_both",
             "kv_load_failure_policy": "recompute",
             "kv_connector_extra_config": {"socket": str(socket or self.terraced.socket), **(options or {})},
@@ -230,6 +232,22 @@ class Story:
         check(served == 0, "tokens of damaged blocks came from the store")
         check(again > 0, "what was computed again was not stored again")
 
+    def lost(self) -> None:
+        """One block of each prompt is lost while it is loaded: it is computed, and nobody reads what is there."""
+        server = self.server("losing", module="losing_connector")
+        for seed in range(3):
+            stored = server.counters().get(STORED, 0)
+            self.ask(server, seed + 100, "computed")
+            self.stored(server, stored)
+            server.reset()
+            failed = server.counters().get(FAILED, 0)
+            seconds, text = server.ask(self.prompt(seed + 100))
+            check(text == self.texts[seed + 100, "computed"], f"another text where a block was lost: {text!r}")
+            self.ask(server, seed + 100, "cached")
+            check(server.counters().get(FAILED, 0) == failed + 1, "no block was lost")
+            say("a block lost", seconds=round(seconds, 4))
+        server.kill()
+
     def restarts(self) -> None:
         second = self.server("second")
         self.first_request_hits(second, "vllm killed and started again")
@@ -298,6 +316,10 @@ class Story:
         self.terraced.start()
         if parts & {"ttft", "overhead", "rate", "shared", "daemon", "corrupt", "restart"}:
             self.with_smol(parts)
+        if "lost" in parts:
+            if self.terraced.process is None:
+                self.terraced.start()
+            self.lost()
         if "worker" in parts:
             self.built_in_worker()
         if "hybrid" in parts:
