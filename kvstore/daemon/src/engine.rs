@@ -354,11 +354,11 @@ impl Engine {
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
-        // A panic while the core was changing leaves it in an unknown state. To
-        // serve from it could serve wrong bytes, so nothing is served any more.
         if let Some(state) = self.state_soon() {
             return state;
         }
+        // A panic while the core was changing leaves it in an unknown state. To
+        // serve from it could serve wrong bytes, so nothing is served any more.
         self.state.lock().unwrap_or_else(|poisoned: PoisonError<_>| {
             drop(poisoned);
             tracing::error!("the core panicked; ending the process, blocks on disk survive");
