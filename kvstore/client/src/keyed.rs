@@ -2,21 +2,22 @@
 //!
 //! The generated code makes every key and every granted block an object with parts of its own, measured, copied and
 //! counted one by one, which costs more than the daemon takes to find the blocks. Keys are encoded once here, as they
-//! come from the caller, and grants are read into plain numbers. What is not exactly as the daemon encodes it is left to
-//! the generated code.
+//! come from the caller, and grants are read into plain numbers, or left as they came. What is not exactly as the daemon
+//! encodes it is left to the generated code.
 
 use bytes::{BufMut, Bytes};
 use prost::encoding::{encode_varint, encoded_len_varint};
 use prost::{DecodeError, Message};
 
-use terrace_core::{BlockId, HEADER_PAGE_BYTES};
-use terrace_lane::{LaneMessage, PACKED_GRANT_BYTES, PackedGrant, block_ids, varint};
+use terrace_core::BlockId;
+use terrace_lane::{LaneMessage, block_ids, varint};
+use terrace_proto::KEY_BYTES_MAX;
 use terrace_proto::v1::lane_request::Op;
 use terrace_proto::v1::lane_response::Result as Answer;
-use terrace_proto::v1::{self, BlockGrant, GrantOutcome, LaneResponse, MissReason, PackedGrants, PackedRun};
-use terrace_proto::{BLOCKS_PER_REQUEST_MAX, KEY_BYTES_MAX};
+use terrace_proto::v1::{self, GrantOutcome, LaneResponse, MissReason};
 
 use crate::error::ClientError;
+use crate::grants::{BLOCK_ID_BYTES, Grant, Grants};
 use crate::space::Space;
 
 /// Tags: the number of a field and what follows it.
@@ -27,7 +28,6 @@ const LEASE: u8 = 6 << 3 | 2;
 const LEASE_KEYS: u8 = 4 << 3 | 2;
 const EXISTS_IDS: u8 = 4 << 3 | 2;
 const LEASE_IDS: u8 = 12 << 3 | 2;
-const BLOCK_ID_BYTES: usize = 16;
 const GRANTS: u8 = 3 << 3 | 2;
 
 /// Keys with the length of each before it, checked.
@@ -164,73 +164,11 @@ pub(crate) fn encode(id: u64, op: &Op, named: &Named) -> Option<Vec<u8>> {
     Some(message)
 }
 
-/// What became of one block of a lease.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Grant {
-    pub(crate) outcome: GrantOutcome,
-    pub(crate) reason: MissReason,
-    pub(crate) chunk: u64,
-    pub(crate) frame: u32,
-    pub(crate) offset: u64,
-    pub(crate) fence: u64,
-    pub(crate) length: u64,
-    pub(crate) checksum: u64,
-    /// `None`: none, or not of 16 bytes.
-    pub(crate) block: Option<BlockId>,
-}
-
-impl Grant {
-    /// Of a message without fields.
-    const EMPTY: Self = Self {
-        outcome: GrantOutcome::Unspecified,
-        reason: MissReason::Unspecified,
-        chunk: 0,
-        frame: 0,
-        offset: 0,
-        fence: 0,
-        length: 0,
-        checksum: 0,
-        block: None,
-    };
-
-    /// One of a run that is granted. `None`: at no offset, or behind no fence.
-    fn unpacked(bytes: &[u8; PACKED_GRANT_BYTES], run: &PackedRun, packed: &PackedGrants) -> Option<Self> {
-        let one = PackedGrant::from_bytes(bytes);
-        Some(Self {
-            outcome: GrantOutcome::Granted,
-            reason: run.reason(),
-            chunk: run.chunk,
-            frame: one.frame,
-            offset: u64::from(one.frame).checked_mul(packed.frame_bytes)?.checked_add(HEADER_PAGE_BYTES)?,
-            fence: packed.fence.checked_add(one.fence.into())?,
-            length: packed.length,
-            checksum: one.checksum,
-            block: None,
-        })
-    }
-}
-
-impl From<&BlockGrant> for Grant {
-    fn from(wire: &BlockGrant) -> Self {
-        Self {
-            outcome: wire.outcome(),
-            reason: wire.reason(),
-            chunk: wire.chunk,
-            frame: wire.frame,
-            offset: wire.offset,
-            fence: wire.fence,
-            length: wire.length,
-            checksum: wire.checksum,
-            block: wire.block_id[..].try_into().ok().map(BlockId::from_bytes),
-        }
-    }
-}
-
 /// An answer or a notice. The blocks of a lease are apart.
 #[derive(Debug)]
 pub(crate) struct Answered {
     pub(crate) response: LaneResponse,
-    pub(crate) grants: Vec<Grant>,
+    pub(crate) grants: Grants,
 }
 
 impl LaneMessage for Answered {
@@ -239,54 +177,12 @@ impl LaneMessage for Answered {
             return Ok(answered);
         }
         let mut response = LaneResponse::decode(frame)?;
-        let grants = grants_of(&mut response);
+        let grants = Grants::of(&mut response);
         Ok(Self { response, grants })
     }
 
     fn descriptors(&self) -> usize {
         self.response.descriptors()
-    }
-}
-
-/// The blocks of a lease, one by one or packed.
-fn grants_of(response: &mut LaneResponse) -> Vec<Grant> {
-    let Some(Answer::Lease(leased)) = &mut response.result else { return Vec::new() };
-    let Some(packed) = leased.packed.take() else {
-        return std::mem::take(&mut leased.blocks).iter().map(Grant::from).collect();
-    };
-    let mut grants = Vec::with_capacity(packed.grants.len() / PACKED_GRANT_BYTES);
-    // Where it is not what it should be it ends: the lease then answers too few keys, and is refused.
-    let _ = unpack(&packed, &mut grants);
-    grants
-}
-
-fn unpack(packed: &PackedGrants, grants: &mut Vec<Grant>) -> Option<()> {
-    let mut rest = packed.grants.as_chunks::<PACKED_GRANT_BYTES>().0;
-    let mut ids = packed.block_ids.as_chunks::<BLOCK_ID_BYTES>().0.iter();
-    for run in &packed.runs {
-        let (blocks, outcome) = (run.blocks as usize, run.outcome());
-        if grants.len() + blocks > BLOCKS_PER_REQUEST_MAX {
-            return None;
-        }
-        if outcome != GrantOutcome::Granted {
-            let none = Grant { outcome, reason: run.reason(), ..Grant::EMPTY };
-            grants.extend(std::iter::repeat_n(none, blocks));
-            continue;
-        }
-        let (own, after) = rest.split_at_checked(blocks)?;
-        rest = after;
-        for bytes in own {
-            let block = ids.next().map(|id| BlockId::from_bytes(*id));
-            grants.push(Grant { block, ..Grant::unpacked(bytes, run, packed)? });
-        }
-    }
-    Some(())
-}
-
-/// These are the ids that the blocks were asked for by, 16 bytes each, in order.
-pub(crate) fn name(grants: &mut [Grant], ids: &[u8]) {
-    for (grant, id) in grants.iter_mut().zip(ids.as_chunks::<BLOCK_ID_BYTES>().0) {
-        grant.block = Some(BlockId::from_bytes(*id));
     }
 }
 
@@ -323,7 +219,7 @@ fn quick(frame: &[u8]) -> Option<Answered> {
         }
     }
     let response = LaneResponse { id, result: Some(Answer::Lease(leased)) };
-    Some(Answered { response, grants })
+    Some(Answered { response, grants: Grants::Each(grants) })
 }
 
 fn grant(mut rest: Rest<'_>) -> Option<Grant> {
@@ -371,7 +267,7 @@ impl Rest<'_> {
 
 #[cfg(test)]
 mod tests {
-    use terrace_proto::v1::LaneRequest;
+    use terrace_proto::v1::{BlockGrant, LaneRequest};
 
     use super::*;
 
@@ -464,9 +360,9 @@ mod tests {
     }
 
     /// What the generated code makes of a frame.
-    fn generated(frame: &[u8]) -> Option<(LaneResponse, Vec<Grant>)> {
+    fn generated(frame: &[u8]) -> Option<(LaneResponse, Grants)> {
         let mut response = LaneResponse::decode(frame).ok()?;
-        let grants = grants_of(&mut response);
+        let grants = Grants::of(&mut response);
         Some((response, grants))
     }
 
@@ -496,75 +392,5 @@ mod tests {
             }
             agree([good.clone(), good].concat());
         }
-    }
-
-    fn run(blocks: u32, outcome: GrantOutcome, chunk: u64) -> PackedRun {
-        PackedRun { blocks, outcome: outcome.into(), reason: 1, chunk, ..Default::default() }
-    }
-
-    /// Of three blocks that are granted and three that are not.
-    fn six() -> (PackedGrants, Vec<Grant>) {
-        let grants = (0..3u8).map(|n| PackedGrant { checksum: 70 + u64::from(n), fence: n.into(), frame: 5 });
-        let packed = PackedGrants {
-            runs: vec![
-                run(2, GrantOutcome::Granted, 300),
-                run(3, GrantOutcome::Missing, 0),
-                run(1, GrantOutcome::Granted, 400),
-            ],
-            grants: grants.flat_map(|grant| grant.to_bytes()).collect(),
-            fence: 1 << 40,
-            length: 4000,
-            frame_bytes: 8192,
-            block_ids: (0..3).flat_map(|n| [n; 16]).collect(),
-        };
-        let reason = MissReason::try_from(1).unwrap();
-        let granted = |n: u8, chunk: u64| Grant {
-            outcome: GrantOutcome::Granted,
-            reason,
-            chunk,
-            frame: 5,
-            offset: 5 * 8192 + 4096,
-            fence: (1 << 40) + u64::from(n),
-            length: 4000,
-            checksum: 70 + u64::from(n),
-            block: Some(BlockId::from_bytes([n; 16])),
-        };
-        let missing = Grant { outcome: GrantOutcome::Missing, reason, ..Grant::EMPTY };
-        (packed, vec![granted(0, 300), granted(1, 300), missing, missing, missing, granted(2, 400)])
-    }
-
-    fn unpacked(packed: PackedGrants) -> Vec<Grant> {
-        let leased = v1::LeaseResponse { lease: 3, packed: Some(packed), ..Default::default() };
-        let answer = LaneResponse { id: 1, result: Some(Answer::Lease(leased)) };
-        Answered::decode_frame(answer.encode_to_vec().into()).unwrap().grants
-    }
-
-    // A byte in another's place would be another block's frame.
-    #[test]
-    fn packed_blocks_are_what_the_daemon_granted() {
-        let (packed, wanted) = six();
-        assert_eq!(unpacked(packed.clone()), wanted);
-        // Whoever asked by ids has none in the answer.
-        let mut named = unpacked(PackedGrants { block_ids: Bytes::new(), ..packed });
-        assert!(named.iter().all(|grant| grant.block.is_none()));
-        let ids: Vec<u8> = (0..6).flat_map(|n| [n; 16]).collect();
-        name(&mut named, &ids);
-        let blocks: Vec<_> = (0..6).map(|n| Some(BlockId::from_bytes([n; 16]))).collect();
-        assert_eq!(named.iter().map(|grant| grant.block).collect::<Vec<_>>(), blocks);
-    }
-
-    // What a daemon sends may end anywhere and say anything: a block must not be found where none was granted.
-    #[test]
-    fn packed_blocks_that_lie_nowhere_are_none() {
-        let (packed, wanted) = six();
-        for length in 0..packed.grants.len() {
-            let cut = PackedGrants { grants: packed.grants.slice(..length), ..packed.clone() };
-            let left = if length < 2 * PACKED_GRANT_BYTES { 0 } else { 5 };
-            assert_eq!(unpacked(cut), wanted[..left], "{length} bytes");
-        }
-        assert!(unpacked(PackedGrants { frame_bytes: u64::MAX / 2, ..packed.clone() }).is_empty());
-        assert!(unpacked(PackedGrants { fence: u64::MAX - 1, ..packed.clone() }).len() < 6);
-        let many = vec![run(u32::MAX, GrantOutcome::Missing, 0); 3];
-        assert!(unpacked(PackedGrants { runs: many, ..packed }).is_empty());
     }
 }

@@ -26,8 +26,9 @@ use terrace_proto::v1::{Durability, GrantOutcome, LaneHello, LaneRequest, LeaseK
 
 use crate::chunks::{Chunks, WriterToken};
 use crate::error::ClientError;
+use crate::grants::{Grant, Grants};
 use crate::keeper::{Keeper, LeaseToken};
-use crate::keyed::{self, Answered, Grant, Named};
+use crate::keyed::{self, Answered, Named};
 use crate::session::Target;
 use crate::status::Status;
 
@@ -62,7 +63,7 @@ const WATCHED_AGAIN_AFTER: u32 = 1024;
 pub(crate) struct Delivered {
     pub(crate) answer: Answer,
     /// The blocks of a `LeaseResponse`, which itself has none.
-    pub(crate) grants: Vec<Grant>,
+    pub(crate) grants: Grants,
     pub(crate) descriptors: Vec<OwnedFd>,
     /// Ends the lease of a `LeaseResponse` when dropped.
     pub(crate) lease: Option<LeaseToken>,
@@ -537,7 +538,7 @@ impl LaneLink {
 /// Makes what a lease granted ours before anything later on the socket is read:
 /// a recall that follows must already see the writers.
 fn own_grants(
-    (lease, grants): (u64, &[Grant]),
+    (lease, grants): (u64, &Grants),
     kind: Option<LeaseKind>,
     keeper: &Arc<Keeper>,
     chunks: &Arc<Chunks>,
@@ -546,8 +547,8 @@ fn own_grants(
     if kind != Some(LeaseKind::Write) {
         return (lease, Vec::new());
     }
-    let granted = |block: &&Grant| block.outcome == GrantOutcome::Granted;
-    let granted: Vec<&Grant> = grants.iter().filter(granted).collect();
+    let granted = |block: &Grant| block.outcome == GrantOutcome::Granted;
+    let granted: Vec<Grant> = grants.iter().filter(granted).collect();
     let mut writers = Vec::with_capacity(granted.len());
     for blocks in granted.chunk_by(|one, next| one.chunk == next.chunk) {
         let end = blocks.iter().map(|block| block.frame.saturating_add(1)).max().unwrap_or(0);

@@ -11,13 +11,14 @@ use terrace_core::{BlockId, ByteCount, Checksum, Fence, MissReason};
 use terrace_lane::{Access, Mapping, SharedBytes};
 use terrace_proto::v1::lane_request::Op;
 use terrace_proto::v1::lane_response::Result as Answer;
-use terrace_proto::v1::{self, GrantOutcome, LeaseKind, LeasePurpose, LeaseRequest, LeaseResponse, Tier};
+use terrace_proto::v1::{GrantOutcome, LeaseKind, LeasePurpose, LeaseRequest, LeaseResponse, Tier};
 
 use crate::chunks::{Mapped, WriterToken};
 use crate::convert::reason_from_wire;
 use crate::error::ClientError;
+use crate::grants::{Alike, Grant, Grants};
 use crate::keeper::LeaseToken;
-use crate::keyed::{self, Grant, Named};
+use crate::keyed::Named;
 use crate::session::LaneSession;
 use crate::space::Space;
 
@@ -101,7 +102,7 @@ pub(crate) struct Lease {
 /// What a read lease in host memory shows: kept once for all its guards, which are many and short-lived.
 #[derive(Debug, Default)]
 pub(crate) struct Seen {
-    grants: Vec<Grant>,
+    grants: Grants,
     generation: u64,
     /// Of each chunk in which a block was granted.
     mappings: Vec<(u64, Arc<Mapping>)>,
@@ -111,13 +112,14 @@ pub(crate) struct Seen {
 
 impl Seen {
     /// A block that was granted, and the space's generation.
-    pub(crate) fn grant(&self, at: u32) -> (&Grant, u64) {
-        (&self.grants[at as usize], self.generation)
+    #[inline]
+    pub(crate) fn grant(&self, at: u32) -> (Grant, u64) {
+        (self.grants.at(at as usize), self.generation)
     }
 
     /// Its identity.
     pub(crate) fn block(&self, at: u32) -> BlockId {
-        self.grants[at as usize].block.expect("it was looked at when it was leased")
+        self.grants.at(at as usize).block.expect("it was looked at when it was leased")
     }
 
     /// Its bytes.
@@ -125,7 +127,7 @@ impl Seen {
         let at = at as usize;
         let views = || std::iter::repeat_with(OnceLock::new).take(self.grants.len()).collect();
         self.views.get_or_init(views)[at].get_or_init(|| {
-            let grant = &self.grants[at];
+            let grant = self.grants.at(at);
             let mapping = self.mappings.iter().find(|(chunk, _)| *chunk == grant.chunk);
             let view =
                 mapping.and_then(|(_, mapping)| mapping.view(grant.offset, ByteCount::new(grant.length)));
@@ -211,7 +213,7 @@ pub(crate) fn in_host_memory(mapping: Mapped) -> Result<Arc<Mapping>, ClientErro
 /// What the daemon said to a lease that it keeps from now on.
 struct Answered {
     granted: LeaseResponse,
-    grants: Vec<Grant>,
+    grants: Grants,
     writers: Vec<Arc<WriterToken>>,
     held: Option<(LeaseToken, Arc<LeaseState>)>,
 }
@@ -250,7 +252,7 @@ async fn ask(session: &Arc<LaneSession>, wanted: Wanted<'_>) -> Result<Answered,
         return Err(ClientError::Protocol { detail: "a lease that does not answer each key" });
     }
     if let Some(ids) = ids {
-        keyed::name(&mut delivered.grants, &ids);
+        delivered.grants.name(ids);
     }
     let held = delivered.lease.map(|token| {
         let state = Arc::new(LeaseState::default());
@@ -266,24 +268,25 @@ async fn ask(session: &Arc<LaneSession>, wanted: Wanted<'_>) -> Result<Answered,
 async fn map_granted(
     session: &LaneSession,
     kind: LeaseKind,
-    grants: &mut [Grant],
+    grants: &mut Grants,
 ) -> Result<Vec<(u64, Mapped)>, ClientError> {
     let access = if kind == LeaseKind::Write { Access::Write } else { Access::Read };
-    let mut mappings: Vec<(u64, Mapped)> = Vec::new();
-    for at in 0..grants.len() {
-        let Grant { outcome: GrantOutcome::Granted, chunk, .. } = grants[at] else { continue };
+    let mut chunks: Vec<u64> = Vec::new();
+    for Alike { first, .. } in grants.alike() {
         // The blocks of a lease are mostly neighbours.
-        if mappings.last().is_some_and(|(last, _)| *last == chunk)
-            || mappings.iter().any(|(known, _)| *known == chunk)
+        if first.outcome == GrantOutcome::Granted
+            && chunks.last() != Some(&first.chunk)
+            && !chunks.contains(&first.chunk)
         {
-            continue;
+            chunks.push(first.chunk);
         }
+    }
+    let mut mappings = Vec::with_capacity(chunks.len());
+    for chunk in chunks {
         match session.chunks.mapping(&session.link, chunk, access).await {
             Ok(mapping) => mappings.push((chunk, mapping)),
             Err(ClientError::Refused { code: Code::NotFound, .. }) if kind == LeaseKind::Read => {
-                for grant in grants[at..].iter_mut().filter(|grant| grant.chunk == chunk) {
-                    (grant.outcome, grant.reason) = (GrantOutcome::Missing, v1::MissReason::Unknown);
-                }
+                grants.lose(chunk);
             }
             Err(error) => return Err(error),
         }
@@ -311,15 +314,15 @@ pub(crate) async fn lease<B>(
     let mut writers = writers.into_iter();
     let mut outcomes = Vec::with_capacity(grants.len());
     let mut last = mappings.first();
-    for grant in &grants {
-        let granted_as = match outcome(grant, kind)? {
+    for grant in grants.iter() {
+        let granted_as = match outcome(&grant, kind)? {
             Outcome::Granted(()) => {
                 let lease = lease.as_ref().ok_or(UNLEASED)?;
                 if last.is_none_or(|(chunk, _)| *chunk != grant.chunk) {
                     last = mappings.iter().find(|(chunk, _)| *chunk == grant.chunk);
                 }
                 let (_, mapping) = last.expect("each chunk of a granted block was mapped");
-                let frame = frame(mapping.clone(), space, granted.generation, grant, writers.next())?;
+                let frame = frame(mapping.clone(), space, granted.generation, &grant, writers.next())?;
                 Outcome::Granted(block(frame, Arc::clone(lease))?)
             }
             other => other.map(|()| unreachable!("it was not granted")),
@@ -342,24 +345,21 @@ pub(crate) async fn lease_seen<B>(
     let mapped = map_granted(session, kind, &mut grants).await?;
     let mapped = mapped.into_iter().map(|(chunk, mapping)| Ok((chunk, in_host_memory(mapping)?)));
     let mappings: Vec<(u64, Arc<Mapping>)> = mapped.collect::<Result<_, ClientError>>()?;
-    let mut last = mappings.first();
-    for grant in &grants {
-        if outcome(grant, kind)? != Outcome::Granted(()) {
+    for Alike { first, offset_max, .. } in grants.alike() {
+        if outcome(&first, kind)? != Outcome::Granted(()) {
             continue;
         }
-        check(space, grant)?;
-        if last.is_none_or(|(chunk, _)| *chunk != grant.chunk) {
-            last = mappings.iter().find(|(chunk, _)| *chunk == grant.chunk);
-        }
-        if last.is_none_or(|(_, mapping)| !mapping.holds(grant.offset, ByteCount::new(grant.length))) {
+        check(space, &first)?;
+        let mapping = mappings.iter().find(|(chunk, _)| *chunk == first.chunk);
+        if mapping.is_none_or(|(_, mapping)| !mapping.holds(offset_max, ByteCount::new(first.length))) {
             return Err(ClientError::Protocol { detail: "a frame outside its chunk" });
         }
     }
     // One behind the other into room for all: of hundreds of blocks, each vector that grows and each pass is felt.
     let mut blocks = Vec::with_capacity(grants.len());
     let Some((token, state)) = held.filter(|_| !mappings.is_empty()) else {
-        for grant in &grants {
-            match outcome(grant, kind)? {
+        for grant in grants.iter() {
+            match outcome(&grant, kind)? {
                 Outcome::Granted(()) => return Err(UNLEASED),
                 other => blocks.push(other.map(|()| unreachable!("it was not granted"))),
             }
@@ -368,8 +368,19 @@ pub(crate) async fn lease_seen<B>(
     };
     let seen = Seen { grants, generation: granted.generation, mappings, views: OnceLock::new() };
     let lease = Arc::new(Lease { token, state, session: Arc::clone(session), seen });
-    for (at, grant) in (0..).zip(&lease.seen.grants) {
-        blocks.push(outcome(grant, kind)?.map(|()| block(at, Arc::clone(&lease))));
+    let mut at = 0;
+    for Alike { first, end, .. } in lease.seen.grants.alike() {
+        let end = u32::try_from(end).expect("a request is for few blocks");
+        match outcome(&first, kind)? {
+            Outcome::Granted(()) => {
+                blocks.extend((at..end).map(|at| Outcome::Granted(block(at, Arc::clone(&lease)))));
+            }
+            other => {
+                let none = || other.clone().map(|()| unreachable!("it was not granted"));
+                blocks.extend(std::iter::repeat_with(none).take((end - at) as usize));
+            }
+        }
+        at = end;
     }
     Ok((Some(lease), blocks))
 }

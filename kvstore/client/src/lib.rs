@@ -30,6 +30,7 @@ mod device_write;
 mod early;
 mod error;
 mod get;
+mod grants;
 mod grpc;
 mod keeper;
 mod keyed;
