@@ -339,6 +339,22 @@ impl Fingerprint {
     }
 }
 
+impl Fingerprint {
+    /// Hundreds of blocks, several at a time: each word by itself waits for the one before it.
+    fn mix_blocks(&mut self, blocks: &[BlockId]) {
+        let mut lanes = [Self(0), Self(1), Self(2), Self(3), Self(4), Self(5), Self(6), Self(7)];
+        for some in blocks.chunks(lanes.len() / 2) {
+            for (lane, block) in lanes.as_chunks_mut::<2>().0.iter_mut().zip(some) {
+                let [low, high] = words(block.as_u128());
+                lane[0].mix(low);
+                lane[1].mix(high);
+            }
+        }
+        lanes.into_iter().for_each(|lane| self.mix(lane.0));
+        self.mix(blocks.len() as u64);
+    }
+}
+
 impl Hasher for Fingerprint {
     fn write(&mut self, bytes: &[u8]) {
         for piece in bytes.chunks(8) {
@@ -350,11 +366,7 @@ impl Hasher for Fingerprint {
     }
 
     fn write_u128(&mut self, value: u128) {
-        let [low, high] = [0, 8].map(|at| {
-            let mut word = [0; 8];
-            word.copy_from_slice(&value.to_le_bytes()[at..at + 8]);
-            u64::from_le_bytes(word)
-        });
+        let [low, high] = words(value);
         self.mix(low);
         self.mix(high);
     }
@@ -372,6 +384,13 @@ impl Hasher for Fingerprint {
     }
 }
 
+/// Lowest first.
+fn words(value: u128) -> [u64; 2] {
+    let bytes = value.to_le_bytes();
+    let [low, high] = bytes.as_chunks::<8>().0 else { unreachable!("16 bytes are twice eight") };
+    [*low, *high].map(u64::from_le_bytes)
+}
+
 /// Fingerprint of what a request asks for. Not of how long it may take: a
 /// repeat comes later than the first.
 fn content_of(op: &Request) -> u64 {
@@ -380,10 +399,12 @@ fn content_of(op: &Request) -> u64 {
     match op {
         // Nor how urgent it is.
         Request::LeaseRead { blocks, ttl, want, repeat: _, answer_by: _, purpose: _ } => {
-            (blocks, ttl, want).hash(&mut hasher);
+            hasher.mix_blocks(blocks);
+            (ttl, want).hash(&mut hasher);
         }
         Request::LeaseWrite { space, blocks, parent, ttl, want, repeat: _ } => {
-            (space, blocks, parent, ttl, want).hash(&mut hasher);
+            hasher.mix_blocks(blocks);
+            (space, parent, ttl, want).hash(&mut hasher);
         }
         Request::Seal { lease, blocks, durability, repeat: _ } => {
             (lease, blocks, durability).hash(&mut hasher);

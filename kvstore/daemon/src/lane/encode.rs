@@ -92,6 +92,8 @@ pub(crate) fn packed(leased: &Leased<'_>, with_ids: bool) -> Option<v1::LeaseRes
     let mut block_ids = Vec::with_capacity(if with_ids { count * 16 } else { 0 });
     // Each is a message, which takes as long as a block's.
     let (mut runs, runs_max) = (Vec::<v1::PackedRun>::new(), 16 + count / 8);
+    // Where the one before is granted, and so is the run that it ends.
+    let mut before = None;
     for grant in leased.grants {
         let (outcome, reason) = convert::outcome(grant);
         let mut run =
@@ -112,6 +114,14 @@ pub(crate) fn packed(leased: &Leased<'_>, with_ids: bool) -> Option<v1::LeaseRes
             if with_ids {
                 block_ids.extend_from_slice(&block.to_bytes());
             }
+            let place = Some((frame.chunk, *memory));
+            if let Some(last) = runs.last_mut().filter(|_| before == place) {
+                last.blocks += 1;
+                continue;
+            }
+            before = place;
+        } else {
+            before = None;
         }
         let is_full = runs.len() == runs_max;
         match runs.last_mut() {
