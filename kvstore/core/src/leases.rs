@@ -150,6 +150,7 @@ impl Core {
             items: vec![None; items],
             ttl,
             deadline: None,
+            repeat: None,
             cleared: false,
             since,
             mark: since,
@@ -303,6 +304,9 @@ impl Core {
         }
         if let Some(session) = self.sessions.get_mut(&lease.session) {
             session.leases.remove(&id);
+            if let Some(repeat) = lease.repeat {
+                session.repeats.ended(repeat);
+            }
         }
         self.tenants.entry(lease.tenant).or_default().leases -= 1;
     }

@@ -75,7 +75,7 @@ impl Core {
         let Looked { mut grants, items, slower, first } = self.pin_all(holder, blocks);
         self.charge(tenant, asker.session, items.iter().flatten().map(|held| held.bytes).sum());
         if let Some(lease) = self.leases.get_mut(&lease) {
-            lease.items = items;
+            (lease.items, lease.repeat) = (items, asker.repeat);
         }
         self.asked(asker.session, blocks, first, memory);
         let open = self.promote_all(slower, &mut grants, class, memory);

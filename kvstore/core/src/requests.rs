@@ -4,7 +4,9 @@
 use std::hash::{Hash, Hasher};
 use std::sync::Arc;
 
-use crate::api::{Effect, IoClass, Limit, MapAccess, MatchMode, Refusal, Reply, Request, Residence};
+use crate::api::{
+    Effect, Grant, IoClass, Limit, MapAccess, MatchMode, MissReason, Refusal, Reply, Request, Residence,
+};
 use crate::core::{Core, Deadline};
 use crate::evict::Relist;
 use crate::ids::{BlockId, ChunkId, Memory, RequestId, SessionId, TenantId};
@@ -56,6 +58,12 @@ impl Core {
             Seen::Same => match open.repeats.answer_mut(repeat) {
                 None => return false,
                 Some(Answer::Given(reply)) => Arc::clone(reply),
+                // Whoever asks again after it ended has nothing.
+                Some(&mut Answer::Ended { blocks }) => {
+                    let ttl = self.config.limits.lease_ttl_default;
+                    let blocks = vec![Grant::Missing(MissReason::Unknown); blocks];
+                    Arc::new(Reply::Leased { lease: None, ttl, blocks })
+                }
                 Some(&mut Answer::Clearing { space, generation, blocks }) => {
                     if self.spaces.at(space).clearing > 0 {
                         Arc::new(Reply::Throttled(Limit::RequestsWaiting))

@@ -73,6 +73,8 @@ pub(crate) enum Answer {
     Waiting(Vec<RequestId>),
     /// Its answer.
     Given(Arc<Reply>),
+    /// It was a read lease of so many blocks, which has ended: what was granted is kept no longer than that.
+    Ended { blocks: usize },
     /// The session went while the space was being cleared to this generation; so many blocks were dropped.
     Clearing { space: SpaceIndex, generation: u64, blocks: u64 },
 }
@@ -108,7 +110,7 @@ impl Repeats {
     /// The session is gone: what was leased is too, and nobody waits any more.
     pub(crate) fn depart(&mut self) {
         self.answers.retain(|_, seen| match &seen.answer {
-            Answer::Waiting(_) => false,
+            Answer::Waiting(_) | Answer::Ended { .. } => false,
             Answer::Given(reply) => !matches!(**reply, Reply::Leased { .. }),
             Answer::Clearing { .. } => true,
         });
@@ -126,6 +128,16 @@ impl Repeats {
         if let Answer::Waiting(_) = seen.answer {
             seen.answer = Answer::Clearing { space, generation, blocks };
             self.remember(repeat, Worth::Lasts, limit);
+        }
+    }
+
+    /// The lease that a request was answered with has ended.
+    pub(crate) fn ended(&mut self, repeat: u64) {
+        if let Some(seen) = self.answers.get_mut(&repeat)
+            && let Answer::Given(reply) = &seen.answer
+            && let Reply::Leased { blocks, .. } = &**reply
+        {
+            seen.answer = Answer::Ended { blocks: blocks.len() };
         }
     }
 
@@ -231,6 +243,8 @@ pub(crate) struct Lease {
     pub(crate) ttl: Micros,
     /// `None`: does not end by itself.
     pub(crate) deadline: Option<Now>,
+    /// The request that asked for it, to read.
+    pub(crate) repeat: Option<u64>,
     /// Its space was cleared: nothing of it can be sealed any more.
     pub(crate) cleared: bool,
     pub(crate) since: Now,

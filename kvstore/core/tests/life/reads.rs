@@ -125,3 +125,27 @@ fn a_chunk_that_is_gone_is_told_from_a_foreign_one() {
     let never = ChunkId::new(1000);
     assert_eq!(node.call(2, map(never)), foreign(never));
 }
+
+/// Whoever asks again for what he has given back must not believe that he has it: its frames may be others' by now. While he
+/// has it he is told so.
+#[test]
+fn a_repeat_after_its_lease_has_nothing() {
+    let mut node = Node::new();
+    node.write(1, &[1, 2]);
+    let read = node.lease_read(&[1, 2]);
+    let first = node.call(1, read.clone());
+    let (lease, grants) = leased(first.clone());
+    assert!(grants.iter().all(|grant| matches!(grant, Grant::Granted { .. })), "{grants:?}");
+    assert_eq!(node.call(1, read.clone()), first);
+    node.call(1, Request::Release { leases: vec![lease] });
+    let nothing = vec![Grant::Missing(MissReason::Unknown); 2];
+    let ended = Reply::Leased { lease: None, ttl: Micros::from_millis(10_000), blocks: nothing };
+    assert_eq!(node.call(1, read.clone()), ended);
+    let Request::LeaseRead { repeat, .. } = read else { unreachable!("it reads") };
+    let Request::LeaseRead { blocks, ttl, answer_by, purpose, want, .. } = node.lease_read(&[2, 1]) else {
+        unreachable!("it reads")
+    };
+    let other = Request::LeaseRead { repeat, blocks, ttl, answer_by, purpose, want };
+    let repeat = repeat.expect("it has an id");
+    assert_eq!(node.call(1, other), Reply::Refused(Refusal::RepeatDiffers { repeat }));
+}

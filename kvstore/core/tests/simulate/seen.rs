@@ -27,6 +27,7 @@ pub(crate) struct Seen {
     pub(crate) clears: u64,
     pub(crate) throttled: u64,
     pub(crate) repeats: u64,
+    pub(crate) ended_repeats: u64,
     pub(crate) promoted: u64,
     pub(crate) cancelled: u64,
     pub(crate) lies: u64,
@@ -46,7 +47,7 @@ pub(crate) struct Seen {
 }
 
 impl Seen {
-    fn fields(&self) -> [u64; 38] {
+    fn fields(&self) -> [u64; 39] {
         [
             self.reads,
             self.moved,
@@ -70,6 +71,7 @@ impl Seen {
             self.clears,
             self.throttled,
             self.repeats,
+            self.ended_repeats,
             self.promoted,
             self.cancelled,
             self.lies,
@@ -112,6 +114,7 @@ impl Seen {
         self.clears += other.clears;
         self.throttled += other.throttled;
         self.repeats += other.repeats;
+        self.ended_repeats += other.ended_repeats;
         self.promoted += other.promoted;
         self.cancelled += other.cancelled;
         self.lies += other.lies;
