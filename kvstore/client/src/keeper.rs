@@ -13,7 +13,7 @@ use terrace_proto::v1::{ReleaseRequest, RenewRequest, ReturnWindow};
 
 use crate::chunks::Chunks;
 use crate::error::ClientError;
-use crate::lane::LaneLink;
+use crate::lane::{Delivered, LaneLink};
 use crate::lease::LeaseState;
 use crate::places::{Places, Used};
 
@@ -199,14 +199,13 @@ impl Keeper {
     /// Releases leases and waits for the answer. True: the daemon knows.
     pub(crate) async fn release_now(&self, link: &LaneLink, leases: Vec<u64>) -> Result<bool, ClientError> {
         let request = ReleaseRequest { request_id: self.request_id(), leases };
-        match link.call_at_once(Op::Release(request)).await {
-            Err(ClientError::Disconnected) => Err(ClientError::Disconnected),
-            Err(error) => {
-                tracing::warn!(%error, "leases were not released; they end by themselves");
-                Ok(false)
-            }
-            Ok(_) => Ok(true),
-        }
+        released(link.call_at_once(Op::Release(request)).await)
+    }
+
+    /// Releases a lease for somebody who waits until the daemon knows; others go with it.
+    pub(crate) async fn release_awaited(&self, link: &LaneLink, lease: u64) -> Result<bool, ClientError> {
+        let request = ReleaseRequest { request_id: self.request_id(), leases: vec![lease] };
+        released(link.call_awaited(Op::Release(request), self).await)
     }
 
     /// Renews what is due. An error means that the session is over.
@@ -272,6 +271,18 @@ pub(crate) async fn return_one(link: &LaneLink, chunks: &Chunks, chunk: u64) -> 
             tracing::debug!(chunk, %error, "window not taken back");
             Ok(false)
         }
+    }
+}
+
+/// Whether the daemon knows of what was released.
+fn released(answer: Result<Delivered, ClientError>) -> Result<bool, ClientError> {
+    match answer {
+        Err(ClientError::Disconnected) => Err(ClientError::Disconnected),
+        Err(error) => {
+            tracing::warn!(%error, "leases were not released; they end by themselves");
+            Ok(false)
+        }
+        Ok(_) => Ok(true),
     }
 }
 

@@ -126,6 +126,7 @@ impl Question<'_> {
         match &self.op {
             Op::Lease(lease) if lease.kind() == LeaseKind::Write => Some(WRITE_WATCHED_FOR_MAX),
             Op::Seal(seal) if seal.durability() == Durability::Unspecified => Some(WRITE_WATCHED_FOR_MAX),
+            Op::Release(_) => self.keeper.map(|_| WATCHED_FOR_MAX),
             _ => (self.keys.is_some() && allowed == Duration::ZERO).then_some(WATCHED_FOR_MAX),
         }
     }
@@ -268,6 +269,11 @@ impl LaneLink {
     /// As [`LaneLink::call`], for the session's own chores: never behind callers that wait.
     pub(crate) async fn call_at_once(&self, op: Op) -> Result<Delivered, ClientError> {
         self.ask(Question { op, keys: None, keeper: None }, None, Duration::ZERO).await
+    }
+
+    /// The same, for a caller who waits. What `keeper` has to give back goes with it.
+    pub(crate) async fn call_awaited(&self, op: Op, keeper: &Keeper) -> Result<Delivered, ClientError> {
+        self.ask(Question { op, keys: None, keeper: Some(keeper) }, None, Duration::ZERO).await
     }
 
     async fn ask(

@@ -164,7 +164,7 @@ impl Lease {
     pub(crate) async fn release(&self) -> Result<(), ClientError> {
         self.state.end();
         if self.session.keeper.forget(self.id()) {
-            let known = self.session.keeper.release_now(&self.session.link, vec![self.id()]).await?;
+            let known = self.session.keeper.release_awaited(&self.session.link, self.id()).await?;
             if known {
                 self.token.released();
             }
