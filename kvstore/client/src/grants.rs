@@ -41,11 +41,6 @@ impl Grant {
         checksum: 0,
         block: None,
     };
-
-    /// The chunk is one that the daemon has dropped.
-    fn lose(&mut self) {
-        (self.outcome, self.reason) = (GrantOutcome::Missing, MissReason::Unknown);
-    }
 }
 
 impl From<&BlockGrant> for Grant {
@@ -227,15 +222,17 @@ impl Grants {
 
     /// The daemon has dropped this chunk: what was granted there is missing.
     pub(crate) fn lose(&mut self, chunk: u64) {
-        let is_there = |outcome, of| outcome == GrantOutcome::Granted && of == chunk;
+        let lose = |outcome: &mut GrantOutcome, reason: &mut MissReason, of: u64| {
+            if *outcome == GrantOutcome::Granted && of == chunk {
+                (*outcome, *reason) = (GrantOutcome::Missing, MissReason::Unknown);
+            }
+        };
         match self {
             Self::Each(grants) => {
-                grants.iter_mut().filter(|grant| is_there(grant.outcome, grant.chunk)).for_each(Grant::lose);
+                grants.iter_mut().for_each(|one| lose(&mut one.outcome, &mut one.reason, one.chunk));
             }
             Self::Packed(packed) => {
-                for run in packed.runs.iter_mut().filter(|run| is_there(run.outcome, run.chunk)) {
-                    (run.outcome, run.reason) = (GrantOutcome::Missing, MissReason::Unknown);
-                }
+                packed.runs.iter_mut().for_each(|run| lose(&mut run.outcome, &mut run.reason, run.chunk));
             }
         }
     }
@@ -244,11 +241,7 @@ impl Grants {
 impl Packed {
     #[inline]
     fn run(&self, at: usize) -> &Run {
-        match &self.runs[..] {
-            // Mostly.
-            [run] => run,
-            runs => &runs[runs.partition_point(|run| run.end <= at)],
-        }
+        &self.runs[self.runs.partition_point(|run| run.end <= at)]
     }
 
     #[inline]

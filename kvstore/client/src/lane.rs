@@ -126,6 +126,7 @@ impl Question<'_> {
         match &self.op {
             Op::Lease(lease) if lease.kind() == LeaseKind::Write => Some(WRITE_WATCHED_FOR_MAX),
             Op::Seal(seal) if seal.durability() == Durability::Unspecified => Some(WRITE_WATCHED_FOR_MAX),
+            // Somebody waits for it: the keeper's own come without him.
             Op::Release(_) => self.keeper.map(|_| WATCHED_FOR_MAX),
             _ => (self.keys.is_some() && allowed == Duration::ZERO).then_some(WATCHED_FOR_MAX),
         }

@@ -345,9 +345,7 @@ impl Fingerprint {
     fn mix(&mut self, word: u64) {
         self.0 = (self.0.rotate_left(23) ^ word).wrapping_mul(0x9e37_79b9_7f4a_7c15);
     }
-}
 
-impl Fingerprint {
     /// Hundreds of blocks, several at a time: each word by itself waits for the one before it.
     fn mix_blocks(&mut self, blocks: &[BlockId]) {
         let mut lanes = [Self(0), Self(1), Self(2), Self(3), Self(4), Self(5), Self(6), Self(7)];

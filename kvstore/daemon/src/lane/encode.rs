@@ -92,19 +92,16 @@ pub(crate) fn packed(leased: &Leased<'_>, with_ids: bool) -> Option<v1::LeaseRes
     let mut block_ids = Vec::with_capacity(if with_ids { count * 16 } else { 0 });
     // Each is a message, which takes as long as a block's.
     let (mut runs, runs_max) = (Vec::<v1::PackedRun>::new(), 16 + count / 8);
-    // Where the one before is granted, and so is the run that it ends.
+    // What the last run's blocks have in common.
     let mut before = None;
     for grant in leased.grants {
         let (outcome, reason) = convert::outcome(grant);
-        let mut run =
-            v1::PackedRun { blocks: 1, outcome: outcome.into(), reason: reason.into(), ..Default::default() };
+        let mut place = None;
         if let Grant::Granted { block, frame, fence: own, offset, length, checksum, memory } = grant {
             let at = u64::from(frame.index).checked_mul(frame_bytes)?.checked_add(HEADER_PAGE_BYTES)?;
             if all != *length || at != *offset {
                 return None;
             }
-            let (tier, device) = convert::memory(*memory);
-            (run.chunk, run.tier, run.device) = (frame.chunk.get(), tier.into(), device);
             let one = PackedGrant {
                 checksum: checksum.map_or(0, Checksum::get),
                 fence: u32::try_from(own.get() - fence).ok()?,
@@ -114,21 +111,28 @@ pub(crate) fn packed(leased: &Leased<'_>, with_ids: bool) -> Option<v1::LeaseRes
             if with_ids {
                 block_ids.extend_from_slice(&block.to_bytes());
             }
-            let place = Some((frame.chunk, *memory));
-            if let Some(last) = runs.last_mut().filter(|_| before == place) {
-                last.blocks += 1;
-                continue;
-            }
-            before = place;
-        } else {
-            before = None;
+            place = Some((frame.chunk, *memory));
         }
+        let alike = Some((outcome, reason, place));
         let is_full = runs.len() == runs_max;
         match runs.last_mut() {
-            Some(last) if v1::PackedRun { blocks: 1, ..*last } == run => last.blocks += 1,
+            Some(last) if before == alike => last.blocks += 1,
             Some(_) if is_full => return None,
-            Some(_) | None => runs.push(run),
+            Some(_) | None => {
+                let mut run = v1::PackedRun {
+                    blocks: 1,
+                    outcome: outcome.into(),
+                    reason: reason.into(),
+                    ..Default::default()
+                };
+                if let Some((chunk, memory)) = place {
+                    let (tier, device) = convert::memory(memory);
+                    (run.chunk, run.tier, run.device) = (chunk.get(), tier.into(), device);
+                }
+                runs.push(run);
+            }
         }
+        before = alike;
     }
     Some(v1::LeaseResponse {
         lease: leased.lease.map_or(0, LeaseId::get),
